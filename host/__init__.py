@@ -1,0 +1,1 @@
+"""The only folder besides nodes that imports comfy: operations, loading and sampling hooks."""

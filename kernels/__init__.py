@@ -1,0 +1,1 @@
+"""Triton kernels, one idea a file, each with its plain-torch reference beside it. Imports no comfy."""

@@ -1,0 +1,1 @@
+"""Memory ledger, policy and report. Imports no comfy."""
