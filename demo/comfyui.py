@@ -1,0 +1,84 @@
+"""Finds a ComfyUI on this machine, or installs the pinned one with comfy-cli into a cache folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PINNED_VERSION = "0.33.0"
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class ComfyUIMissingError(RuntimeError):
+    """No ComfyUI was found and none could be installed; the message says where we looked."""
+
+
+def _is_comfyui(folder: Path) -> bool:
+    return (folder / "main.py").is_file() and (folder / "comfy" / "model_management.py").is_file()
+
+
+def candidates() -> list[Path]:
+    """The folders looked at, in order: $COMFYUI_PATH alone when it is set."""
+    if chosen := os.environ.get("COMFYUI_PATH"):
+        return [Path(chosen).expanduser()]
+    found = []
+    if CHECKOUT.parent.name == "custom_nodes":
+        found.append(CHECKOUT.parent.parent)
+    return [*found, Path.home() / "ComfyUI", Path.home() / "comfy" / "ComfyUI", install_folder()]
+
+
+def install_folder() -> Path:
+    """Where `install` puts the pinned ComfyUI."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "lowbit" / f"ComfyUI-{PINNED_VERSION}"
+
+
+def find() -> Path:
+    """The first candidate that is a ComfyUI. Raises ComfyUIMissingError with the list of places otherwise."""
+    places = candidates()
+    for folder in places:
+        if _is_comfyui(folder):
+            return folder.resolve()
+    raise ComfyUIMissingError("no ComfyUI in " + ", ".join(str(place) for place in places))
+
+
+def install(timeout: float = 300) -> Path:
+    """Installs ComfyUI's sources, version PINNED_VERSION, with comfy-cli (run by uvx); returns the folder.
+
+    Its Python requirements are left to `./run`, which puts them into its own environment.
+    Raises ComfyUIMissingError when comfy-cli cannot be run or cannot reach the host.
+    """
+    folder = install_folder()
+    command = ["uvx", "--from", "comfy-cli", "comfy", "--skip-prompt", "--no-enable-telemetry", "--workspace"]
+    command += [str(folder), "install", "--skip-requirement", "--skip-manager", "--cpu", "--version", PINNED_VERSION]
+    environment = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        done = subprocess.run(
+            command, env=environment, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ComfyUIMissingError(f"comfy-cli could not install ComfyUI {PINNED_VERSION}: {error}") from error
+    if not _is_comfyui(folder):
+        lines = [line for line in done.stdout.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        raise ComfyUIMissingError(f"comfy-cli could not install ComfyUI {PINNED_VERSION}: {lines[-1].strip()}")
+    return folder
+
+
+def find_or_install() -> Path:
+    """`find`, then `install` unless $COMFYUI_PATH names a folder. Raises ComfyUIMissingError."""
+    try:
+        return find()
+    except ComfyUIMissingError:
+        if os.environ.get("COMFYUI_PATH"):
+            raise
+        return install()
+
+
+if __name__ == "__main__":
+    try:
+        print(find_or_install() if "--install" in sys.argv else find())
+    except ComfyUIMissingError as missing:
+        sys.exit(str(missing))

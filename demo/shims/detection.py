@@ -1,0 +1,110 @@
+"""Wraps ComfyUI's model detection so that dimensions it takes as constants follow the tensors of tiny checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_detection
+import comfy.sd
+import comfy.text_encoders.qwen_vl as qwen_vl
+
+QWEN_HEAD_DIM = 128
+UMT5_MARK = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+QWEN25_MARK = "model.layers.0.self_attn.k_proj.bias"
+
+
+def install() -> None:
+    """Puts the wrappers in place, once per process."""
+    comfy.model_detection.detect_unet_config = _with_qwen_image_dims(comfy.model_detection.detect_unet_config)
+    comfy.sd.detect_te_model = _with_umt5(comfy.sd.detect_te_model)
+    comfy.sd.load_text_encoder_state_dicts = _with_text_encoder_dims(comfy.sd.load_text_encoder_state_dicts)
+
+
+def _with_qwen_image_dims(detect: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(detect)
+    def wrapped(state_dict, key_prefix, metadata=None):
+        config = detect(state_dict, key_prefix, metadata=metadata)
+        if config is not None and config.get("image_model") == "qwen_image":
+            head_dim = state_dict[f"{key_prefix}transformer_blocks.0.attn.norm_q.weight"].shape[0]
+            config["attention_head_dim"] = head_dim
+            config["num_attention_heads"] = state_dict[f"{key_prefix}img_in.weight"].shape[0] // head_dim
+            config["joint_attention_dim"] = state_dict[f"{key_prefix}txt_norm.weight"].shape[0]
+        return config
+
+    return wrapped
+
+
+def _with_umt5(detect: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(detect)
+    def wrapped(state_dict):
+        if UMT5_MARK in state_dict:
+            return comfy.sd.TEModel.T5_XXL
+        return detect(state_dict)
+
+    return wrapped
+
+
+def _with_text_encoder_dims(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def wrapped(state_dicts=(), *args, model_options=None, **kwargs):
+        options = dict(model_options or {})
+        without_vision = False
+        for state_dict in state_dicts:
+            if UMT5_MARK in state_dict:
+                options["umt5xxl_model_config"] = _umt5_config(state_dict)
+            elif QWEN25_MARK in state_dict:
+                options["qwen25_7b_model_config"] = _qwen25_config(state_dict)
+                without_vision = not any(key.startswith("visual.") for key in state_dict)
+        with _small_vision_tower(without_vision):
+            return load(state_dicts, *args, model_options=options, **kwargs)
+
+    return wrapped
+
+
+def _count(keys: Iterable[str], pattern: str) -> int:
+    found = [re.match(pattern, key) for key in keys]
+    return 1 + max(int(match.group(1)) for match in found if match)
+
+
+def _umt5_config(state_dict) -> dict[str, int]:
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    heads = state_dict[f"{attention}.relative_attention_bias.weight"].shape[1]
+    return {
+        "d_model": state_dict["encoder.final_layer_norm.weight"].shape[0],
+        "d_ff": state_dict["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape[0],
+        "d_kv": state_dict[f"{attention}.q.weight"].shape[0] // heads,
+        "num_heads": heads,
+        "num_layers": _count(state_dict, r"encoder\.block\.(\d+)\."),
+        "vocab_size": state_dict["shared.weight"].shape[0],
+    }
+
+
+def _qwen25_config(state_dict) -> dict[str, int]:
+    layer = "model.layers.0"
+    return {
+        "hidden_size": state_dict["model.norm.weight"].shape[0],
+        "intermediate_size": state_dict[f"{layer}.mlp.gate_proj.weight"].shape[0],
+        "num_attention_heads": state_dict[f"{layer}.self_attn.q_proj.bias"].shape[0] // QWEN_HEAD_DIM,
+        "num_key_value_heads": state_dict[f"{layer}.self_attn.k_proj.bias"].shape[0] // QWEN_HEAD_DIM,
+        "num_hidden_layers": _count(state_dict, r"model\.layers\.(\d+)\."),
+    }
+
+
+@contextmanager
+def _small_vision_tower(active: bool) -> Iterator[None]:
+    """While active, a Qwen2.5-VL is built with an empty vision tower: the real one takes 2.6 GB, for nothing."""
+    original = qwen_vl.Qwen2VLVisionTransformer
+    if active:
+
+        def small(hidden_size, **kwargs):
+            return original(hidden_size=64, intermediate_size=64, num_heads=4, num_layers=0, **kwargs)
+
+        qwen_vl.Qwen2VLVisionTransformer = small
+    try:
+        yield
+    finally:
+        qwen_vl.Qwen2VLVisionTransformer = original

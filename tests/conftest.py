@@ -1,0 +1,74 @@
+"""Marks tests by folder, leaves out those that need a ComfyUI or a GPU that is not there, and says so in one last line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+sys.path.append(str(TESTS.parent))  # for the scripts in demo/, which are not part of the installed package
+
+from demo import comfyui  # noqa: E402
+
+MARK_OF_FOLDER = {"headless": pytest.mark.headless, "gpu": pytest.mark.gpu}
+LEFT_OUT: pytest.StashKey[Counter[str]] = pytest.StashKey()
+
+
+def comfyui_required() -> bool:
+    """Whether a missing ComfyUI is a failure (.ci/run sets LOWBIT_REQUIRE_COMFYUI=1)."""
+    return os.environ.get("LOWBIT_REQUIRE_COMFYUI", "0") not in ("", "0")
+
+
+def missing_comfyui() -> str | None:
+    """Why there is no ComfyUI, None when there is one."""
+    try:
+        comfyui.find()
+    except comfyui.ComfyUIMissingError as missing:
+        return f"need ComfyUI ({missing}; set COMFYUI_PATH)"
+    return None
+
+
+def missing_gpu() -> str | None:
+    """Why there is no NVIDIA GPU, None when there is one."""
+    return None if torch.cuda.is_available() else "need an NVIDIA GPU"
+
+
+MISSING = {"headless": missing_comfyui, "gpu": missing_gpu}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = Counter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parents = Path(item.path).relative_to(TESTS).parts if Path(item.path).is_relative_to(TESTS) else ()
+        for folder, mark in MARK_OF_FOLDER.items():
+            if folder in parents[:1]:
+                item.add_marker(mark)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for name, missing in MISSING.items():
+        if item.get_closest_marker(name) is None:
+            continue
+        reason = missing()
+        if reason is None:
+            continue
+        if name == "headless" and comfyui_required():
+            pytest.fail(f"LOWBIT_REQUIRE_COMFYUI is set, but: {reason}", pytrace=False)
+        item.config.stash[LEFT_OUT][reason] += 1
+        pytest.skip(reason)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    left_out = config.stash.get(LEFT_OUT, Counter())
+    if reporter is not None and left_out:
+        parts = [f"{count} tests that {reason}" for reason, count in left_out.items()]
+        reporter.write_line("Left out: " + ", and ".join(parts) + ".")
