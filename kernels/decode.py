@@ -1,0 +1,115 @@
+"""Decoding a stored weight: the plain-torch reference for every storage kind, and row-scaled 8-bit grids of it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .hadamard import rotate_reference
+from .stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4, PACKED_KINDS, StoredWeight
+
+E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def swizzled_index(rows: int, blocks: int, device: torch.device) -> torch.Tensor:
+    """Flat positions of the (rows, blocks) scales inside cuBLAS's 128 x 4 tiled layout, int64.
+
+    Source: cuBLAS documentation, "1D block scaling factors layout".
+    """
+    row = torch.arange(rows, device=device).unsqueeze(1)
+    block = torch.arange(blocks, device=device).unsqueeze(0)
+    tiles_per_row = -(-blocks // 4)
+    tile = (row // 128) * tiles_per_row + block // 4
+    return tile * 512 + (row % 32) * 16 + (row % 128 // 32) * 4 + block % 4
+
+
+@functools.lru_cache(maxsize=16)
+def _e2m1_table(device: torch.device) -> torch.Tensor:
+    return torch.tensor((*E2M1_LEVELS, *(-level for level in E2M1_LEVELS)), device=device)
+
+
+def unpack_nibbles(packed: torch.Tensor, high_first: bool) -> torch.Tensor:
+    """(N, K / 2) bytes to (N, K) codes 0..15 as uint8."""
+    byte = packed.view(torch.uint8)
+    low, high = byte & 0xF, byte >> 4
+    pair = (high, low) if high_first else (low, high)
+    return torch.stack(pair, dim=-1).flatten(-2)
+
+
+def _repeat(scale: torch.Tensor, group: int, columns: int) -> torch.Tensor:
+    return scale.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def _codes(weight: StoredWeight) -> torch.Tensor:
+    """The stored codes as float32 (rows, columns), before any scale."""
+    if weight.kind not in PACKED_KINDS:
+        return weight.data[: weight.rows, : weight.columns].float()
+    packed = weight.data[: weight.rows, : -(-weight.columns // 2)]
+    codes = unpack_nibbles(packed.contiguous(), high_first=weight.kind == NVFP4)[:, : weight.columns]
+    if weight.kind == NVFP4:
+        return _e2m1_table(codes.device)[codes.int()]
+    if weight.kind == INT4:
+        return codes.float() - 16.0 * (codes >= 8)
+    if weight.codebook is None:
+        return codes.float() - 8.0
+    return weight.codebook.float()[codes.int()]
+
+
+def block_scales(weight: StoredWeight) -> torch.Tensor:
+    """The block scales as float32 (rows, ceil(columns / group)) in plain row-major order."""
+    if weight.kind == INT4_CODEBOOK:
+        return weight.block_scale.float()
+    blocks = -(-weight.columns // weight.group)
+    padded_blocks = -(-weight.data.shape[1] * (2 if weight.kind == NVFP4 else 1) // weight.group)
+    index = swizzled_index(weight.rows, padded_blocks, weight.data.device)[:, :blocks]
+    stored = weight.block_scale.reshape(-1)[index]
+    if weight.kind == NVFP4:
+        return stored.view(torch.float8_e4m3fn).float()
+    # e8m0 code 0 marks an all-zero block in comfy-kitchen's files; 255 is NaN in the format.
+    exponent = stored.float() - 127.0
+    value = torch.where(stored == 0, torch.zeros_like(exponent), torch.exp2(exponent))
+    return torch.where(stored == 255, torch.full_like(value, torch.nan), value)
+
+
+def decode_int8_reference(weight: StoredWeight) -> torch.Tensor:
+    """int8 (rows, columns) grid of an integer kind: W (rotated basis) = grid x scale per row, without `correction`."""
+    if weight.kind == INT8:
+        return weight.data[: weight.rows, : weight.columns]
+    codes = _codes(weight)
+    if weight.kind == INT4_CODEBOOK:
+        codes = (codes * _repeat(block_scales(weight), weight.group, weight.columns)).round().clamp(-127, 127)
+    return codes.to(torch.int8)
+
+
+def decode_reference(weight: StoredWeight, dtype: torch.dtype, rotated: bool = False) -> torch.Tensor:
+    """W (rows, columns) as `dtype`, computed in float32.
+
+    Args:
+        weight: the stored weight.
+        dtype: dtype of the result.
+        rotated: leave a rotated weight in the rotated basis (x must then be rotated too).
+    """
+    if weight.kind in (MXFP8, NVFP4):
+        decoded = _codes(weight) * _repeat(block_scales(weight), weight.group, weight.columns)
+    elif weight.kind == INT4_CODEBOOK:
+        decoded = decode_int8_reference(weight).float()
+    else:
+        decoded = _codes(weight)
+    if weight.scale is not None:
+        decoded = decoded * weight.scale.float().reshape(-1, 1)
+    if weight.correction is not None:
+        decoded = decoded + _repeat(weight.correction.float().t(), weight.group, weight.columns)
+    if weight.rotation and not rotated:
+        decoded = rotate_reference(decoded, weight.rotation)
+    return decoded.to(dtype)
+
+
+def is_integer_grid(weight: StoredWeight) -> bool:
+    """Whether W is an int8 grid with one scale per row (or in all), which an INT8 product takes as it is."""
+    return weight.kind in (INT8, INT4, INT4_CODEBOOK) and weight.correction is None
+
+
+def is_float8(weight: StoredWeight) -> bool:
+    """Whether W is stored as plain e4m3 or e5m2 codes."""
+    return weight.kind == FP8

@@ -1,0 +1,54 @@
+"""What a kernel needs to know of a quantized weight: plain tensors, sizes and a storage kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FP8 = "fp8"
+INT8 = "int8"
+MXFP8 = "mxfp8"
+NVFP4 = "nvfp4"
+INT4 = "int4"
+INT4_CODEBOOK = "int4_codebook"
+
+KINDS = (FP8, INT8, MXFP8, NVFP4, INT4, INT4_CODEBOOK)
+PACKED_KINDS = (NVFP4, INT4, INT4_CODEBOOK)
+"""Two 4-bit codes a byte: nvfp4 has the even column in the high nibble, the integer kinds in the low one."""
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One weight matrix W (rows, columns) as it is stored.
+
+    Attributes:
+        kind: one of `KINDS`.
+        data: 2-D codes: (>= rows, >= columns) of float8 or int8, or (>= rows, >= columns / 2) bytes for packed kinds.
+        scale: float32, one element or (rows,): W = decoded codes x scale (float32; absent, `None`, for mxfp8).
+        block_scale: uint8 view of the cuBLAS-swizzled scales (mxfp8: e8m0 per 32; nvfp4: e4m3 per 16), or for
+            int4_codebook the row-major (rows, columns / group) relative scales in float8_e4m3fn or float32.
+        codebook: int4_codebook's 16 float32 levels, or None for the plain grid code - 8.
+        correction: int4_codebook's (columns / group, rows) offset per group, or None.
+        rows: N, out_features, without padding.
+        columns: K, in_features, without padding.
+        group: columns per block scale (0: none).
+        rotation: group size of the regular Hadamard rotation applied to the stored W along K (0: none).
+    """
+
+    kind: str
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    rows: int
+    columns: int
+    block_scale: torch.Tensor | None = None
+    codebook: torch.Tensor | None = None
+    correction: torch.Tensor | None = None
+    group: int = 0
+    rotation: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales: what one product must read at least."""
+        tensors = (self.data, self.scale, self.block_scale, self.codebook, self.correction)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,0 +1,99 @@
+"""Reads a comfy-kitchen QuantizedTensor into the StoredWeight that kernels take, without copying anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+
+from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4, StoredWeight
+
+FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _flat_scale(scale: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """`scale` as float32 (1,) or (rows,); None when it has another number of elements."""
+    if scale.numel() not in (1, rows):
+        return None
+    if scale.dtype != torch.float32:
+        scale = scale.float()
+    return scale.reshape(-1)
+
+
+def _fp8(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
+    scale = _flat_scale(params.scale, rows)
+    if data.dtype not in FLOAT8_DTYPES or scale is None or tuple(data.shape) != (rows, columns):
+        return None
+    return StoredWeight(FP8, data, scale, rows, columns)
+
+
+def _int8(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
+    scale = _flat_scale(params.scale, rows)
+    if scale is None or tuple(data.shape) != (rows, columns):
+        return None
+    rotation = params.convrot_groupsize if params.convrot else 0
+    return StoredWeight(INT8, data, scale, rows, columns, rotation=rotation)
+
+
+def _mxfp8(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
+    return StoredWeight(MXFP8, data, None, rows, columns, params.scale.view(torch.uint8), group=32)
+
+
+def _nvfp4(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
+    if params.scale.numel() != 1:
+        return None
+    scale = _flat_scale(params.scale, rows)
+    return StoredWeight(NVFP4, data, scale, rows, columns, params.block_scale.view(torch.uint8), group=16)
+
+
+def _int4(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
+    scale = _flat_scale(params.scale, rows)
+    if scale is None or tuple(data.shape) != (rows, columns // 2):
+        return None
+    return StoredWeight(INT4, data, scale, rows, columns, rotation=params.convrot_groupsize)
+
+
+def _int4_codebook(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
+    # Newer comfy-kitchen releases keep other widths and packings under the same layout name.
+    if data.dim() != 2 or tuple(data.shape) != (rows, columns // 2) or params.scale.dim() != 2:
+        return None
+    return StoredWeight(
+        INT4_CODEBOOK,
+        data,
+        _flat_scale(params.s_channel, rows),
+        rows,
+        columns,
+        params.scale,
+        params.codebook,
+        params.correction,
+        params.group_size,
+        params.convrot_groupsize,
+    )
+
+
+LAYOUT_READERS: Mapping[str, Callable[..., StoredWeight | None]] = MappingProxyType(
+    {
+        "TensorCoreFP8Layout": _fp8,
+        "TensorCoreFP8E4M3Layout": _fp8,
+        "TensorCoreFP8E5M2Layout": _fp8,
+        "TensorWiseINT8Layout": _int8,
+        "TensorCoreMXFP8Layout": _mxfp8,
+        "TensorCoreNVFP4Layout": _nvfp4,
+        "TensorCoreConvRotW4A4Layout": _int4,
+        "AsymW4A8Int8Layout": _int4_codebook,
+    }
+)
+
+
+def stored_weight(weight: torch.Tensor) -> StoredWeight | None:
+    """`weight`'s parts, or None where it is no quantized tensor of a kind the kernels know (or is transposed)."""
+    layout = getattr(weight, "_layout_cls", None)
+    reader = LAYOUT_READERS.get(layout) if isinstance(layout, str) else None
+    if reader is None:
+        return None
+    params = weight._params
+    if getattr(params, "transposed", False) or len(params.orig_shape) != 2:
+        return None
+    rows, columns = params.orig_shape
+    return reader(weight._qdata, params, rows, columns)
