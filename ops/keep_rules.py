@@ -1,0 +1,258 @@
+"""Which layers stay in 16 bits, and why: a table by model family, and the text of globs a user may write instead."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..errors import FormatError
+from .formats import FORMATS
+
+KEEP = "keep"
+QUANTIZE = "quantize"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the layers that `pattern` matches.
+
+    `pattern` is a glob on whole dot-separated segments of the layer's name: `add` matches a segment that is exactly
+    `add`, `add_*` one that starts so, `ffn.*` the segment `ffn` followed by any other. A pattern of several segments
+    matches anywhere in the name.
+
+    Attributes:
+        pattern: the glob.
+        action: `keep` (16 bits), `quantize` (an exception to a later rule), or the name of another format.
+        reason: shown in the dry run.
+        expected: the family always has such layers, so that matching nothing is worth a report.
+    """
+
+    pattern: str
+    action: str = KEEP
+    reason: str = "named by a keep rule"
+    expected: bool = False
+
+    def matches(self, layer: str) -> bool:
+        """Whether any run of whole segments of `layer` fits the pattern."""
+        wanted = self.pattern.split(".")
+        segments = layer.split(".")
+        return any(
+            all(fnmatch.fnmatchcase(segment, glob) for segment, glob in zip(segments[start:], wanted, strict=False))
+            for start in range(len(segments) - len(wanted) + 1)
+        )
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """A model family: how its checkpoints are recognised and what stays in 16 bits.
+
+    Attributes:
+        name: shown in reports.
+        kind: `diffusion_model`, `text_encoder` or `model_patch`.
+        signature: layer globs (as in `Rule`), each of which a checkpoint of the family has.
+        rules: first match wins.
+    """
+
+    name: str
+    kind: str
+    signature: tuple[str, ...]
+    rules: tuple[Rule, ...] = field(default_factory=tuple)
+
+
+_NORMS = (Rule("norm*", reason="normalization"), Rule("*_norm", reason="normalization"))
+_EMBEDDINGS = "an embedding: few bytes in a forward pass, and every token depends on it"
+_CONDITIONING = "time, text and image conditioning: small, and every block depends on it"
+_INPUT_OUTPUT = "first or last projection: small, and its error is the picture's"
+_AUDIO = "audio conditioning: small, and lip movement depends on it"
+
+_FACE = "face and motion conditioning: small, and mouth and eyes depend on it"
+
+_WAN_CORE = (
+    *_NORMS,
+    Rule("modulation", reason="modulation"),
+    Rule("patch_embedding", reason=_INPUT_OUTPUT, expected=True),
+    Rule("time_*", reason=_CONDITIONING, expected=True),
+    Rule("text_embedding", reason=_CONDITIONING, expected=True),
+    Rule("img_emb", reason=_CONDITIONING),
+    Rule("head", reason=_INPUT_OUTPUT, expected=True),
+    Rule("ref_conv", reason=_INPUT_OUTPUT),
+)
+_ADDED = (
+    Rule("adapter", reason="an adapter: small"),
+    Rule("add", reason="an added input: small"),
+    Rule("add_conv_in", reason="an added input: small"),
+    Rule("add_proj", reason="an added input: small"),
+)
+_VACE = (Rule("vace_patch_embedding", reason=_INPUT_OUTPUT, expected=True),)
+_ANIMATE = (
+    Rule("pose_patch_embedding", reason=_INPUT_OUTPUT, expected=True),
+    Rule("motion_encoder", reason=_FACE),
+    Rule("face_encoder", reason=_FACE),
+    Rule("face_adapter", reason=_FACE, expected=True),
+)
+_HUMO = (Rule("audio_proj", reason=_AUDIO, expected=True), Rule("multitalk_audio_proj", reason=_AUDIO))
+_SPEECH = (
+    Rule("casual_audio_encoder", reason=_AUDIO, expected=True),
+    Rule("audio_injector.injector_adain_layers", reason=_AUDIO),
+    Rule("trainable_cond_mask", reason=_EMBEDDINGS),
+    Rule("cond_encoder", reason=_INPUT_OUTPUT),
+    Rule("frame_packer", reason=_INPUT_OUTPUT),
+)
+_CAMERA = (Rule("control_adapter", reason="camera conditioning: small", expected=True),)
+_SCAIL = (Rule("patch_embedding_pose", reason=_INPUT_OUTPUT), Rule("patch_embedding_mask", reason=_INPUT_OUTPUT))
+_QWEN_IMAGE = (
+    *_NORMS,
+    Rule("img_in", reason=_INPUT_OUTPUT, expected=True),
+    Rule("txt_in", reason=_INPUT_OUTPUT, expected=True),
+    Rule("time_text_embed", reason=_CONDITIONING, expected=True),
+    Rule("norm_out", reason=_INPUT_OUTPUT, expected=True),
+    Rule("proj_out", reason=_INPUT_OUTPUT, expected=True),
+)
+_TEXT_ENCODER = (
+    *_NORMS,
+    Rule("*layernorm", reason="normalization"),
+    Rule("shared", reason=_EMBEDDINGS),
+    Rule("embed_tokens", reason=_EMBEDDINGS),
+    Rule("relative_attention_bias", reason=_EMBEDDINGS),
+    Rule("lm_head", reason=_INPUT_OUTPUT),
+)
+
+_WAN_SIGNATURE = ("blocks.*.self_attn.q", "blocks.*.cross_attn.q")
+
+FAMILIES: tuple[ModelFamily, ...] = (
+    ModelFamily(
+        "InfiniteTalk / MultiTalk patch",
+        "model_patch",
+        ("audio_proj.proj1", "blocks.*.audio_cross_attn"),
+        (*_NORMS, Rule("audio_proj", reason=_AUDIO, expected=True), Rule("multitalk_audio_proj", reason=_AUDIO)),
+    ),
+    *(
+        ModelFamily(name, "diffusion_model", (*_WAN_SIGNATURE, *extra_signature), (*_WAN_CORE, *extra_rules, *_ADDED))
+        for name, extra_signature, extra_rules in (
+            ("Wan VACE", ("vace_blocks",), _VACE),
+            ("Wan Animate", ("face_adapter",), _ANIMATE),
+            ("Wan HuMo", ("audio_cross_attn_wrapper",), _HUMO),
+            ("Wan S2V", ("casual_audio_encoder",), _SPEECH),
+            ("Wan camera control", ("control_adapter",), _CAMERA),
+            ("Wan SCAIL", ("patch_embedding_pose",), _SCAIL),
+            ("Wan", (), ()),
+        )
+    ),
+    ModelFamily(
+        "Wan (diffusers names)",
+        "diffusion_model",
+        ("condition_embedder", "blocks.*.attn1.to_q", "blocks.*.attn2.to_q"),
+        (
+            *_NORMS,
+            Rule("condition_embedder", reason=_CONDITIONING, expected=True),
+            Rule("patch_embedding", reason=_INPUT_OUTPUT),
+            Rule("scale_shift_table", reason="modulation"),
+            Rule("proj_out", reason=_INPUT_OUTPUT, expected=True),
+        ),
+    ),
+    ModelFamily(
+        "Qwen-Image",
+        "diffusion_model",
+        ("transformer_blocks.*.img_mlp", "transformer_blocks.*.txt_mlp", "transformer_blocks.*.attn.add_q_proj"),
+        _QWEN_IMAGE,
+    ),
+    ModelFamily("UMT5", "text_encoder", ("shared", "encoder.block.*.layer.0.SelfAttention.q"), _TEXT_ENCODER),
+    ModelFamily(
+        "Qwen2.5-VL",
+        "text_encoder",
+        ("model.layers.*.self_attn.q_proj", "visual.blocks.*"),
+        (*_TEXT_ENCODER, Rule("visual", reason="the vision tower: small, and edits depend on it", expected=True)),
+    ),
+    ModelFamily("text model", "text_encoder", ("model.layers.*.self_attn.q_proj",), _TEXT_ENCODER),
+)
+
+GENERIC = ModelFamily(
+    "unknown",
+    "diffusion_model",
+    (),
+    (
+        *_NORMS,
+        Rule("*embed*", reason=_EMBEDDINGS),
+        Rule("*emb", reason=_EMBEDDINGS),
+        Rule("time_*", reason=_CONDITIONING),
+        Rule("t_embedder", reason=_CONDITIONING),
+        Rule("modulation", reason="modulation"),
+        Rule("*_in", reason=_INPUT_OUTPUT),
+        Rule("img_in", reason=_INPUT_OUTPUT),
+        Rule("final_layer", reason=_INPUT_OUTPUT),
+        Rule("head", reason=_INPUT_OUTPUT),
+        Rule("proj_out", reason=_INPUT_OUTPUT),
+        Rule("lm_head", reason=_INPUT_OUTPUT),
+        Rule("shared", reason=_EMBEDDINGS),
+    ),
+)
+
+
+def detect_family(layers: Collection[str]) -> ModelFamily:
+    """The first family whose whole signature is found among `layers`, else the generic one."""
+    for family in FAMILIES:
+        if all(any(Rule(pattern).matches(layer) for layer in layers) for pattern in family.signature):
+            return family
+    return GENERIC
+
+
+def parse_rules(text: str) -> tuple[Rule, ...] | None:
+    """Rules from a user's text, or None for `auto` (the family's own).
+
+    One rule a line (commas and semicolons separate too); `#` starts a comment. `glob` keeps the layers in 16 bits,
+    `!glob` quantizes them whatever a later rule says, `glob = format` stores them in another format, and the word
+    `auto` stands for the family's own rules at that place.
+
+    Raises:
+        FormatError: a rule names a format that does not exist, or is empty.
+    """
+    if text.strip().lower() in ("", "auto"):
+        return None
+    return tuple(_parse_rule(piece) for piece in _pieces(text))
+
+
+def expand_rules(rules: Sequence[Rule] | None, family: ModelFamily) -> tuple[Rule, ...]:
+    """`rules` with the word `auto` replaced by the family's rules; None is the family's rules alone."""
+    if rules is None:
+        return family.rules
+    expanded: list[Rule] = []
+    for rule in rules:
+        expanded.extend(family.rules if rule.pattern == "auto" and rule.action == KEEP else (rule,))
+    return tuple(expanded)
+
+
+def first_match(rules: Iterable[Rule], layer: str) -> Rule | None:
+    """The rule that decides `layer`, or None when none does."""
+    return next((rule for rule in rules if rule.matches(layer)), None)
+
+
+def unmatched_rules(rules: Iterable[Rule], layers: Collection[str], *, user_written: bool) -> tuple[str, ...]:
+    """Patterns that match no layer: all of a user's, and those a family is expected to have."""
+    return tuple(
+        rule.pattern
+        for rule in rules
+        if (user_written or rule.expected) and not any(rule.matches(layer) for layer in layers)
+    )
+
+
+def _pieces(text: str) -> list[str]:
+    lines = (line.split("#", 1)[0] for line in text.replace(";", "\n").replace(",", "\n").splitlines())
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _parse_rule(piece: str) -> Rule:
+    pattern, separator, name = (part.strip() for part in piece.partition("="))
+    if separator:
+        if name not in FORMATS:
+            raise FormatError(f"The keep rule '{piece}' names no weight format: use one of {', '.join(FORMATS)}.")
+        return Rule(pattern, name, reason=f"the rule '{pattern}' asks for {name}")
+    if pattern.startswith("!"):
+        return Rule(_checked(pattern[1:].strip(), piece), QUANTIZE, reason=f"the rule '{pattern}' asks for it")
+    return Rule(_checked(pattern, piece), KEEP, reason=f"kept by the rule '{pattern}'")
+
+
+def _checked(pattern: str, piece: str) -> str:
+    if not pattern:
+        raise FormatError(f"The keep rule '{piece}' has no pattern: write a glob such as 'blocks.0.*'.")
+    return pattern

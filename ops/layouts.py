@@ -1,0 +1,35 @@
+"""Registers the comfy-kitchen layouts that core-format checkpoints name, where ComfyUI has not done so."""
+
+from __future__ import annotations
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout, register_layout_class
+from comfy_kitchen.tensor.base import LAYOUTS
+
+__all__ = ["QuantizedTensor", "register_layouts"]
+
+
+class Float8E4M3Layout(TensorCoreFP8Layout):
+    """E4M3 weights under the layout name that ComfyUI uses for them."""
+
+
+class Float8E5M2Layout(TensorCoreFP8Layout):
+    """E5M2 weights under the layout name that ComfyUI uses for them."""
+
+    @classmethod
+    def quantize(cls, tensor: torch.Tensor, scale=None, dtype: torch.dtype = torch.float8_e5m2, **kwargs):
+        """As the E4M3 layout, stored as float8_e5m2 (finite range 57344)."""
+        return super().quantize(tensor, scale=scale, dtype=dtype, **kwargs)
+
+
+def register_layouts() -> None:
+    """Make every layout name of DESIGN's format table resolvable.
+
+    ComfyUI registers its own subclasses (with stochastic rounding) under the same names; those are left as they are.
+    """
+    for name, layout in (
+        ("TensorCoreFP8E4M3Layout", Float8E4M3Layout),
+        ("TensorCoreFP8E5M2Layout", Float8E5M2Layout),
+    ):
+        if name not in LAYOUTS:
+            register_layout_class(name, layout)

@@ -1,0 +1,147 @@
+"""Decides, from a checkpoint's header alone, what happens to each of its layers and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .checkpoint import Checkpoint
+from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
+from .keep_rules import KEEP, QUANTIZE, ModelFamily, Rule, detect_family, expand_rules, first_match, unmatched_rules
+from .stored import StoredLayers, find_stored_layers
+
+SMALLEST_SIDE = 16
+"""A matrix with fewer rows or columns than this stays as it is: nothing to gain."""
+
+_QUANTIZABLE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+_CHECKPOINT_PREFIX = "model.diffusion_model."
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one matrix.
+
+    Attributes:
+        name: the layer (its weight's name without `.weight`).
+        shape: (out_features, in_features), as far as the file tells.
+        dtype: dtype in the file.
+        action: `quantize`, `keep` (16 bits) or `stored` (quantized in the file already).
+        storage: key into `STORAGES` when quantized here, core's format name when stored, else empty.
+        weight_format: name of the format when quantized here.
+        reason: why.
+        nbytes_before: bytes in the source.
+        nbytes_after: bytes in the result.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    action: str
+    storage: str
+    weight_format: str
+    reason: str
+    nbytes_before: int
+    nbytes_after: int
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """The whole of it: every matrix, what else the file holds, and what the rules missed."""
+
+    family: ModelFamily
+    weight_format: WeightFormat | None
+    rules: tuple[Rule, ...]
+    layers: Mapping[str, LayerPlan]
+    stored: StoredLayers
+    unmatched: tuple[str, ...]
+    other_nbytes: int
+
+    @property
+    def nbytes_before(self) -> int:
+        """Bytes of all tensors in the source."""
+        return self.other_nbytes + sum(layer.nbytes_before for layer in self.layers.values())
+
+    @property
+    def nbytes_after(self) -> int:
+        """Bytes of all tensors in the result, `comfy_quant` texts not counted."""
+        return self.other_nbytes + sum(layer.nbytes_after for layer in self.layers.values())
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether anything is quantized here, so that a new file is needed."""
+        return any(layer.action == QUANTIZE for layer in self.layers.values())
+
+
+def find_stored(checkpoint: Checkpoint) -> StoredLayers:
+    """`find_stored_layers` on a checkpoint's header."""
+    return find_stored_layers(
+        {name: entry.dtype for name, entry in checkpoint.entries.items()},
+        {name: len(entry.shape) for name, entry in checkpoint.entries.items()},
+        checkpoint.read,
+        checkpoint.metadata,
+    )
+
+
+def make_plan(
+    checkpoint: Checkpoint, weight_format: WeightFormat | None, user_rules: Sequence[Rule] | None
+) -> QuantizationPlan:
+    """Plan the quantization of `checkpoint`.
+
+    Args:
+        checkpoint: an opened checkpoint.
+        weight_format: the format asked for; None leaves everything as stored.
+        user_rules: what `parse_rules` made of the user's text; None for the family's rules.
+    """
+    stored = find_stored(checkpoint)
+    matrices = {
+        name.removesuffix(".weight"): entry
+        for name, entry in checkpoint.entries.items()
+        if name.endswith(".weight") and len(entry.shape) == 2
+    }
+    family = detect_family({name.rpartition(".")[0] for name in checkpoint.entries})
+    rules = expand_rules(user_rules, family)
+    in_checkpoint = any(name.startswith(_CHECKPOINT_PREFIX) for name in matrices)
+    layers: dict[str, LayerPlan] = {}
+    for name, entry in matrices.items():
+        if name in stored.layers:
+            core_format = str(stored.layers[name].config["format"])
+            decision = ("stored", core_format, "", f"quantized in the file already ({stored.layers[name].origin})")
+        elif weight_format is None:
+            decision = (KEEP, "", "", "no format was asked for")
+        elif in_checkpoint and not name.startswith(_CHECKPOINT_PREFIX):
+            decision = (KEEP, "", "", "not part of the diffusion model")
+        else:
+            decision = _decide(name, entry.shape, entry.dtype, weight_format, rules)
+        action, storage, format_name, reason = decision
+        after = stored_nbytes(STORAGES[storage], *entry.shape) if action == QUANTIZE else entry.nbytes
+        layers[name] = LayerPlan(
+            name, entry.shape, entry.dtype, action, storage, format_name, reason, entry.nbytes, after
+        )
+    other = sum(entry.nbytes for entry in checkpoint.entries.values()) - sum(
+        entry.nbytes for entry in matrices.values()
+    )
+    every_layer = {name.rpartition(".")[0] for name in checkpoint.entries}
+    unmatched = unmatched_rules(rules if user_rules is None else user_rules, every_layer, user_written=bool(user_rules))
+    return QuantizationPlan(
+        family, weight_format, rules, layers, stored, tuple(rule for rule in unmatched if rule != "auto"), other
+    )
+
+
+def _decide(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat, rules: Sequence[Rule]
+) -> tuple[str, str, str, str]:
+    if dtype not in _QUANTIZABLE:
+        return KEEP, "", "", f"stored as {str(dtype).removeprefix('torch.')}"
+    if min(shape) < SMALLEST_SIDE:
+        return KEEP, "", "", f"smaller than {SMALLEST_SIDE} on a side"
+    rule = first_match(rules, name)
+    if rule is not None and rule.action == KEEP:
+        return KEEP, "", "", rule.reason
+    row = weight_format if rule is None or rule.action == QUANTIZE else FORMATS[rule.action]
+    storage = storage_for(row, shape[1])
+    reason = rule.reason if rule is not None else f"a linear layer of the {row.name} model"
+    if storage != row.storage:
+        reason = f"{shape[1]} columns are no multiple of {STORAGES[row.storage].column_multiple}: stored as {storage}"
+    return QUANTIZE, storage, row.name, reason

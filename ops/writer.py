@@ -1,0 +1,193 @@
+"""Writes a safetensors file tensor by tensor, without holding it in memory, under a temporary name until it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from ..errors import CheckpointError, StorageError
+from .checkpoint import DTYPES, Checkpoint, open_checkpoint
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_CHUNK = 16 * 1024 * 1024
+_HEADER_ENTRY_BYTES = 160
+TEMPORARY_PREFIX = ".lowbit-"
+TEMPORARY_SUFFIX = ".partial"
+
+
+def _strerror(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+class CheckpointWriter:
+    """Writes tensors one after the other to `path`; the file appears there whole, on a clean exit, or not at all.
+
+    Tensors whose size is no multiple of 8 bytes are held back and written last, by falling element size, so that every
+    tensor lies aligned without gaps, which the format forbids.
+
+    Args:
+        path: the file to make; replaced if it exists.
+        expected_names: total length in bytes and count of the names to come, an upper bound, to reserve the header.
+        metadata: text entries of the header.
+
+    Raises:
+        StorageError: the folder cannot be written, or the disk is full.
+    """
+
+    def __init__(self, path: Path, *, name_bytes: int, name_count: int, metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self._metadata = dict(metadata)
+        reserved = len(json.dumps({"__metadata__": self._metadata})) + name_bytes + name_count * _HEADER_ENTRY_BYTES
+        self._reserved = -(-reserved // 8) * 8
+        self._position = 0
+        self._header: dict[str, dict[str, object]] = {}
+        self._checksums: dict[str, int] = {}
+        self._held: list[tuple[str, torch.Tensor]] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(TEMPORARY_SUFFIX, f"{TEMPORARY_PREFIX}{path.stem}-", path.parent)
+        except OSError as error:
+            raise StorageError(
+                f"{path.parent} cannot be written ({_strerror(error)}): choose another folder or free the disk."
+            ) from None
+        self._temporary = Path(name)
+        self._file = os.fdopen(descriptor, "wb", buffering=0)
+        self._file.seek(8 + self._reserved)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append `tensor` (any device; written contiguous) under `name`.
+
+        Raises:
+            CheckpointError: `name` was written before.
+            StorageError: the disk is full.
+        """
+        if name in self._header or any(name == held for held, _ in self._held):
+            raise CheckpointError(f"The tensor '{name}' would be written twice to {self.path.name}.")
+        tensor = tensor.detach().contiguous().cpu()
+        if tensor.nbytes % 8:
+            self._held.append((name, tensor))
+        else:
+            self._append(name, tensor)
+
+    def close(self) -> None:
+        """Write what was held back and the header, check the file by reading it back, and give it its name.
+
+        Raises:
+            StorageError: the disk is full, or what was read back differs from what was written.
+        """
+        try:
+            for name, tensor in sorted(self._held, key=lambda item: -item[1].element_size()):
+                self._append(name, tensor)
+            self._held.clear()
+            self._write_header()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._verify()
+            # mkstemp makes private files; a checkpoint is as readable as any other the user makes.
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(self._temporary, 0o666 & ~mask)
+            os.replace(self._temporary, self.path)
+        except OSError as error:
+            self.discard()
+            raise StorageError(f"{self.path} could not be written ({_strerror(error)}): free the disk.") from None
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _append(self, name: str, tensor: torch.Tensor) -> None:
+        data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        view = memoryview(data)
+        checksum = 0
+        try:
+            for start in range(0, tensor.nbytes, _CHUNK):
+                piece = view[start : start + _CHUNK]
+                checksum = zlib.crc32(piece, checksum)
+                while piece:
+                    piece = piece[self._file.write(piece) :]
+        except OSError as error:
+            raise StorageError(
+                f"{self.path.name} could not be written to {self.path.parent} ({_strerror(error)}): free the disk."
+            ) from None
+        end = self._position + tensor.nbytes
+        self._header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._position, end],
+        }
+        self._checksums[name] = checksum
+        self._position = end
+
+    def _write_header(self) -> None:
+        table = {"__metadata__": self._metadata, **self._header} if self._metadata else self._header
+        encoded = json.dumps(table, separators=(",", ":")).encode()
+        if len(encoded) > self._reserved:
+            raise CheckpointError(f"The header of {self.path.name} outgrew the {self._reserved} bytes reserved for it.")
+        self._file.seek(0)
+        self._file.write(self._reserved.to_bytes(8, "little") + encoded.ljust(self._reserved))
+
+    def _verify(self) -> None:
+        written = open_checkpoint(self._temporary)
+        if written.entries.keys() != self._checksums.keys():
+            raise StorageError(f"{self.path.name} lost tensors while it was written: check the disk.")
+        for name, checksum in self._checksums.items():
+            if _file_checksum(written, name) != checksum:
+                raise StorageError(f"{self.path.name}: '{name}' reads back differently than written: check the disk.")
+
+
+def check_free_space(folder: Path, nbytes: int, what: str) -> None:
+    """Refuse a write that will not fit.
+
+    Raises:
+        StorageError: fewer than `nbytes` plus 64 MiB are free where `folder` is, or will be.
+    """
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be looked at ({_strerror(error)}): choose another folder.") from None
+    if free < nbytes + (64 << 20):
+        raise StorageError(
+            f"{what} needs {nbytes / 2**30:.2f} GiB in {folder}, which has {free / 2**30:.2f} GiB free: "
+            "free the disk or choose another folder."
+        )
+
+
+def _file_checksum(checkpoint: Checkpoint, name: str) -> int:
+    entry = checkpoint.entries[name]
+    checksum = 0
+    with entry.path.open("rb") as file:
+        file.seek(entry.offset)
+        left = entry.nbytes
+        while left:
+            piece = file.read(min(left, _CHUNK))
+            checksum = zlib.crc32(piece, checksum)
+            left -= len(piece)
+    return checksum
