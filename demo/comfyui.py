@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,25 +47,35 @@ def find() -> Path:
 
 
 def install(timeout: float = 300) -> Path:
-    """Installs ComfyUI's sources, version PINNED_VERSION, with comfy-cli (run by uvx); returns the folder.
+    """Installs ComfyUI's sources, version PINNED_VERSION, with comfy-cli (run by uv); returns the folder.
 
     Its Python requirements are left to `./run`, which puts them into its own environment.
-    Raises ComfyUIMissingError when comfy-cli cannot be run or cannot reach the host.
+    Raises ComfyUIMissingError when comfy-cli cannot be run or cannot reach the git host.
     """
     folder = install_folder()
-    command = ["uvx", "--from", "comfy-cli", "comfy", "--skip-prompt", "--no-enable-telemetry", "--workspace"]
-    command += [str(folder), "install", "--skip-requirement", "--skip-manager", "--cpu", "--version", PINNED_VERSION]
-    environment = os.environ | {"GIT_TERMINAL_PROMPT": "0"}
+    uv = [*shlex.split(os.environ.get("UV", "uv")), "tool", "run", "--from", "comfy-cli", "comfy"]
+    options = ["--skip-manager", "--skip-torch-or-directml", "--skip-requirement", "--cpu", "--version", PINNED_VERSION]
+    command = [*uv, "--skip-prompt", "--no-enable-telemetry", "--workspace", str(folder), "install", *options]
+    shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    failed = f"comfy-cli could not install ComfyUI {PINNED_VERSION}"
     try:
         done = subprocess.run(
-            command, env=environment, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            env=os.environ | {"GIT_TERMINAL_PROMPT": "0"},
+            timeout=timeout,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ComfyUIMissingError(f"comfy-cli could not install ComfyUI {PINNED_VERSION}: {error}") from error
-    if not _is_comfyui(folder):
-        lines = [line for line in done.stdout.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise ComfyUIMissingError(f"comfy-cli could not install ComfyUI {PINNED_VERSION}: {lines[-1].strip()}")
+        raise ComfyUIMissingError(f"{failed}: {error}") from error
+    if done.returncode or not _is_comfyui(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        fatal = [line for line in lines if line.startswith(("fatal:", "error:"))]
+        raise ComfyUIMissingError(f"{failed}: {(fatal or lines)[-1]}")
     return folder
 
 
