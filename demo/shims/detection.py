@@ -15,6 +15,9 @@ import comfy.text_encoders.qwen_vl as qwen_vl
 QWEN_HEAD_DIM = 128
 UMT5_MARK = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
 QWEN25_MARK = "model.layers.0.self_attn.k_proj.bias"
+VISION_MARK = "visual.patch_embed.proj.weight"
+VISION_HEADS = 4
+REAL_VISION_WIDTH = 1280
 
 
 def install() -> None:
@@ -52,14 +55,14 @@ def _with_text_encoder_dims(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def wrapped(state_dicts=(), *args, model_options=None, **kwargs):
         options = dict(model_options or {})
-        without_vision = False
+        vision = None
         for state_dict in state_dicts:
             if UMT5_MARK in state_dict:
                 options["umt5xxl_model_config"] = _umt5_config(state_dict)
             elif QWEN25_MARK in state_dict:
                 options["qwen25_7b_model_config"] = _qwen25_config(state_dict)
-                without_vision = not any(key.startswith("visual.") for key in state_dict)
-        with _small_vision_tower(without_vision):
+                vision = _vision_config(state_dict)
+        with _vision_tower(vision):
             return load(state_dicts, *args, model_options=options, **kwargs)
 
     return wrapped
@@ -94,16 +97,24 @@ def _qwen25_config(state_dict) -> dict[str, int]:
     }
 
 
+def _vision_config(state_dict) -> dict[str, int] | None:
+    """Sizes of a vision tower that is smaller than the real one; None leaves ComfyUI's."""
+    if VISION_MARK not in state_dict or state_dict[VISION_MARK].shape[0] == REAL_VISION_WIDTH:
+        return None
+    return {
+        "hidden_size": state_dict[VISION_MARK].shape[0],
+        "intermediate_size": state_dict["visual.blocks.0.mlp.gate_proj.bias"].shape[0],
+        "num_layers": _count(state_dict, r"visual\.blocks\.(\d+)\."),
+        "num_heads": VISION_HEADS,
+    }
+
+
 @contextmanager
-def _small_vision_tower(active: bool) -> Iterator[None]:
-    """While active, a Qwen2.5-VL is built with an empty vision tower: the real one takes 2.6 GB, for nothing."""
+def _vision_tower(config: dict[str, int] | None) -> Iterator[None]:
+    """While active, a Qwen2.5-VL is built with a vision tower of these sizes."""
     original = qwen_vl.Qwen2VLVisionTransformer
-    if active:
-
-        def small(hidden_size, **kwargs):
-            return original(hidden_size=64, intermediate_size=64, num_heads=4, num_layers=0, **kwargs)
-
-        qwen_vl.Qwen2VLVisionTransformer = small
+    if config is not None:
+        qwen_vl.Qwen2VLVisionTransformer = lambda **sizes: original(**(sizes | config))
     try:
         yield
     finally:

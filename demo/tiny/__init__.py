@@ -48,7 +48,7 @@ def umt5_tensors() -> Tensors:
 
 
 def qwen25_tensors() -> Tensors:
-    """The weights of the tiny Qwen2.5-VL language model."""
+    """The weights of the tiny Qwen2.5-VL."""
     return draw(text_encoders.qwen25_shapes(QWEN25))
 
 

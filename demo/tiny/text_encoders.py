@@ -35,13 +35,16 @@ class Umt5Config:
 
 @dataclass(frozen=True)
 class Qwen25Config:
-    """Dimensions of a tiny Qwen2.5-VL language model. Real 7B: width 3584, ffn 18944, 28 heads, 28 layers."""
+    """Dimensions of a tiny Qwen2.5-VL. Real 7B: width 3584, ffn 18944, 28 heads, 28 layers, vision 1280, 32 layers."""
 
     width: int = 64
     ffn: int = 256
     heads: int = 4
     key_value_heads: int = 4
     layers: int = 2
+    vision_width: int = 64
+    vision_ffn: int = 128
+    vision_layers: int = 1
 
 
 def umt5_shapes(config: Umt5Config) -> dict[str, tuple[int, ...]]:
@@ -65,7 +68,7 @@ def umt5_shapes(config: Umt5Config) -> dict[str, tuple[int, ...]]:
 
 
 def qwen25_shapes(config: Qwen25Config) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of every tensor of the Qwen2.5-VL language model (the vision tower is left out)."""
+    """Key -> shape of every tensor of Qwen2.5-VL: the language model and the vision tower."""
     query, key_value = config.heads * QWEN_HEAD_DIM, config.key_value_heads * QWEN_HEAD_DIM
     table: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (QWEN_VOCABULARY, config.width)}
     for index in range(config.layers):
@@ -81,7 +84,28 @@ def qwen25_shapes(config: Qwen25Config) -> dict[str, tuple[int, ...]]:
             **norm(f"{name}.input_layernorm", config.width),
             **norm(f"{name}.post_attention_layernorm", config.width),
         }
-    return table | norm("model.norm", config.width)
+    return table | norm("model.norm", config.width) | _vision_shapes(config)
+
+
+def _vision_shapes(config: Qwen25Config) -> dict[str, tuple[int, ...]]:
+    width, merged = config.vision_width, config.vision_width * 4
+    table: dict[str, tuple[int, ...]] = {"visual.patch_embed.proj.weight": (width, 3, 2, 14, 14)}
+    for index in range(config.vision_layers):
+        name = f"visual.blocks.{index}"
+        table |= {
+            **norm(f"{name}.norm1", width),
+            **norm(f"{name}.norm2", width),
+            **linear(f"{name}.attn.qkv", width * 3, width),
+            **linear(f"{name}.attn.proj", width, width),
+            **linear(f"{name}.mlp.gate_proj", config.vision_ffn, width),
+            **linear(f"{name}.mlp.up_proj", config.vision_ffn, width),
+            **linear(f"{name}.mlp.down_proj", width, config.vision_ffn),
+        }
+    return table | {
+        **norm("visual.merger.ln_q", width),
+        **linear("visual.merger.mlp.0", merged, merged),
+        **linear("visual.merger.mlp.2", config.width, merged),
+    }
 
 
 def sentencepiece_model(vocabulary: int) -> torch.Tensor:

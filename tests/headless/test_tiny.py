@@ -34,6 +34,9 @@ GRAPHS = {
     "qwen_image": graphs.qwen_image(
         graphs.load_diffusion_model("qwen_image.safetensors"), graphs.conditioning_from_text(QWEN25)
     ),
+    "qwen_image_edit": graphs.qwen_image(
+        graphs.load_diffusion_model("qwen_image.safetensors"), graphs.conditioning_from_image(QWEN25)
+    ),
     "infinitetalk": graphs.infinitetalk(
         graphs.load_diffusion_model("wan_i2v_infinitetalk.safetensors"),
         graphs.load_model_patch("infinitetalk.safetensors"),
