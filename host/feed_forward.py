@@ -1,0 +1,66 @@
+"""Hands a feed-forward block's activation to the linear after it, which quantizes its input in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from comfy.ldm.qwen_image.model import FeedForward as QwenFeedForward
+from comfy.ldm.wan.model import WanFeedForward
+
+from .operations import QuantizedLinear
+
+
+class FusedWanFeedForward(WanFeedForward):
+    """Core's block; with a quantized down-projection the GELU rides in its input quantizer, whatever the format."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        if isinstance(self[2], QuantizedLinear):
+            return self[2](self[0](x), activation="gelu_tanh")
+        return super().forward(x)
+
+
+class FusedQwenFeedForward(QwenFeedForward):
+    """As above for Qwen-Image's MLP, whose dropout does nothing in inference."""
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """(..., dim) -> (..., dim)."""
+        if isinstance(self.net[2], QuantizedLinear):
+            return self.net[2](self.net[0].proj(hidden_states), activation="gelu_tanh")
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A core block, the class that replaces its own, and a check that it is built as expected."""
+
+    core: type[torch.nn.Module]
+    fused: type[torch.nn.Module]
+    fits: Callable[[torch.nn.Module], bool]
+
+
+def _is_wan(module: torch.nn.Module) -> bool:
+    return len(module) == 3 and isinstance(module[1], torch.nn.GELU)
+
+
+def _is_qwen(module: torch.nn.Module) -> bool:
+    return len(module.net) == 3 and getattr(module.net[0], "approximate", None) == "tanh"
+
+
+FUSIONS: tuple[Fusion, ...] = (
+    Fusion(WanFeedForward, FusedWanFeedForward, _is_wan),
+    Fusion(QwenFeedForward, FusedQwenFeedForward, _is_qwen),
+)
+
+
+def fuse_feed_forwards(model: torch.nn.Module) -> int:
+    """Replace the class of every block that a row of `FUSIONS` fits; returns how many."""
+    fused = 0
+    for module in model.modules():
+        for fusion in FUSIONS:
+            if type(module) is fusion.core and fusion.fits(module):
+                module.__class__ = fusion.fused
+                fused += 1
+    return fused

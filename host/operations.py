@@ -1,0 +1,98 @@
+"""Gives core's quantized Linear modules our multiply, leaving their loading, casting and patching to core."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ..ops.linear import quantized_linear
+from ..ops.linear_weight import LAYOUT_READERS
+
+_INPUT_ACTIVATIONS = {
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+
+
+class QuantizedLinear:
+    """Mixin over core's `mixed_precision_ops(...).Linear`: only the multiply differs.
+
+    The weight reaches `quantized_linear` still quantized, whether it is resident, streamed by the legacy patcher or
+    faulted in by dynamic VRAM. Calls that core must see whole (training, a LoRA applied as a weight function, an input
+    that is quantized already) go to core unchanged, for as long as they last.
+    """
+
+    def forward(self, input: torch.Tensor, *args, activation: str | None = None, **kwargs) -> torch.Tensor:
+        """act(input) @ weight.T + bias; `activation` is None, "gelu_tanh" or "silu"."""
+        if not self._multiplies_here(input):
+            if activation is not None:
+                input = _INPUT_ACTIVATIONS[activation](input)
+            return super().forward(input, *args, **kwargs)
+        comfy.ops.run_every_op()
+        pre_quant_scale = getattr(self, "pre_quant_scale", None)
+        if pre_quant_scale is not None:
+            if activation is not None:
+                input, activation = _INPUT_ACTIVATIONS[activation](input), None
+            input = input * comfy.model_management.cast_to_device(pre_quant_scale, input.device, input.dtype)
+        # The weight's own dtype is asked for: any other would make core dequantize it here.
+        with comfy.ops.CastBiasWeightContext(
+            self,
+            input=None,
+            dtype=self.weight.dtype,
+            device=input.device,
+            bias_dtype=input.dtype,
+            offloadable=True,
+            compute_dtype=input.dtype,
+            want_requant=True,
+        ) as (weight, bias):
+            if not isinstance(weight, QuantizedTensor):
+                weight = weight.to(input.dtype)
+            return quantized_linear(input, weight, bias, fast=self.fast, activation=activation)
+
+    @property
+    def fast(self) -> bool:
+        """Whether activations may be quantized too: what the file says, not what core can emulate."""
+        return not self._full_precision_mm_config
+
+    def _multiplies_here(self, input: torch.Tensor) -> bool:
+        return (
+            isinstance(self.weight, QuantizedTensor)
+            and not isinstance(input, QuantizedTensor)
+            and not input.requires_grad
+            and input.is_floating_point()
+            and self.weight._layout_cls in LAYOUT_READERS
+            and len(self.weight_function) == 0
+            and len(self.bias_function) == 0
+            and not getattr(self, "comfy_force_cast_weights", False)
+        )
+
+
+def adopt_quantized_linears(model: torch.nn.Module) -> int:
+    """Make every Linear of `model` that holds a quantized weight multiply through this pack.
+
+    Returns:
+        How many modules multiply here now, those of an earlier call included.
+    """
+    adopted = 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            adopted += 1
+        elif isinstance(getattr(module, "weight", None), QuantizedTensor) and _is_core_linear(module):
+            module.__class__ = _subclass_with_our_multiply(type(module))
+            adopted += 1
+    return adopted
+
+
+def _is_core_linear(module: torch.nn.Module) -> bool:
+    return hasattr(module, "_full_precision_mm_config") and hasattr(module, "in_features")
+
+
+def _subclass_with_our_multiply(core_class: type) -> type:
+    """One subclass for each class core makes (it makes one for each model), kept on that class, so both go together."""
+    subclass = core_class.__dict__.get("_lowbit_subclass")
+    if subclass is None:
+        subclass = type("Linear", (QuantizedLinear, core_class), {"__module__": __name__})
+        core_class._lowbit_subclass = subclass
+    return subclass

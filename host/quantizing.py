@@ -1,0 +1,81 @@
+"""Quantizes a model that some other node loaded, keeping the LoRAs and patches that are on it."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import comfy.model_patcher
+import torch
+
+from ..errors import CheckpointError
+from ..ops.checkpoint import open_checkpoint
+from ..ops.writer import CheckpointWriter, check_free_space
+from .folders import temporary_folder
+from .loading import load_diffusion_model
+from .preparing import Planned, Request, plan_file, prepared_file
+
+logger = logging.getLogger("lowbit.host")
+
+
+def quantize_model(
+    patcher: comfy.model_patcher.ModelPatcher, request: Request
+) -> tuple[comfy.model_patcher.ModelPatcher, Planned]:
+    """A patcher like `patcher`, patches and all, over a quantized model.
+
+    The model is quantized from the file it came from; where core did not note one, its unpatched weights are written
+    to a temporary file first.
+
+    Raises:
+        CheckpointError, FormatError, StorageError: as for the loader.
+    """
+    source = source_file(patcher)
+    written = source is None
+    if written:
+        source = _write_unpatched(patcher)
+    try:
+        planned = plan_file(source, request, patcher.load_device)
+        path = prepared_file(planned)
+        quantized = load_diffusion_model(str(path), disable_dynamic=not patcher.is_dynamic())
+    finally:
+        if written:
+            source.unlink(missing_ok=True)
+    result = patcher.clone(model_override=quantized.get_clone_model_override())
+    result.cached_patcher_init = quantized.cached_patcher_init
+    result.size = quantized.model_size()
+    return result, planned
+
+
+def source_file(patcher: comfy.model_patcher.ModelPatcher) -> Path | None:
+    """The safetensors file that core loaded the model from, where it noted it and it is still readable."""
+    arguments = (patcher.cached_patcher_init or (None, ()))[1]
+    if not arguments or not isinstance(arguments[0], str):
+        return None
+    path = Path(arguments[0])
+    try:
+        open_checkpoint(path)
+    except CheckpointError as error:
+        logger.info("The model's own weights are quantized instead of its file: %s", error)
+        return None
+    return path
+
+
+def _write_unpatched(patcher: comfy.model_patcher.ModelPatcher) -> Path:
+    """The model's weights as they are under any patches, in a file of this process's own."""
+    with torch.inference_mode():
+        state = patcher.model.diffusion_model.state_dict()
+        for key, backup in patcher.backup.items():
+            name = key.removeprefix("diffusion_model.")
+            if name in state:
+                state[name] = backup.weight
+        state = patcher.model.model_config.process_unet_state_dict_for_saving(state)
+        state = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in state.items()}
+        label = hashlib.sha256(repr([(name, tuple(tensor.shape)) for name, tensor in state.items()]).encode())
+        target = temporary_folder() / f"model-{label.hexdigest()[:12]}.safetensors"
+        check_free_space(target.parent, sum(tensor.nbytes for tensor in state.values()), "The model to quantize")
+        name_bytes = sum(2 * len(name.encode()) for name in state)
+        with CheckpointWriter(target, name_bytes=name_bytes, name_count=len(state), metadata={}) as writer:
+            for name, tensor in state.items():
+                writer.add(name, tensor)
+    return target

@@ -1,0 +1,26 @@
+"""What the nodes share: their category, a line of text on the node, and a file's fingerprint."""
+
+from __future__ import annotations
+
+from ..errors import CheckpointError
+from ..host.folders import model_path
+
+CATEGORY = "lowbit"
+
+
+def show_text(node_id: str | None, text: str) -> None:
+    """Write a line on the node in the browser; without a server there is nobody to read it."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
+def file_fingerprint(folder: str, name: str) -> str:
+    """Changes when the file does, so that ComfyUI runs the loader again."""
+    try:
+        status = model_path(folder, name).stat()
+    except (CheckpointError, OSError):
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"

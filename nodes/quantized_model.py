@@ -1,0 +1,71 @@
+"""The nodes on a loaded model: quantize it, and save it."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..host.preparing import Request
+from ..host.quantizing import quantize_model
+from ..host.saving import save_diffusion_model
+from .common import CATEGORY, show_text
+from .loaders import format_inputs, report_output
+
+
+class QuantizeModel(io.ComfyNode):
+    """Quantize a model that any loader made."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        shared = [entry for entry in format_inputs() if entry.id != "dry_run"]
+        return io.Schema(
+            node_id="LowbitQuantizeModel",
+            display_name="Quantize Model (Lowbit)",
+            category=CATEGORY,
+            description="Stores a loaded model's weights in 8 or 4 bits. LoRAs and patches that are on it stay on it.",
+            search_aliases=["fp8", "fp4", "int8", "nvfp4"],
+            inputs=[io.Model.Input("model", tooltip="A diffusion model from any loader."), *shared],
+            outputs=[io.Model.Output(tooltip="The model with quantized weights."), report_output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, format: str, keep_rules: str, keep_quantized_file: bool) -> io.NodeOutput:
+        quantized, planned = quantize_model(model, Request(format, keep_rules, keep_quantized_file))
+        show_text(cls.hidden.unique_id, planned.summary)
+        return io.NodeOutput(quantized, planned.report)
+
+
+class SaveQuantizedModel(io.ComfyNode):
+    """Save a diffusion model with its weights as they are now."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LowbitSaveQuantizedModel",
+            display_name="Save Quantized Model (Lowbit)",
+            category=CATEGORY,
+            description=(
+                "Saves a diffusion model, LoRAs merged in, in ComfyUI's own quantized format: stock ComfyUI loads it "
+                "without this pack."
+            ),
+            search_aliases=["model save", "export"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to save, quantized or not."),
+                io.String.Input(
+                    "filename_prefix",
+                    default="diffusion_models/lowbit",
+                    tooltip="Subfolder and beginning of the file's name in ComfyUI's output folder.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            is_output_node=True,
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, filename_prefix: str) -> io.NodeOutput:
+        path = save_diffusion_model(model, filename_prefix)
+        return io.NodeOutput(str(path), ui=ui.PreviewText(f"{path.name}, {path.stat().st_size / 2**20:,.1f} MiB"))
+
+
+NODES = [QuantizeModel, SaveQuantizedModel]

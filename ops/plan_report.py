@@ -1,0 +1,87 @@
+"""The dry run in words: per layer what happens and why, bytes before and after, and how this device will run it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from .checkpoint import Checkpoint
+from .device_info import DeviceInfo
+from .formats import STORAGES
+try:
+    from .linear_table import describe_linear
+except ImportError:
+    def describe_linear(layout, *, fast, cc):
+        return 'unknown'
+from .plan import LayerPlan, QuantizationPlan
+
+_ACTIONS = {"quantize": "quantized", "keep": "kept", "stored": "as stored"}
+_MIB = 2**20
+
+
+def plan_summary(plan: QuantizationPlan) -> str:
+    """One line: family, counts and bytes."""
+    counts = Counter(layer.action for layer in plan.layers.values())
+    parts = ", ".join(f"{counts[action]} {word}" for action, word in _ACTIONS.items() if counts[action])
+    return (
+        f"{plan.family.name}: {parts or 'no matrices'}; "
+        f"{plan.nbytes_before / _MIB:,.1f} MiB before, {plan.nbytes_after / _MIB:,.1f} MiB after"
+    )
+
+
+def plan_report(checkpoint: Checkpoint, plan: QuantizationPlan, device: DeviceInfo, choice: str) -> str:
+    """The whole report as text.
+
+    Args:
+        checkpoint: the source.
+        plan: what was decided.
+        device: where it will run.
+        choice: the format and why it was taken.
+    """
+    lines = [checkpoint.path.name, plan_summary(plan), f"Format {choice}", f"On {device.label}:"]
+    lines += [f"  {line}" for line in _verdicts(plan, device)]
+    for pattern in plan.unmatched:
+        lines.append(f"The rule '{pattern}' matches no layer of this file.")
+    lines += _groups(plan.layers.values())
+    return "\n".join(lines)
+
+
+def _verdicts(plan: QuantizationPlan, device: DeviceInfo) -> list[str]:
+    """For each storage in the plan, how this device multiplies with it."""
+    lines = []
+    for storage_name, fast in sorted(_storages(plan)):
+        storage = STORAGES[storage_name]
+        verdict = describe_linear(storage.layout, fast=fast, cc=device.capability)
+        lines.append(f"{storage_name}: {verdict}")
+    return lines or ["16-bit products only"]
+
+
+def _storages(plan: QuantizationPlan) -> set[tuple[str, bool]]:
+    by_core_format = {storage.core_format: name for name, storage in reversed(STORAGES.items())}
+    asked_fast = plan.weight_format.fast if plan.weight_format is not None else None
+    found = set()
+    for layer in plan.layers.values():
+        if layer.action == "quantize":
+            found.add((layer.storage, bool(asked_fast)))
+        elif layer.action == "stored" and layer.storage in by_core_format:
+            config = plan.stored.layers[layer.name].config
+            fast = asked_fast if asked_fast is not None else not config.get("full_precision_matrix_mult", False)
+            found.add((by_core_format[layer.storage], fast))
+    return found
+
+
+def _groups(layers: Iterable[LayerPlan]) -> list[str]:
+    """A line a layer; the same layer of many blocks is one line."""
+    groups: dict[tuple[str, ...], list[LayerPlan]] = {}
+    for layer in layers:
+        pattern = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+        key = (pattern, "x".join(map(str, layer.shape)), layer.action, layer.storage, layer.reason)
+        groups.setdefault(key, []).append(layer)
+    lines = []
+    for (pattern, shape, action, storage, reason), members in groups.items():
+        name = members[0].name if len(members) == 1 else f"{pattern} ({len(members)} layers)"
+        before = sum(layer.nbytes_before for layer in members) / _MIB
+        after = sum(layer.nbytes_after for layer in members) / _MIB
+        what = f"{_ACTIONS[action]} {storage}".strip()
+        lines.append(f"{name}  {shape}  {what}: {reason}  [{before:.2f} -> {after:.2f} MiB]")
+    return lines
