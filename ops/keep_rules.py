@@ -26,12 +26,14 @@ class Rule:
         action: `keep` (16 bits), `quantize` (an exception to a later rule), or the name of another format.
         reason: shown in the dry run.
         expected: the family always has such layers, so that matching nothing is worth a report.
+        structural: core has no quantized module for such layers: kept whatever a user's rules say.
     """
 
     pattern: str
     action: str = KEEP
     reason: str = "named by a keep rule"
     expected: bool = False
+    structural: bool = False
 
     def matches(self, layer: str) -> bool:
         """Whether any run of whole segments of `layer` fits the pattern."""
@@ -87,7 +89,7 @@ _ADDED = (
 _VACE = (Rule("vace_patch_embedding", reason=_INPUT_OUTPUT, expected=True),)
 _ANIMATE = (
     Rule("pose_patch_embedding", reason=_INPUT_OUTPUT, expected=True),
-    Rule("motion_encoder", reason=_FACE),
+    Rule("motion_encoder", reason=_FACE, structural=True),
     Rule("face_encoder", reason=_FACE),
     Rule("face_adapter", reason=_FACE, expected=True),
 )
@@ -95,7 +97,7 @@ _HUMO = (Rule("audio_proj", reason=_AUDIO, expected=True), Rule("multitalk_audio
 _SPEECH = (
     Rule("casual_audio_encoder", reason=_AUDIO, expected=True),
     Rule("audio_injector.injector_adain_layers", reason=_AUDIO),
-    Rule("trainable_cond_mask", reason=_EMBEDDINGS),
+    Rule("trainable_cond_mask", reason=_EMBEDDINGS, structural=True),
     Rule("cond_encoder", reason=_INPUT_OUTPUT),
     Rule("frame_packer", reason=_INPUT_OUTPUT),
 )
@@ -112,9 +114,9 @@ _QWEN_IMAGE = (
 _TEXT_ENCODER = (
     *_NORMS,
     Rule("*layernorm", reason="normalization"),
-    Rule("shared", reason=_EMBEDDINGS),
-    Rule("embed_tokens", reason=_EMBEDDINGS),
-    Rule("relative_attention_bias", reason=_EMBEDDINGS),
+    Rule("shared", reason=_EMBEDDINGS, structural=True),
+    Rule("embed_tokens", reason=_EMBEDDINGS, structural=True),
+    Rule("relative_attention_bias", reason=_EMBEDDINGS, structural=True),
     Rule("lm_head", reason=_INPUT_OUTPUT),
 )
 
@@ -184,7 +186,7 @@ GENERIC = ModelFamily(
         Rule("head", reason=_INPUT_OUTPUT),
         Rule("proj_out", reason=_INPUT_OUTPUT),
         Rule("lm_head", reason=_INPUT_OUTPUT),
-        Rule("shared", reason=_EMBEDDINGS),
+        Rule("shared", reason=_EMBEDDINGS, structural=True),
     ),
 )
 
@@ -213,10 +215,13 @@ def parse_rules(text: str) -> tuple[Rule, ...] | None:
 
 
 def expand_rules(rules: Sequence[Rule] | None, family: ModelFamily) -> tuple[Rule, ...]:
-    """`rules` with the word `auto` replaced by the family's rules; None is the family's rules alone."""
+    """`rules` with the word `auto` replaced by the family's rules; None is the family's rules alone.
+
+    The family's structural rules come first in any case.
+    """
     if rules is None:
         return family.rules
-    expanded: list[Rule] = []
+    expanded = [rule for rule in family.rules if rule.structural]
     for rule in rules:
         expanded.extend(family.rules if rule.pattern == "auto" and rule.action == KEEP else (rule,))
     return tuple(expanded)
