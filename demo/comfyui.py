@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,13 @@ def candidates() -> list[Path]:
     if CHECKOUT.parent.name == "custom_nodes":
         found.append(CHECKOUT.parent.parent)
     return [*found, Path.home() / "ComfyUI", Path.home() / "comfy" / "ComfyUI", install_folder()]
+
+
+def version(folder: Path) -> str:
+    """The version that a ComfyUI folder says it is."""
+    text = (folder / "comfyui_version.py").read_text() if (folder / "comfyui_version.py").exists() else ""
+    found = re.search(r'__version__ = "([^"]+)"', text)
+    return found.group(1) if found else "of unknown version"
 
 
 def install_folder() -> Path:

@@ -82,7 +82,7 @@ def prepare_base(base: Path, pack: Path | None = comfyui.CHECKOUT, copy: bool = 
         target = custom_nodes / name
         if source is None or target.exists():
             continue
-        if copy:
+        if copy and source == pack:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "__pycache__", "demo-output"))
         else:
             target.symlink_to(source, target_is_directory=True)
@@ -125,11 +125,14 @@ class Server:
         command += ["--disable-api-nodes", "--cache-lru", "8", *(["--cpu"] if cpu else [])]
         command += [] if dynamic_vram else ["--disable-dynamic-vram"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", SHIMS_NAME] if only_shims else []
+        variables = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        if cpu:
+            variables["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread waits more than it works
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, *arguments],
                 cwd=comfyui_path,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"} | dict(environment or {}),
+                env=os.environ | variables | dict(environment or {}),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

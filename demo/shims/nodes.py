@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import comfy.clip_vision
 import folder_paths
 import torch
 from safetensors.torch import save_file
+
+# ComfyUI imports this folder through a link, as a package of its own; the file beside it is loaded by its path.
+_spec = importlib.util.spec_from_file_location(
+    "lowbit_demo_measure", Path(__file__).resolve().parents[1] / "measure.py"
+)
+measure = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(measure)
 
 CATEGORY = "lowbit/test"
 
@@ -122,22 +130,8 @@ def _module(value) -> torch.nn.Module:
     return patcher.model
 
 
-def _storages(tensor: torch.Tensor):
-    """The plain tensors that hold a tensor's bytes: quantized tensors unfold into data and scales."""
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
-    else:
-        yield tensor
-
-
 def _facts(module: torch.nn.Module) -> dict:
-    seen: dict[int, int] = {}
     layers = {}
-    for parameter in [*module.parameters(), *module.buffers()]:
-        for part in _storages(parameter):
-            storage = part.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
     for name, child in module.named_modules():
         weight = getattr(child, "weight", None)
         if isinstance(child, torch.nn.Linear) or type(child).__name__ == "Linear":
@@ -147,7 +141,7 @@ def _facts(module: torch.nn.Module) -> dict:
                 "dtype": str(weight.dtype) if weight is not None else None,
                 "format": getattr(child, "quant_format", None),
             }
-    return {"bytes": sum(seen.values()), "layers": layers}
+    return {"bytes": measure.held_bytes(module), "layers": layers}
 
 
 class TinyFacts:

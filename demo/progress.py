@@ -1,0 +1,40 @@
+"""One progress line in the terminal, fed by ComfyUI's websocket events."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_WIDTH = 24
+
+
+class ProgressLine:
+    """Rewrites one line on a terminal; prints only the finished line elsewhere."""
+
+    def __init__(self, label: str, node_names: dict[str, str] | None = None):
+        """label: what runs. node_names: node id -> what to call it."""
+        self._label = label
+        self._names = node_names or {}
+        self._live = sys.stdout.isatty()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Takes one websocket event."""
+        data = event.get("data") or {}
+        if event["type"] == "executing" and data.get("node"):
+            self._show(self._names.get(data["node"], data["node"]), 0.0)
+        elif event["type"] == "progress" and data.get("max"):
+            name = self._names.get(data.get("node") or "", data.get("node") or "")
+            self._show(name, data["value"] / data["max"])
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """The same for work that is done here."""
+        self._show(name, done / max(total, 1))
+
+    def _show(self, name: str, part: float) -> None:
+        if self._live:
+            bar = "#" * round(part * _WIDTH)
+            print(f"\r\033[K{self._label:32} [{bar:{_WIDTH}}] {name}", end="", flush=True)
+
+    def finish(self, text: str) -> None:
+        """Ends the line with a result."""
+        print(f"{chr(13) + chr(27) + '[K' if self._live else ''}{self._label:32} {text}", flush=True)

@@ -1,0 +1,104 @@
+"""The demo's table: one row per model and format, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one format.
+
+    Attributes:
+        model: Wan or Qwen-Image.
+        format: a format's name; `none` is the reference, as the file has it.
+        disk_bytes: the file that was loaded.
+        resident_bytes: what the loaded model's tensors hold.
+        error: relative Frobenius error of the latent against the reference with the same seed; None for itself.
+        first_seconds: quantizing, loading and sampling.
+        again_seconds: sampling once more, another seed, everything loaded.
+        problem: why there are no numbers, else empty.
+    """
+
+    model: str
+    format: str
+    disk_bytes: int | None = None
+    resident_bytes: int | None = None
+    error: float | None = None
+    first_seconds: float | None = None
+    again_seconds: float | None = None
+    problem: str = ""
+
+
+_HEAD = ("model", "format", "on disk, MiB", "resident, MiB", "latent error", "first run, s", "again, s")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def shown(value: float | None, text: str) -> str:
+        return "" if value is None else format(value, text)
+
+    def mebibytes(count: int | None) -> str:
+        return shown(None if count is None else count / 2**20, ".2f")
+
+    return (
+        row.model,
+        row.format,
+        mebibytes(row.disk_bytes),
+        mebibytes(row.resident_bytes),
+        row.problem or ("reference" if row.error is None else shown(row.error, ".2e")),
+        shown(row.first_seconds, ".2f"),
+        shown(row.again_seconds, ".2f"),
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table with aligned columns."""
+    table = [_HEAD, *map(_cells, rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(_HEAD))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(host: str) -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": host,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "comfy-kitchen", "lowbit", "diffusers")},
+    }
+
+
+def write(folder: Path, rows: Sequence[Row], host: str) -> None:
+    """Writes table.md and table.json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = environment(host)
+    heading = (
+        "Tiny models with random weights: the errors compare the formats, not pictures. On a CPU, what stays in 16 bits "
+        f"is held in 32.\n\n{facts['host']}, {facts['device']}, torch {facts['torch']}, {facts['date']}.\n\n"
+    )
+    (folder / "table.md").write_text(heading + markdown(rows))
+    (folder / "table.json").write_text(
+        json.dumps({"environment": facts, "rows": [asdict(row) for row in rows]}, indent=1)
+    )
