@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .hadamard import rotate_reference
+from .runtime import tl, triton
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 SMALLEST_SCALE = 2.0**-100
@@ -42,3 +43,82 @@ def quantize_rows_reference(
     if dtype == torch.int8:
         scaled = torch.nan_to_num(scaled, nan=0.0).round()
     return scaled.clamp(-limit, limit).to(dtype), scale
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """x (float32) after the activation; gelu by its tanh form."""
+    if ACTIVATION == "gelu_tanh":
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        # tanh(u) = 1 - 2 / (exp(2u) + 1): exact at both infinities.
+        x = 0.5 * x * (2.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0))
+    elif ACTIVATION == "silu":
+        x = x / (1.0 + tl.exp(-x))
+    return x
+
+
+@triton.jit
+def _magnitude_bits(x):
+    """|x| as int32 bits: their order is that of the magnitudes, with Inf and then NaN above every number."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _row_scale(bits, limit, smallest):
+    """(scale, 1 / scale) of rows whose largest magnitude has these bits; NaN and Inf stay."""
+    scale = bits.to(tl.float32, bitcast=True) * (1.0 / limit)
+    scale = tl.where(scale < smallest, smallest, scale)
+    return scale, 1.0 / scale
+
+
+@triton.jit
+def _to_grid(x, INTEGER: tl.constexpr):
+    """Scaled float32 values to int8 (nearest, ties to even) or e4m3 (saturating)."""
+    # 1.5 * 2^23 leaves the rounded value in the low byte of the sum.
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8) if INTEGER else x.to(tl.float8e4nv)
+
+
+@triton.jit
+def _quantize_rows_kernel(
+    x_ptr,
+    q_ptr,
+    scale_ptr,
+    weight_scale_ptr,
+    stride_m,
+    stride_k,
+    M,
+    limit,
+    smallest,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    FOLD_WEIGHT_SCALE: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_rows = (row < M)[:, None]
+    column = tl.arange(0, BLOCK_K)
+    source = x_ptr + row[:, None] * stride_m + column.to(tl.int64)[None, :] * stride_k
+    target = q_ptr + row[:, None] * K + column[None, :]
+    if ONE_PASS:
+        x = _activate(tl.load(source, mask=in_rows & (column < K)[None, :], other=0.0).to(tl.float32), ACTIVATION)
+        largest = tl.max(_magnitude_bits(x), axis=1)
+        scale, inverse = _row_scale(largest, limit, smallest)
+        tl.store(target, _to_grid(x * inverse[:, None], INTEGER), mask=in_rows & (column < K)[None, :])
+    else:
+        bits = tl.zeros([ROWS, BLOCK_K], dtype=tl.int32)
+        for start in range(0, K, BLOCK_K):
+            here = in_rows & (column < K - start)[None, :]
+            x = tl.load(source + stride_k * start, mask=here, other=0.0).to(tl.float32)
+            bits = tl.maximum(bits, _magnitude_bits(_activate(x, ACTIVATION)))
+        largest = tl.max(bits, axis=1)
+        scale, inverse = _row_scale(largest, limit, smallest)
+        for start in range(0, K, BLOCK_K):
+            here = in_rows & (column < K - start)[None, :]
+            x = tl.load(source + stride_k * start, mask=here, other=0.0).to(tl.float32)
+            tl.store(target + start, _to_grid(_activate(x, ACTIVATION) * inverse[:, None], INTEGER), mask=here)
+    if FOLD_WEIGHT_SCALE:
+        scale = scale * tl.load(weight_scale_ptr)
+    tl.store(scale_ptr + row, scale, mask=row < M)

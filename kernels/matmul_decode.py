@@ -1,0 +1,229 @@
+"""Weight-only matmul for few rows of x: the stored weight is decoded inside the kernel, read once, and never written."""
+
+from __future__ import annotations
+
+from .decode_tiles import (
+    code_to_float32,
+    e2m1_pairs,
+    e4m3_to_float32,
+    e8m0_to_float32,
+    int4_pairs,
+    swizzled_offset,
+)
+from .runtime import tl, triton
+
+
+@triton.jit
+def _store_rows(
+    out_ptr, acc, m, n, M, N, stride_out, scale_ptr, bias_ptr, factor, SCALE: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    """acc (n, m) x scale (+ bias) to out (m, n). SCALE: 0 none, 1 one for all, 2 one per row of W."""
+    acc = acc * factor
+    if SCALE == 2:
+        acc = acc * tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+    elif SCALE == 1:
+        acc = acc * tl.load(scale_ptr)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    target = out_ptr + m.to(tl.int64)[None, :] * stride_out + n[:, None]
+    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def _decode_matvec_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    block_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_out,
+    tiles_per_row,
+    K: tl.constexpr,
+    TWO_ROWS: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HARDWARE_E4M3: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One or two rows of x, by fused multiply-adds in float32. BLOCK_K counts stored bytes (two columns, if packed)."""
+    PACKED: tl.constexpr = KIND == "e2m1" or KIND == "int4"
+    GROUP: tl.constexpr = 8 if KIND == "e2m1" else (32 if KIND == "mxfp8" else 1)
+    BYTES: tl.constexpr = (K + 1) // 2 if PACKED else K
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_n = n < N
+    safe_n = tl.where(inside_n, n, 0)
+    lane = tl.arange(0, BLOCK_K)
+    w_row = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + lane[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_K // GROUP], dtype=tl.float32)
+    acc_two = tl.zeros([BLOCK_N, BLOCK_K // GROUP], dtype=tl.float32)
+    LENGTH: tl.constexpr = ((BYTES + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)) * BLOCK_K
+    for step in range(0, LENGTH, BLOCK_K):
+        start = step + tl.program_id(1) * LENGTH
+        if BYTES % (BLOCK_K * SPLITS) == 0:
+            code = tl.load(w_row + start, eviction_policy="evict_first")
+        else:
+            code = tl.load(w_row + start, mask=(lane < BYTES - start)[None, :], other=0.0)
+        if PACKED:
+            if KIND == "e2m1":
+                even, odd = e2m1_pairs(code, tl.float32, False)
+            else:
+                even, odd = int4_pairs(code, tl.float32)
+            column = start * 2 + tl.arange(0, BLOCK_K * 2)
+            x = tl.load(x_ptr + column * stride_xk, mask=column < K, other=0.0).to(tl.float32)
+            x_even, x_odd = tl.split(tl.reshape(x, [BLOCK_K, 2]))
+            part = even * x_even[None, :] + odd * x_odd[None, :]
+            if TWO_ROWS:
+                x = tl.load(x_ptr + stride_xm + column * stride_xk, mask=column < K, other=0.0).to(tl.float32)
+                x_even, x_odd = tl.split(tl.reshape(x, [BLOCK_K, 2]))
+                part_two = even * x_even[None, :] + odd * x_odd[None, :]
+        else:
+            w = code_to_float32(code, KIND, HARDWARE_E4M3)
+            column = start + lane
+            x = tl.load(x_ptr + column * stride_xk, mask=column < K, other=0.0).to(tl.float32)
+            part = w * x[None, :]
+            if TWO_ROWS:
+                x = tl.load(x_ptr + stride_xm + column * stride_xk, mask=column < K, other=0.0).to(tl.float32)
+                part_two = w * x[None, :]
+        if GROUP > 1:
+            block = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
+            offset = swizzled_offset(safe_n[:, None], block[None, :], tiles_per_row)
+            stored = tl.load(block_scale_ptr + offset, mask=(block < (BYTES + GROUP - 1) // GROUP)[None, :], other=0)
+            block_scale = e8m0_to_float32(stored) if KIND == "mxfp8" else e4m3_to_float32(stored)
+            acc += block_scale * tl.sum(tl.reshape(part, [BLOCK_N, BLOCK_K // GROUP, GROUP]), axis=2)
+            if TWO_ROWS:
+                acc_two += block_scale * tl.sum(tl.reshape(part_two, [BLOCK_N, BLOCK_K // GROUP, GROUP]), axis=2)
+        else:
+            acc += part
+            if TWO_ROWS:
+                acc_two += part_two
+    m = tl.arange(0, 1)
+    out = out_ptr + tl.program_id(1).to(tl.int64) * M * stride_out
+    total = tl.sum(acc, axis=1)[:, None]
+    _store_rows(out, total, m, n, M, N, stride_out, scale_ptr, bias_ptr, 1.0, SCALE, HAS_BIAS)
+    if TWO_ROWS:
+        total = tl.sum(acc_two, axis=1)[:, None]
+        _store_rows(out, total, m + 1, n, M, N, stride_out, scale_ptr, bias_ptr, 1.0, SCALE, HAS_BIAS)
+
+
+@triton.jit
+def _decode_matmul_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    block_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_out,
+    tiles_per_row,
+    K: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HARDWARE_E4M3: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """BLOCK_M rows of x by 16-bit dots, W as the left operand. BLOCK_K counts stored bytes (two columns, if packed)."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    PACKED: tl.constexpr = KIND == "e2m1" or KIND == "int4"
+    GROUP: tl.constexpr = 8 if KIND == "e2m1" else (32 if KIND == "mxfp8" else 1)
+    BYTES: tl.constexpr = (K + 1) // 2 if PACKED else K
+    LENGTH: tl.constexpr = ((BYTES + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)) * BLOCK_K
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    safe_n = tl.where(n < N, n, 0)
+    safe_m = tl.where(m < M, m, 0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_K)
+    w_row = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + lane[None, :]
+    x_row = x_ptr + safe_m[None, :] * stride_xm
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for step in range(0, LENGTH, BLOCK_K):
+        start = step + tl.program_id(1) * LENGTH
+        if BYTES % (BLOCK_K * SPLITS) == 0:
+            code = tl.load(w_row + start)
+        else:
+            code = tl.load(w_row + start, mask=(lane < BYTES - start)[None, :], other=0.0)
+        if GROUP > 1:
+            block = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
+            offset = swizzled_offset(safe_n[:, None], block[None, :], tiles_per_row)
+            stored = tl.load(block_scale_ptr + offset, mask=(block < (BYTES + GROUP - 1) // GROUP)[None, :], other=0)
+            if KIND == "mxfp8":
+                block_scale = e8m0_to_float32(stored)
+            elif ASSEMBLY and tl.bfloat16 == DTYPE:
+                block_scale = e4m3_to_float32(stored) * 3.3230699894622897e35  # 2 ** 118
+            elif ASSEMBLY and tl.float16 == DTYPE:
+                block_scale = e4m3_to_float32(stored) * 128.0
+            else:
+                block_scale = e4m3_to_float32(stored)
+            block_scale = tl.broadcast_to(block_scale[:, :, None], [BLOCK_N, BLOCK_K // GROUP, GROUP])
+            block_scale = tl.reshape(block_scale, [BLOCK_N, BLOCK_K])
+        if PACKED:
+            column = (start + lane) * 2
+            x_even = tl.load(x_row + column[:, None] * stride_xk, mask=(column < K)[:, None], other=0.0)
+            x_odd = tl.load(x_row + (column + 1)[:, None] * stride_xk, mask=(column + 1 < K)[:, None], other=0.0)
+            if KIND == "e2m1":
+                even, odd = e2m1_pairs(code, DTYPE, ASSEMBLY)
+                even = even * block_scale.to(DTYPE)
+                odd = odd * block_scale.to(DTYPE)
+            else:
+                even, odd = int4_pairs(code, DTYPE)
+            acc = tl.dot(even, x_even, acc)
+            acc = tl.dot(odd, x_odd, acc)
+        else:
+            column = start + lane
+            x = tl.load(x_row + column[:, None] * stride_xk, mask=(column < K)[:, None], other=0.0)
+            if GROUP > 1:
+                w = (code_to_float32(code, KIND, HARDWARE_E4M3) * block_scale).to(DTYPE)
+            elif KIND == "int8":
+                w = code.to(DTYPE)
+            else:
+                w = code_to_float32(code, KIND, HARDWARE_E4M3).to(DTYPE)
+            acc = tl.dot(w, x, acc)
+    factor = 1.0
+    if KIND == "e2m1" and ASSEMBLY and tl.bfloat16 == DTYPE:
+        factor = 256.0
+    elif KIND == "e2m1" and ASSEMBLY and tl.float16 == DTYPE:
+        factor = 128.0
+    out = out_ptr + tl.program_id(1).to(tl.int64) * M * stride_out
+    _store_rows(out, acc, m, n, M, N, stride_out, scale_ptr, bias_ptr, factor, SCALE, HAS_BIAS)
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    stride_out,
+    SPLITS: tl.constexpr,
+    SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Adds the (SPLITS, M, N) float32 partial products of one row, in a fixed order."""
+    m = tl.program_id(1) + tl.arange(0, 1)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        source = partial_ptr + (split * M + tl.program_id(1)).to(tl.int64) * N + n
+        total += tl.load(source, mask=n < N, other=0.0)
+    _store_rows(out_ptr, total[:, None], m, n, M, N, stride_out, scale_ptr, bias_ptr, 1.0, SCALE, HAS_BIAS)

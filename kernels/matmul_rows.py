@@ -1,0 +1,173 @@
+"""8-bit x 8-bit matmul with a scale per row of x, a scale per row of W and the bias in its epilogue."""
+
+from __future__ import annotations
+
+import torch
+
+from .runtime import tl, triton
+
+
+def matmul_rows_reference(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """(a @ b.T) x row_scale[:, None] x column_scale[None, :] + bias, exact sums for int8.
+
+    Args:
+        a: (M, K) int8 or float8.
+        b: (N, K), same dtype.
+        row_scale: (M,) float32.
+        column_scale: (N,) or (1,) float32.
+        bias: (N,) or None.
+        dtype: of the (M, N) result.
+    """
+    product = a.double() @ b.double().t()
+    product = product * row_scale.double().unsqueeze(1) * column_scale.double().reshape(1, -1)
+    if bias is not None:
+        product = product + bias.double()
+    return product.to(dtype)
+
+
+@triton.jit
+def _tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row tile, column tile) of `tile`, in columns of GROUP_M row tiles, so that neighbours share operands in L2."""
+    per_group = GROUP_M * tiles_n
+    first = (tile // per_group) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    return first + (tile % per_group) % height, (tile % per_group) // height
+
+
+@triton.jit
+def _scaled(acc, row_scale, column_scale, bias):
+    return acc.to(tl.float32) * row_scale[:, None] * column_scale[None, :] + bias[None, :]
+
+
+@triton.jit
+def _column_values(column, N, scale_ptr, bias_ptr, SCALE_PER_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr):
+    inside = column < N
+    step = 1 if SCALE_PER_COLUMN else 0
+    scale = tl.load(scale_ptr + column * step, mask=inside, other=0.0)
+    bias = tl.zeros_like(scale)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return scale, bias
+
+
+@triton.jit
+def _matmul_rows_descriptor_kernel(
+    a_desc,
+    b_desc,
+    c_desc,
+    c_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    stride_c,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    SCALE_PER_COLUMN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STORE_DESCRIPTOR: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """Persistent kernel on tensor descriptors (TMA): each program walks over output tiles PROGRAMS apart."""
+    ACCUMULATOR: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    steps = tl.cdiv(K, BLOCK_K)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
+        tile_m, tile_n = _tile_position(tile, tiles_m, tiles_n, GROUP_M)
+        first_m = tile_m * BLOCK_M
+        first_n = tile_n * BLOCK_N
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACCUMULATOR)
+        for step in range(steps):
+            a = a_desc.load([first_m, step * BLOCK_K])
+            b = b_desc.load([first_n, step * BLOCK_K])
+            acc = tl.dot(a, b.T, acc, out_dtype=ACCUMULATOR)
+        row = first_m + tl.arange(0, BLOCK_M)
+        row_scale = tl.load(row_scale_ptr + row, mask=row < M, other=0.0)
+        if SPLIT == 2:
+            halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
+            left, right = tl.split(halves)
+            column = first_n + tl.arange(0, BLOCK_N // 2)
+            scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+            out = _scaled(left, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
+            if STORE_DESCRIPTOR:
+                c_desc.store([first_m, first_n], out)
+            else:
+                target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
+                tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
+            column = column + BLOCK_N // 2
+            scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+            out = _scaled(right, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
+            if STORE_DESCRIPTOR:
+                c_desc.store([first_m, first_n + BLOCK_N // 2], out)
+            else:
+                target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
+                tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
+        else:
+            column = first_n + tl.arange(0, BLOCK_N)
+            scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+            out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
+            if STORE_DESCRIPTOR:
+                c_desc.store([first_m, first_n], out)
+            else:
+                target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
+                tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
+
+
+@triton.jit
+def _matmul_rows_pointer_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    bias_ptr,
+    M,
+    N,
+    stride_c,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    INTEGER: tl.constexpr,
+    SCALE_PER_COLUMN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """One output tile per program through plain pointers: any K, N, alignment and GPU."""
+    ACCUMULATOR: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    tile_m, tile_n = _tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_K)
+    # Rows past the end read row 0: their results are never stored, and the loads need no row mask.
+    a_row = a_ptr + tl.where(row < M, row, 0).to(tl.int64)[:, None] * K + lane[None, :]
+    b_row = b_ptr + tl.where(column < N, column, 0).to(tl.int64)[None, :] * K + lane[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACCUMULATOR)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(a_row + start)
+            b = tl.load(b_row + start)
+        else:
+            a = tl.load(a_row + start, mask=(lane < K - start)[None, :], other=0.0)
+            b = tl.load(b_row + start, mask=(lane < K - start)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, out_dtype=ACCUMULATOR)
+    row_scale = tl.load(row_scale_ptr + row, mask=row < M, other=0.0)
+    scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+    out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
+    target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
+    tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
