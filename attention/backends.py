@@ -1,0 +1,395 @@
+"""The attention backends, one row each: what finds it, what it takes, how exact it is. Limits are checked here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.backends.cuda import SDPAParams
+
+from . import calls
+from .environment import Environment, load
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+ANY_FLOAT = (*FLOATS, torch.float64)
+INT32_ELEMENTS = 2**31
+
+# Relative error against float32, ||out - ref|| / ||ref||, that each class of backend and each budget stands for.
+# "exact" is what torch's own kernels do in bfloat16 (2.3e-3 measured). "unbounded" is only ever used by name or with FP4 weights.
+ERROR_LIMITS = {"exact": 6e-3, "balanced": 2e-2, "fast": 5e-2, "unbounded": float("inf")}
+BUDGETS = ("exact", "balanced", "fast")
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One attention call, as a backend's limits see it. Lengths in tokens, offsets in elements.
+
+    mask: None, "bool" (True is kept) or "float" (added). scale: None for head_dim ** -0.5.
+    """
+
+    device_type: str
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    value_dim: int
+    mask: str | None = None
+    scale: float | None = None
+    causal: bool = False
+
+    @classmethod
+    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None):
+        """The call of tensors shaped (batch, heads, length, head_dim)."""
+        batch, heads, q_len, head_dim = q.shape
+        return cls(
+            device_type=q.device.type,
+            dtype=q.dtype,
+            batch=batch,
+            heads=heads,
+            kv_heads=k.shape[1],
+            q_len=q_len,
+            kv_len=k.shape[2],
+            head_dim=head_dim,
+            value_dim=v.shape[3],
+            mask=None if mask is None else "bool" if mask.dtype == torch.bool else "float",
+            scale=scale,
+        )
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest of q, k and v."""
+        return self.batch * self.head_dim * max(self.heads * self.q_len, self.kv_heads * self.kv_len)
+
+    def __str__(self) -> str:
+        kv_heads = "" if self.kv_heads == self.heads else f"/{self.kv_heads}"
+        mask = "" if self.mask is None else f", {self.mask} mask"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.batch} x {self.heads}{kv_heads} heads, {self.q_len} x {self.kv_len} tokens, head dim {self.head_dim}, {dtype}{mask}"
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a backend cannot run. setup: no call of this kind of model can run it here, so asking for it by name is in vain."""
+
+    text: str
+    setup: bool = False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend: needs, limits, call.
+
+    missing: why the package or kernel is not there, None when it is. error_class: key of ERROR_LIMITS.
+    capabilities: inclusive (lowest, highest) ranges of compute capability, empty for any device. head_dims: (lowest, highest).
+    contiguous: q, k and v must be contiguous in (batch, heads, length, head_dim); others take any strides with a last of 1.
+    max_kv_len: by compute capability, the longest kv for which the error class was seen to hold.
+    bind: gives the function (q, k, v, mask, scale) -> out for an environment.
+    """
+
+    name: str
+    title: str
+    error_class: str
+    missing: Callable[[Environment], str | None]
+    bind: Callable[[Environment], calls.Kernel]
+    install: str
+    capabilities: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
+    dtypes: tuple[torch.dtype, ...] = HALF
+    head_dims: tuple[int, int] = (1, 128)
+    only_head_dims: tuple[int, ...] = ()
+    masks: tuple[str, ...] = ()
+    gqa: bool = True
+    scale: bool = True
+    causal: bool = False
+    other_value_dim: bool = False
+    contiguous: bool = False
+    max_elements: int | None = None
+    max_kv_len: tuple[tuple[tuple[int, int], int], ...] = ()
+    runtime_check: Callable[[SDPAParams], bool] | None = None
+    tested_on: tuple[str, ...] = ()
+
+    def why_not_here(self, environment: Environment) -> Reason | None:
+        """Why this backend cannot run on this machine, None when it can."""
+        if self.capabilities:
+            if environment.device_type != "cuda":
+                return Reason("it needs an NVIDIA GPU", setup=True)
+            if not any(low <= environment.capability <= high for low, high in self.capabilities):
+                return Reason(
+                    f"this GPU is cc {environment.compute_capability}, it needs {self.needed_capability}", setup=True
+                )
+        reason = self.missing(environment)
+        return (
+            Reason(f"it is {reason}; {self.install}" if self.install else f"it is {reason}", setup=True)
+            if reason
+            else None
+        )
+
+    def why_not(self, call: AttentionCall, environment: Environment) -> Reason | None:
+        """Why this backend cannot take this call, None when it can. Checks the call alone: see why_not_here."""
+        if call.dtype not in self.dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return Reason(f"it takes {wanted}, not {str(call.dtype).removeprefix('torch.')}", setup=True)
+        if self.only_head_dims and call.head_dim not in self.only_head_dims:
+            return Reason(
+                f"head dim {call.head_dim}; it takes {' and '.join(map(str, self.only_head_dims))}", setup=True
+            )
+        if not self.head_dims[0] <= call.head_dim <= self.head_dims[1]:
+            return Reason(f"head dim {call.head_dim}; it takes up to {self.head_dims[1]}", setup=True)
+        if call.value_dim != call.head_dim and not self.other_value_dim:
+            return Reason(f"V has head dim {call.value_dim}, Q and K have {call.head_dim}", setup=True)
+        if call.mask is not None and call.mask not in self.masks:
+            return Reason("it takes no mask")
+        if call.heads % call.kv_heads or (call.kv_heads != call.heads and not self.gqa):
+            return Reason(f"{call.heads} query heads over {call.kv_heads} key heads")
+        if call.scale is not None and not self.scale and abs(call.scale - call.head_dim**-0.5) > 1e-6 * call.scale:
+            return Reason("it takes no softmax scale of its own")
+        if call.causal and not self.causal:
+            return Reason("it is not causal")
+        if min(call.batch, call.q_len, call.kv_len) == 0:
+            return Reason("an empty input")
+        if self.max_elements is not None and call.elements >= self.max_elements:
+            return Reason(f"an input of {call.elements} elements; its offsets are 32-bit")
+        limit = dict(self.max_kv_len).get(environment.capability)
+        if limit is not None and call.kv_len > limit:
+            return Reason(f"{call.kv_len} keys; its error grows past {limit} on cc {environment.compute_capability}")
+        return None
+
+    def accepts(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Asks torch whether its kernel takes these very tensors; True for backends that torch knows nothing of."""
+        if self.runtime_check is None:
+            return True
+        return self.runtime_check(SDPAParams(q, k, v, mask, 0.0, False, q.shape[1] != k.shape[1]))
+
+    @property
+    def needed_capability(self) -> str:
+        """As people write it: "8.9, 9.0 or 12.0-12.1"."""
+        ranges = [
+            f"{low[0]}.{low[1]}"
+            if low == high
+            else f"{low[0]}.{low[1]} or newer"
+            if high[0] > 90
+            else f"{low[0]}.{low[1]}-{high[0]}.{high[1]}"
+            for low, high in self.capabilities
+        ]
+        return " or ".join(filter(None, [", ".join(ranges[:-1]), ranges[-1]])) if ranges else "any"
+
+    def describe(self) -> str:
+        """One sentence: what this backend takes."""
+        head_dims = ", ".join(map(str, self.only_head_dims)) if self.only_head_dims else f"up to {self.head_dims[1]}"
+        takes = [
+            f"compute capability {self.needed_capability}",
+            "/".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes),
+            f"head dim {head_dims}",
+            "masks" if self.masks else "no mask",
+            "grouped heads" if self.gqa else "no grouped heads",
+            "any scale" if self.scale else "no scale of its own",
+        ]
+        return f"{self.title}: {', '.join(takes)}; error class {self.error_class}."
+
+
+AMPERE_AND_NEWER = (((8, 0), (99, 0)),)
+BLACKWELL = (((10, 0), (10, 0)), ((12, 0), (12, 1)))
+SAGE_2 = "build SageAttention 2.2 from github.com/thu-ml/SageAttention (it is not on PyPI)"
+SAGE_3 = "build sageattn3 from github.com/thu-ml/SageAttention, folder sageattention3_blackwell (it is not on PyPI)"
+
+
+def _sage_kernel_missing(environment: Environment) -> str | None:
+    """Whether SageAttention 2's CUDA kernels are there for this compute capability."""
+    package, reason = load("sageattention")
+    if package is None:
+        return reason
+    if not hasattr(package, "sageattn_qk_int8_pv_fp8_cuda"):
+        return f"version {environment.version('sageattention')}, which has no FP8 kernels"
+    built = "SM90_ENABLED" if environment.capability == (9, 0) else "SM89_ENABLED"
+    core, reason = load("sageattention.core")
+    if not getattr(core, built, False):
+        return f"built without kernels for cc {environment.compute_capability}"
+    return None
+
+
+def _sage_fp16_missing(environment: Environment) -> str | None:
+    package, reason = load("sageattention")
+    if package is None:
+        return reason
+    if not hasattr(package, "sageattn_qk_int8_pv_fp16_cuda"):
+        return f"version {environment.version('sageattention')}, which has no CUDA kernels"
+    core, _ = load("sageattention.core")
+    return None if getattr(core, "SM80_ENABLED", False) else "built without kernels for cc 8.0"
+
+
+def _sage_default_missing(environment: Environment) -> str | None:
+    package, reason = load("sageattention")
+    if package is None:
+        return reason
+    if not hasattr(package, "sageattn_qk_int8_pv_fp16_cuda"):
+        return None
+    return _sage_fp16_missing(environment) if environment.capability < (8, 9) else _sage_kernel_missing(environment)
+
+
+def _sageattn3_missing(environment: Environment) -> str | None:
+    package, reason = load("sageattn3")
+    if package is None:
+        return reason
+    return None if hasattr(package, "sageattn3_blackwell") else "there, but without sageattn3_blackwell"
+
+
+def _comfy_kitchen_missing(environment: Environment) -> str | None:
+    package, reason = load("comfy_kitchen")
+    if package is None:
+        return reason
+    if not hasattr(package, "int8_attention"):
+        return f"version {environment.version('comfy_kitchen')}, which has no INT8 attention"
+    return (
+        None
+        if package.int8_attention_is_available()
+        else "installed, but its CUDA extension needs torch built with CUDA 13"
+    )
+
+
+def _cudnn_missing(environment: Environment) -> str | None:
+    if not hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention"):
+        return f"not in torch {environment.torch}"
+    return None if torch.backends.cudnn.is_available() else "off: torch finds no cuDNN"
+
+
+def _nothing_missing(environment: Environment) -> str | None:
+    return None
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="sageattn_3_fp4",
+        title="SageAttention 3, FP4, Q's mean taken off per block",
+        error_class="unbounded",
+        missing=_sageattn3_missing,
+        bind=partial(calls.bind_sageattn3, per_block_mean=True),
+        install=SAGE_3,
+        capabilities=BLACKWELL,
+        only_head_dims=(64, 128),
+        gqa=False,
+        scale=False,
+        contiguous=True,
+        max_elements=INT32_ELEMENTS,
+    ),
+    Backend(
+        name="sageattn_3_fp8",
+        title="SageAttention 2.2, INT8 scores and FP8 values",
+        error_class="fast",
+        missing=_sage_kernel_missing,
+        bind=calls.bind_sage_fp8,
+        install=SAGE_2,
+        capabilities=(((8, 9), (8, 9)), ((9, 0), (9, 0)), ((12, 0), (12, 1))),
+        # Reports of noise past 160k tokens on cc 12.0: kernel-notes.
+        max_kv_len=(((12, 0), 160_000), ((12, 1), 160_000)),
+        tested_on=("9.0",),
+        max_elements=INT32_ELEMENTS,
+    ),
+    Backend(
+        name="sageattn_3",
+        title="SageAttention 3, FP4, Q's mean taken off once per head",
+        error_class="unbounded",
+        missing=_sageattn3_missing,
+        bind=partial(calls.bind_sageattn3, per_block_mean=False),
+        install=SAGE_3,
+        capabilities=BLACKWELL,
+        only_head_dims=(64, 128),
+        gqa=False,
+        scale=False,
+        contiguous=True,
+        max_elements=INT32_ELEMENTS,
+    ),
+    Backend(
+        name="sageattn",
+        title="SageAttention's own pick for this GPU (FP8 values from cc 8.9 on, float16 values before, Triton in 1.0.6)",
+        error_class="fast",
+        missing=_sage_default_missing,
+        bind=calls.bind_sage_default,
+        install="pip install sageattention for the Triton version, or " + SAGE_2,
+        capabilities=(((8, 0), (9, 0)), ((12, 0), (12, 1))),
+        max_kv_len=(((12, 0), 160_000), ((12, 1), 160_000)),
+        tested_on=("9.0",),
+        max_elements=INT32_ELEMENTS,
+    ),
+    Backend(
+        name="sageattn_fp16",
+        title="SageAttention 2.2, INT8 scores and float16 values accumulated in float32",
+        error_class="balanced",
+        missing=_sage_fp16_missing,
+        bind=calls.bind_sage_fp16,
+        install=SAGE_2,
+        capabilities=(((8, 0), (9, 0)), ((12, 0), (12, 1))),
+        tested_on=("9.0",),
+        max_elements=INT32_ELEMENTS,
+    ),
+    Backend(
+        name="comfy_kitchen_int8",
+        title="comfy-kitchen INT8",
+        error_class="fast",
+        missing=_comfy_kitchen_missing,
+        bind=calls.bind_comfy_kitchen_int8,
+        install="pip install comfy-kitchen",
+        capabilities=(((7, 5), (99, 0)),),
+        dtypes=FLOATS,
+        head_dims=(1, 256),
+        masks=("bool", "float"),
+        tested_on=("9.0",),
+        max_elements=INT32_ELEMENTS,
+    ),
+    Backend(
+        name="flash",
+        title="FlashAttention (3 or 2 where installed, else torch's own)",
+        error_class="exact",
+        missing=_nothing_missing,
+        bind=calls.bind_flash,
+        install="",
+        capabilities=AMPERE_AND_NEWER,
+        head_dims=(1, 256),
+        runtime_check=torch.backends.cuda.can_use_flash_attention,
+        tested_on=("9.0",),
+    ),
+    Backend(
+        name="cudnn",
+        title="cuDNN's fused attention",
+        error_class="exact",
+        missing=_cudnn_missing,
+        bind=calls.bind_cudnn,
+        install="",
+        capabilities=AMPERE_AND_NEWER,
+        masks=("bool", "float"),
+        runtime_check=torch.backends.cuda.can_use_cudnn_attention,
+        tested_on=("9.0",),
+    ),
+    Backend(
+        name="sdpa",
+        title="torch's scaled_dot_product_attention with torch's own pick",
+        error_class="exact",
+        missing=_nothing_missing,
+        bind=calls.bind_sdpa,
+        install="",
+        dtypes=ANY_FLOAT,
+        head_dims=(1, 2**16),
+        masks=("bool", "float"),
+        other_value_dim=True,
+        tested_on=("9.0", "CPU"),
+    ),
+)
+
+CORE = "core"  # the name under which ComfyUI's own attention, the last resort, is listed and counted
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every backend's name, in the order of the table."""
+    return tuple(backend.name for backend in BACKENDS)
+
+
+def by_name(backends: tuple[Backend, ...] = BACKENDS) -> dict[str, Backend]:
+    """The table as a dictionary."""
+    return {backend.name: backend for backend in backends}

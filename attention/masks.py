@@ -1,0 +1,77 @@
+"""Tells masks that mask nothing from those that do, looking at each mask once and not at every call."""
+
+from __future__ import annotations
+
+import torch
+
+CHECKS_PER_RUN = 64
+HELD_BYTES = 64 * 2**20
+
+
+def is_trivial(mask: torch.Tensor) -> bool:
+    """Whether a mask changes nothing: all True, or one finite number along each row of keys (softmax ignores it).
+
+    mask: bool (True is kept) or floating (added to the scores), keys last. Reads it: on a GPU this synchronizes.
+    """
+    if mask.numel() == 0:
+        return False
+    if mask.dtype == torch.bool:
+        return bool(mask.all())
+    if not mask.is_floating_point():
+        return False
+    first = mask[..., :1]
+    return bool(((mask == first) & torch.isfinite(first)).all())
+
+
+def normalized(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of 2 to 4 dimensions as (batch or 1, heads or 1, q or 1, keys), the way ComfyUI's own attention reads it."""
+    if mask.ndim == 2:
+        mask = mask.unsqueeze(0)
+    return mask.unsqueeze(1) if mask.ndim == 3 else mask
+
+
+class MaskMemory:
+    """Remembers which masks mask nothing. A tensor is recognized by its memory, shape and version counter.
+
+    The tensors seen are held, so their memory cannot be handed to another mask meanwhile. `forget()` starts a new
+    sampling run; `new_model_call()` drops what cannot be trusted any longer: inference tensors count no versions.
+    A mask that does mask something ends the looking at masks of its shape, so that models which build a fresh mask in
+    every block cost one look a run.
+    """
+
+    def __init__(self) -> None:
+        self.checks = 0
+        self._verdicts: dict[tuple, tuple[torch.Tensor, bool, bool]] = {}
+        self._real_shapes: set[tuple] = set()
+        self._held = 0
+
+    def forget(self) -> None:
+        """A new sampling run: nothing is known of any mask."""
+        self.__init__()
+
+    def new_model_call(self) -> None:
+        """Forgets the verdicts on tensors that could have been written to without a trace."""
+        if self._verdicts:
+            self._verdicts = {key: entry for key, entry in self._verdicts.items() if entry[2]}
+            self._held = sum(entry[0].nbytes for entry in self._verdicts.values())
+
+    def masks_nothing(self, mask: torch.Tensor) -> bool:
+        """Whether the mask can be left out; reads it at most once a run (once a model call for inference tensors)."""
+        versioned = not mask.is_inference()
+        key = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask._version if versioned else -1)
+        known = self._verdicts.get(key)
+        if known is not None:
+            return known[1]
+        kind = (mask.shape, mask.dtype)
+        if kind in self._real_shapes or self.checks >= CHECKS_PER_RUN or self._held + mask.nbytes > HELD_BYTES:
+            return False
+        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        self.checks += 1
+        trivial = is_trivial(mask)
+        if not trivial:
+            self._real_shapes.add(kind)
+            return False
+        self._verdicts[key] = (mask, trivial, versioned)
+        self._held += mask.nbytes
+        return True

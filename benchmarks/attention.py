@@ -1,0 +1,351 @@
+"""Times and checks every attention backend on the shapes of Wan, Qwen-Image and InfiniteTalk; writes one JSON file.
+
+    python benchmarks/attention.py --output benchmarks/results/attention.json [--noise] [--only NAME]
+
+Needs an NVIDIA GPU. SageAttention and comfy-kitchen take part when they can be imported; the file says which did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from attention_timing import interleaved_ms
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS, AttentionCall
+from lowbit.attention.dispatch import Dispatcher
+from lowbit.attention.environment import detect
+from lowbit.attention.plan import Policy
+
+DEVICE = torch.device("cuda", 0)
+DATA = ("gaussian", "k_offset", "outliers")
+SAMPLED_ROWS = 96
+SETTLING_CALLS = 5
+# ComfyUI 0.33's order of torch's kernels (comfy/ops.py).
+CORE_ORDER = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention call of a real model. flat: the model passes (batch, length, heads * head_dim), as Wan does."""
+
+    name: str
+    heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int = 128
+    batch: int = 1
+    kv_heads: int = 0
+    mask: str | None = None
+    flat: bool = True
+    kind: str = "other"
+
+    @property
+    def flop(self) -> float:
+        """Floating-point operations of the two products."""
+        return 4.0 * self.batch * self.heads * self.q_len * self.kv_len * self.head_dim
+
+
+SHAPES = (
+    Shape("Wan 14B 480p self", 40, 32760, 32760, kind="wan self"),
+    Shape("Wan 14B 720p self", 40, 75600, 75600, kind="wan self"),
+    Shape("Wan 1.3B 480p self", 12, 32760, 32760, kind="wan self"),
+    Shape("Wan 2.2 5B 704p self", 24, 27280, 27280, kind="wan self"),
+    Shape("Wan 14B 480p cross", 40, 32760, 512, kind="wan cross"),
+    Shape("Wan 14B 720p cross", 40, 75600, 512, kind="wan cross"),
+    Shape("Wan 14B 480p image cross", 40, 32760, 257, kind="wan cross"),
+    Shape("Wan 2.2 5B 704p cross", 24, 27280, 512, kind="wan cross"),
+    Shape("Qwen-Image 1 MP", 24, 4608, 4608, flat=False, kind="qwen"),
+    Shape("Qwen-Image 2 MP", 24, 8704, 8704, flat=False, kind="qwen"),
+    Shape("Qwen-Image-Edit 1 MP, two references", 24, 13312, 13312, flat=False, kind="qwen"),
+    Shape("Qwen-Image 1 MP, batch 2", 24, 4608, 4608, batch=2, flat=False, kind="qwen"),
+    Shape("Qwen-Image 1 MP, text mask", 24, 4608, 4608, mask="float", flat=False),
+    Shape("24 heads, 4352 tokens, bool mask", 24, 4352, 4352, mask="bool", flat=False),
+    Shape("InfiniteTalk audio cross", 40, 1560, 32, batch=21, flat=False),
+    Shape("head dim 64", 16, 8192, 8192, head_dim=64),
+    Shape("head dim 80", 16, 8192, 8192, head_dim=80),
+    Shape("head dim 96", 16, 8192, 8192, head_dim=96),
+    Shape("grouped heads 32/8", 32, 8192, 8192, kv_heads=8, flat=False),
+    Shape("short 24 x 1024", 24, 1024, 1024, flat=False),
+)
+
+
+def make(shape: Shape, data: str, seed: int = 0) -> list[torch.Tensor]:
+    """q, k, v as the model would pass them, bfloat16.
+
+    k_offset: every channel of K is shifted by a constant of its own, of standard deviation 5. outliers: one channel in
+    32 of K is eight times as large and one token in 1000 of V twenty times.
+    """
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    kv_heads = shape.kv_heads or shape.heads
+    q, k, v = (
+        torch.randn(shape.batch, n, heads, shape.head_dim, device=DEVICE, dtype=torch.bfloat16, generator=generator)
+        for n, heads in ((shape.q_len, shape.heads), (shape.kv_len, kv_heads), (shape.kv_len, kv_heads))
+    )
+    if data == "k_offset":
+        k += 5 * torch.randn(1, 1, kv_heads, shape.head_dim, device=DEVICE, dtype=k.dtype, generator=generator)
+    if data == "outliers":
+        k[..., ::32] *= 8
+        v[:, ::1000] *= 20
+    if shape.flat:
+        return [x.flatten(2) for x in (q, k, v)]
+    return [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+
+
+def make_mask(shape: Shape) -> torch.Tensor | None:
+    """The text mask of Qwen-Image (the first 200 of the text's tokens are padding, added), or a random bool mask."""
+    if shape.mask is None:
+        return None
+    if shape.mask == "float":
+        mask = torch.zeros(shape.batch, 1, shape.kv_len, device=DEVICE, dtype=torch.bfloat16)
+        mask[..., :200] = torch.finfo(torch.bfloat16).min
+        return mask
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    return torch.rand(shape.batch, 1, 1, shape.kv_len, device=DEVICE, generator=generator) < 0.8
+
+
+def heads_first(shape: Shape, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """(batch, heads, length, head_dim) views of what the model passes."""
+    if not shape.flat:
+        return tensors
+    return [x.unflatten(-1, (-1, shape.head_dim)).transpose(1, 2) for x in tensors]
+
+
+def core(shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None) -> torch.Tensor:
+    """What ComfyUI's default (attention_pytorch) does with the call, reshapes included."""
+    q, k, v = heads_first(shape, tensors)
+    if mask is not None and mask.ndim == 3:
+        mask = mask.unsqueeze(1)
+    extra = {"enable_gqa": True} if shape.kv_heads else {}
+    with sdpa_kernel(CORE_ORDER, set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, **extra)
+    return out.transpose(1, 2).reshape(shape.batch, shape.q_len, shape.heads * shape.head_dim)
+
+
+def through(dispatcher: Dispatcher, shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None):
+    """The same call through a dispatcher."""
+    q, k, v = heads_first(shape, tensors)
+    return dispatcher.run(q, k, v, mask, None, False, lambda drop: core(shape, tensors, None if drop else mask))
+
+
+def sampled_reference(shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None):
+    """Float32 attention of a random sample of query rows, and which rows: (batch, rows, heads * head_dim)."""
+    q, k, v = heads_first(shape, tensors)
+    rows = torch.randperm(shape.q_len, device=DEVICE)[:SAMPLED_ROWS].sort().values
+    repeats = shape.heads // k.shape[1]
+    out = []
+    for b in range(shape.batch):
+        per_head = []
+        for h in range(shape.heads):
+            scores = q[b, h, rows].float() @ k[b, h // repeats].float().T * shape.head_dim**-0.5
+            if mask is not None:
+                row_mask = mask[b].reshape(1, -1)
+                scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask
+            per_head.append(scores.softmax(-1) @ v[b, h // repeats].float())
+        out.append(torch.stack(per_head, dim=1).flatten(1))
+    return torch.stack(out), rows
+
+
+def error_of(out: torch.Tensor, reference: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """||out - ref|| / ||ref|| on the sampled rows."""
+    want, rows = reference
+    return float((out[:, rows].float() - want).norm() / want.norm())
+
+
+def settle(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Makes a dispatcher's checked and timed first calls."""
+    for _ in range(SETTLING_CALLS):
+        out = call()
+    return out
+
+
+def chosen(dispatcher: Dispatcher) -> str:
+    """The backend that took the last calls of a dispatcher that has seen one shape."""
+    (plan,) = dispatcher._plans.values()
+    return plan.current.backend
+
+
+def bench_shape(shape: Shape) -> dict:
+    """Errors on three kinds of data, times on Gaussian data, and what each budget chose."""
+    mask = make_mask(shape)
+    row, named = time_shape(shape, make(shape, "gaussian"), mask)
+    for data in DATA:
+        add_errors(row, shape, data, mask, named)
+    return row
+
+
+def time_shape(
+    shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None
+) -> tuple[dict, dict[str, Dispatcher]]:
+    """The row of one shape with its times and choices, and the dispatcher of each backend that ran."""
+    environment = detect(DEVICE)
+    q, k, v = heads_first(shape, tensors)
+    call = AttentionCall.of(q, k, v, mask, None)
+    row = asdict(shape) | {"flop": shape.flop, "backends": {}, "budgets": {}}
+    named, calls = {}, {CORE: lambda: core(shape, tensors, mask)}
+    for backend in BACKENDS:
+        reason = backend.why_not_here(environment) or backend.why_not(call, environment)
+        dispatcher = Dispatcher(Policy(backend.name))
+        if reason is None:
+            settle(lambda d=dispatcher: through(d, shape, tensors, mask))
+            if chosen(dispatcher) != backend.name:
+                struck = dispatcher.report.as_dict(dispatcher.settings(DEVICE))
+                reason = "; ".join(item["reason"] for item in struck["struck_off"] + struck["declined"])
+        if reason is not None:
+            row["backends"][backend.name] = {"why_not": str(reason)}
+            continue
+        named[backend.name] = dispatcher
+        row["backends"][backend.name] = {"error_class": backend.error_class, "error": {}}
+        calls[backend.name] = lambda d=dispatcher: through(d, shape, tensors, mask)
+    budgets = {budget: Dispatcher(Policy("auto", budget)) for budget in BUDGETS}
+    for budget, dispatcher in budgets.items():
+        settle(lambda d=dispatcher: through(d, shape, tensors, mask))
+        calls[f"auto {budget}"] = lambda d=dispatcher: through(d, shape, tensors, mask)
+    times = interleaved_ms(calls, rounds=3 if shape.flop > 3e13 else 7)
+    row["core_ms"] = times[CORE]
+    row["core_tflops"] = shape.flop / times[CORE] / 1e9
+    row["core_error"] = {}
+    for name in named:
+        row["backends"][name] |= {"ms": times[name], "tflops": shape.flop / times[name] / 1e9}
+    for budget, dispatcher in budgets.items():
+        row["budgets"][budget] = judge(row, budget, chosen(dispatcher), times)
+    return row, named
+
+
+def judge(row: dict, budget: str, pick: str, times: dict[str, float]) -> dict:
+    """What `auto` chose, against the best backend present under the budget and against core."""
+    limit = ERROR_LIMITS[budget]
+    allowed = {n: b["ms"] for n, b in row["backends"].items() if "ms" in b and ERROR_LIMITS[b["error_class"]] <= limit}
+    allowed[CORE] = times[CORE]
+    best = min(allowed, key=allowed.__getitem__)
+    return {
+        "chosen": pick,
+        "chosen_ms": allowed.get(pick),
+        "auto_ms": times[f"auto {budget}"],
+        "best": best,
+        "best_ms": allowed[best],
+        "over_best": allowed[pick] / allowed[best],
+        "speedup_over_core": times[CORE] / times[f"auto {budget}"],
+        "errors": {},
+        "picks": {},
+    }
+
+
+def add_errors(row: dict, shape: Shape, data: str, mask: torch.Tensor | None, named: dict[str, Dispatcher]) -> None:
+    """Errors against float32 on one kind of data: of each backend, and of each budget with a dispatcher that is new to it."""
+    tensors = make(shape, data, seed=1)
+    reference = sampled_reference(shape, tensors, mask)
+    row["core_error"][data] = error_of(core(shape, tensors, mask), reference)
+    for name, dispatcher in named.items():
+        row["backends"][name]["error"][data] = error_of(through(dispatcher, shape, tensors, mask), reference)
+    for budget in BUDGETS:
+        dispatcher = Dispatcher(Policy("auto", budget))
+        row["budgets"][budget]["errors"][data] = error_of(through(dispatcher, shape, tensors, mask), reference)
+        row["budgets"][budget]["picks"][data] = chosen(dispatcher)
+
+
+def noise(lengths: tuple[int, ...] = (8192, 32768, 75600, 131072, 163840, 262144)) -> list[dict]:
+    """Error by sequence length, 4 heads of 128, Gaussian data and data with outliers."""
+    rows = []
+    for length in lengths:
+        shape = Shape(f"4 heads, {length} tokens", 4, length, length)
+        for data in ("gaussian", "outliers"):
+            tensors = make(shape, data, seed=2)
+            reference = sampled_reference(shape, tensors, None)
+            errors = {}
+            for backend in BACKENDS:
+                if backend.why_not_here(detect(DEVICE)) is None:
+                    dispatcher = Dispatcher(Policy(backend.name))
+                    out = through(dispatcher, shape, tensors, None)
+                    if chosen(dispatcher) == backend.name:
+                        errors[backend.name] = error_of(out, reference)
+            rows.append({"tokens": length, "data": data, "errors": errors})
+            print(f"noise {length} {data}: " + ", ".join(f"{n} {e:.2e}" for n, e in errors.items()), flush=True)
+    return rows
+
+
+def targets(rows: list[dict]) -> list[dict]:
+    """The numbers the pack promises, each with what was measured."""
+
+    def worst(kind: str, budget: str) -> float | None:
+        return min((r["budgets"][budget]["speedup_over_core"] for r in rows if r["kind"] == kind), default=None)
+
+    slowest = min(b["speedup_over_core"] for r in rows for b in r["budgets"].values())
+    over = max(b["over_best"] for r in rows for b in r["budgets"].values())
+    excess = max(e / ERROR_LIMITS[n] for r in rows for n, b in r["budgets"].items() for e in b["errors"].values())
+    checks = [
+        ("chosen at most 1.03 x the best present", over, over <= 1.03),
+        ("never slower than core (0.97 allows for noise)", slowest, slowest >= 0.97),
+        ("error within the budget, all data", excess, excess <= 1),
+    ]
+    for kind, budget, factor in (("wan self", "exact", 1.55), ("qwen", "exact", 1.7), ("wan self", "fast", 2.1)):
+        value = worst(kind, budget)
+        if value is not None:
+            checks.append((f"{budget} at least {factor} x core on {kind}", value, value >= factor))
+    return [{"target": name, "measured": value, "met": bool(met)} for name, value, met in checks]
+
+
+def main() -> None:
+    """Runs the benchmark and writes the file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--noise", action="store_true", help="also measure the error by sequence length")
+    parser.add_argument("--only", help="only shapes whose name contains this")
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    environment = detect(DEVICE)
+    result = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "gpu": environment.gpu,
+        "compute_capability": environment.compute_capability,
+        "driver": environment.driver,
+        "python": platform.python_version(),
+        "torch": environment.torch,
+        "cuda": ".".join(map(str, environment.cuda)),
+        "cudnn": torch.backends.cudnn.version(),
+        "packages": dict(environment.packages),
+        "core": "ComfyUI 0.33's attention_pytorch: SDPA, flash before cuDNN",
+        "shapes": [],
+    }
+    for shape in SHAPES:
+        if options.only and options.only not in shape.name:
+            continue
+        row = bench_shape(shape)
+        result["shapes"].append(row)
+        torch.cuda.empty_cache()
+        print(
+            f"{shape.name}: core {row['core_ms']:.3f} ms {row['core_tflops']:.0f} TFLOP/s err {row['core_error']['gaussian']:.1e}"
+        )
+        for name, entry in row["backends"].items():
+            if "ms" in entry:
+                errors = " ".join(f"{e:.1e}" for e in entry["error"].values())
+                print(f"    {name:20s} {entry['ms']:9.3f} ms {entry['tflops']:6.0f} TFLOP/s  error {errors}")
+        for name, entry in row["budgets"].items():
+            print(
+                f"  {name}: {entry['chosen']} {entry['speedup_over_core']:.2f} x core, {entry['over_best']:.3f} x best ({entry['best']}); picks {entry['picks']}",
+                flush=True,
+            )
+    result["targets"] = targets(result["shapes"])
+    if options.noise:
+        result["noise"] = noise()
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    for item in result["targets"]:
+        print(f"{'met   ' if item['met'] else 'MISSED'} {item['target']}: {item['measured']:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Every attention backend present on this GPU against float32, on awkward layouts and values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit.attention import checks
+from lowbit.attention.backends import BACKENDS, ERROR_LIMITS, AttentionCall
+from lowbit.attention.dispatch import Dispatcher
+from lowbit.attention.environment import detect
+from lowbit.attention.plan import Policy
+
+NAMES = [backend.name for backend in BACKENDS]
+
+
+def reference(q, k, v, mask=None, scale=None):
+    """Attention in float32, (batch, heads, length, head_dim)."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    scores = q.float() @ k.float().transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.float()
+    return scores.softmax(-1) @ v.float()
+
+
+def make(batch=1, heads=4, q_len=700, kv_len=700, head_dim=128, kv_heads=None, dtype=torch.bfloat16):
+    generator = torch.Generator("cuda").manual_seed(3)
+    return [
+        torch.randn(batch, n, length, head_dim, device="cuda", dtype=dtype, generator=generator)
+        for n, length in ((heads, q_len), (kv_heads or heads, kv_len), (kv_heads or heads, kv_len))
+    ]
+
+
+def bound(name, q, k, v, mask=None, scale=None):
+    """The backend's kernel for these tensors; skips the test where it is not there or does not take them."""
+    backend = next(backend for backend in BACKENDS if backend.name == name)
+    environment = detect(q.device)
+    reason = backend.why_not_here(environment) or backend.why_not(AttentionCall.of(q, k, v, mask, scale), environment)
+    if reason is None and not backend.accepts(q, k, v, mask):
+        reason = "torch has no such kernel for these tensors"
+    if reason is not None:
+        pytest.skip(f"{name}: {reason}")
+    kernel = backend.bind(environment)
+
+    def call(q, k, v, mask=None, scale=None):
+        q, k, v = (checks.prepared(x, backend.contiguous) for x in (q, k, v))
+        return kernel(q, k, v, mask, scale)
+
+    return call, min(ERROR_LIMITS[backend.error_class], 0.3)
+
+
+def close(out, want, limit):
+    assert torch.isfinite(out).all()
+    error = float((out.float() - want).norm() / want.norm())
+    assert error <= limit, f"relative error {error:.3g} over {limit:g}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_backend_is_within_its_error_class(name, head_dim, dtype):
+    q, k, v = make(head_dim=head_dim, dtype=dtype)
+    call, limit = bound(name, q, k, v)
+    close(call(q, k, v), reference(q, k, v), limit)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_k_survives_and_a_constant_offset_on_k_does_no_harm(name):
+    q, k, v = make()
+    k += 10 * torch.randn(1, 4, 1, 128, device="cuda", dtype=k.dtype)
+    call, limit = bound(name, q, k, v)
+    before = [x.clone() for x in (q, k, v)]
+    close(call(q, k, v), reference(q, k, v), limit)
+    for now, then in zip((q, k, v), before, strict=True):
+        assert torch.equal(now, then)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scale_of_ones_own_is_honoured(name):
+    q, k, v = make()
+    call, limit = bound(name, q, k, v, scale=0.3)
+    close(call(q, k, v, scale=0.3), reference(q, k, v, scale=0.3), limit)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grouped_heads(name):
+    q, k, v = make(heads=8, kv_heads=2)
+    call, limit = bound(name, q, k, v)
+    close(call(q, k, v), reference(q, k, v), limit)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("name", NAMES)
+def test_masks_are_applied(name, kind):
+    q, k, v = make()
+    mask = torch.rand(1, 1, 700, 700, device="cuda") < 0.7
+    if kind == "float":
+        mask = torch.randn(1, 1, 1, 700, device="cuda", dtype=q.dtype) * 3
+    call, limit = bound(name, q, k, v, mask)
+    close(call(q, k, v, mask), reference(q, k, v, mask), limit)
+
+
+@pytest.mark.parametrize("view", ["token_major", "fused_qkv", "off_by_one", "expanded", "every_other_token"])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_view_gives_what_its_contiguous_copy_gives(name, view):
+    q, k, v = make(q_len=515, kv_len=515)
+    if view == "token_major":
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    elif view == "fused_qkv":
+        q, k, v = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2).unbind(2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    elif view == "off_by_one":
+        q, k, v = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in (q, k, v))
+        assert q.data_ptr() % 16
+    elif view == "expanded":
+        k, v = (x[:, :1].expand(-1, 4, -1, -1) for x in (k, v))
+    else:
+        q, k, v = (x.repeat_interleave(2, dim=2)[:, :, ::2] for x in (q, k, v))
+    call, limit = bound(name, q, k, v)
+    close(call(q, k, v), reference(q, k, v), limit)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_past_float16_do_not_turn_into_nan(name):
+    q, k, v = make()
+    v = v * 30000 + 50000
+    call, _ = bound(name, q, k, v)
+    close(call(q, k, v), reference(q, k, v), 0.1)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (7, 700), (700, 3), (129, 127)])
+@pytest.mark.parametrize("name", NAMES)
+def test_odd_lengths(name, lengths):
+    q, k, v = make(q_len=lengths[0], kv_len=lengths[1])
+    call, limit = bound(name, q, k, v)
+    close(call(q, k, v), reference(q, k, v), max(limit, 8e-3))
+
+
+@pytest.mark.parametrize("backend", ["auto", "measured", *NAMES])
+def test_the_dispatcher_stays_within_the_budget_whatever_is_asked_for(backend):
+    q, k, v = make(q_len=2048, kv_len=2048)
+    k[..., ::32] *= 8
+    want = reference(q, k, v).transpose(1, 2).flatten(2)
+    dispatcher = Dispatcher(Policy(backend, "fast"))
+
+    def core(drop):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    for _ in range(7):
+        out = dispatcher.run(q, k, v, None, None, False, core)
+    close(out, want, ERROR_LIMITS["fast"] if backend in ("auto", "measured") else 0.5)
+    rows = dispatcher.report.as_dict(dispatcher.settings(q.device))["calls"]
+    assert sum(row["calls"] for row in rows) == 7
+    assert all(row["ms_per_call"] for row in rows if row["calls"] > 2)
+
+
+def test_attention_can_be_captured_in_a_graph():
+    q, k, v = make()
+    dispatcher = Dispatcher(Policy("cudnn"))
+
+    def core(drop):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    for _ in range(7):
+        dispatcher.run(q, k, v, None, None, False, core)
+    graph = torch.cuda.CUDAGraph()
+    fresh = Dispatcher(Policy("measured"))
+    with torch.cuda.graph(graph):
+        known = dispatcher.run(q, k, v, None, None, False, core)
+        unknown = fresh.run(q, k, v, None, None, False, core)
+    graph.replay()
+    want = reference(q, k, v).transpose(1, 2).flatten(2)
+    close(known, want, 6e-3)
+    close(unknown, want, 6e-3)
