@@ -11,6 +11,7 @@ from typing import Any
 import comfy.model_detection
 import comfy.sd
 import comfy.text_encoders.qwen_vl as qwen_vl
+import comfy.text_encoders.sd3_clip as sd3_clip
 
 QWEN_HEAD_DIM = 128
 UMT5_MARK = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -24,6 +25,7 @@ def install() -> None:
     """Puts the wrappers in place, once per process."""
     comfy.model_detection.detect_unet_config = _with_qwen_image_dims(comfy.model_detection.detect_unet_config)
     comfy.sd.detect_te_model = _with_umt5(comfy.sd.detect_te_model)
+    comfy.sd.t5xxl_detect = _with_umt5_quantization(comfy.sd.t5xxl_detect)
     comfy.sd.load_text_encoder_state_dicts = _with_text_encoder_dims(comfy.sd.load_text_encoder_state_dicts)
 
 
@@ -47,6 +49,19 @@ def _with_umt5(detect: Callable[..., Any]) -> Callable[..., Any]:
         if UMT5_MARK in state_dict:
             return comfy.sd.TEModel.T5_XXL
         return detect(state_dict)
+
+    return wrapped
+
+
+def _with_umt5_quantization(detect: Callable[..., Any]) -> Callable[..., Any]:
+    """ComfyUI looks for T5's dtype and quantization only where layer 23 is, which a tiny one has not."""
+
+    @functools.wraps(detect)
+    def wrapped(clip_data):
+        for state_dict in clip_data:
+            if UMT5_MARK in state_dict:
+                return sd3_clip.t5_xxl_detect(state_dict)
+        return detect(clip_data)
 
     return wrapped
 

@@ -44,7 +44,11 @@ def qwen_image_tensors(config: qwen_image.QwenImageConfig = QWEN_IMAGE) -> Tenso
 
 def umt5_tensors() -> Tensors:
     """The weights and the tokenizer of the tiny UMT5."""
-    return draw(text_encoders.umt5_shapes(UMT5)) | {"spiece_model": text_encoders.sentencepiece_model(UMT5.vocabulary)}
+    weights = draw(text_encoders.umt5_shapes(UMT5))
+    for name in weights:
+        if name.endswith("SelfAttention.q.weight"):
+            weights[name] /= UMT5.head_dim**0.5  # T5 keeps the attention's scale in its query weights
+    return weights | {"spiece_model": text_encoders.sentencepiece_model(UMT5.vocabulary)}
 
 
 def qwen25_tensors() -> Tensors:
