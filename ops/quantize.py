@@ -7,15 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from comfy_kitchen.float_utils import to_blocked
 from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import get_layout_class
 
 from ..errors import CheckpointError, FormatError
 from .formats import STORAGES, Storage, WeightFormat
 from .layouts import register_layouts
-from .nvfp4 import E2M1_MAX, E4M3_MAX, quantize_nvfp4
+from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, quantize_nvfp4
 
-_CHUNK_ELEMENTS = 2 * 1024 * 1024
+_CPU_CHUNK = 512 * 1024
+_GPU_CHUNK = 32 * 1024 * 1024
+"""Weights worked on at a time: on a CPU so few that temporaries stay in the cache and need no fresh pages."""
+
 _CODEBOOK_ROWS = 512
 _BLOCK_ROWS = 128
 
@@ -128,7 +132,8 @@ def quantize_to_tensor(weight: torch.Tensor, weight_format: WeightFormat, name: 
 
 
 def _row_chunks(weight: torch.Tensor, multiple: int = 1) -> Iterator[torch.Tensor]:
-    rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[-1]))
+    elements = _CPU_CHUNK if weight.device.type == "cpu" else _GPU_CHUNK
+    rows = max(1, elements // max(1, weight.shape[-1]))
     rows = max(multiple, rows // multiple * multiple)
     for start in range(0, weight.shape[0], rows):
         yield weight[start : start + rows]
@@ -149,10 +154,11 @@ def _quantize_float8(weight: torch.Tensor, storage: Storage, largest: torch.Tens
 
 def _quantize_nvfp4(weight: torch.Tensor, largest: torch.Tensor, unit_scale: bool) -> QuantizedParts:
     scale = torch.ones_like(largest) if unit_scale else _nonzero(largest / (E2M1_MAX * E4M3_MAX))
-    pieces = [quantize_nvfp4(_padded(chunk, 16), scale) for chunk in _row_chunks(weight, _BLOCK_ROWS)]
+    pieces = [quantize_nvfp4(_padded(chunk, BLOCK), scale) for chunk in _row_chunks(weight, BLOCK)]
+    block_scale = torch.cat([block_scale.cpu() for _, block_scale in pieces])
     return {
         "weight": torch.cat([qdata.cpu() for qdata, _ in pieces]),
-        "weight_scale": torch.cat([block_scale.cpu() for _, block_scale in pieces]),
+        "weight_scale": to_blocked(block_scale, flatten=False),
         "weight_scale_2": scale.cpu(),
     }
 

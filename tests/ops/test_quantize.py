@@ -58,8 +58,9 @@ def test_every_format_takes_every_shape_and_tells_its_bytes(name, shape):
 @pytest.mark.parametrize("name", FORMATS)
 def test_chunks_give_what_the_whole_would(name, monkeypatch):
     weight = torch.randn(600, 512) * 0.02
+    monkeypatch.setattr("lowbit.ops.quantize._CPU_CHUNK", 1 << 30)
     whole = quantize_weight(weight, FORMATS[name].storage, unit_scale=FORMATS[name].unit_scale)
-    monkeypatch.setattr("lowbit.ops.quantize._CHUNK_ELEMENTS", 128 * 512)
+    monkeypatch.setattr("lowbit.ops.quantize._CPU_CHUNK", 200 * 512)
     chunked = quantize_weight(weight, FORMATS[name].storage, unit_scale=FORMATS[name].unit_scale)
     assert whole.keys() == chunked.keys()
     for suffix, part in whole.items():
