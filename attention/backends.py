@@ -44,7 +44,9 @@ class AttentionCall:
     causal: bool = False
 
     @classmethod
-    def of(cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None):
+    def of(
+        cls, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> AttentionCall:
         """The call of tensors shaped (batch, heads, length, head_dim)."""
         batch, heads, q_len, head_dim = q.shape
         return cls(
@@ -112,6 +114,7 @@ class Backend:
     other_value_dim: bool = False
     contiguous: bool = False
     max_elements: int | None = None
+    min_kv_len: int = 1
     max_kv_len: tuple[tuple[tuple[int, int], int], ...] = ()
     runtime_check: Callable[[SDPAParams], bool] | None = None
     tested_on: tuple[str, ...] = ()
@@ -155,6 +158,8 @@ class Backend:
             return Reason("it is not causal")
         if min(call.batch, call.q_len, call.kv_len) == 0:
             return Reason("an empty input")
+        if call.kv_len < self.min_kv_len:
+            return Reason(f"{call.kv_len} keys; it needs {self.min_kv_len}")
         if self.max_elements is not None and call.elements >= self.max_elements:
             return Reason(f"an input of {call.elements} elements; its offsets are 32-bit")
         limit = dict(self.max_kv_len).get(environment.capability)
@@ -164,7 +169,7 @@ class Backend:
 
     def accepts(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """Asks torch whether its kernel takes these very tensors; True for backends that torch knows nothing of."""
-        if self.runtime_check is None:
+        if self.runtime_check is None or not q.is_cuda:
             return True
         return self.runtime_check(SDPAParams(q, k, v, mask, 0.0, False, q.shape[1] != k.shape[1]))
 
@@ -308,13 +313,14 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend(
         name="sageattn",
-        title="SageAttention's own pick for this GPU (FP8 values from cc 8.9 on, float16 values before, Triton in 1.0.6)",
+        title="SageAttention's own pick for this GPU (FP8 values from cc 8.9 on, float16 before, Triton in 1.0.6)",
         error_class="fast",
         missing=_sage_default_missing,
         bind=calls.bind_sage_default,
         install="pip install sageattention for the Triton version, or " + SAGE_2,
         capabilities=(((8, 0), (9, 0)), ((12, 0), (12, 1))),
         max_kv_len=(((12, 0), 160_000), ((12, 1), 160_000)),
+        min_kv_len=128,
         tested_on=("9.0",),
         max_elements=INT32_ELEMENTS,
     ),
@@ -326,13 +332,15 @@ BACKENDS: tuple[Backend, ...] = (
         bind=calls.bind_sage_fp16,
         install=SAGE_2,
         capabilities=(((8, 0), (9, 0)), ((12, 0), (12, 1))),
+        # Below one tile of keys it reads shared memory nothing has written: NaN, seen on an H200 with 1, 3 and 32 keys.
+        min_kv_len=128,
         tested_on=("9.0",),
         max_elements=INT32_ELEMENTS,
     ),
     Backend(
         name="comfy_kitchen_int8",
         title="comfy-kitchen INT8",
-        error_class="fast",
+        error_class="balanced",
         missing=_comfy_kitchen_missing,
         bind=calls.bind_comfy_kitchen_int8,
         install="pip install comfy-kitchen",

@@ -9,32 +9,33 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .environment import Environment, load
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None", "float | None"], torch.Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "float | None"], Tensor]
 
 # The largest |V| that 64 unnormalized weights of at most 1 can add up without leaving float16 (64 * 1023 < 65504).
 FLOAT16_VALUE_LIMIT = 1023.0
 
 
-def _is_token_major(x: torch.Tensor) -> bool:
+def _is_token_major(x: Tensor) -> bool:
     """Whether (batch, heads, length, head_dim) is a view of memory laid out (batch, length, heads, head_dim)."""
     strides = x.stride()
     return strides[1] < strides[2]
 
 
-def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def _pad_head_dim(tensors: tuple[torch.Tensor, ...], supported: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+def _pad_head_dim(tensors: tuple[Tensor, ...], supported: tuple[int, ...]) -> tuple[Tensor, ...]:
     head_dim = tensors[0].shape[-1]
     padding = next(size for size in supported if size >= head_dim) - head_dim
     return tuple(F.pad(x, (0, padding)) for x in tensors) if padding else tensors
 
 
-def float16_safe_values(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def float16_safe_values(v: Tensor) -> tuple[Tensor, Tensor]:
     """V scaled by a power of two per head so that float16 sums of it stay finite; the inverse of that power.
 
     v: (batch, heads, length, head_dim), float16 or bfloat16. Returns V in its dtype and a (batch, heads, 1, 1) factor.
@@ -46,7 +47,7 @@ def float16_safe_values(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return v * (1.0 / factor).to(v.dtype), factor.to(v.dtype)
 
 
-def _keep_current_device(call: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+def _keep_current_device(call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """SageAttention sets the current CUDA device and leaves it so."""
     previous = torch.cuda.current_device()
     try:
@@ -56,7 +57,9 @@ def _keep_current_device(call: Callable[..., torch.Tensor], *args: Any, **kwargs
             torch.cuda.set_device(previous)
 
 
-def _call_sage(function: Callable[..., torch.Tensor], q, k, v, mask, scale):
+def _call_sage(
+    function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
     """SageAttention 2: any strides with a last one of 1; the layout of q decides that of the output, so none is copied."""
     if _is_token_major(q):
         out = _keep_current_device(
@@ -66,7 +69,9 @@ def _call_sage(function: Callable[..., torch.Tensor], q, k, v, mask, scale):
     return _keep_current_device(function, q, k, v, tensor_layout="HND", sm_scale=scale)
 
 
-def _call_sage_float16(function: Callable[..., torch.Tensor], q, k, v, mask, scale):
+def _call_sage_float16(
+    function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
     """SageAttention 2 with V in float16: bfloat16 values are scaled into its range first."""
     if v.dtype == torch.float16:
         return _call_sage(function, q, k, v, mask, scale)
@@ -74,7 +79,9 @@ def _call_sage_float16(function: Callable[..., torch.Tensor], q, k, v, mask, sca
     return _call_sage(function, q, k, v, mask, scale) * _repeat_heads(factor, q.shape[1])
 
 
-def _call_sage_triton(function: Callable[..., torch.Tensor], q, k, v, mask, scale):
+def _call_sage_triton(
+    function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
     """SageAttention 1 (Triton). K's mean is taken off here, out of place: the package does it in the caller's tensor."""
     head_dim = q.shape[-1]
     k = k - k.mean(dim=2, keepdim=True)
@@ -92,7 +99,15 @@ def _call_sage_triton(function: Callable[..., torch.Tensor], q, k, v, mask, scal
     return out[..., :head_dim] * _repeat_heads(factor, q.shape[1])
 
 
-def _call_sageattn3(function: Callable[..., torch.Tensor], per_block_mean: bool, q, k, v, mask, scale):
+def _call_sageattn3(
+    function: Callable[..., Tensor],
+    per_block_mean: bool,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
     """sageattn3: contiguous (batch, heads, length, head_dim). It takes K's mean off in place, so it gets a copy of K."""
     return function(
         q, k.clone(memory_format=torch.contiguous_format), v, is_causal=False, per_block_mean=per_block_mean
@@ -150,7 +165,7 @@ def bind_comfy_kitchen_int8(environment: Environment) -> Kernel:
         raise ImportError(f"comfy_kitchen is {reason}")
     int8_attention = package.int8_attention
 
-    def call(q, k, v, mask, scale):
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         return int8_attention(q, k, v, scale=scale, attn_mask=mask)
 
     return call
@@ -169,12 +184,14 @@ def bind_flash(environment: Environment) -> Kernel:
     return _call_torch_flash
 
 
-def _call_flash_package(function: Callable[..., Any], q, k, v, mask, scale):
+def _call_flash_package(
+    function: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
     out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale)
     return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
 
-def _call_torch_flash(q, k, v, mask, scale):
+def _call_torch_flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     head_dim = q.shape[-1]
     if head_dim % 8:
         scale = head_dim**-0.5 if scale is None else scale
@@ -188,7 +205,7 @@ def bind_cudnn(environment: Environment) -> Kernel:
     """cuDNN's fused attention, called directly: torch's context manager for choosing it costs more than a launch."""
     attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
-    def call(q, k, v, mask, scale):
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
         return attention(q, k, v, mask, False, 0.0, False, False, scale=scale)[0]
@@ -200,7 +217,7 @@ def bind_sdpa(environment: Environment) -> Kernel:
     """torch's scaled_dot_product_attention, with torch's own choice of kernel."""
     attention = F.scaled_dot_product_attention
 
-    def call(q, k, v, mask, scale):
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         heads = q.shape[1]
         if k.shape[1] == heads:
             return attention(q, k, v, attn_mask=mask, scale=scale)

@@ -62,10 +62,10 @@ class Dispatcher:
         self.masks.forget()
         self.report.runs += 1
         for plan in self._plans.values():
-            if any(c.struck and c.struck.temporary for c in plan.candidates):
-                for candidate in plan.candidates:
-                    if candidate.struck and candidate.struck.temporary:
-                        candidate.struck = None
+            temporary = [c for c in plan.candidates if c.struck and c.struck.temporary]
+            for candidate in temporary:
+                self._pardon(candidate)
+            if temporary:
                 plan.advance()
 
     def end_run(self) -> None:
@@ -88,6 +88,16 @@ class Dispatcher:
                 if candidate.backend in barred and candidate.struck is None:
                     self._strike(plan, candidate, reason)
         return barred
+
+    def unbar(self, names: list[str]) -> None:
+        """Takes back `bar_lossy`: these backends were not to blame."""
+        for name in names:
+            reason = self._barred.pop(name, None)
+            for plan in self._plans.values():
+                for candidate in plan.candidates:
+                    if candidate.backend == name and candidate.struck and candidate.struck.reason == reason:
+                        self._pardon(candidate)
+                        plan.advance()
 
     def settings(self, device: torch.device) -> dict[str, Any]:
         """The head of a report: what was asked for and on what."""
@@ -169,7 +179,9 @@ class Dispatcher:
             try:
                 out = self._timed(candidate.tally, q, candidate.kernel, inputs, capturing)
                 if out.shape != plan.out_shape or out.dtype != q.dtype:
-                    raise WrongOutput(f"it gave {tuple(out.shape)} instead of {tuple(plan.out_shape)}")
+                    raise WrongOutput(
+                        f"it gave {tuple(out.shape)} {out.dtype} instead of {tuple(plan.out_shape)} {q.dtype}"
+                    )
                 if not capturing:
                     self._check(plan, candidate, inputs, out)
             except Exception as error:
@@ -216,16 +228,21 @@ class Dispatcher:
         plan.settled = plan.checked >= CHECKED_CALLS + TIMED_CALLS
         if suspects and not capturing and not checks.is_finite(out):
             for candidate in suspects:
-                self.report.struck = [struck for struck in self.report.struck if struck is not candidate.struck]
-                candidate.struck = None
+                self._pardon(candidate)
             self.report.note(
                 f"Attention over {plan.call} is not finite with any backend: the inputs or the mask make it so."
             )
             plan.advance()
             plan.checked = CHECKED_CALLS
 
+    def _pardon(self, candidate: Candidate) -> None:
+        self.report.struck = [struck for struck in self.report.struck if struck is not candidate.struck]
+        candidate.struck = None
+
     @staticmethod
-    def _timed(tally: Tally, q: torch.Tensor, call: Callable[..., torch.Tensor], args: tuple, capturing: bool):
+    def _timed(
+        tally: Tally, q: torch.Tensor, call: Callable[..., torch.Tensor], args: tuple, capturing: bool
+    ) -> torch.Tensor:
         """Runs the call; from the third on, until enough are known, its time is taken without waiting for the GPU."""
         if capturing or tally.calls < CHECKED_CALLS or len(tally.milliseconds) + len(tally.events) >= TIMED_CALLS:
             return call(*args)
@@ -255,7 +272,7 @@ class Dispatcher:
         candidate.struck = Struck(candidate.backend, plan.call, reason, temporary)
         self.report.struck.append(candidate.struck)
         plan.advance()
-        kind = (candidate.backend, reason[:16])
+        kind = (candidate.backend, " ".join(reason.split()[:2]))
         if kind not in self._told:
             self._told.add(kind)
             log.warning(

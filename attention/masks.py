@@ -40,38 +40,38 @@ class MaskMemory:
     """
 
     def __init__(self) -> None:
-        self.checks = 0
-        self._verdicts: dict[tuple, tuple[torch.Tensor, bool, bool]] = {}
+        self._verdicts: dict[tuple, tuple[torch.Tensor, bool]] = {}
         self._real_shapes: set[tuple] = set()
-        self._held = 0
+        self.forget()
 
     def forget(self) -> None:
         """A new sampling run: nothing is known of any mask."""
-        self.__init__()
+        self.checks = 0
+        self._verdicts.clear()
+        self._real_shapes.clear()
+        self._held = 0
 
     def new_model_call(self) -> None:
         """Forgets the verdicts on tensors that could have been written to without a trace."""
         if self._verdicts:
-            self._verdicts = {key: entry for key, entry in self._verdicts.items() if entry[2]}
+            self._verdicts = {key: entry for key, entry in self._verdicts.items() if entry[1]}
             self._held = sum(entry[0].nbytes for entry in self._verdicts.values())
 
     def masks_nothing(self, mask: torch.Tensor) -> bool:
         """Whether the mask can be left out; reads it at most once a run (once a model call for inference tensors)."""
         versioned = not mask.is_inference()
         key = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask._version if versioned else -1)
-        known = self._verdicts.get(key)
-        if known is not None:
-            return known[1]
+        if key in self._verdicts:
+            return True
         kind = (mask.shape, mask.dtype)
         if kind in self._real_shapes or self.checks >= CHECKS_PER_RUN or self._held + mask.nbytes > HELD_BYTES:
             return False
         if mask.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         self.checks += 1
-        trivial = is_trivial(mask)
-        if not trivial:
+        if not is_trivial(mask):
             self._real_shapes.add(kind)
             return False
-        self._verdicts[key] = (mask, trivial, versioned)
+        self._verdicts[key] = (mask, versioned)
         self._held += mask.nbytes
         return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,7 +12,7 @@ WARMUP = 1
 ROUNDS = 3
 
 
-def milliseconds(calls: dict[str, Callable[[], torch.Tensor]], device: torch.device) -> dict[str, float]:
+def milliseconds(calls: Mapping[str, Callable[[], torch.Tensor]], device: torch.device) -> dict[str, float]:
     """Median time of each call, in interleaved rounds so that a warming GPU hurts all alike. Waits for the GPU.
 
     A call that raises is left out.

@@ -1,0 +1,249 @@
+"""The dispatcher's parts: input checks, masks, the schedule, the ranking table, the timing file."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit.attention import checks, masks
+from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS, AttentionCall
+from lowbit.attention.ranking import RANKS, order_for
+from lowbit.attention.schedule import Schedule, parse_blocks, step_of
+from lowbit.attention.timing_cache import FILE_NAME, TimingCache
+from lowbit.errors import LowbitError
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_prepared_is_the_same_numbers_and_copies_only_when_it_must(data):
+    shape = [data.draw(st.integers(1, 4)) for _ in range(3)] + [data.draw(st.sampled_from([1, 4, 8, 16]))]
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    offset = data.draw(st.integers(0, 9))
+    x = torch.randn(2 * sum(shape) + 4096 * 2).to(dtype)[offset:]
+    order = data.draw(st.permutations([0, 1, 2]))
+    steps = [data.draw(st.sampled_from([0, 1, 8, 13, 64])) for _ in shape]
+    steps[3] = data.draw(st.sampled_from([1, 1, 1, 2]))
+    view = x.as_strided(shape, [steps[i] for i in order] + [steps[3]])
+    contiguous = data.draw(st.booleans())
+    out = checks.prepared(view, contiguous)
+    assert torch.equal(out, view)
+    assert out.data_ptr() % checks.ALIGNMENT == 0
+    if contiguous:
+        assert out.is_contiguous()
+    assert out.stride(-1) == 1 or out.shape[-1] == 1
+    for n, stride in zip(out.shape[:-1], out.stride()[:-1], strict=True):
+        assert n == 1 or (stride > 0 and (stride * out.element_size() % 16 == 0 or out.is_contiguous()))
+    assert checks.prepared(out, contiguous) is out or (shape[-1] * out.element_size()) % 16
+
+
+def test_a_good_view_is_not_copied():
+    q = torch.randn(2, 7, 3, 16).transpose(1, 2)
+    assert checks.prepared(q) is q
+    assert checks.prepared(q, contiguous=True) is not q
+    one = torch.randn(1, 5, 3, 16)[:, :, :1]
+    assert checks.prepared(one) is one
+
+
+def test_a_span_past_int32_is_copied():
+    far = torch.empty_strided((1, 2, 3, 8), (8, 2**31, 8, 1), dtype=torch.bfloat16, device="meta")
+    assert checks.prepared(far).stride() == (48, 24, 8, 1)
+
+
+@pytest.mark.parametrize(("value", "finite"), [(0.0, True), (torch.nan, False), (torch.inf, False), (3e38, True)])
+def test_is_finite(value, finite):
+    x = torch.randn(2, 3, 4, 8)
+    x[0, 1, 2, 3] = value
+    x[1, 1, 2, 3] = value
+    assert checks.is_finite(x) is finite
+
+
+@pytest.mark.parametrize(
+    ("mask", "nothing"),
+    [
+        (torch.ones(1, 5, dtype=torch.bool), True),
+        (torch.tensor([[True, False]]), False),
+        (torch.zeros(2, 1, 5), True),
+        (torch.ones(2, 1, 5), True),
+        (torch.tensor([[1.0, 1.0], [2.0, 2.0]]), True),
+        (torch.tensor([[0.0, -1.0]]), False),
+        (torch.full((1, 4), -torch.inf), False),
+        (torch.full((1, 4), torch.nan), False),
+        (torch.ones(1, 4, dtype=torch.int64), False),
+        (torch.empty(0, 4), False),
+    ],
+)
+def test_masks_that_mask_nothing(mask, nothing):
+    assert masks.is_trivial(mask) is nothing
+
+
+def test_a_mask_is_read_once_until_it_is_written_to():
+    memory = masks.MaskMemory()
+    mask = torch.zeros(1, 1, 8)
+    assert all(memory.masks_nothing(mask) for _ in range(50))
+    assert memory.checks == 1
+    mask[..., 0] = -1e9
+    assert not memory.masks_nothing(mask)
+    assert memory.checks == 2
+
+
+def test_a_fresh_mask_at_an_old_address_is_not_taken_for_the_old_one():
+    memory = masks.MaskMemory()
+    for _ in range(8):
+        idle = torch.zeros(1, 1, 64)
+        assert memory.masks_nothing(idle)
+        address = idle.data_ptr()
+        del idle
+        real = torch.zeros(1, 1, 64)
+        assert real.data_ptr() != address, "a mask that was judged is held, so its memory is not handed out again"
+
+
+def test_models_that_build_a_real_mask_in_every_block_cost_one_look():
+    memory = masks.MaskMemory()
+    for _ in range(60):
+        mask = torch.zeros(1, 1, 64)
+        mask[..., :3] = -1e9
+        assert not memory.masks_nothing(mask)
+    assert memory.checks == 1
+
+
+def test_inference_tensors_are_read_once_a_model_call():
+    memory = masks.MaskMemory()
+    with torch.inference_mode():
+        mask = torch.zeros(1, 1, 8)
+        for model_call in range(1, 4):
+            memory.new_model_call()
+            assert all(memory.masks_nothing(mask) for _ in range(40))
+            assert memory.checks == model_call
+        memory.new_model_call()
+        mask[..., 0] = -1e9
+        assert not memory.masks_nothing(mask)
+
+
+def test_the_number_of_looks_in_a_run_has_a_limit():
+    memory = masks.MaskMemory()
+    kept = [torch.zeros(1, 1, 8) for _ in range(masks.CHECKS_PER_RUN + 5)]
+    assert sum(memory.masks_nothing(mask) for mask in kept) == masks.CHECKS_PER_RUN
+    memory.forget()
+    assert memory.masks_nothing(kept[-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [("", set()), ("3", {3}), ("0-2, 39", {0, 1, 2, 39}), (" 1 ; 4-4 ", {1, 4})],
+)
+def test_blocks(text, blocks):
+    assert parse_blocks(text) == blocks
+
+
+@pytest.mark.parametrize("text", ["a", "1-", "-3", "5-2", "1.5", "0-999999999"])
+def test_blocks_that_are_none_say_so(text):
+    with pytest.raises(LowbitError, match="exact_blocks"):
+        parse_blocks(text)
+
+
+def test_steps_are_found_by_sigma():
+    sigmas = [14.6, 8.0, 3.0, 1.0, 0.0]
+    assert [step_of(sigma, sigmas) for sigma in sigmas[:-1]] == [0, 1, 2, 3]
+    assert step_of(5.0, sigmas) == 1, "a second-order sampler's call between two steps"
+    assert step_of(14.6001, sigmas) == 0
+    assert step_of(99.0, sigmas) == 0
+    assert step_of(0.0, sigmas) == 3
+
+
+@pytest.mark.parametrize(
+    ("schedule", "exact"),
+    [
+        (Schedule(), [0, 0, 0, 0]),
+        (Schedule(first_steps=1), [1, 0, 0, 0]),
+        (Schedule(last_steps=2), [0, 0, 1, 1]),
+        (Schedule(first_steps=9), [1, 1, 1, 1]),
+        (Schedule(sigma_from=8.0, sigma_to=3.0), [0, 1, 1, 0]),
+        (Schedule(sigma_from=3.0, sigma_to=8.0), [0, 0, 0, 0]),
+    ],
+)
+def test_schedules(schedule, exact):
+    sigmas = [14.6, 8.0, 3.0, 1.0, 0.0]
+    assert [schedule.exact_at(sigma, sigmas) for sigma in sigmas[:-1]] == [bool(x) for x in exact]
+    assert schedule.needs_sigma is any(exact)
+
+
+def shape(q_len, kv_len, head_dim=128):
+    return AttentionCall("cuda", torch.bfloat16, 1, 24, 24, q_len, kv_len, head_dim, head_dim)
+
+
+def test_the_auto_table_names_backends_within_their_budget():
+    classes = {backend.name: backend.error_class for backend in BACKENDS}
+    for rank in RANKS:
+        assert rank.budget in BUDGETS
+        for name in rank.order:
+            if name != CORE:
+                assert ERROR_LIMITS[classes[name]] <= ERROR_LIMITS[rank.budget], rank
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_order_ends_with_cores_own(budget):
+    for capability in ((0, 0), (7, 5), (8, 6), (9, 0), (12, 0)):
+        for call in (shape(32760, 32760), shape(32760, 512), shape(64, 64)):
+            assert order_for(capability, budget, call)[0][-1] == CORE
+
+
+def test_timings_are_kept_and_merged(tmp_path):
+    first, second = TimingCache(tmp_path), TimingCache(tmp_path)
+    first.put("gpu a", "shape 1", {"cudnn": 1.0})
+    second.put("gpu a", "shape 2", {"cudnn": 2.0})
+    fresh = TimingCache(tmp_path)
+    assert fresh.get("gpu a", "shape 1") == {"cudnn": 1.0}
+    assert fresh.get("gpu a", "shape 2") == {"cudnn": 2.0}
+    assert fresh.get("gpu b", "shape 1") is None
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"version": 0, "timings": {}}',
+        '{"version": 1, "timings": {"gpu": 3}}',
+        '{"version": 1, "timings": {"gpu": {"shape": {"cudnn": -1}}}}',
+        '{"version": 1, "timings": {"gpu": {"shape": {"cudnn": "fast"}}}}',
+        '{"version": 1, "timings": {"gpu": {"shape": {"cudnn": NaN}}}}',
+        "[" * 100_000,
+        "\xff\xfe",
+    ],
+)
+def test_a_damaged_file_is_replaced(tmp_path, content):
+    (tmp_path / FILE_NAME).write_bytes(content.encode("latin-1"))
+    cache = TimingCache(tmp_path)
+    assert cache.get("gpu", "shape") is None
+    cache.put("gpu", "shape", {"cudnn": 1.5})
+    assert json.loads((tmp_path / FILE_NAME).read_text())["timings"] == {"gpu": {"shape": {"cudnn": 1.5}}}
+
+
+def test_many_writers_leave_a_whole_file(tmp_path):
+    def write(number):
+        TimingCache(tmp_path).put("gpu", f"shape {number}", {"cudnn": 1.0 + number})
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    entries = json.loads((tmp_path / FILE_NAME).read_text())["timings"]["gpu"]
+    assert entries
+    assert all(entries[name] == {"cudnn": 1.0 + int(name.split()[1])} for name in entries)
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    cache = TimingCache(blocked / "below")
+    cache.put("gpu", "shape", {"cudnn": 1.0})
+    assert cache.get("gpu", "shape") == {"cudnn": 1.0}
+    assert "not kept" in caplog.text
