@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .formats import STORAGES, Storage
 from .plan import find_stored
 from .quantize import assemble
-from .stored import core_scale
+from .stored import ScaleTarget
 
 _SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook")
 
@@ -61,9 +61,8 @@ def _dequantized(
 ) -> torch.Tensor:
     names = {suffix: f"{layer}.{suffix}" for suffix in _SUFFIXES} | scale_names
     parts = {suffix: checkpoint.read(name) for suffix, name in names.items() if name in checkpoint.entries}
-    if "weight_scale" in scale_names:
-        parts["weight_scale"] = core_scale(parts["weight_scale"])
-    parts.setdefault("weight_scale", torch.ones(()))
+    target = ScaleTarget("weight_scale", STORAGES[storage_name].core_format)
+    parts["weight_scale"] = target.convert(parts.get("weight_scale", torch.ones(())))
     for suffix, dtype in _block_scale_dtypes(STORAGES[storage_name]).items():
         parts[suffix] = parts[suffix].view(dtype)
     return assemble(parts, storage_name, (shape[0], shape[1]), torch.float32).dequantize()

@@ -41,18 +41,35 @@ class StoredLayer:
 
 
 @dataclass(frozen=True)
+class ScaleTarget:
+    """Where a scale of the file goes: core's name for it, and core's format of its layer."""
+
+    name: str
+    core_format: str
+
+    def convert(self, scale: torch.Tensor) -> torch.Tensor:
+        """The scale as core wants it: FP8's per-tensor or per-row one in float32, any other untouched."""
+        if not self.core_format.startswith("float8"):
+            return scale
+        scale = scale.to(torch.float32)
+        if scale.numel() == 1:
+            return scale.reshape(())
+        return scale.unsqueeze(1) if scale.dim() == 1 else scale
+
+
+@dataclass(frozen=True)
 class StoredLayers:
     """All quantized layers of a file.
 
     Attributes:
         layers: by name.
         dropped: tensors that only described them and are not carried on.
-        scale_targets: core's name for each scale, by its name in the file.
+        scale_targets: where each scale goes, by its name in the file.
     """
 
     layers: Mapping[str, StoredLayer]
     dropped: frozenset[str]
-    scale_targets: Mapping[str, str]
+    scale_targets: Mapping[str, ScaleTarget]
 
 
 def find_stored_layers(
@@ -99,7 +116,9 @@ def find_stored_layers(
         layers[layer] = StoredLayer(config, scales, unscaled, "plain FP8 cast" if unscaled else "scaled FP8")
     _check_scales(layers, dtypes)
     targets = {
-        source: f"{layer}.{suffix}" for layer, info in layers.items() for suffix, source in info.scale_names.items()
+        source: ScaleTarget(f"{layer}.{suffix}", str(info.config["format"]))
+        for layer, info in layers.items()
+        for suffix, source in info.scale_names.items()
     }
     return StoredLayers(layers, frozenset(dropped), targets)
 
@@ -127,8 +146,11 @@ def normalize_state_dict(
     for name, tensor in state_dict.items():
         if name in stored.dropped:
             continue
-        target = stored.scale_targets.get(name, name)
-        result[target] = core_scale(tensor) if name in stored.scale_targets else tensor
+        target = stored.scale_targets.get(name)
+        if target is None:
+            result[name] = tensor
+        else:
+            result[target.name] = target.convert(tensor)
     for layer, info in stored.layers.items():
         if info.unit_scale:
             result[f"{layer}.weight_scale"] = torch.ones((), dtype=torch.float32)
@@ -149,15 +171,6 @@ def with_speed(config: Mapping[str, Any], fast: bool | None) -> dict[str, Any]:
         if not fast:
             result["full_precision_matrix_mult"] = True
     return result
-
-
-def core_scale(scale: torch.Tensor) -> torch.Tensor:
-    """A scale as core wants it: per-tensor and per-row ones in float32, block scales untouched."""
-    if scale.dtype in (torch.float16, torch.bfloat16, torch.float64):
-        scale = scale.to(torch.float32)
-    if scale.numel() == 1:
-        return scale.reshape(())
-    return scale.unsqueeze(1) if scale.dim() == 1 and scale.dtype == torch.float32 else scale
 
 
 def _metadata_layers(metadata: Mapping[str, str] | None) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from .formats import FORMATS
 from .keep_rules import QUANTIZE
 from .plan import QuantizationPlan
 from .quantize import absolute_maximum, core_config_tensor, quantize_weight
-from .stored import core_scale, with_speed
+from .stored import with_speed
 from .writer import CheckpointWriter, check_free_space
 
 logger = logging.getLogger("lowbit.ops")
@@ -109,7 +109,7 @@ def _write_entry(writer: CheckpointWriter, entry: TensorEntry, plan: Quantizatio
     target = plan.stored.scale_targets.get(entry.name)
     tensor = read_tensor(entry)
     if target is not None:
-        writer.add(target, core_scale(tensor))
+        writer.add(target.name, target.convert(tensor))
         return
     if tensor.dtype in _FLOATS and tensor.numel():
         absolute_maximum(tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1), entry.name)

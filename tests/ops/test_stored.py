@@ -9,7 +9,7 @@ import torch
 
 from lowbit.errors import CheckpointError
 from lowbit.ops.checkpoint import open_checkpoint
-from lowbit.ops.formats import FORMATS
+from lowbit.ops.formats import FORMATS, STORAGES
 from lowbit.ops.plan import make_plan
 from lowbit.ops.quantize import core_config_tensor, quantize_weight
 from lowbit.ops.stored import normalize_state_dict
@@ -83,7 +83,19 @@ def test_header_metadata_and_core_tensors_are_read():
     assert layer_config(normalize_state_dict(by_tensor, None), "a") == config
 
 
-def test_per_row_scales_become_columns():
+@pytest.mark.parametrize("storage", STORAGES)
+def test_cores_own_formats_are_carried_on_untouched(storage):
+    parts = quantize_weight(torch.randn(32, 256), storage)
+    source = {f"a.{suffix}": tensor for suffix, tensor in parts.items()}
+    result = normalize_state_dict(source, {})
+    assert result.keys() == source.keys()
+    for name, tensor in source.items():
+        if not name.endswith("comfy_quant"):
+            assert result[name].shape == tensor.shape
+            assert result[name].dtype == tensor.dtype
+
+
+def test_per_row_fp8_scales_become_columns():
     source = {"a.weight": float8(), "a.weight_scale": torch.ones(32)}
     assert normalize_state_dict(source, {})["a.weight_scale"].shape == (32, 1)
 

@@ -1,0 +1,159 @@
+"""Runs Wan in a ComfyUI of this process, on the GPU, in every format: resident, streamed, with and without a LoRA.
+
+    python tests/gpu/comfy_process.py OUT.json [ComfyUI options, e.g. --disable-dynamic-vram --novram]
+
+It starts core as main.py does (dynamic VRAM included) but without the server, and writes what it saw as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 2
+LORA_STRENGTH = 1.0
+
+
+def start_core(options: list[str]) -> None:
+    """Import ComfyUI with `options` and switch dynamic VRAM on where main.py would."""
+    sys.path.insert(0, os.environ.get("COMFYUI_PATH") or str(Path.home() / "ComfyUI"))
+    # Last: the repository's own `nodes` folder must not shadow core's module.
+    sys.path.append(str(ROOT))
+    sys.argv = ["main.py", *options]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy_aimdo.control
+    from comfy.cli_args import enables_dynamic_vram
+
+    if enables_dynamic_vram():
+        comfy_aimdo.control.init()
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    if enables_dynamic_vram() and comfy.model_management.is_nvidia():
+        devices = ((device.index, 0) for device in comfy.model_management.get_all_torch_devices())
+        if comfy_aimdo.control.init_devices(devices):
+            comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+            comfy.memory_management.aimdo_enabled = True
+
+
+def write_models(folder: Path) -> tuple[Path, Path]:
+    """A Wan of 1024 channels and a LoRA for it."""
+    from safetensors.torch import save_file
+
+    from demo.tiny import lora, wan
+    from demo.tiny.tensors import draw, linear_names, write
+
+    config = wan.WanConfig(dim=1024, ffn=4096, heads=8, layers=4, text=256)
+    tensors = draw(wan.shapes(config))
+    model = write(folder / "wan.safetensors", tensors, config.metadata())
+    layers = [
+        name for name in linear_names(tensors) if name.endswith(("self_attn.q", "cross_attn.v", "ffn.0", "ffn.2"))
+    ]
+    save_file(lora.make(tensors, layers), folder / "lora.safetensors")
+    return model, folder / "lora.safetensors"
+
+
+def sample(patcher) -> torch.Tensor:
+    """Two Euler steps from fixed noise."""
+    import comfy.sample
+
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(1, 16, 3, 16, 16, generator=generator)
+    conditioning = [[torch.randn(1, 32, 256, generator=generator), {}]]
+    latent = torch.zeros_like(noise)
+    return comfy.sample.sample(
+        patcher, noise, STEPS, 1.0, "euler", "simple", conditioning, conditioning, latent, seed=5
+    ).float()
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return (torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def with_lora(patcher, path: Path):
+    import comfy.sd
+    import comfy.utils
+
+    tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
+    return comfy.sd.load_lora_for_models(patcher, None, tensors, LORA_STRENGTH, 0)[0]
+
+
+def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor) -> dict:
+    """One format: its error, the LoRA's delta under it, and whether it multiplies as before once the LoRA is gone."""
+    import comfy.model_management
+    from lowbit.host.loading import load_diffusion_model
+    from lowbit.host.operations import QuantizedLinear
+    from lowbit.host.preparing import Request, plan_file, prepared_file
+
+    planned = plan_file(model, Request(name))
+    patcher = load_diffusion_model(str(prepared_file(planned)))
+    linears = [module for module in patcher.model.modules() if isinstance(module, QuantizedLinear)]
+    first = sample(patcher)
+    start = time.perf_counter()
+    again = sample(patcher)
+    seconds = time.perf_counter() - start
+    patched = sample(with_lora(patcher, lora))
+    after = sample(patcher)
+    row = {
+        "format": planned.choice.split(":")[0],
+        "linears": len(linears),
+        "expected_linears": sum(layer.action == "quantize" for layer in planned.plan.layers.values()),
+        "dynamic": patcher.is_dynamic(),
+        "error": relative(first, reference),
+        "repeat_error": relative(again, first),
+        "lora_error": relative(patched, reference + reference_delta),
+        "lora_delta_error": relative(patched - first, reference_delta),
+        "after_lora_error": relative(after, first),
+        "resident_mib": patcher.loaded_size() / 2**20,
+        "model_mib": patcher.model_size() / 2**20,
+        "seconds": seconds,
+        "finite": bool(torch.isfinite(patched).all() and torch.isfinite(after).all()),
+    }
+    comfy.model_management.unload_all_models()
+    return row
+
+
+def main() -> None:
+    out, options = Path(sys.argv[1]).resolve(), sys.argv[2:]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
+        start_core([*options, "--base-directory", folder])
+        import comfy.model_management
+        from lowbit.host.loading import load_diffusion_model
+        from lowbit.ops.formats import FORMATS
+
+        model, lora = write_models(Path(folder))
+        patcher = load_diffusion_model(str(model))
+        reference = sample(patcher)
+        delta = sample(with_lora(patcher, lora)) - reference
+        comfy.model_management.unload_all_models()
+        rows = {}
+        for name in (*FORMATS, "auto", "none"):
+            rows[name] = run_format(name, model, lora, reference, delta)
+            print(
+                name, {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[name].items()}
+            )
+        device = comfy.model_management.get_torch_device()
+        result = {
+            "device": str(device),
+            "options": options,
+            "delta": relative(reference + delta, reference),
+            "rows": rows,
+        }
+        out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    # As core's executor runs every node.
+    with torch.inference_mode():
+        main()
