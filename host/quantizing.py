@@ -44,6 +44,8 @@ def quantize_model(
     result = patcher.clone(model_override=quantized.get_clone_model_override())
     result.cached_patcher_init = quantized.cached_patcher_init
     result.size = quantized.model_size()
+    # Core falls back to the parent when a clone goes: it must be a patcher of the same model.
+    result.parent = quantized
     return result, planned
 
 
