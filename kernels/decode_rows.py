@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
+
 from .decode_tiles import (
     code_to_float32,
     e2m1_pairs,
@@ -10,8 +14,9 @@ from .decode_tiles import (
     int4_pairs,
     swizzled_offset,
 )
-from .rotate_rows import _butterfly
-from .runtime import tl, triton
+from .hadamard import hadamard
+from .runtime import INTERPRETED, tl, triton
+from .stored_weight import StoredWeight
 
 VALUES = "values"
 GRID = "grid"
@@ -148,6 +153,21 @@ def _decode_rows_kernel(
 
 
 @triton.jit
+def _butterfly(a, b, c, d):
+    """(a, b, c, d) times the 4 x 4 regular Hadamard kernel over 2."""
+    half = 0.5 * (a + b + c + d)
+    return half - d, half - c, half - b, half - a
+
+
+@functools.lru_cache(maxsize=32)
+def unrotation_matrix(group: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The 64 x 64 matrix that undoes rotations of up to 64 columns; 256 takes one more step of `_butterfly`."""
+    matrix = hadamard(min(group, 64), torch.device("cpu"), torch.float64)
+    whole = torch.kron(torch.eye(64 // matrix.shape[0], dtype=torch.float64), matrix)
+    return whole.to(device=device, dtype=dtype).contiguous()
+
+
+@triton.jit
 def _decode_rotated_kernel(
     w_ptr,
     scale_ptr,
@@ -162,9 +182,10 @@ def _decode_rotated_kernel(
     GROUP: tl.constexpr,
     SCALE: tl.constexpr,
     HAS_CODEBOOK: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_N rows x 256 columns of an integer kind, brought back from the rotated basis."""
+    """BLOCK_N rows x 256 columns of an integer kind, brought back from the rotated basis. WHOLE: groups of 256."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = n < N
     n = tl.where(inside_n, n, 0)
@@ -184,11 +205,92 @@ def _decode_rotated_kernel(
     d = _tile_values(
         w_ptr, block_scale_ptr, codebook_ptr, n, start + 192, stride_wn, 0, K, KIND, GROUP, HAS_CODEBOOK, True, 64
     )
-    a, b, c, d = _butterfly(a, b, c, d)
+    if WHOLE:
+        a, b, c, d = _butterfly(a, b, c, d)
     target = out_ptr + n.to(tl.int64)[:, None] * K + start + lane[None, :]
-    inside = inside_n[:, None]
+    inside = inside_n[:, None] & (start + lane < K)[None, :]
     element: tl.constexpr = out_ptr.dtype.element_ty
     tl.store(target, (tl.dot(a.to(h.dtype), h) * scale[:, None]).to(element), mask=inside)
+    inside = inside_n[:, None] & (start + 64 + lane < K)[None, :]
     tl.store(target + 64, (tl.dot(b.to(h.dtype), h) * scale[:, None]).to(element), mask=inside)
+    inside = inside_n[:, None] & (start + 128 + lane < K)[None, :]
     tl.store(target + 128, (tl.dot(c.to(h.dtype), h) * scale[:, None]).to(element), mask=inside)
+    inside = inside_n[:, None] & (start + 192 + lane < K)[None, :]
     tl.store(target + 192, (tl.dot(d.to(h.dtype), h) * scale[:, None]).to(element), mask=inside)
+
+
+def _kernel_codes(weight: StoredWeight, hardware_e4m3: bool) -> torch.Tensor:
+    """The codes in the dtype the kernels take them in: bytes, unless the GPU converts e4m3 itself."""
+    name = weight.code_name
+    if name == "int8" or (name in ("e4m3", "mxfp8") and hardware_e4m3):
+        return weight.data
+    return weight.data.view(torch.uint8)
+
+
+def decode_rows(
+    weight: StoredWeight,
+    out: torch.Tensor,
+    row_scale: torch.Tensor | None = None,
+    *,
+    hardware_e4m3: bool = True,
+    unrotate: bool = True,
+) -> None:
+    """Decode the whole weight into the row-major `out` (rows, columns).
+
+    Args:
+        weight: stored weight without `correction`; codes row by row (last stride 1).
+        out: float16, bfloat16 or float32: the values W. int8: an integer kind's grid, without its scale. float8_e4m3fn
+            (mxfp8, nvfp4): W over the new scale per row.
+        row_scale: (rows,) float32, written for float8_e4m3fn only.
+        hardware_e4m3: the GPU converts e4m3 (cc 8.9 and later).
+        unrotate: bring values back from the rotated basis.
+    """
+    output = {torch.int8: GRID, torch.float8_e4m3fn: FLOAT8}.get(out.dtype, VALUES)
+    codes = _kernel_codes(weight, hardware_e4m3)
+    scale = codes if weight.scale is None else weight.scale
+    block_scale = codes if weight.block_scale is None else weight.block_scale
+    if block_scale.dtype == torch.float8_e4m3fn:
+        block_scale = block_scale.view(torch.uint8)
+    codebook = scale if weight.codebook is None else weight.codebook
+    if output == VALUES and weight.rotation and unrotate:
+        dtype = torch.bfloat16 if out.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
+        _decode_rotated_kernel[(triton.cdiv(weight.rows, 64), triton.cdiv(weight.columns, 256))](
+            codes,
+            scale,
+            block_scale,
+            codebook,
+            unrotation_matrix(weight.rotation, out.device, dtype),
+            out,
+            weight.rows,
+            codes.stride(0),
+            K=weight.columns,
+            KIND=weight.code_name,
+            GROUP=weight.group,
+            SCALE=weight.scale_mode,
+            HAS_CODEBOOK=weight.codebook is not None,
+            WHOLE=weight.rotation == 256,
+            BLOCK_N=64,
+        )
+        return
+    rows_together, width = (4, 1024) if output == FLOAT8 else (1, 2048)
+    _decode_rows_kernel[(triton.cdiv(weight.rows, rows_together), 1)](
+        codes,
+        scale,
+        block_scale,
+        codebook,
+        out,
+        scale if row_scale is None else row_scale,
+        weight.rows,
+        codes.stride(0),
+        weight.scale_tiles_per_row,
+        K=weight.columns,
+        KIND=weight.code_name,
+        GROUP=weight.group,
+        SCALE=weight.scale_mode,
+        OUTPUT=output,
+        HAS_CODEBOOK=weight.codebook is not None,
+        HARDWARE_E4M3=hardware_e4m3,
+        BLOCK_N=rows_together,
+        BLOCK_K=width,
+        BLOCKS=triton.next_power_of_2(triton.cdiv(weight.columns, max(weight.group, 1))),
+    )

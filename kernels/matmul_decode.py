@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .decode_tiles import (
     code_to_float32,
     e2m1_pairs,
@@ -11,6 +13,7 @@ from .decode_tiles import (
     swizzled_offset,
 )
 from .runtime import tl, triton
+from .stored_weight import PACKED_KINDS, StoredWeight
 
 
 @triton.jit
@@ -57,14 +60,16 @@ def _decode_matvec_kernel(
     """One or two rows of x, by fused multiply-adds in float32. BLOCK_K counts stored bytes (two columns, if packed)."""
     PACKED: tl.constexpr = KIND == "e2m1" or KIND == "int4"
     GROUP: tl.constexpr = 8 if KIND == "e2m1" else (32 if KIND == "mxfp8" else 1)
+    # Neighbours are added up at once, so that few accumulators leave room for many loads in flight.
+    TOGETHER: tl.constexpr = GROUP if GROUP > 1 else 16
     BYTES: tl.constexpr = (K + 1) // 2 if PACKED else K
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = n < N
     safe_n = tl.where(inside_n, n, 0)
     lane = tl.arange(0, BLOCK_K)
     w_row = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + lane[None, :]
-    acc = tl.zeros([BLOCK_N, BLOCK_K // GROUP], dtype=tl.float32)
-    acc_two = tl.zeros([BLOCK_N, BLOCK_K // GROUP], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_K // TOGETHER], dtype=tl.float32)
+    acc_two = tl.zeros([BLOCK_N, BLOCK_K // TOGETHER], dtype=tl.float32)
     LENGTH: tl.constexpr = ((BYTES + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)) * BLOCK_K
     for step in range(0, LENGTH, BLOCK_K):
         start = step + tl.program_id(1) * LENGTH
@@ -102,9 +107,9 @@ def _decode_matvec_kernel(
             if TWO_ROWS:
                 acc_two += block_scale * tl.sum(tl.reshape(part_two, [BLOCK_N, BLOCK_K // GROUP, GROUP]), axis=2)
         else:
-            acc += part
+            acc += tl.sum(tl.reshape(part, [BLOCK_N, BLOCK_K // TOGETHER, TOGETHER]), axis=2)
             if TWO_ROWS:
-                acc_two += part_two
+                acc_two += tl.sum(tl.reshape(part_two, [BLOCK_N, BLOCK_K // TOGETHER, TOGETHER]), axis=2)
     m = tl.arange(0, 1)
     out = out_ptr + tl.program_id(1).to(tl.int64) * M * stride_out
     total = tl.sum(acc, axis=1)[:, None]
@@ -227,3 +232,123 @@ def _sum_splits_kernel(
         source = partial_ptr + (split * M + tl.program_id(1)).to(tl.int64) * N + n
         total += tl.load(source, mask=n < N, other=0.0)
     _store_rows(out_ptr, total[:, None], m, n, M, N, stride_out, scale_ptr, bias_ptr, 1.0, SCALE, HAS_BIAS)
+
+
+def sum_splits(partial: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Add partial (splits, M, N) float32 up, scale it by the weight's scale, add the bias, store as out (M, N)."""
+    splits, rows, columns = partial.shape
+    _sum_splits_kernel[(triton.cdiv(columns, 1024), rows)](
+        partial,
+        partial if weight.scale is None else weight.scale,
+        partial if bias is None else bias,
+        out,
+        rows,
+        columns,
+        out.stride(0),
+        SPLITS=splits,
+        SCALE=weight.scale_mode,
+        HAS_BIAS=bias is not None,
+        BLOCK_N=1024,
+    )
+
+
+def matvec_decode(
+    x: torch.Tensor,
+    weight: StoredWeight,
+    codes: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    hardware_e4m3: bool,
+) -> None:
+    """Weight-only product of one or two rows of x and any kind but int4_codebook, by float32 multiply-adds.
+
+    Args:
+        x: (1 or 2, K), any strides.
+        weight: in whatever basis x is.
+        codes: its data, as bytes where `hardware_e4m3` is False.
+        bias: (N,) or None.
+        out: (1 or 2, N), last stride 1, written.
+        hardware_e4m3: the GPU converts e4m3 (cc 8.9 and later).
+    """
+    wide = weight.rows >= 8192 and weight.columns <= 8192
+    block_n, block_k = (16, 512) if wide else (4, 1024)
+    if weight.kind in PACKED_KINDS:
+        block_k //= 2
+    scale = codes if weight.scale is None else weight.scale
+    _decode_matvec_kernel[(triton.cdiv(weight.rows, block_n), 1)](
+        x,
+        codes,
+        scale,
+        codes if weight.block_scale is None else weight.block_scale,
+        out if bias is None else bias,
+        out,
+        x.shape[0],
+        weight.rows,
+        x.stride(0),
+        x.stride(1),
+        codes.stride(0),
+        out.stride(0),
+        weight.scale_tiles_per_row,
+        K=weight.columns,
+        TWO_ROWS=x.shape[0] == 2,
+        KIND=weight.code_name,
+        SCALE=weight.scale_mode,
+        HAS_BIAS=bias is not None,
+        HARDWARE_E4M3=hardware_e4m3,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        SPLITS=1,
+    )
+
+
+def matmul_decode(
+    x: torch.Tensor,
+    weight: StoredWeight,
+    codes: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    partial: torch.Tensor | None,
+    *,
+    splits: int,
+    hardware_e4m3: bool,
+    assembly: bool,
+) -> None:
+    """Weight-only product of x (M, K) and any kind but int4_codebook into `out` (M, N), by 16-bit dots.
+
+    As `matvec_decode`, with `partial` (splits, M, N) float32 work space for splits > 1.
+    """
+    rows = x.shape[0]
+    single = splits == 1
+    target = out if single else partial
+    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    packed = weight.kind in PACKED_KINDS
+    _decode_matmul_kernel[(triton.cdiv(weight.rows, 32), splits, triton.cdiv(rows, block_m))](
+        x,
+        codes,
+        codes if weight.scale is None else weight.scale,
+        codes if weight.block_scale is None else weight.block_scale,
+        out if bias is None else bias,
+        target,
+        rows,
+        weight.rows,
+        x.stride(0),
+        x.stride(1),
+        codes.stride(0),
+        target.stride(-2),
+        weight.scale_tiles_per_row,
+        K=weight.columns,
+        KIND=weight.code_name,
+        SCALE=weight.scale_mode if single else 0,
+        HAS_BIAS=bias is not None and single,
+        HARDWARE_E4M3=hardware_e4m3,
+        ASSEMBLY=assembly,
+        BLOCK_M=block_m,
+        BLOCK_N=32,
+        BLOCK_K=128 if packed else 256,
+        SPLITS=splits,
+        num_warps=4,
+        num_stages=4 if block_m <= 16 else 2,
+    )
+    if not single:
+        sum_splits(partial, weight, bias, out)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from .runtime import tl, triton
+from .runtime import TRITON_FOUND, multiprocessor_count, tl, triton
+
+if TRITON_FOUND:
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def matmul_rows_reference(
@@ -171,3 +176,119 @@ def _matmul_rows_pointer_kernel(
     out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
     target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
     tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes and launch options of a descriptor kernel: rows, columns, depth, row tiles that share columns in L2."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    warps: int
+    stages: int
+    split: int = 1
+    store_descriptor: bool = False
+    flatten: bool = True
+    waves: int = 1
+
+
+WIDE = Tiles(128, 256, 128, 8, 8, 4)
+WIDE_STAGED = Tiles(128, 256, 128, 8, 8, 3, split=2, store_descriptor=True)
+NARROW = Tiles(64, 128, 128, 8, 4, 4, store_descriptor=True, flatten=False)
+
+
+def choose_tiles(rows: int, columns: int, depth: int) -> Tiles:
+    """Tiles for (rows, depth) x (columns, depth), as measured on an H200 (benchmarks/results/linear_tiles.json)."""
+    if rows <= 1024:
+        return NARROW
+    if rows * columns >= 16384 * 8192 and depth <= 8192:
+        return WIDE_STAGED
+    return WIDE
+
+
+def can_use_descriptors(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether pointers and row pitches suit tensor descriptors (TMA): multiples of 16 bytes, last stride 1."""
+    return all(
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (a, b, out)
+    )
+
+
+def matmul_rows(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    descriptors: bool,
+    tiles: Tiles | None = None,
+) -> None:
+    """(a @ b.T) x row_scale x column_scale + bias into `out`.
+
+    Args:
+        a: (M, K) int8 or float8, row-major.
+        b: (N, K) of the same dtype, row-major.
+        row_scale: (M,) float32.
+        column_scale: (N,) or (1,) float32.
+        bias: (N,) of any float dtype, or None.
+        out: (M, N) float16, bfloat16 or float32, last stride 1, written.
+        descriptors: use tensor descriptors (cc 9.0 and later) where alignment allows.
+        tiles: force these; None: `choose_tiles`.
+    """
+    (rows, depth), columns = a.shape, b.shape[0]
+    integer = a.dtype == torch.int8
+    values = (row_scale, column_scale, out if bias is None else bias)
+    flags = {
+        "INTEGER": integer,
+        "SCALE_PER_COLUMN": column_scale.numel() > 1,
+        "HAS_BIAS": bias is not None,
+    }
+    if descriptors and can_use_descriptors(a, b, out):
+        t = tiles or choose_tiles(rows, columns, depth)
+        count = triton.cdiv(rows, t.block_m) * triton.cdiv(columns, t.block_n)
+        programs = min(multiprocessor_count(a.device.index or 0) * t.waves, count)
+        _matmul_rows_descriptor_kernel[(programs,)](
+            TensorDescriptor.from_tensor(a, [t.block_m, t.block_k]),
+            TensorDescriptor.from_tensor(b, [t.block_n, t.block_k]),
+            TensorDescriptor.from_tensor(out, [t.block_m, t.block_n // t.split]),
+            out,
+            *values,
+            rows,
+            columns,
+            depth,
+            out.stride(0),
+            BLOCK_M=t.block_m,
+            BLOCK_N=t.block_n,
+            BLOCK_K=t.block_k,
+            GROUP_M=t.group_m,
+            PROGRAMS=programs,
+            **flags,
+            STORE_DESCRIPTOR=t.store_descriptor,
+            SPLIT=t.split,
+            FLATTEN=t.flatten,
+            num_warps=t.warps,
+            num_stages=t.stages,
+        )
+        return
+    small = rows <= 64
+    block_m, block_n = (64, 64) if small else (128, 128)
+    _matmul_rows_pointer_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)](
+        a,
+        b,
+        out,
+        *values,
+        rows,
+        columns,
+        out.stride(0),
+        K=depth,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=64,
+        GROUP_M=8,
+        **flags,
+        num_warps=4 if small else 8,
+        num_stages=3,
+    )

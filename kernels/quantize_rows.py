@@ -122,3 +122,47 @@ def _quantize_rows_kernel(
     if FOLD_WEIGHT_SCALE:
         scale = scale * tl.load(weight_scale_ptr)
     tl.store(scale_ptr + row, scale, mask=row < M)
+
+
+ONE_PASS_COLUMNS = 16384
+"""Longest row that the kernel keeps in registers between finding its scale and storing it."""
+
+
+def quantize_rows(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    activation: str | None = None,
+    weight_scale: torch.Tensor | None = None,
+) -> None:
+    """Quantize x (M, K), of any strides, to the row-major int8 or e4m3 `q` (M, K) and its `scale` (M,) float32.
+
+    Args:
+        x: float16, bfloat16 or float32.
+        q: written; its dtype is the target's.
+        scale: written; times `weight_scale` (one float32 element) where that is given.
+        activation: applied to x first.
+        weight_scale: tensor-wide weight scale to fold into the row scales.
+    """
+    rows, columns = x.shape
+    one_pass = columns <= ONE_PASS_COLUMNS
+    block = triton.next_power_of_2(columns) if one_pass else 4096
+    _quantize_rows_kernel[(rows,)](
+        x,
+        q,
+        scale,
+        scale if weight_scale is None else weight_scale,
+        x.stride(0),
+        x.stride(1),
+        rows,
+        LIMITS[q.dtype],
+        SMALLEST_SCALE,
+        K=columns,
+        BLOCK_K=block,
+        ROWS=1,
+        INTEGER=q.dtype == torch.int8,
+        ACTIVATION=activation,
+        FOLD_WEIGHT_SCALE=weight_scale is not None,
+        ONE_PASS=one_pass,
+        num_warps=4 if one_pass else 8,
+    )

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-from .quantize_rows import _activate, _magnitude_bits, _row_scale, _to_grid
-from .runtime import tl, triton
+import functools
+
+import torch
+
+from .hadamard import hadamard
+from .quantize_rows import LIMITS, SMALLEST_SCALE, _activate, _magnitude_bits, _row_scale, _to_grid
+from .runtime import INTERPRETED, tl, triton
 
 KERNEL_ROTATIONS = (16, 64, 256)
-"""Group sizes the kernel takes; a model uses 256, or 64 for narrow layers."""
+"""Group sizes the kernels take; models use 256, or 64 for narrow layers."""
+
+
+@functools.lru_cache(maxsize=32)
+def rotation_factors(group: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two symmetric 16 x 16 matrices (outer, inner) whose Kronecker product rotates 256 / group groups at once."""
+    inner = hadamard(16, torch.device("cpu"), torch.float64)
+    outer = {
+        256: lambda: inner,
+        64: lambda: torch.kron(torch.eye(4, dtype=torch.float64), hadamard(4, torch.device("cpu"), torch.float64)),
+        16: lambda: torch.eye(16, dtype=torch.float64),
+    }[group]()
+    return outer.to(device=device, dtype=dtype).contiguous(), inner.to(device=device, dtype=dtype).contiguous()
 
 
 @triton.jit
-def _load_rows(x_ptr, group, lane, part, K: tl.constexpr, stride_m, stride_k, row, mask, ACTIVATION: tl.constexpr):
-    column = group * 256 + part * 64 + lane
-    x = tl.load(x_ptr + row * stride_m + column * stride_k, mask=mask, other=0.0).to(tl.float32)
-    return _activate(x, ACTIVATION)
+def _rotated(x_row, first, outer, inner, stride_k, K: tl.constexpr, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr):
+    """GROUPS x 256 columns from `first`, rotated, as (GROUPS x 16, 16) with the last two digits of 16 swapped."""
+    column = first + tl.arange(0, GROUPS * 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = _activate(tl.load(x_row + column * stride_k, mask=column < K, other=0.0).to(tl.float32), ACTIVATION)
+    y = tl.dot(x.to(inner.dtype), inner).to(inner.dtype)
+    y = tl.reshape(tl.permute(tl.reshape(y, [GROUPS, 16, 16]), (0, 2, 1)), [GROUPS * 16, 16])
+    return tl.dot(y, outer)
 
 
 @triton.jit
-def _butterfly(a, b, c, d):
-    """(a, b, c, d) times the 4 x 4 regular Hadamard kernel over 2."""
-    half = 0.5 * (a + b + c + d)
-    return half - d, half - c, half - b, half - a
+def _store_rotated(q_row, z, first, K: tl.constexpr, GROUPS: tl.constexpr):
+    column = first + tl.arange(0, GROUPS * 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    z = tl.reshape(tl.permute(tl.reshape(z, [GROUPS, 16, 16]), (0, 2, 1)), [GROUPS * 16, 16])
+    tl.store(q_row + column, z, mask=column < K)
 
 
 @triton.jit
@@ -28,94 +48,91 @@ def _rotate_rows_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
-    hadamard_ptr,
+    outer_ptr,
+    inner_ptr,
     stride_m,
     stride_k,
-    M,
     limit,
     smallest,
     K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
     QUANTIZE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Groups of 256 columns: H256 = H4 x H64, four slices of 64 columns mixed in registers, then one dot with H64."""
-    line = tl.arange(0, ROWS * GROUPS)
-    row = tl.program_id(0).to(tl.int64) * ROWS + line // GROUPS
-    group = line % GROUPS
-    lane = tl.arange(0, 64)
-    mask = ((row < M) & (group < K // 256))[:, None]
-    h = tl.load(hadamard_ptr + lane[:, None] * 64 + lane[None, :])
-    base = x_ptr + row[:, None] * stride_m + (group[:, None] * 256 + lane[None, :]) * stride_k
-    a = _activate(tl.load(base, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    b = _activate(tl.load(base + 64 * stride_k, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    c = _activate(tl.load(base + 128 * stride_k, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    d = _activate(tl.load(base + 192 * stride_k, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    a, b, c, d = _butterfly(a, b, c, d)
-    a = tl.dot(a.to(h.dtype), h)
-    b = tl.dot(b.to(h.dtype), h)
-    c = tl.dot(c.to(h.dtype), h)
-    d = tl.dot(d.to(h.dtype), h)
-    target = q_ptr + row[:, None] * K + group[:, None] * 256 + lane[None, :]
+    """One row a program, in HEAD + TAIL pieces of 256 columns (powers of two; TAIL may be 0).
+
+    A rotation of 256 is two small dots with a transpose between. QUANTIZE False: the rotated row in q's own dtype.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    digit = tl.arange(0, 16)
+    outer = tl.load(outer_ptr + digit[:, None] * 16 + digit[None, :])
+    inner = tl.load(inner_ptr + digit[:, None] * 16 + digit[None, :])
+    x_row = x_ptr + row * stride_m
+    q_row = q_ptr + row * K
+    head = _rotated(x_row, 0, outer, inner, stride_k, K, HEAD, ACTIVATION)
+    if TAIL > 0:
+        tail = _rotated(x_row, HEAD * 256, outer, inner, stride_k, K, TAIL, ACTIVATION)
     if QUANTIZE:
-        bits = tl.maximum(
-            tl.maximum(_magnitude_bits(a), _magnitude_bits(b)), tl.maximum(_magnitude_bits(c), _magnitude_bits(d))
-        )
-        largest = tl.max(tl.reshape(bits, [ROWS, GROUPS * 64]), axis=1)
+        largest = tl.max(tl.max(_magnitude_bits(head), axis=1), axis=0)
+        if TAIL > 0:
+            largest = tl.maximum(largest, tl.max(tl.max(_magnitude_bits(tail), axis=1), axis=0))
         scale, inverse = _row_scale(largest, limit, smallest)
-        first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        tl.store(scale_ptr + first, scale, mask=first < M)
-        inverse = tl.reshape(tl.broadcast_to(inverse[:, None], [ROWS, GROUPS]), [ROWS * GROUPS])[:, None]
-        tl.store(target, _to_grid(a * inverse, True), mask=mask)
-        tl.store(target + 64, _to_grid(b * inverse, True), mask=mask)
-        tl.store(target + 128, _to_grid(c * inverse, True), mask=mask)
-        tl.store(target + 192, _to_grid(d * inverse, True), mask=mask)
+        tl.store(scale_ptr + row, scale)
+        _store_rotated(q_row, _to_grid(head * inverse, True), 0, K, HEAD)
+        if TAIL > 0:
+            _store_rotated(q_row, _to_grid(tail * inverse, True), HEAD * 256, K, TAIL)
     else:
-        tl.store(target, a.to(q_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + 64, b.to(q_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + 128, c.to(q_ptr.dtype.element_ty), mask=mask)
-        tl.store(target + 192, d.to(q_ptr.dtype.element_ty), mask=mask)
+        _store_rotated(q_row, head.to(q_ptr.dtype.element_ty), 0, K, HEAD)
+        if TAIL > 0:
+            _store_rotated(q_row, tail.to(q_ptr.dtype.element_ty), HEAD * 256, K, TAIL)
 
 
-@triton.jit
-def _rotate_rows_16x16_kernel(
-    x_ptr,
-    q_ptr,
-    scale_ptr,
-    hadamard_ptr,
-    stride_m,
-    stride_k,
-    M,
-    limit,
-    smallest,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    QUANTIZE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    """Groups of 256 columns: H256 = H16 x H16, two small dots with a transpose between."""
-    line = tl.arange(0, ROWS * GROUPS * 16)
-    row = tl.program_id(0).to(tl.int64) * ROWS + line // (GROUPS * 16)
-    column = (line % (GROUPS * 16)) * 16
-    lane = tl.arange(0, 16)
-    mask = ((row < M) & (column < K))[:, None]
-    h = tl.load(hadamard_ptr + lane[:, None] * 16 + lane[None, :])
-    base = x_ptr + row[:, None] * stride_m + (column[:, None] + lane[None, :]) * stride_k
-    x = _activate(tl.load(base, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    y = tl.dot(x.to(h.dtype), h).to(h.dtype)
-    y = tl.reshape(tl.permute(tl.reshape(y, [ROWS * GROUPS, 16, 16]), (0, 2, 1)), [ROWS * GROUPS * 16, 16])
-    z = tl.dot(y, h)
-    if QUANTIZE:
-        bits = tl.reshape(_magnitude_bits(z), [ROWS, GROUPS * 256])
-        largest = tl.max(bits, axis=1)
-        scale, inverse = _row_scale(largest, limit, smallest)
-        first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        tl.store(scale_ptr + first, scale, mask=first < M)
-        inverse = tl.reshape(tl.broadcast_to(inverse[:, None], [ROWS, GROUPS * 16]), [ROWS * GROUPS * 16])[:, None]
-        z = _to_grid(z * inverse, True)
-    else:
-        z = z.to(q_ptr.dtype.element_ty)
-    z = tl.reshape(tl.permute(tl.reshape(z, [ROWS * GROUPS, 16, 16]), (0, 2, 1)), [ROWS * GROUPS * 16, 16])
-    tl.store(q_ptr + row[:, None] * K + column[:, None] + lane[None, :], z, mask=mask)
+def head_and_tail(columns: int) -> tuple[int, int]:
+    """Powers of two that together cover ceil(columns / 256) pieces; the tail is 0 where it would save under a fifth."""
+    pieces = -(-columns // 256)
+    whole = 1 << (pieces - 1).bit_length()
+    head = 1 << (pieces.bit_length() - 1)
+    rest = pieces - head
+    tail = 1 << (rest - 1).bit_length() if rest else 0
+    return (head, tail) if head + tail <= 0.8 * whole else (whole, 0)
+
+
+def rotate_rows(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    rotation: int,
+    activation: str | None = None,
+) -> None:
+    """Rotate x (M, K), of any strides, into the row-major `out`: int8 with `scale` (M,) written, or a float dtype.
+
+    Args:
+        x: float16, bfloat16 or float32; K a multiple of `rotation`.
+        out: (M, K) int8, or float16, bfloat16, float32 (then scale is None).
+        scale: float32, written.
+        rotation: group size, one of `KERNEL_ROTATIONS`.
+        activation: applied to x first.
+    """
+    rows, columns = x.shape
+    # float16's range is too short for sums of 16, so only bfloat16 takes the 16-bit dots; tf32 serves the others.
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
+    outer, inner = rotation_factors(rotation, x.device, dtype)
+    head, tail = head_and_tail(columns)
+    _rotate_rows_kernel[(rows,)](
+        x,
+        out,
+        outer if scale is None else scale,
+        outer,
+        inner,
+        x.stride(0),
+        x.stride(1),
+        LIMITS[torch.int8],
+        SMALLEST_SCALE,
+        K=columns,
+        HEAD=head,
+        TAIL=tail,
+        QUANTIZE=scale is not None,
+        ACTIVATION=activation,
+        num_warps=2 if head <= 16 else 4 if head <= 32 or tail == 0 else 8,
+    )

@@ -52,3 +52,25 @@ class StoredWeight:
         """Bytes of codes and scales: what one product must read at least."""
         tensors = (self.data, self.scale, self.block_scale, self.codebook, self.correction)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def code_name(self) -> str:
+        """Name of the element format as the kernels' KIND: e4m3, e5m2, e2m1, mxfp8, int8, int4, int4_codebook."""
+        if self.kind == FP8:
+            return "e5m2" if self.data.dtype == torch.float8_e5m2 else "e4m3"
+        return "e2m1" if self.kind == NVFP4 else self.kind
+
+    @property
+    def scale_mode(self) -> int:
+        """0: no scale beside the block scales, 1: one for the whole tensor, 2: one per row."""
+        if self.scale is None:
+            return 0
+        return 1 if self.scale.numel() == 1 else 2
+
+    @property
+    def scale_tiles_per_row(self) -> int:
+        """128 x 4 tiles side by side in the swizzled block scales (0: there are none)."""
+        if self.kind not in (MXFP8, NVFP4):
+            return 0
+        padded = self.data.shape[1] * (2 if self.kind == NVFP4 else 1)
+        return -(-padded // (4 * self.group))

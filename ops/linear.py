@@ -1,14 +1,28 @@
-"""x @ W.T + bias for a quantized W: the one call the rest of the pack makes."""
+"""x @ W.T + bias for a quantized W: the one call the rest of the pack makes, and its torch.library op."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import FormatError
 from ..kernels.quantize_rows import ACTIVATIONS, apply_activation
+from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
+from ..kernels.stored_weight import StoredWeight
+from .linear_describe import LinearDescription, describe_linear
+from .linear_kitchen import kitchen_cuda_available, kitchen_linear
+from .linear_paths import LINEAR_PATHS, kernels_take
 from .linear_reference import linear_reference
+from .linear_table import FEW_ROWS, FP8_ROWS, INT8_ROWS, KITCHEN, REFERENCE, Gpu, choose_path
 from .linear_weight import stored_weight
+from .scratch import release_scratch, scratch_nbytes
+
+__all__ = ["LinearDescription", "describe_linear", "quantized_linear", "release_scratch", "scratch_nbytes"]
+
+_FLAT_PATHS = (FEW_ROWS, FP8_ROWS, INT8_ROWS)
+_INTERPRETED_GPU = Gpu((9, 0))
 
 
 def quantized_linear(
@@ -46,4 +60,93 @@ def quantized_linear(
             f"An input of shape {tuple(x.shape)} cannot be multiplied by a weight of {stored.rows} x {stored.columns}: "
             f"its last dimension must be {stored.columns}."
         )
-    return linear_reference(x, stored, bias, fast=fast, activation=activation)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        # Gradients flow through the plain product; inference never comes here.
+        return linear_reference(x, stored, bias, fast=False, activation=activation)
+    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return torch.ops.lowbit.linear(*_flatten(x, stored, bias, fast, activation))
+    return linear_stored(x, stored, bias, fast, activation)
+
+
+@functools.lru_cache(maxsize=64)
+def _gpu(kind: str, index: int) -> Gpu:
+    if kind != "cuda":
+        return _INTERPRETED_GPU if INTERPRETED else Gpu((0, 0), triton=False)
+    triton = kernels_run_on(torch.empty(0, device=torch.device(kind, index)))
+    return Gpu(compute_capability(index), triton, kitchen_cuda_available())
+
+
+def linear_stored(
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, fast: bool, activation: str | None
+) -> torch.Tensor:
+    """`quantized_linear` for a weight already taken apart, without autograd."""
+    shape = (*x.shape[:-1], weight.rows)
+    rows = x.numel() // weight.columns if weight.columns else 0
+    gpu = _gpu(x.device.type, x.device.index or 0)
+    path = REFERENCE
+    if rows and kernels_take(weight):
+        corrected = weight.correction is not None
+        path = choose_path(weight.kind, fast, rows, weight.rows, weight.columns, x.dtype, gpu, corrected)
+    if path == REFERENCE:
+        return linear_reference(x, weight, bias, fast=fast, activation=activation)
+    if path == KITCHEN:
+        return kitchen_linear(x, weight, bias, activation).reshape(shape)
+    if path in _FLAT_PATHS:
+        x = x.reshape(rows, weight.columns)
+    return LINEAR_PATHS[path](x, weight, bias, activation, gpu).reshape(shape)
+
+
+def _flatten(
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, fast: bool, activation: str | None
+) -> tuple:
+    return (
+        x,
+        weight.data,
+        weight.scale,
+        weight.block_scale,
+        weight.codebook,
+        weight.correction,
+        bias,
+        weight.kind,
+        weight.rows,
+        weight.columns,
+        weight.group,
+        weight.rotation,
+        fast,
+        activation or "",
+    )
+
+
+def _linear_op(
+    x, data, scale, block_scale, codebook, correction, bias, kind, rows, columns, group, rotation, fast, activation
+):
+    weight = StoredWeight(kind, data, scale, rows, columns, block_scale, codebook, correction, group, rotation)
+    return linear_stored(x, weight, bias, fast, activation or None)
+
+
+def _linear_fake(
+    x, data, scale, block_scale, codebook, correction, bias, kind, rows, columns, group, rotation, fast, activation
+):
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+_SCHEMA = (
+    "linear(Tensor x, Tensor data, Tensor? scale, Tensor? block_scale, Tensor? codebook, Tensor? correction, "
+    "Tensor? bias, str kind, int rows, int columns, int group, int rotation, bool fast, str activation) -> Tensor"
+)
+
+
+def register_ops() -> None:
+    """Define `torch.ops.lowbit.linear` once per process, also when the pack is imported under two names."""
+    if hasattr(torch.ops.lowbit, "linear"):
+        return
+    library = torch.library.Library("lowbit", "FRAGMENT")
+    library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
+    for key in ("CPU", "CUDA"):
+        library.impl("linear", _linear_op, key)
+    torch.library.register_fake("lowbit::linear", _linear_fake, lib=library)
+    _libraries.append(library)
+
+
+_libraries: list[torch.library.Library] = []
+register_ops()

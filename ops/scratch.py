@@ -53,7 +53,7 @@ def _find(device: torch.device) -> Scratch:
 
 
 def take_scratch(device: torch.device, *sizes: int) -> list[torch.Tensor]:
-    """Uninitialized uint8 tensors of `sizes` bytes on a CUDA `device`, each 256-byte aligned, out of one shared buffer.
+    """Uninitialized uint8 tensors of `sizes` bytes on `device`, each 256-byte aligned, out of one shared buffer.
 
     They are overwritten by the next call on the same thread and stream: use them within one linear only. While a CUDA
     graph is captured they come from the graph's own pool, so that a replay never touches memory this module has freed.
@@ -62,7 +62,7 @@ def take_scratch(device: torch.device, *sizes: int) -> list[torch.Tensor]:
     for size in sizes:
         starts.append(total)
         total += -(-size // ALIGNMENT) * ALIGNMENT
-    if torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         buffer = torch.empty(total, dtype=torch.uint8, device=device)
     else:
         buffer = _find(device).take(total, device)

@@ -1,0 +1,286 @@
+"""Weight-only matmul for few rows of x and block-scaled weights (nvfp4, mxfp8), decoded in 64-bit words.
+
+A word is one nvfp4 block of 16 columns, or a quarter of an mxfp8 block. Tensor core operands hold pairs of neighbours
+along K, so column j of two neighbouring words is decoded in one register and multiplied by the pair of their scales, and
+every j has its own small dot: no number ever has to move to another thread after it is decoded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .decode_tiles import e2m1_to_float32, e4m3_to_float32, e8m0_to_float32, swizzled_offset
+from .matmul_decode import sum_splits
+from .quantize_rows import _activate
+from .runtime import constexpr, tl, triton
+from .stored_weight import StoredWeight
+
+
+def _pair(byte: int) -> list[str]:
+    """p = this byte of word a, twice, in the low lane and of word b, twice, in the high one."""
+    index = byte % 4
+    select = (4 + index) << 12 | (4 + index) << 8 | index << 4 | index
+    half = byte // 4
+    return [f"prmt.b32 p, a{half}, b{half}, {select:#06x};"]
+
+
+def _assembly(columns: int, body: list[str]) -> str:
+    head = [
+        "{",
+        ".reg .b32 a0, a1, b0, b1, p, t, one, zero;",
+        f"mov.b64 {{a0, a1}}, ${columns};",
+        f"mov.b64 {{b0, b1}}, ${columns + 1};",
+        "mov.b32 zero, 0x80008000;",
+    ]
+    return "\n".join([*head, *body, "}"])
+
+
+def _nvfp4_assembly(kind: str, high: int, low: int, mask: str) -> str:
+    """Two words to 16 pairs. A nibble's sign goes to bit 15, its code to the lane's `mask`; the scale does the rest."""
+    body = []
+    for byte in range(8):
+        body += _pair(byte)
+        body += [
+            f"shl.b32 t, p, {high};",
+            f"and.b32 t, t, {mask};",
+            "lop3.b32 t, p, 0x80008000, t, 0xEA;",
+            f"fma.rn.{kind} ${2 * byte}, t, $18, zero;",
+            f"shl.b32 t, p, {low};",
+            f"and.b32 t, t, {mask};",
+            "shl.b32 p, p, 4;",
+            "lop3.b32 t, p, 0x80008000, t, 0xEA;",
+            f"fma.rn.{kind} ${2 * byte + 1}, t, $18, zero;",
+        ]
+    return _assembly(16, body)
+
+
+def _mxfp8_assembly(kind: str, shift: int, mask: str, one: str) -> str:
+    """Two words to 8 pairs: e4m3 bits shifted into place, times the power of two that their bias lacks, times scale."""
+    body = [f"mov.b32 one, {one};"]
+    for byte in range(8):
+        body += _pair(byte)
+        body += [
+            f"shr.b32 t, p, {shift};",
+            f"and.b32 t, t, {mask};",
+            "lop3.b32 t, p, 0x80008000, t, 0xEA;",
+            f"fma.rn.{kind} t, t, one, zero;",
+            f"fma.rn.{kind} ${byte}, t, $10, zero;",
+        ]
+    return _assembly(8, body)
+
+
+_NVFP4_BFLOAT16 = constexpr(_nvfp4_assembly("bf16x2", 2, 6, "0x01c001c0"))
+_NVFP4_FLOAT16 = constexpr(_nvfp4_assembly("f16x2", 5, 9, "0x0e000e00"))
+_MXFP8_BFLOAT16 = constexpr(_mxfp8_assembly("bf16x2", 4, "0x07f007f0", "0x7b807b80"))
+_MXFP8_FLOAT16 = constexpr(_mxfp8_assembly("f16x2", 1, "0x3f803f80", "0x5c005c00"))
+_NVFP4_CONSTRAINTS = constexpr(",".join(["=r"] * 16 + ["l", "l", "r"]))
+_MXFP8_CONSTRAINTS = constexpr(",".join(["=r"] * 8 + ["l", "l", "r"]))
+_BFLOAT16_8 = constexpr((tl.bfloat16,) * 8)
+_FLOAT16_8 = constexpr((tl.float16,) * 8)
+_BFLOAT16_16 = constexpr((tl.bfloat16,) * 16)
+_FLOAT16_16 = constexpr((tl.float16,) * 16)
+
+
+@triton.jit
+def _word_scale(stored, NVFP4: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Scales of the words as DTYPE; in assembly nvfp4's carry all but `_leftover` of what its codes lack."""
+    if NVFP4:
+        scale = e4m3_to_float32(stored)
+        if ASSEMBLY and DTYPE == tl.bfloat16:  # noqa: SIM300
+            scale = scale * 3.3230699894622897e35  # 2 ** 118
+        elif ASSEMBLY:
+            scale = scale * 128.0
+    else:
+        scale = e8m0_to_float32(stored)
+    return scale.to(DTYPE)
+
+
+@triton.jit
+def _column_of_words(words, scale, NVFP4: tl.constexpr, j: tl.constexpr, DTYPE: tl.constexpr):
+    """Column j of every word, decoded in plain operations."""
+    if NVFP4:
+        code = (words >> (8 * (j // 2) + 4 * (1 - j % 2))).to(tl.int32) & 0xF
+        value = e2m1_to_float32(code)
+    else:
+        value = e4m3_to_float32((words >> (8 * j)).to(tl.int32) & 0xFF)
+    return (value * scale.to(tl.float32)).to(DTYPE)
+
+
+@triton.jit
+def _words_of_rows_kernel(
+    x_ptr,
+    out_ptr,
+    stride_m,
+    stride_k,
+    M,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """x (M, K) to (COLUMNS, M, WIDTH): column j of every word side by side, zeros after the last."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    x = tl.load(x_ptr + row * stride_m + column * stride_k, mask=column < K, other=0.0)
+    if ACTIVATION is not None:
+        x = _activate(x.to(tl.float32), ACTIVATION)
+    target = out_ptr + ((column % COLUMNS) * M + row) * WIDTH + column // COLUMNS
+    tl.store(target, x.to(out_ptr.dtype.element_ty), mask=column < COLUMNS * WIDTH)
+
+
+@triton.jit
+def _matmul_blocks_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    block_scale_ptr,
+    bias_ptr,
+    out_ptr,
+    M,
+    N,
+    stride_wn,
+    stride_out,
+    tiles_per_row,
+    K: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NVFP4: tl.constexpr,
+    FINAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Out (M, N); FINAL False: (SPLITS, M, N) float32 partial products without scale and bias.
+
+    x comes as (COLUMNS, M, WIDTH) from `_words_of_rows_kernel`; stride_wn counts words.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    COLUMNS: tl.constexpr = 16 if NVFP4 else 8
+    TOTAL: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    LENGTH: tl.constexpr = ((TOTAL + WORDS * SPLITS - 1) // (WORDS * SPLITS)) * WORDS
+    EVEN: tl.constexpr = TOTAL % (WORDS * SPLITS) == 0
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    safe_n = tl.where(n < N, n, 0)
+    word = tl.program_id(1) * LENGTH + tl.arange(0, WORDS)
+    w_tile = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + word[None, :]
+    PER_SCALE: tl.constexpr = 1 if NVFP4 else 4
+    s_tile = block_scale_ptr + swizzled_offset(safe_n[:, None], (word // PER_SCALE)[None, :], tiles_per_row)
+    x_tile = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :] * WIDTH + word[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for step in range(0, LENGTH, WORDS):
+        if EVEN:
+            words = tl.load(w_tile + step)
+            stored = tl.load(s_tile + step // (4 * PER_SCALE) * 512)
+        else:
+            words = tl.load(w_tile + step, mask=(word < TOTAL - step)[None, :], other=0)
+            stored = tl.load(s_tile + step // (4 * PER_SCALE) * 512, mask=(word < TOTAL - step)[None, :], other=0)
+        scale = _word_scale(stored, NVFP4, DTYPE, ASSEMBLY)
+        if ASSEMBLY:
+            if NVFP4:
+                if DTYPE == tl.bfloat16:  # noqa: SIM300
+                    pieces = tl.inline_asm_elementwise(
+                        _NVFP4_BFLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _BFLOAT16_16, is_pure=True, pack=2
+                    )
+                else:
+                    pieces = tl.inline_asm_elementwise(
+                        _NVFP4_FLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
+                    )
+            else:
+                if DTYPE == tl.bfloat16:  # noqa: SIM300
+                    pieces = tl.inline_asm_elementwise(
+                        _MXFP8_BFLOAT16, _MXFP8_CONSTRAINTS, [words, scale], _BFLOAT16_8, is_pure=True, pack=2
+                    )
+                else:
+                    pieces = tl.inline_asm_elementwise(
+                        _MXFP8_FLOAT16, _MXFP8_CONSTRAINTS, [words, scale], _FLOAT16_8, is_pure=True, pack=2
+                    )
+        for j in tl.static_range(COLUMNS):
+            if EVEN:
+                x = tl.load(x_tile + step + j * M * WIDTH)
+            else:
+                x = tl.load(x_tile + step + j * M * WIDTH, mask=(word < TOTAL - step)[:, None], other=0.0)
+            w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, NVFP4, j, DTYPE)
+            acc = tl.dot(w, x, acc)
+    if NVFP4 and ASSEMBLY:
+        acc = acc * (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
+    if FINAL:
+        if NVFP4:
+            acc = acc * tl.load(scale_ptr)
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + safe_n).to(tl.float32)[:, None]
+    target = out_ptr + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * stride_out + n[:, None]
+    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+
+
+def words_width(columns: int) -> int:
+    """Words of 16 columns that a row of x takes, rounded up to whole steps of the kernel."""
+    return -(-columns // (16 * WORDS_PER_STEP)) * WORDS_PER_STEP
+
+
+WORDS_PER_STEP = 32
+
+
+def matmul_blocks(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    weight: StoredWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    partial: torch.Tensor | None,
+    *,
+    splits: int,
+    assembly: bool,
+    activation: str | None = None,
+) -> None:
+    """Weight-only product of x (M, K) and an nvfp4 weight into `out` (M, N).
+
+    Args:
+        x: float16 or bfloat16, any strides.
+        words: (16, M, words_width(K)) work space of x's dtype, written.
+        weight: kind nvfp4; codes 8-byte aligned, row pitch a multiple of 8.
+        bias: (N,) or None.
+        out: (M, N), last stride 1, written.
+        partial: (splits, M, N) float32 work space, needed for splits > 1.
+        splits: parts of K that are multiplied side by side.
+        assembly: compiled for a GPU (the interpreter has no inline assembly).
+        activation: applied to x first.
+    """
+    rows, columns = x.shape
+    width = words.shape[2]
+    _words_of_rows_kernel[(rows, triton.cdiv(16 * width, 1024))](
+        x, words, x.stride(0), x.stride(1), rows,
+        K=columns, COLUMNS=16, WIDTH=width, BLOCK=1024, ACTIVATION=activation,
+    )  # fmt: skip
+    single = splits == 1
+    target = out if single else partial
+    block_m = min(max(8, triton.next_power_of_2(rows)), 64)
+    _matmul_blocks_kernel[(triton.cdiv(weight.rows, 64), splits, triton.cdiv(rows, block_m))](
+        words,
+        weight.data.view(torch.int64),
+        weight.scale,
+        weight.block_scale,
+        weight.scale if bias is None else bias,
+        target,
+        rows,
+        weight.rows,
+        weight.data.stride(0) // 8,
+        target.stride(-2),
+        weight.scale_tiles_per_row,
+        K=columns,
+        WIDTH=width,
+        NVFP4=True,
+        FINAL=single,
+        HAS_BIAS=bias is not None,
+        ASSEMBLY=assembly,
+        BLOCK_M=block_m,
+        BLOCK_N=64,
+        WORDS=WORDS_PER_STEP,
+        SPLITS=splits,
+        num_stages=3,
+    )
+    if not single:
+        sum_splits(partial, weight, bias, out)

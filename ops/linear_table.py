@@ -1,0 +1,150 @@
+"""Which path multiplies a quantized weight: rules as data, with the crossovers measured by benchmarks/linear.py."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CapabilityError
+from ..kernels.runtime import TRITON_FOUND
+from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4
+
+REFERENCE = "reference"
+SCRATCH = "scratch"
+FEW_ROWS = "few_rows"
+FP8_ROWS = "fp8_rows"
+INT8_ROWS = "int8_rows"
+KITCHEN = "kitchen"
+
+PATHS = {
+    REFERENCE: "plain torch: the weight is decoded whole, or multiplied as int8, with temporary copies",
+    SCRATCH: "the weight is decoded into one shared buffer, then a 16-bit matmul",
+    FEW_ROWS: "the weight is decoded inside the matmul, read once and never copied",
+    FP8_ROWS: "x is quantized to e4m3 row by row, then an FP8 matmul",
+    INT8_ROWS: "x is quantized to int8 row by row (rotated first for convrot), then an INT8 matmul",
+    KITCHEN: "comfy-kitchen's own kernel for this format",
+}
+
+FORCE_VARIABLE = "LOWBIT_LINEAR_PATH"
+
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+EVERY_KIND = (FP8, INT8, MXFP8, NVFP4, INT4, INT4_CODEBOOK)
+ANY_CC = (0, 0)
+NO_CC = (99, 0)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the choice depends on besides shapes: compute capability (0, 0 for a CPU), Triton, comfy-kitchen's CUDA."""
+
+    cc: tuple[int, int]
+    triton: bool = TRITON_FOUND
+    kitchen: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table; the first that fits a call wins.
+
+    Attributes:
+        path: key into `PATHS`.
+        kinds: storage kinds (kernels/stored_weight.py).
+        fast: True or False; None: either.
+        rows: least and most M.
+        cc: least compute capability, and the first that is too new.
+        dtypes: dtypes of x.
+        triton: needs Triton.
+        kitchen: needs comfy-kitchen's CUDA backend.
+        multiple: K and N must be multiples of it.
+        corrected: takes an int4_codebook weight with `correction`.
+    """
+
+    path: str
+    kinds: tuple[str, ...]
+    fast: bool | None
+    rows: tuple[int, int] = (1, 1 << 40)
+    cc: tuple[tuple[int, int], tuple[int, int]] = (ANY_CC, NO_CC)
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    triton: bool = True
+    kitchen: bool = False
+    multiple: int = 1
+    corrected: bool = False
+
+    def fits(self, kind: str, fast: bool, rows: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu) -> bool:
+        """Whether this rule takes the call."""
+        return (
+            kind in self.kinds
+            and self.fast in (None, fast)
+            and self.rows[0] <= rows <= self.rows[1]
+            and self.cc[0] <= gpu.cc < self.cc[1]
+            and dtype in self.dtypes
+            and (gpu.triton or not self.triton)
+            and (gpu.kitchen or not self.kitchen)
+            and n % self.multiple == 0
+            and k % self.multiple == 0
+        )
+
+
+TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)
+
+RULES = (
+    # Few rows: reading the weight is all the time there is, so the stored bytes go straight into the product.
+    Rule(FEW_ROWS, (FP8,), True, rows=(1, 16), cc=(AMPERE, NO_CC), dtypes=HALF),
+    Rule(FEW_ROWS, (INT8, INT4), True, rows=(1, 16), cc=(AMPERE, NO_CC), dtypes=HALF),
+    Rule(FEW_ROWS, (FP8, INT8, INT4), False, rows=(1, 64), cc=(AMPERE, NO_CC), dtypes=HALF),
+    Rule(FEW_ROWS, (MXFP8, NVFP4), None, rows=(1, 16), cc=(AMPERE, NO_CC), dtypes=HALF),
+    Rule(FEW_ROWS, (MXFP8, NVFP4), False, rows=(17, 64), cc=(AMPERE, NO_CC), dtypes=HALF),
+    Rule(FEW_ROWS, (FP8, INT8, MXFP8, NVFP4, INT4), None, rows=(1, 2), cc=(AMPERE, NO_CC)),
+    # Block formats where the tensor cores take them as they are.
+    Rule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False),
+    # 8-bit products. comfy-kitchen's INT8 kernel is tuned for every GPU but Hopper.
+    Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(TURING, HOPPER), triton=False, kitchen=True),
+    Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(BLACKWELL, NO_CC), triton=False, kitchen=True),
+    Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC)),
+    Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC), dtypes=(torch.bfloat16,), triton=False, multiple=16),
+    Rule(FP8_ROWS, (MXFP8, NVFP4), True, rows=(17, 1 << 40), cc=(ADA, BLACKWELL)),
+    Rule(INT8_ROWS, (INT8, INT4, INT4_CODEBOOK), True, cc=(AMPERE, NO_CC)),
+    Rule(SCRATCH, EVERY_KIND, None, cc=(AMPERE, NO_CC)),
+    Rule(REFERENCE, EVERY_KIND, None, triton=False, dtypes=(*FLOATS, torch.float64), corrected=True, rows=(0, 1 << 40)),
+)
+
+
+@functools.lru_cache(maxsize=1)
+def forced_path() -> str | None:
+    """The path named by LOWBIT_LINEAR_PATH when the process started, for debugging.
+
+    Raises:
+        CapabilityError: there is no path of that name.
+    """
+    name = os.environ.get(FORCE_VARIABLE) or None
+    if name is not None and name not in PATHS:
+        raise CapabilityError(f"{FORCE_VARIABLE} is '{name}', which is no path: choose one of {', '.join(PATHS)}.")
+    return name
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_path(
+    kind: str, fast: bool, rows: int, n: int, k: int, dtype: torch.dtype, gpu: Gpu, corrected: bool = False
+) -> str:
+    """The path of the first rule that fits; the forced path goes first when any of its rules takes the call.
+
+    Args:
+        kind: storage kind.
+        fast: whether activations may be quantized.
+        rows: M, rows of x.
+        n, k: out_features and in_features.
+        dtype: of x.
+        gpu: what the call runs on.
+        corrected: the weight has a `correction` per group (asymmetric 4-bit weights).
+    """
+    fitting = [
+        rule.path
+        for rule in RULES
+        if rule.fits(kind, fast, rows, n, k, dtype, gpu) and (rule.corrected or not corrected)
+    ]
+    forced = forced_path()
+    return forced if forced in fitting else fitting[0]
