@@ -1,0 +1,154 @@
+"""The quantized linear inside core's modules: one multiply, no scale made again, core's own way wherever core must see it."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from demo import comfyui, tiny
+from lowbit.errors import CheckpointError
+from lowbit.ops.formats import FORMATS
+from lowbit.ops.linear import quantized_linear
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    """The host modules with ComfyUI on its CPU setting, and a folder with tiny checkpoints and a cache of its own."""
+    try:
+        path = comfyui.find()
+    except comfyui.ComfyUIMissingError as error:
+        pytest.skip(str(error))
+    if str(path) not in sys.path:
+        sys.path.append(str(path))
+    from comfy.cli_args import args
+
+    args.cpu = True
+    from lowbit.host import feed_forward, loading, operations, preparing, quantizing
+
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("wan_t2v.safetensors", "qwen_image.safetensors"):
+        tiny.write(f"diffusion_models/{name}", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWBIT_CACHE_DIR", str(folder / "cache"))
+        with torch.inference_mode():
+            yield types.SimpleNamespace(
+                folder=folder / "diffusion_models",
+                feed_forward=feed_forward,
+                loading=loading,
+                operations=operations,
+                preparing=preparing,
+                quantizing=quantizing,
+            )
+
+
+def load(host, weight_format: str, name: str = "wan_t2v.safetensors"):
+    planned = host.preparing.plan_file(host.folder / name, host.preparing.Request(weight_format))
+    return host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
+
+
+def block(patcher):
+    return patcher.model.diffusion_model.blocks[0]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_linear_of_the_model_is_our_multiply_in_every_format(host, name):
+    linear = block(load(host, name)).self_attn.q
+    assert isinstance(linear, host.operations.QuantizedLinear)
+    assert linear.fast is FORMATS[name].fast
+    x = torch.randn(3, 5, 256)
+    expected = quantized_linear(x, linear.weight, linear.bias, fast=FORMATS[name].fast)
+    assert torch.equal(linear(x), expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_scale_is_made_or_changed_in_forward(host, name, monkeypatch):
+    patcher = load(host, name)
+    linear = block(patcher).ffn[2]
+    weight = linear.weight
+    tensors = [weight._qdata, *(value for value in vars(weight._params).values() if isinstance(value, torch.Tensor))]
+    before = [(tensor.data_ptr(), tensor.clone()) for tensor in tensors]
+    for layout in {weight.layout_cls, *weight.layout_cls.__mro__[1:2]}:
+        monkeypatch.setattr(layout, "quantize", lambda *a, **k: pytest.fail("a weight was quantized in forward"))
+    for _ in range(3):
+        linear(torch.randn(4, 512))
+    assert linear.weight is weight
+    for tensor, (pointer, copy) in zip(tensors, before, strict=True):
+        assert tensor.data_ptr() == pointer
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), copy.reshape(-1).view(torch.uint8))
+
+
+def test_a_weight_function_is_cores_and_only_while_it_is_there(host):
+    linear = block(load(host, "int8_convrot_fast")).self_attn.k
+    x = torch.randn(4, 256)
+    ours = linear(x)
+    linear.weight_function = [lambda weight: weight * 2]
+    patched = linear(x)
+    linear.weight_function = []
+    assert torch.equal(linear(x), ours)
+    expected = torch.nn.functional.linear(x, linear.weight.dequantize().to(x.dtype) * 2, linear.bias)
+    assert torch.allclose(patched, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_adopting_twice_changes_nothing(host):
+    patcher = load(host, "int8")
+    classes = [type(module) for module in patcher.model.modules()]
+    count = host.loading.take_over(patcher.model)
+    assert [type(module) for module in patcher.model.modules()] == classes
+    assert count == sum(issubclass(kind, host.operations.QuantizedLinear) for kind in classes) > 0
+
+
+def test_an_unquantized_model_is_left_to_core(host):
+    patcher = load(host, "none")
+    assert not any(isinstance(module, host.operations.QuantizedLinear) for module in patcher.model.modules())
+    assert host.loading.take_over(patcher.model) == 0
+    assert type(block(patcher).ffn).__name__ == "WanFeedForward"
+
+
+@pytest.mark.parametrize("name", ["int8_convrot_fast", "fp8_e4m3fn_scaled", "fp4_scaled"])
+def test_the_fused_feed_forward_is_the_plain_one(host, name):
+    feed_forward = block(load(host, name)).ffn
+    assert isinstance(feed_forward, host.feed_forward.FusedWanFeedForward)
+    x = torch.randn(7, 256)
+    hidden = torch.nn.functional.gelu(feed_forward[0](x), approximate="tanh")
+    assert torch.allclose(feed_forward(x), feed_forward[2](hidden), rtol=1e-3, atol=1e-3)
+
+
+def test_clones_for_other_gpus_are_loaded_the_same_way(host):
+    patcher = load(host, "fp4_scaled")
+    factory, arguments = patcher.cached_patcher_init
+    clone = factory(*arguments, disable_dynamic=True)
+    assert isinstance(block(clone).self_attn.q, host.operations.QuantizedLinear)
+
+
+def test_quantizing_a_loaded_model_keeps_its_patches_and_leaves_the_original_alone(host):
+    original = load(host, "none")
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+    original.add_patches({key: ("diff", (torch.ones(256, 256),))})
+    original.model_options["transformer_options"]["mark"] = 1
+    quantized, planned = host.quantizing.quantize_model(original, host.preparing.Request("int8"))
+    assert list(quantized.patches) == [key]
+    assert quantized.model_options["transformer_options"]["mark"] == 1
+    assert isinstance(block(quantized).self_attn.q, host.operations.QuantizedLinear)
+    assert not isinstance(block(original).self_attn.q, host.operations.QuantizedLinear)
+    assert quantized.model_size() < 0.8 * original.model_size()
+    assert planned.plan.changes_weights
+
+
+def test_a_model_without_a_file_is_quantized_from_its_weights(host):
+    original = load(host, "none")
+    original.cached_patcher_init = None
+    from_weights, _ = host.quantizing.quantize_model(original, host.preparing.Request("int8", keep_file=False))
+    from_file = load(host, "int8")
+    assert torch.equal(block(from_weights).ffn[0].weight._qdata, block(from_file).ffn[0].weight._qdata)
+
+
+@pytest.mark.parametrize("tensors", [{"x": torch.zeros(4)}, {"lora_unet_a.lora_up.weight": torch.zeros(4, 4)}])
+def test_a_file_of_no_known_architecture_is_said_by_name(host, tmp_path, tensors):
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors is no diffusion model"):
+        host.loading.load_diffusion_model(str(tmp_path / "odd.safetensors"))
