@@ -1,1 +1,0 @@
-"""Memory ledger, policy and report. Imports no comfy."""
