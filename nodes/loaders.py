@@ -31,6 +31,7 @@ def format_inputs() -> list[io.Input]:
             "keep_rules",
             default="auto",
             multiline=True,
+            placeholder="keep rules: auto, or one glob a line",
             tooltip=(
                 "Which layers stay in 16 bits. auto: what is known to be sensitive in this model family. Or one glob a "
                 "line on whole name segments: 'blocks.0.*' keeps, '!blocks.0.ffn' quantizes all the same, "
