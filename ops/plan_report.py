@@ -8,11 +8,7 @@ from collections.abc import Iterable
 from .checkpoint import Checkpoint
 from .device_info import DeviceInfo
 from .formats import STORAGES
-try:
-    from .linear_table import describe_linear
-except ImportError:
-    def describe_linear(layout, *, fast, cc):
-        return 'unknown'
+from .linear_describe import describe_linear
 from .plan import LayerPlan, QuantizationPlan
 
 _ACTIONS = {"quantize": "quantized", "keep": "kept", "stored": "as stored"}
@@ -51,8 +47,7 @@ def _verdicts(plan: QuantizationPlan, device: DeviceInfo) -> list[str]:
     lines = []
     for storage_name, fast in sorted(_storages(plan)):
         storage = STORAGES[storage_name]
-        verdict = describe_linear(storage.layout, fast=fast, cc=device.capability)
-        lines.append(f"{storage_name}: {verdict}")
+        lines.append(f"{storage_name}: {describe_linear(storage.layout, fast=fast, cc=device.capability)}")
     return lines or ["16-bit products only"]
 
 
