@@ -28,7 +28,11 @@ def load_text_encoder(name: str, type: str, format: str | None = None, **options
     if format is None:
         return node("CLIPLoader", clip_name=name, type=type)
     return node(
-        "LowbitLoadTextEncoder", clip_name=name, type=type, format=format, device="default", **_loader_options(options)
+        "LowbitLoadTextEncoder",
+        clip_name=name,
+        type=type,
+        format=format,
+        **({"device": "default"} | _loader_options(options)),
     )
 
 
@@ -90,10 +94,9 @@ def conditioning_random(width: int, tokens: int = 16, seed: int = 11) -> Graph:
 
 def conditioning_from_image(clip: dict[str, Any], prompt: str = PROMPT, size: int = 64) -> Graph:
     """Qwen-Image-Edit's conditioning: the prompt and a seeded test image through Qwen2.5-VL and its vision tower."""
-    edit = {"clip": ["clip", 0], "vae": ["vae", 0], "image": ["edited", 0]}
+    edit = {"clip": ["clip", 0], "image": ["edited", 0]}
     return {
         "clip": clip,
-        "vae": node("VAELoader", vae_name="wan_vae.safetensors"),
         "edited": node("TinyImage", frames=1, height=size, width=size, seed=5),
         "positive": node("TextEncodeQwenImageEdit", prompt=prompt, **edit),
         "negative": node("TextEncodeQwenImageEdit", prompt=NEGATIVE, **edit),

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+
 from lowbit.errors import LowbitError
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.formats import FORMATS
@@ -15,8 +18,6 @@ from lowbit.ops.linear import quantized_linear
 from lowbit.ops.plan import QuantizationPlan, make_plan
 from lowbit.ops.quantize import assemble
 from lowbit.ops.stream import quantize_checkpoint
-from PIL import Image
-from safetensors.torch import load_file
 
 from .measure import held_bytes, relative_error
 from .progress import ProgressLine

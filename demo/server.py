@@ -52,7 +52,8 @@ class GraphFailedError(RuntimeError):
         self.exception_type = data["exception_type"]
         self.exception_message = data["exception_message"].strip()
         self.traceback = "".join(data["traceback"])
-        super().__init__(f"{self.node_type}: {self.exception_type}: {self.exception_message}\n{self.traceback}")
+        where = "".join(data["traceback"][-3:])
+        super().__init__(f"{self.node_type}: {self.exception_type}: {self.exception_message}\n{where}")
 
 
 class GraphInterruptedError(RuntimeError):
@@ -226,6 +227,7 @@ class Server:
     def free(self) -> None:
         """Asks the server to unload its models and drop its caches."""
         self._call(self._post("/free", {"unload_models": True, "free_memory": True}))
+        time.sleep(0.2)  # the server's worker does it when it next wakes, and nothing tells when it has
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """The history entry of a finished prompt; waits a little for it to be written."""

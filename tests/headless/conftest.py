@@ -42,6 +42,9 @@ from safetensors.torch import load_file
 from demo import comfyui, graphs, tiny
 from demo.server import Server, prepare_base
 
+# MKL otherwise rounds by the alignment of its operands, so that the same weights from another file give other bits.
+REPRODUCIBLE = {"MKL_CBWR": "COMPATIBLE"}
+
 
 class Bench:
     """A running server, with helpers that give a graph's results back as tensors."""
@@ -104,12 +107,12 @@ def models(base: Path) -> Path:
 @pytest.fixture(scope="session")
 def bench(base: Path, comfyui_path: Path) -> Iterator[Bench]:
     """The running ComfyUI with the pack."""
-    with Server(base, comfyui_path, name="pack") as server:
+    with Server(base, comfyui_path, environment=REPRODUCIBLE, name="pack") as server:
         yield Bench(server)
 
 
 @pytest.fixture(scope="session")
 def stock(base: Path, comfyui_path: Path) -> Iterator[Bench]:
     """A running ComfyUI without the pack, on the same base directory."""
-    with Server(base, comfyui_path, only_shims=True, name="stock") as server:
+    with Server(base, comfyui_path, only_shims=True, environment=REPRODUCIBLE, name="stock") as server:
         yield Bench(server)
