@@ -15,7 +15,8 @@ PUBLIC = "public measurements only; not run by us on this GPU"
 class Rank:
     """One row: where it applies, and the backends in order of speed there, the fastest first.
 
-    capability: inclusive range. q_len, kv_len, head_dim: inclusive ranges. masked: None for both.
+    capability: inclusive range. q_len, kv_len, head_dim: inclusive ranges. masked, grouped (fewer key than query
+    heads): None for both.
     source: where the order comes from.
     """
 
@@ -27,6 +28,7 @@ class Rank:
     kv_len: tuple[int, int] = ANY
     head_dim: tuple[int, int] = ANY
     masked: bool | None = None
+    grouped: bool | None = None
 
     def applies(self, capability: tuple[int, int], budget: str, call: AttentionCall) -> bool:
         """Whether this row is the one for the call."""
@@ -37,16 +39,20 @@ class Rank:
             and self.kv_len[0] <= call.kv_len <= self.kv_len[1]
             and self.head_dim[0] <= call.head_dim <= self.head_dim[1]
             and self.masked in (None, call.mask is not None)
+            and self.grouped in (None, call.kv_heads != call.heads)
         )
 
 
 HOPPER = ((9, 0), (9, 0))
+SAGE_FIRST = ("sageattn_3_fp8", "cudnn", CORE)
 
 # The first row that applies decides. Where none does, ComfyUI's own attention stays: nothing is known to be faster.
 RANKS: tuple[Rank, ...] = (
     Rank(HOPPER, "exact", ("cudnn", CORE), MEASURED),
     Rank(HOPPER, "balanced", ("cudnn", CORE), MEASURED),
-    Rank(HOPPER, "fast", ("sageattn_3_fp8", "cudnn", CORE), MEASURED, q_len=(16384, ANY[1]), kv_len=(16384, ANY[1])),
+    # SageAttention quantizes before it multiplies, which pays from about 14,000 tokens on: sooner with fewer key heads.
+    Rank(HOPPER, "fast", SAGE_FIRST, MEASURED, q_len=(14336, ANY[1]), kv_len=(14336, ANY[1])),
+    Rank(HOPPER, "fast", SAGE_FIRST, MEASURED, q_len=(8192, ANY[1]), kv_len=(8192, ANY[1]), grouped=True),
     Rank(HOPPER, "fast", ("cudnn", CORE), MEASURED),
 )
 

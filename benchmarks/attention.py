@@ -178,17 +178,17 @@ def chosen(dispatcher: Dispatcher) -> str:
     return plan.current.backend
 
 
-def bench_shape(shape: Shape) -> dict:
+def bench_shape(shape: Shape, rounds: int) -> dict:
     """Errors on three kinds of data, times on Gaussian data, and what each budget chose."""
     mask = make_mask(shape)
-    row, named = time_shape(shape, make(shape, "gaussian"), mask)
+    row, named = time_shape(shape, make(shape, "gaussian"), mask, rounds)
     for data in DATA:
         add_errors(row, shape, data, mask, named)
     return row
 
 
 def time_shape(
-    shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None
+    shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None, rounds: int
 ) -> tuple[dict, dict[str, Dispatcher]]:
     """The row of one shape with its times and choices, and the dispatcher of each backend that ran."""
     environment = detect(DEVICE)
@@ -214,7 +214,7 @@ def time_shape(
     for budget, dispatcher in budgets.items():
         settle(lambda d=dispatcher: through(d, shape, tensors, mask))
         calls[f"auto {budget}"] = lambda d=dispatcher: through(d, shape, tensors, mask)
-    times = interleaved_ms(calls, rounds=3 if shape.flop > 3e13 else 7)
+    times = interleaved_ms(calls, rounds)
     row["core_ms"] = times[CORE]
     row["core_tflops"] = shape.flop / times[CORE] / 1e9
     row["core_error"] = {}
@@ -304,6 +304,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--noise", action="store_true", help="also measure the error by sequence length")
     parser.add_argument("--only", help="only shapes whose name contains this")
+    parser.add_argument("--rounds", type=int, default=7, help="samples per backend and shape")
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     environment = detect(DEVICE)
@@ -323,7 +324,7 @@ def main() -> None:
     for shape in SHAPES:
         if options.only and options.only not in shape.name:
             continue
-        row = bench_shape(shape)
+        row = bench_shape(shape, options.rounds)
         result["shapes"].append(row)
         torch.cuda.empty_cache()
         print(

@@ -56,7 +56,7 @@ def test_a_limit_says_itself(name, changes, says):
     assert says in str(TABLE[name].why_not(call(**changes), GPUS[9, 0]))
 
 
-@pytest.mark.parametrize("name", ["sageattn_3_fp8", "sageattn", "comfy_kitchen_int8", "flash", "cudnn", "sdpa"])
+@pytest.mark.parametrize("name", ["sageattn_3_fp8", "comfy_kitchen_int8", "flash", "cudnn", "sdpa"])
 def test_the_usual_call_is_taken(name):
     assert TABLE[name].why_not(CALL, GPUS[9, 0]) is None
     assert TABLE[name].why_not(call(kv_heads=8), GPUS[9, 0]) is None
@@ -101,6 +101,19 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
     unbuilt = types.SimpleNamespace(sageattn_qk_int8_pv_fp8_cuda=1, SM90_ENABLED=False)
     monkeypatch.setattr(backends, "load", lambda module: (unbuilt, ""))
     assert "built without kernels for cc 9.0" in str(TABLE["sageattn_3_fp8"].why_not_here(GPUS[9, 0]))
+
+
+def test_sageattention_1_is_kept_from_lengths_it_miscounts(monkeypatch):
+    old = types.SimpleNamespace(sageattn=1)
+    monkeypatch.setattr(backends, "load", lambda module: (old, ""))
+    gpu = dataclasses.replace(GPUS[8, 6], packages=(("sageattention", "1.0.6"),))
+    reason = TABLE["sageattn"].why_not(call(kv_len=257), gpu)
+    assert str(reason) == "257 keys; version 1.0.6 counts 63 more that are not there"
+    assert TABLE["sageattn"].why_not(call(kv_len=512), gpu) is None
+    assert TABLE["sageattn"].why_not(call(kv_len=32760), gpu) is None
+    new = types.SimpleNamespace(sageattn_qk_int8_pv_fp16_cuda=1)
+    monkeypatch.setattr(backends, "load", lambda module: (new, ""))
+    assert TABLE["sageattn"].why_not(call(kv_len=257), gpu) is None
 
 
 def test_a_broken_package_is_not_a_crash(tmp_path, monkeypatch):
