@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import comfy_kitchen
 import torch
 from comfy_kitchen.float_utils import to_blocked
 from comfy_kitchen.tensor import QuantizedTensor
@@ -164,7 +165,16 @@ def _quantize_nvfp4(weight: torch.Tensor, largest: torch.Tensor, unit_scale: boo
 
 
 def _quantize_by_layout(weight: torch.Tensor, storage: Storage) -> QuantizedParts:
-    """Row chunks through comfy-kitchen's own quantizer: each row (or 128 rows) is independent of the others."""
+    """Row chunks through comfy-kitchen's own quantizer: each row (or 128 rows) is independent of the others.
+
+    Its eager backend is used on every device: it takes float32 (the CUDA one of mxfp8 does not), and the file comes out
+    the same whatever GPU made it.
+    """
+    with comfy_kitchen.use_backend("eager"):
+        return _quantize_chunks(weight, storage)
+
+
+def _quantize_chunks(weight: torch.Tensor, storage: Storage) -> QuantizedParts:
     register_layouts()
     layout = get_layout_class(storage.layout)
     options = dict(storage.quantize_options)
