@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ def comfyui_required() -> bool:
     return os.environ.get("LOWBIT_REQUIRE_COMFYUI", "0") not in ("", "0")
 
 
+@functools.cache
 def missing_comfyui() -> str | None:
     """Why there is no ComfyUI, None when there is one."""
     try:
@@ -55,20 +57,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for name, missing in MISSING.items():
-        if item.get_closest_marker(name) is None:
-            continue
-        reason = missing()
-        if reason is None:
-            continue
-        if name == "headless" and comfyui_required():
-            pytest.fail(f"LOWBIT_REQUIRE_COMFYUI is set, but: {reason}", pytrace=False)
-        item.config.stash[LEFT_OUT][reason] += 1
-        pytest.skip(reason)
+        if item.get_closest_marker(name) is not None and (reason := missing()):
+            pytest.skip(reason)
+
+
+def _subject(reason: str) -> str:
+    """What a skipped test was missing, for the closing line."""
+    if "ComfyUI" in reason:
+        return missing_comfyui() or "need another ComfyUI"
+    if "GPU" in reason or "CUDA" in reason:
+        return missing_gpu() or "need another GPU"
+    return f"say: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """Counts what is left out; a missing ComfyUI that is required makes the test a failure."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        if "ComfyUI" in reason and comfyui_required() and missing_comfyui():
+            report.outcome = "failed"
+            report.longrepr = f"LOWBIT_REQUIRE_COMFYUI is set, but tests {missing_comfyui()}"
+        else:
+            item.config.stash[LEFT_OUT][_subject(reason)] += 1
+    return report
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     left_out = config.stash.get(LEFT_OUT, Counter())
     if reporter is not None and left_out:
-        parts = [f"{count} tests that {reason}" for reason, count in left_out.items()]
+        parts = [f"{count} test{'s' if count > 1 else ''} that {reason}" for reason, count in left_out.items()]
         reporter.write_line("Left out: " + ", and ".join(parts) + ".")
