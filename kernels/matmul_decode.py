@@ -56,6 +56,7 @@ def _decode_matvec_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """One or two rows of x, by fused multiply-adds in float32. BLOCK_K counts stored bytes (two columns, if packed)."""
     PACKED: tl.constexpr = KIND == "e2m1" or KIND == "int4"
@@ -71,7 +72,7 @@ def _decode_matvec_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_K // TOGETHER], dtype=tl.float32)
     acc_two = tl.zeros([BLOCK_N, BLOCK_K // TOGETHER], dtype=tl.float32)
     LENGTH: tl.constexpr = ((BYTES + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)) * BLOCK_K
-    for step in range(0, LENGTH, BLOCK_K):
+    for step in tl.range(0, LENGTH, BLOCK_K, num_stages=STAGES):
         start = step + tl.program_id(1) * LENGTH
         if BYTES % (BLOCK_K * SPLITS) == 0:
             code = tl.load(w_row + start, eviction_policy="evict_first")
@@ -299,6 +300,7 @@ def matvec_decode(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         SPLITS=1,
+        STAGES=1,
     )
 
 

@@ -14,7 +14,8 @@ FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 def _flat_scale(scale: torch.Tensor, rows: int) -> torch.Tensor | None:
     """`scale` as float32 (1,) or (rows,); None when it has another number of elements."""
-    if scale.numel() not in (1, rows):
+    # Spelled out: under torch.compile `in` does not compare symbolic sizes.
+    if scale.numel() != 1 and scale.numel() != rows:
         return None
     if scale.dtype != torch.float32:
         scale = scale.float()

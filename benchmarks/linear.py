@@ -1,0 +1,285 @@
+"""Quantized linears side by side: ours, F.linear, comfy-kitchen, torchao and gemlite, on the shapes of real models.
+
+python benchmarks/linear.py --out benchmarks/results/linear.json [--only TEXT] [--seconds N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import timing  # noqa: E402
+
+from lowbit.ops.layouts import register_layouts  # noqa: E402
+from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes  # noqa: E402
+
+register_layouts()
+
+BANDWIDTH = 4.3e12
+"""Bytes a second a device-to-device copy moves on an H200: the limit drawn for small M."""
+
+# format name: layout, options of its quantize, whether our fast product is measured
+CONVROT = {"per_channel": True, "convrot": True}
+FORMATS = {
+    "fp8_e4m3fn_scaled": ("TensorCoreFP8E4M3Layout", {"scale": "recalculate"}, False),
+    "fp8_e4m3fn_scaled_fast": ("TensorCoreFP8E4M3Layout", {"scale": "recalculate"}, True),
+    "fp8_e5m2_scaled": ("TensorCoreFP8E5M2Layout", {"scale": "recalculate"}, False),
+    "int8": ("TensorWiseINT8Layout", {"per_channel": True}, False),
+    "int8_fast": ("TensorWiseINT8Layout", {"per_channel": True}, True),
+    "int8_convrot_fast": ("TensorWiseINT8Layout", CONVROT, True),
+    "mxfp8": ("TensorCoreMXFP8Layout", {}, False),
+    "mxfp8_fast": ("TensorCoreMXFP8Layout", {}, True),
+    "fp4_scaled": ("TensorCoreNVFP4Layout", {}, False),
+    "fp4_scaled_fast": ("TensorCoreNVFP4Layout", {}, True),
+    "int4_convrot_fast": ("TensorCoreConvRotW4A4Layout", {}, True),
+    "int4_asym_fast": ("AsymW4A8Int8Layout", {}, True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape: what it stands for, M, K (in_features), N (out_features)."""
+
+    name: str
+    m: int
+    k: int
+    n: int
+
+
+CASES = (
+    Case("wan_qkv", 32760, 5120, 5120),
+    Case("wan_ffn_up", 32760, 5120, 13824),
+    Case("wan_ffn_down", 32760, 13824, 5120),
+    Case("qwen_mlp_up", 4352, 3072, 12288),
+    Case("qwen_mlp_down", 4352, 12288, 3072),
+    Case("wan_text_kv", 512, 5120, 5120),
+    Case("decode", 1, 4096, 14336),
+    Case("decode", 16, 4096, 14336),
+    Case("decode_down", 1, 14336, 4096),
+    Case("decode_down", 16, 14336, 4096),
+    Case("qwen_modulation", 1, 3072, 18432),
+    Case("qwen_modulation", 2, 3072, 18432),
+)
+
+
+@dataclass
+class Result:
+    """One contender on one case; missing numbers are None and `note` says why."""
+
+    case: str
+    m: int
+    k: int
+    n: int
+    format: str
+    contender: str
+    us: float | None = None
+    host_us: float | None = None
+    tflops: float | None = None
+    weight_bytes_per_second: float | None = None
+    extra_peak_mib: float | None = None
+    relative_error: float | None = None
+    note: str = ""
+
+
+def activations(m: int, k: int) -> torch.Tensor:
+    """bfloat16 Gaussians with one channel in 256 thirty times as large, as diffusion transformers have them."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    x[:, torch.randperm(k, device="cuda")[: max(1, k // 256)]] *= 30
+    return x
+
+
+def weights(case: Case) -> list[torch.Tensor]:
+    """bfloat16 weights; for small M as many as it takes to fall out of the L2 cache."""
+    count = 1 if case.m > 512 else 6
+    return [torch.randn(case.n, case.k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(count)]
+
+
+def kitchen_call(x: torch.Tensor, weight: QuantizedTensor, fast: bool) -> Callable[[], torch.Tensor]:
+    """What ComfyUI's Linear does with this weight: quantize x in the layout with a dynamic scale, or hand x over."""
+    if fast and weight._layout_cls in ("TensorCoreFP8E4M3Layout", "TensorCoreMXFP8Layout", "TensorCoreNVFP4Layout"):
+        options = {"scale": "recalculate"} if weight._layout_cls != "TensorCoreMXFP8Layout" else {}
+        return lambda: F.linear(QuantizedTensor.from_float(x, weight._layout_cls, **options), weight)
+    if fast or weight._layout_cls not in ("TensorWiseINT8Layout",):
+        return lambda: F.linear(x, weight)
+    return lambda: F.linear(x, weight.dequantize())
+
+
+def torchao_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
+    """The same kind of linear by torchao, compiled as its users run it; None where it has none."""
+    quantization = importlib.import_module("torchao.quantization")
+    configs = {
+        "fp8_e4m3fn_scaled_fast": lambda: quantization.Float8DynamicActivationFloat8WeightConfig(
+            granularity=quantization.PerRow()
+        ),
+        "fp8_e4m3fn_scaled": quantization.Float8WeightOnlyConfig,
+        "int8": quantization.Int8WeightOnlyConfig,
+        "int8_fast": quantization.Int8DynamicActivationInt8WeightConfig,
+    }
+    if name not in configs:
+        return None
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda", dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    holder = torch.nn.Sequential(linear)
+    quantization.quantize_(holder, configs[name]())
+    return torch.compile(holder, fullgraph=False)
+
+
+def gemlite_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
+    """The same kind of linear by gemlite; None where it has none that is safe on this GPU."""
+    helper = importlib.import_module("gemlite.helper")
+    processors = {
+        "fp8_e4m3fn_scaled": helper.A16W8_FP8,
+        "fp8_e4m3fn_scaled_fast": helper.A8W8_FP8_dynamic,
+        "int8": helper.A16W8_INT8,
+        "int8_fast": helper.A8W8_INT8_dynamic,
+    }
+    if name not in processors:
+        return None
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda", dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    return processors[name](device="cuda:0", dtype=weight.dtype).from_linear(linear, del_orig=False)
+
+
+def relative_error(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
+    """Relative Frobenius error of the first rows against float64 with the unquantized weight."""
+    rows = min(out.shape[0], 128)
+    reference = x[:rows].double() @ weight.double().t()
+    return ((out[:rows].double() - reference).norm() / reference.norm()).item()
+
+
+class Bench:
+    """Measures the cases one by one and keeps the results."""
+
+    def __init__(self, peers: tuple[str, ...]) -> None:
+        self.peers = peers
+        self.results: list[Result] = []
+        self.refused: dict[str, str] = {}
+
+    def run(self, case: Case) -> None:
+        """Every format and contender of `case`, measured in turn."""
+        x, plain = activations(case.m, case.k), weights(case)
+        calls = {("bf16", "F.linear"): [lambda w=w: F.linear(x, w) for w in plain]}
+        for name, (layout, options, fast) in FORMATS.items():
+            stored = [QuantizedTensor.from_float(w, layout, **options) for w in plain]
+            calls[name, "lowbit"] = [lambda w=w, f=fast: quantized_linear(x, w, fast=f) for w in stored]
+            calls[name, "comfy-kitchen"] = [kitchen_call(x, w, fast) for w in stored]
+            for peer, make in (("torchao", torchao_linear), ("gemlite", gemlite_linear)):
+                if peer in self.peers:
+                    self._add_peer(calls, peer, make, name, x, plain)
+        results = {key: self._first_call(case, *key, call, x, plain) for key, call in calls.items()}
+        calls = {key: call for key, call in calls.items() if results[key].note == ""}
+        self._time(case, calls, results)
+        self.results += results.values()
+
+    def _add_peer(self, calls: dict, peer: str, make: Callable, name: str, x: torch.Tensor, plain: list) -> None:
+        if peer in self.refused:
+            return
+        try:
+            modules = [make(name, w) for w in plain]
+            if modules[0] is not None:
+                calls[name, peer] = [lambda module=module: module(x) for module in modules]
+        except Exception as error:
+            self.refused[peer] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+    def _first_call(
+        self, case: Case, name: str, contender: str, calls: list, x: torch.Tensor, plain: list[torch.Tensor]
+    ) -> Result:
+        result = Result(case.name, case.m, case.k, case.n, name, contender)
+        try:
+            with torch.no_grad():
+                result.relative_error = relative_error(calls[0](), x, plain[0])
+                result.extra_peak_mib = timing.extra_peak(calls[0]) / 2**20
+        except Exception as error:
+            result.note = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        return result
+
+    def _time(self, case: Case, calls: dict, results: dict[tuple[str, str], Result]) -> None:
+        measures = {}
+        for key, call in calls.items():
+            try:
+                with torch.no_grad():
+                    if case.m > 1024:
+                        timing.event_times(call, 2)
+                        measures[key] = lambda call=call: timing.event_times(call, 8)
+                    else:
+                        results[key].host_us = timing.host_time(call[0])
+                        graph, count = timing.capture(call)
+                        measures[key] = lambda graph=graph, count=count: timing.replay_times(graph, count, 5)
+            except Exception as error:
+                results[key].note = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                torch.cuda.synchronize()
+        with torch.no_grad():
+            medians = timing.interleaved(measures, rounds=3)
+        for key, us in medians.items():
+            result = results[key]
+            result.us = us
+            result.tflops = 2e-6 * case.m * case.k * case.n / us
+            bits = (
+                16 if key[0] == "bf16" else 4.5 if key[0].startswith("fp4") else 4 if key[0].startswith("int4") else 8
+            )
+            result.weight_bytes_per_second = case.k * case.n * bits / 8 / (us * 1e-6)
+
+
+def show(results: list[Result]) -> None:
+    """A table per case, fastest first."""
+    cases = dict.fromkeys((r.case, r.m, r.k, r.n) for r in results)
+    for case in cases:
+        print("\n{} M {} K {} N {}".format(*case))
+        rows = [r for r in results if (r.case, r.m, r.k, r.n) == case]
+        for r in sorted(rows, key=lambda r: (r.format, r.us or 1e9)):
+            numbers = (
+                f"{r.us:10.1f} us {r.tflops:7.0f} TFLOP/s {r.weight_bytes_per_second / 1e12:5.2f} TB/s" if r.us else ""
+            )
+            host = f" host {r.host_us:6.1f} us" if r.host_us else ""
+            error = f" error {r.relative_error:.1e}" if r.relative_error is not None else ""
+            peak = f" peak {r.extra_peak_mib:7.1f} MiB" if r.extra_peak_mib is not None else ""
+            print(f"  {r.format:24s} {r.contender:14s} {numbers}{host}{peak}{error} {r.note}")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="cases whose name or M contains this text")
+    parser.add_argument("--peers", default="torchao,gemlite", help="peers beside comfy-kitchen, by comma; '' for none")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bench = Bench(tuple(filter(None, arguments.peers.split(","))))
+    started = time.monotonic()
+    skipped = []
+    for case in CASES:
+        if arguments.only not in f"{case.name} {case.m}":
+            continue
+        if time.monotonic() - started > arguments.seconds:
+            skipped.append(f"{case.name} {case.m}")
+            continue
+        bench.run(case)
+        release_scratch()
+        torch.cuda.empty_cache()
+    show(bench.results)
+    record = {
+        "environment": timing.environment(),
+        "bandwidth_limit_bytes_per_second": BANDWIDTH,
+        "skipped_for_time": skipped,
+        "refused_peers": bench.refused,
+        "scratch_mib_at_end": scratch_nbytes() / 2**20,
+        "results": [asdict(r) for r in bench.results],
+    }
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

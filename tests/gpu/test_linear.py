@@ -1,0 +1,216 @@
+"""The quantized linear on a real GPU: every kind, dtype and row count against float64, memory, graphs, streams."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from lowbit.ops.layouts import register_layouts
+from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1", reason="no GPU"),
+]
+
+register_layouts()
+CONVROT = {"per_channel": True, "convrot": True}
+# layout, quantize options, bar for weight-only and for fast (relative Frobenius against the decoded weight)
+FORMATS = {
+    "fp8_e4m3fn": ("TensorCoreFP8E4M3Layout", {"scale": "recalculate"}, 4e-3, 4e-2),
+    "fp8_e5m2": ("TensorCoreFP8E5M2Layout", {"scale": "recalculate"}, 4e-3, 4e-2),
+    "int8": ("TensorWiseINT8Layout", {"per_channel": True}, 4e-3, 2e-2),
+    "int8_tensor": ("TensorWiseINT8Layout", {}, 4e-3, 2e-2),
+    "int8_convrot": ("TensorWiseINT8Layout", CONVROT, 6e-3, 1.2e-2),
+    "mxfp8": ("TensorCoreMXFP8Layout", {}, 4e-3, 4e-2),
+    "nvfp4": ("TensorCoreNVFP4Layout", {}, 4e-3, 5e-2),
+    "int4_convrot": ("TensorCoreConvRotW4A4Layout", {}, 6e-3, 1.2e-2),
+    "int4_asym": ("AsymW4A8Int8Layout", {}, 6e-3, 1.2e-2),
+}
+ROWS = (0, 1, 2, 3, 15, 16, 17, 31, 64, 65, 300)
+
+
+def _weight(name: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
+    layout, options, *_ = FORMATS[name]
+    return QuantizedTensor.from_float(torch.randn(n, k, device="cuda", dtype=dtype) * 0.05, layout, **options)
+
+
+def _error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((out.double() - reference).norm() / reference.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "k"), [(512, 768), (528, 1280), (40, 80), (1000, 1288), (3072, 512)])
+def test_agrees_with_float64(name, dtype, n, k):
+    if k % 256 and ("convrot" in name or "asym" in name):
+        k = 256
+    torch.manual_seed(hash((name, n, k)) % 1000)
+    weight = _weight(name, n, k, dtype)
+    decoded = weight.dequantize().double()
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    bars = FORMATS[name][2:]
+    for rows in ROWS:
+        x = torch.randn(rows, k, device="cuda", dtype=dtype)
+        for activation in (None, "silu"):
+            wide = x.double() if activation is None else torch.nn.functional.silu(x.double())
+            reference = wide @ decoded.t() + bias.double()
+            for fast in (False, True):
+                out = quantized_linear(x, weight, bias, fast=fast, activation=activation)
+                assert out.shape == (rows, n)
+                assert out.dtype == dtype
+                if rows:
+                    assert _error(out, reference) < bars[fast], (rows, activation, fast)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_strange_rows(name):
+    """NaN and Inf stay in their rows, zeros give the bias, denormals and huge values do no harm."""
+    n, k = 256, 512
+    weight = _weight(name, n, k)
+    bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+    for rows in (5, 40):
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+        x[0] = 0
+        x[1, 7] = float("nan")
+        x[2, 9] = float("inf")
+        x[3] = 1e-39
+        x[4] *= 1e30
+        for fast in (False, True):
+            out = quantized_linear(x, weight, bias, fast=fast)
+            torch.testing.assert_close(out[0], bias)
+            torch.testing.assert_close(out[3], bias)
+            assert not out[1].isfinite().any()
+            assert not out[2].isfinite().any()
+            assert out[5:].isfinite().all()
+            assert out[4].isfinite().all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_any_stride_and_alignment(name, rows):
+    n, k = 256, 512
+    weight = _weight(name, n, k)
+    for fast in (False, True):
+        base = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+        expected = quantized_linear(base, weight, fast=fast).float()
+        storage = torch.empty(2 * (rows + 2) * (k + 8), device="cuda", dtype=torch.bfloat16)
+        for offset in (1, 3, 7):
+            view = storage[offset : offset + rows * k].view(rows, k).copy_(base)
+            torch.testing.assert_close(
+                quantized_linear(view, weight, fast=fast).float(), expected, rtol=2e-2, atol=2e-2
+            )
+        view = storage[: rows * k].view(k, rows).t().copy_(base)
+        torch.testing.assert_close(quantized_linear(view, weight, fast=fast).float(), expected, rtol=2e-2, atol=2e-2)
+        view = storage[: 2 * rows * k].view(rows, 2 * k)[:, ::2].copy_(base)
+        torch.testing.assert_close(quantized_linear(view, weight, fast=fast).float(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_misaligned_weight(name, rows):
+    weight = _weight(name, 256, 512)
+    x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+    data = weight._qdata
+    storage = torch.empty(data.numel() + 16, device="cuda", dtype=torch.uint8)
+    for fast in (False, True):
+        expected = quantized_linear(x, weight, fast=fast)
+        for offset in (1, 2, 6, 8):
+            moved = storage[offset : offset + data.numel()].view(data.dtype).view(data.shape)
+            moved.copy_(data)
+            other = QuantizedTensor(moved, weight._layout_cls, weight._params)
+            torch.testing.assert_close(quantized_linear(x, other, fast=fast), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("rows", [1, 16, 48, 500])
+def test_allocates_nothing_but_its_output(name, fast, rows):
+    """Once warm: one allocation a call, the output; and 1,000 calls leave memory where it was."""
+    weight = _weight(name, 512, 1024)
+    x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(512, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        quantized_linear(x, weight, bias, fast=fast)
+    torch.cuda.synchronize()
+    key = "allocation.all.allocated"
+    before, held, scratch = torch.cuda.memory_stats()[key], torch.cuda.memory_allocated(), scratch_nbytes()
+    out = quantized_linear(x, weight, bias, fast=fast)
+    assert torch.cuda.memory_stats()[key] - before == 1
+    assert torch.cuda.memory_allocated() - held <= -(-out.numel() * 2 // 512) * 512
+    del out
+    for _ in range(1000 if rows == 16 else 50):
+        quantized_linear(x, weight, bias, fast=fast)
+    assert torch.cuda.memory_allocated() == held
+    assert scratch_nbytes() == scratch
+
+
+def test_scratch_is_shared_and_released():
+    first, second = _weight("nvfp4", 1024, 1024), _weight("fp8_e4m3fn", 1024, 1024)
+    x = torch.randn(200, 1024, device="cuda", dtype=torch.bfloat16)
+    release_scratch()
+    quantized_linear(x, first, fast=False)
+    held = scratch_nbytes()
+    assert 0 < held <= 4 << 20
+    quantized_linear(x, second, fast=False)
+    assert scratch_nbytes() == held
+    assert release_scratch() == held
+    assert scratch_nbytes() == 0
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_cuda_graph_replays(name, fast, rows):
+    """A captured call gives the same result on new inputs, even after the shared scratch was released and reused."""
+    weight = _weight(name, 512, 1024)
+    x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        quantized_linear(x, weight, fast=fast)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = quantized_linear(x, weight, fast=fast)
+    release_scratch()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.testing.assert_close(out, quantized_linear(x, weight, fast=fast))
+
+
+def test_two_streams_do_not_share_scratch():
+    weight = _weight("fp8_e4m3fn", 2048, 2048)
+    inputs = [torch.randn(512, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    expected = [quantized_linear(x, weight) for x in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        outs = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                outs.append(quantized_linear(x, weight))
+        torch.cuda.synchronize()
+        for out, reference in zip(outs, expected, strict=True):
+            assert torch.equal(out, reference)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "int8_convrot", "nvfp4"])
+def test_compiles_without_graph_break(name):
+    weight, x = _weight(name, 256, 512), torch.randn(40, 512, device="cuda", dtype=torch.bfloat16)
+
+    def forward(x, weight):
+        return quantized_linear(x * 2, weight, fast=True) + 1
+
+    compiled = torch.compile(forward, fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), forward(x, weight), rtol=2e-2, atol=2e-2)
+
+
+def test_result_does_not_change_between_runs():
+    for name in FORMATS:
+        weight = _weight(name, 1024, 2048)
+        for rows in (1, 7, 200):
+            x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
+            for fast in (False, True):
+                first = quantized_linear(x, weight, fast=fast)
+                assert all(torch.equal(first, quantized_linear(x, weight, fast=fast)) for _ in range(5)), (name, rows)

@@ -1,0 +1,62 @@
+"""Runs the kernels where they can run: on a GPU, or in Triton's interpreter inside `test_in_interpreter.py`'s process."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_KERNELS_RUN = INTERPRETED or torch.cuda.is_available()
+collect_ignore_glob = [] if _KERNELS_RUN else ["test_[!i]*.py"]
+
+
+def _mend_interpreter() -> None:
+    """Two faults of Triton 3.4 to 3.6's interpreter: integers under NumPy 2.4, and the rounding of casts to fewer bits."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, convert = interpreter._patch_lang_tensor, interpreter._convert_float
+    torch_dtypes = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+
+    def patch(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        if scope:
+            scope[0].set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+        else:
+            tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    def cast(data, source, target, rounding_mode):
+        if source == tl.float32 and target in torch_dtypes:
+            dtype = torch_dtypes[target]
+            values = torch.from_numpy(np.ascontiguousarray(data.view(np.float32)))
+            limit = torch.finfo(dtype).max
+            return values.clamp(-limit, limit).to(dtype).view(torch.uint8).numpy()
+        if source == tl.float32 and target == tl.bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(data.view(np.float32)))
+            return values.bfloat16().view(torch.uint16).numpy()
+        if target == tl.float32 and source in torch_dtypes:
+            codes = torch.from_numpy(np.ascontiguousarray(data.view(np.uint8)))
+            return codes.view(torch_dtypes[source]).float().numpy().view(np.uint32)
+        return convert(data, source, target, rounding_mode)
+
+    interpreter._patch_lang_tensor = patch
+    interpreter._convert_float = cast
+
+
+if INTERPRETED:
+    _mend_interpreter()
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run."""
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,58 @@
+"""The regular Hadamard rotation, alone and with the quantizer, against comfy-kitchen's matrix and the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfy_kitchen.tensor.int8_utils import _build_hadamard
+
+from lowbit.kernels.hadamard import hadamard, rotate_reference
+from lowbit.kernels.quantize_rows import quantize_rows_reference
+from lowbit.kernels.rotate_rows import head_and_tail, rotate_rows
+
+SHAPES = [(256, 256), (1280, 256), (768, 256), (320, 64), (48, 16)]
+
+
+@pytest.mark.parametrize("size", [4, 16, 64, 256])
+def test_matrix_is_comfy_kitchens_and_its_own_inverse(size):
+    matrix = hadamard(size, torch.device("cpu"), torch.float32)
+    assert torch.equal(matrix, _build_hadamard(size))
+    torch.testing.assert_close(matrix @ matrix, torch.eye(size))
+
+
+def test_no_matrix_of_other_sizes():
+    with pytest.raises(ValueError, match="power of four"):
+        hadamard(32, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("columns", [256, 512, 1280, 3072, 5120, 12288, 13824])
+def test_pieces_cover_the_row(columns):
+    head, tail = head_and_tail(columns)
+    assert 256 * (head + tail) >= columns
+    assert 256 * head <= columns or tail == 0
+
+
+@pytest.mark.parametrize(("columns", "group"), SHAPES)
+@pytest.mark.parametrize("activation", [None, "gelu_tanh"])
+def test_rotates_and_quantizes(device, columns, group, activation):
+    x = torch.randn(3, columns, device=device)
+    x[1] = 0
+    q = torch.empty(3, columns, dtype=torch.int8, device=device)
+    scale = torch.empty(3, device=device)
+    rotate_rows(x, q, scale, group, activation)
+    expected, expected_scale = quantize_rows_reference(x, torch.int8, group, activation)
+    torch.testing.assert_close(scale, expected_scale, rtol=2e-3, atol=0)
+    assert (q.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(("columns", "group"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotates_alone(device, columns, group, dtype):
+    x = torch.randn(2, columns, device=device, dtype=dtype)
+    out = torch.empty_like(x)
+    rotate_rows(x, out, None, group)
+    tolerance = 2e-3 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.float(), rotate_reference(x, group), rtol=tolerance, atol=tolerance)
+    back = torch.empty_like(x)
+    rotate_rows(out, back, None, group)
+    torch.testing.assert_close(back, x, rtol=4 * tolerance, atol=4 * tolerance)
