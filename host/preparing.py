@@ -94,7 +94,7 @@ def prepared_file(planned: Planned) -> Path:
         StorageError: the quantized file cannot be written.
     """
     source = planned.checkpoint.path
-    if not planned.plan.changes_weights and planned.checkpoint.files == (source,):
+    if not planned.plan.changes_weights and _core_reads(planned.checkpoint):
         return source
     folder = cache_folder() if planned.request.keep_file else temporary_folder()
     device = comfy.model_management.get_torch_device()
@@ -109,6 +109,13 @@ def prepared_file(planned: Planned) -> Path:
     if not planned.request.keep_file:
         atexit.register(_remove, path)
     return path
+
+
+def _core_reads(checkpoint: Checkpoint) -> bool:
+    """Whether core's memory-mapped reader takes the file: not a sharded set, nor block scales stored as E8M0."""
+    return checkpoint.files == (checkpoint.path,) and all(
+        entry.dtype != torch.float8_e8m0fnu for entry in checkpoint.entries.values()
+    )
 
 
 def diffusion_part(checkpoint: Checkpoint) -> Checkpoint:

@@ -83,6 +83,9 @@ class CheckpointWriter:
         if name in self._header or any(name == held for held, _ in self._held):
             raise CheckpointError(f"The tensor '{name}' would be written twice to {self.path.name}.")
         tensor = tensor.detach().contiguous().cpu()
+        if tensor.dtype == torch.float8_e8m0fnu:
+            # ComfyUI's memory-mapped reader does not know this dtype; it views bytes as it.
+            tensor = tensor.view(torch.uint8)
         if tensor.nbytes % 8:
             self._held.append((name, tensor))
         else:

@@ -93,6 +93,14 @@ def test_any_tensors_are_written_aligned_and_readable(tmp_path, tensors, metadat
         )
 
 
+def test_dtypes_are_those_that_comfyui_maps_from_disk(save, wan_tensors, tmp_path):
+    """ComfyUI 0.33 reads F8_E8M0 only without dynamic VRAM: MXFP8's block scales are stored as bytes."""
+    quantize(save(wan_tensors), tmp_path / "out.safetensors", "mxfp8")
+    entries = open_checkpoint(tmp_path / "out.safetensors").entries
+    assert entries["blocks.0.ffn.0.weight_scale"].dtype == torch.uint8
+    assert torch.float8_e8m0fnu not in {entry.dtype for entry in entries.values()}
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_peak_memory_is_a_few_tensors_whatever_the_size_of_the_file(tmp_path):
     """576 MiB in 32 MiB tensors: the process may grow by 3 tensors and 256 MiB, as issue 2 bounds it."""
