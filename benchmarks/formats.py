@@ -1,0 +1,76 @@
+"""Measures what each weight format costs: error of Gaussian weights, and of a product with outliers in the activations.
+
+python -m benchmarks.formats [--out benchmarks/results/formats.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from lowbit.ops.formats import FORMATS
+from lowbit.ops.linear import quantized_linear
+from lowbit.ops.quantize import quantize_to_tensor
+
+SIZE, ROWS, OUTLIER_COLUMNS, OUTLIER_FACTOR = 2048, 256, 16, 60
+SEEDS = (0, 1, 2)
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of the expected, in float64."""
+    expected = expected.double()
+    return (torch.linalg.vector_norm(actual.double() - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def measure(name: str, seed: int) -> dict[str, float]:
+    """One format with one seed: weight error, and product error on plain activations and with outliers."""
+    torch.manual_seed(seed)
+    row = FORMATS[name]
+    weight = torch.randn(SIZE, SIZE) * 0.02
+    x = torch.randn(ROWS, SIZE)
+    outliers = x.clone()
+    outliers[:, torch.randperm(SIZE)[:OUTLIER_COLUMNS]] *= OUTLIER_FACTOR
+    quantized = quantize_to_tensor(weight, row)
+    nbytes = quantized._qdata.nbytes + sum(
+        value.nbytes for value in vars(quantized._params).values() if isinstance(value, torch.Tensor)
+    )
+    return {
+        "bits_per_weight": 8 * nbytes / weight.numel(),
+        "weight_error": relative(quantized.dequantize(), weight),
+        "product_error": relative(quantized_linear(x, quantized, fast=row.fast), x.double() @ weight.double().T),
+        "product_error_with_outliers": relative(
+            quantized_linear(outliers, quantized, fast=row.fast), outliers.double() @ weight.double().T
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/formats.json"))
+    options = parser.parse_args()
+    rows = {}
+    for name in FORMATS:
+        runs = [measure(name, seed) for seed in SEEDS]
+        rows[name] = {key: float(f"{statistics.median(run[key] for run in runs):.4g}") for key in runs[0]}
+        print(f"{name:24} {rows[name]}", flush=True)
+    result = {
+        "what": f"relative Frobenius error, {SIZE}x{SIZE} Gaussian weights, median of {len(SEEDS)} seeds; products of "
+        f"{ROWS} rows as the plain-torch reference makes them, the outliers {OUTLIER_FACTOR} times larger in "
+        f"{OUTLIER_COLUMNS} columns",
+        "date": datetime.date.today().isoformat(),
+        "device": "CPU",
+        "versions": {"torch": torch.__version__, "comfy_kitchen": importlib.metadata.version("comfy-kitchen")},
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
