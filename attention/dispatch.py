@@ -359,6 +359,11 @@ class Dispatcher:
         # Where the table was measured it already knows whether the paired backend is the fastest for this shape.
         if paired in usable and budget != "exact" and source != ranking.MEASURED and long:
             return (paired, *names)
+        if source == ranking.UNMEASURED and environment.device_type == "cuda" and self.policy.backend == AUTO:
+            self.report.note(
+                f"We have measured nothing on cc {environment.compute_capability}, so auto keeps ComfyUI's own attention "
+                "here; measured times the others on this graph."
+            )
         return names
 
     def _measured_order(

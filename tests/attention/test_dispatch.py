@@ -350,6 +350,7 @@ def test_without_measurements_for_a_gpu_its_default_stays():
     target = Dispatcher(Policy("auto", "fast"), environment=lambda device: unmeasured)
     run(target, *fakes.qkv(dtype=torch.bfloat16))
     assert counts(target) == {CORE: 1}
+    assert "measured nothing on cc 8.6" in as_text(report(target))
 
 
 def test_barred_backends_stay_out_until_taken_back():

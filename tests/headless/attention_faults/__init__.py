@@ -1,0 +1,70 @@
+"""A custom node for tests: gives an Attention (Lowbit) node's dispatcher backends that are wrong on purpose."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+FAULTS = ("none", "nan", "late nan", "raises", "missing", "wrong shape")
+
+
+def _attend(q, k, v, mask, scale):
+    heads = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+class _Fault:
+    def __init__(self, kind):
+        self.kind, self.calls = kind, 0
+
+    def __call__(self, q, k, v, mask, scale):
+        self.calls += 1
+        out = _attend(q, k, v, mask, scale)
+        if self.kind == "nan" or (self.kind == "late nan" and self.calls > 10):
+            return out * torch.nan
+        if self.kind == "raises":
+            raise RuntimeError("this backend always raises")
+        if self.kind == "wrong shape":
+            return out[:, :, 1:]
+        if self.kind == "none":
+            time.sleep(0)
+        return out
+
+
+class FaultyAttention:
+    """Puts a backend named `faulty` first in the table of the model's attention node, before a right one."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "lowbit/test", "patch", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",), "fault": (FAULTS,), "seed": ("INT", {"min": 0, "max": 2**31})}}
+
+    def patch(self, model, fault, seed):
+        override = model.get_wrappers("outer_sample", "lowbit_attention")[-1].__self__.override
+        dispatcher = override.dispatcher
+        backends = sys.modules[type(dispatcher).__module__.replace(".dispatch", ".backends")]
+        ranking = sys.modules[type(dispatcher).__module__.replace(".dispatch", ".ranking")]
+        sdpa = backends.by_name()["sdpa"]
+        faulty = replace(
+            sdpa,
+            name="faulty",
+            error_class="fast",
+            missing=lambda environment: "not installed" if fault == "missing" else None,
+            install="pip install faulty",
+            bind=lambda environment: _Fault(fault),
+        )
+        right = replace(sdpa, name="right", bind=lambda environment: _attend)
+        dispatcher._backends = {"faulty": faulty, "right": right}
+        dispatcher._ranks = tuple(
+            ranking.Rank(((0, 0), (99, 0)), budget, ("faulty", "right", "core"), "a test")
+            for budget in backends.BUDGETS
+        )
+        return (model,)
+
+
+NODE_CLASS_MAPPINGS = {"TestFaultyAttention": FaultyAttention}
