@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.linear import quantized_linear
 from lowbit.ops.quantize import quantize_to_tensor
@@ -28,12 +29,12 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (torch.linalg.vector_norm(actual.double() - expected) / torch.linalg.vector_norm(expected)).item()
 
 
-def measure(name: str, seed: int) -> dict[str, float]:
+def measure(name: str, seed: int, device: str) -> dict[str, float]:
     """One format with one seed: weight error, and product error on plain activations and with outliers."""
     torch.manual_seed(seed)
     row = FORMATS[name]
-    weight = torch.randn(SIZE, SIZE) * 0.02
-    x = torch.randn(ROWS, SIZE)
+    weight = (torch.randn(SIZE, SIZE) * 0.02).to(device, torch.bfloat16)
+    x = torch.randn(ROWS, SIZE).to(device, torch.bfloat16)
     outliers = x.clone()
     outliers[:, torch.randperm(SIZE)[:OUTLIER_COLUMNS]] *= OUTLIER_FACTOR
     quantized = quantize_to_tensor(weight, row)
@@ -52,19 +53,20 @@ def measure(name: str, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/formats.json"))
     options = parser.parse_args()
     rows = {}
     for name in FORMATS:
-        runs = [measure(name, seed) for seed in SEEDS]
+        runs = [measure(name, seed, options.device) for seed in SEEDS]
         rows[name] = {key: float(f"{statistics.median(run[key] for run in runs):.4g}") for key in runs[0]}
         print(f"{name:24} {rows[name]}", flush=True)
     result = {
         "what": f"relative Frobenius error, {SIZE}x{SIZE} Gaussian weights, median of {len(SEEDS)} seeds; products of "
-        f"{ROWS} rows as the plain-torch reference makes them, the outliers {OUTLIER_FACTOR} times larger in "
+        f"{ROWS} rows in bfloat16, the outliers {OUTLIER_FACTOR} times larger in "
         f"{OUTLIER_COLUMNS} columns",
         "date": datetime.date.today().isoformat(),
-        "device": "CPU",
+        "device": device_info(options.device).label,
         "versions": {"torch": torch.__version__, "comfy_kitchen": importlib.metadata.version("comfy-kitchen")},
         "rows": rows,
     }

@@ -1,0 +1,235 @@
+"""Writes the README's tables from benchmarks/results/ and from the pack's own tables, between their markers.
+
+python -m benchmarks.readme [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowbit.attention.backends import BACKENDS, ERROR_LIMITS
+from lowbit.ops.formats import FORMATS, STORAGES
+from lowbit.ops.linear_describe import describe_linear
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+GENERATIONS = (
+    ("Turing", (7, 5)),
+    ("Ampere", (8, 0)),
+    ("Ampere", (8, 6)),
+    ("Ada", (8, 9)),
+    ("Hopper", (9, 0)),
+    ("Blackwell", (10, 0)),
+    ("Blackwell", (12, 0)),
+    ("CPU", None),
+)
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """A results file, or None where no script has written it yet."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def percent(error: float | None) -> str:
+    """A relative error in percent, two digits."""
+    return "" if error is None else f"{100 * error:.2g} %"
+
+
+def formats() -> str:
+    """Every format, what core calls its storage, its bits and its errors."""
+    result = read("formats.json")
+    rows = []
+    for name, row in FORMATS.items():
+        measured = result["rows"][name] if result else {}
+        rows.append(
+            (
+                f"`{name}`",
+                STORAGES[row.storage].core_format,
+                f"{measured['bits_per_weight']:.2f}" if measured else "",
+                percent(measured.get("weight_error")),
+                percent(measured.get("product_error")),
+                percent(measured.get("product_error_with_outliers")),
+                row.summary,
+            )
+        )
+    return table(("format", "stored as", "bits", "weights off by", "products off by", "with outliers", ""), rows)
+
+
+def quantize() -> str:
+    """The streaming quantizer beside a copy and beside a whole state dict."""
+    parts = []
+    for name in ("quantize-h200.json", "quantize-cpu.json"):
+        result = read(name)
+        if result is None:
+            continue
+        rows = [
+            (what, f"{row['source_mb_per_second']:,.0f}", f"{row['peak_mib']:,.0f}", f"{row['target_mib']:,.0f}")
+            for what, row in result["rows"].items()
+        ]
+        caption = (
+            f"{result['source_mib'] / 1024:.1f} GiB of bf16, largest tensor {result['largest_tensor_mib']:.0f} MiB, "
+            f"on {result['device']} with {result['processor_threads']} processor threads (`{name}`):"
+        )
+        parts.append(
+            caption + "\n\n" + table(("", "MB/s of source", "peak RAM, MiB more than idle", "file, MiB"), rows)
+        )
+    return "\n\n".join(parts)
+
+
+LINEAR_FORMATS = (
+    "fp8_e4m3fn_scaled",
+    "fp8_e4m3fn_scaled_fast",
+    "int8",
+    "int8_fast",
+    "int8_convrot_fast",
+    "mxfp8",
+    "mxfp8_fast",
+    "fp4_scaled",
+    "fp4_scaled_fast",
+    "int4_convrot_fast",
+    "int4_asym_fast",
+)
+
+
+def linear() -> str:
+    """Time per shape: bf16, core's way (comfy-kitchen), ours; the product's error."""
+    result = read("linear.json")
+    if result is None:
+        return ""
+    by_key = {(r["case"], r["m"], r["k"], r["n"], r["format"], r["contender"]): r for r in result["results"]}
+    cases = dict.fromkeys((r["case"], r["m"], r["k"], r["n"]) for r in result["results"])
+    parts = []
+    for case in cases:
+        plain = by_key.get((*case, "bf16", "F.linear"))
+        if plain is None or not plain["us"]:
+            continue
+        rows = []
+        for name in LINEAR_FORMATS:
+            ours, core = (by_key.get((*case, name, who)) for who in ("lowbit", "comfy-kitchen"))
+            if ours is None or not ours["us"]:
+                continue
+            rows.append(
+                (
+                    f"`{name}`",
+                    f"{ours['us']:,.0f}",
+                    rate(case[1], ours),
+                    f"{core['us']:,.0f}" if core and core["us"] else "",
+                    f"{plain['us'] / ours['us']:.2f}",
+                    f"{ours['extra_peak_mib']:,.0f} / {core['extra_peak_mib']:,.0f}" if core else "",
+                    percent(ours["relative_error"]),
+                )
+            )
+        title = f"**{case[0]}**: {case[1]:,} x {case[2]:,} x {case[3]:,}, bf16 {plain['us']:,.0f} us"
+        header = ("format", "Lowbit, us", "", "ComfyUI, us", "times bf16", "peak MiB, ours / ComfyUI", "error")
+        parts.append(f"{title}\n\n{table(header, rows)}")
+    return fold("Every shape that was measured", "\n\n".join(parts))
+
+
+def rate(rows: int, row: dict[str, Any]) -> str:
+    """Bandwidth of weight bytes for few rows, arithmetic rate for many."""
+    if rows <= 64:
+        return f"{row['weight_bytes_per_second'] / 1e12:.2f} TB/s"
+    return f"{row['tflops']:,.0f} TFLOP/s"
+
+
+def attention() -> str:
+    """What `auto` chose per shape and budget, and how much faster than core it was."""
+    result = read("attention.json")
+    if result is None:
+        return ""
+    rows = []
+    for shape in result["shapes"]:
+        cells = [shape["name"], f"{shape['core_ms']:.3f}"]
+        for budget in ("exact", "balanced", "fast"):
+            choice = shape["budgets"][budget]
+            worst = max(choice["errors"].values())
+            cells.append(f"{choice['speedup_over_core']:.2f} x {choice['chosen']} ({percent(worst)})")
+        rows.append(tuple(cells))
+    caption = f"{result['gpu']}, torch {result['torch']}: times core's default, the backend chosen, its worst error."
+    return caption + "\n\n" + table(("shape", "core, ms", "exact", "balanced", "fast"), rows)
+
+
+def support() -> str:
+    """How every format is multiplied on each generation, and where each attention backend can run."""
+    header = ("format", *(f"{name} {'.'.join(map(str, cc))}" if cc else name for name, cc in GENERATIONS))
+    rows = []
+    for name, row in FORMATS.items():
+        cells = [describe_linear(STORAGES[row.storage].layout, fast=row.fast, cc=cc).support for _, cc in GENERATIONS]
+        rows.append((f"`{name}`", *cells))
+    return table(header, rows) + "\n\n" + attention_support()
+
+
+def attention_support() -> str:
+    """The attention backends' own words on where they run and what was tested."""
+    rows = [
+        (
+            f"`{backend.name}`",
+            backend.title,
+            f"compute capability {backend.needed_capability}" if backend.capabilities else "any",
+            bound(ERROR_LIMITS[backend.error_class]),
+            ", ".join(backend.tested_on) or "not run",
+        )
+        for backend in BACKENDS
+    ]
+    return table(("attention backend", "", "needs", "error", "run by us on"), rows)
+
+
+def bound(limit: float) -> str:
+    """An error class in words."""
+    return "not bounded" if math.isinf(limit) else f"at most {percent(limit)}"
+
+
+def fold(title: str, text: str) -> str:
+    """A block that opens on a click."""
+    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "formats": formats,
+    "quantize": quantize,
+    "linear": linear,
+    "attention": attention,
+    "support": support,
+}
+
+
+def rendered(text: str) -> str:
+    """`text` with every marked table made anew."""
+    for name, make in TABLES.items():
+        pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        body = make()
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail when the README is not what the results say")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text()
+    made = rendered(text)
+    if options.check:
+        return int(made != text)
+    path.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
