@@ -163,19 +163,25 @@ def split_heads(
         return (q, k, v) if enable_gqa or k.shape[1] == heads else None
     if q.ndim != 3 or k.ndim != 3 or v.ndim != 3:
         return None
-    batch, q_len, width = q.shape
+    width = q.shape[2]
     head_dim = width // heads
     kv_heads = k.shape[2] // head_dim if enable_gqa else heads
     if width != heads * head_dim or k.shape[2] != kv_heads * head_dim or v.shape[2] != k.shape[2]:
         return None
-    kv_shape = (k.shape[0], k.shape[1], kv_heads, head_dim)
-    if v.shape[:2] != k.shape[:2]:
-        return None
     return (
-        q.reshape(batch, q_len, heads, head_dim).transpose(1, 2),
-        k.reshape(kv_shape).transpose(1, 2),
-        v.reshape(kv_shape).transpose(1, 2),
+        _heads_in_front(q, heads, head_dim),
+        _heads_in_front(k, kv_heads, head_dim),
+        _heads_in_front(v, kv_heads, head_dim),
     )
+
+
+def _heads_in_front(x: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
+    """(batch, length, heads * head_dim) as (batch, heads, length, head_dim); one view, half the price of two."""
+    batch, length, _ = x.shape
+    strides = x.stride()
+    if strides[2] != 1:
+        return x.reshape(batch, length, heads, head_dim).transpose(1, 2)
+    return x.as_strided((batch, heads, length, head_dim), (strides[0], head_dim, strides[1], 1))
 
 
 def _only_chooses(override: Attention | None) -> bool:

@@ -145,6 +145,22 @@ def test_a_graph_with_a_broken_backend_finishes_and_the_report_says_why(attentio
     assert says in text
 
 
+@pytest.mark.parametrize("dropped", [0, 5])
+def test_qwens_text_mask_is_dropped_when_idle_and_honoured_when_not(attention, dropped):
+    graph = qwen(seed=20 + dropped)
+    plain, _, _ = attention.run(graph)
+    for name in ("positive", "negative"):
+        graph[f"masked_{name}"] = graphs.node("TestTextMask", conditioning=[name, 0], dropped=dropped)
+        graph["sample"]["inputs"][name] = [f"masked_{name}", 0]
+    want, _, _ = attention.run(graph)
+    got, report, _ = attention.run(with_attention(graph, backend="sdpa"))
+    assert relative_error(got, want) < NEAR
+    masked = [row for row in report["calls"] if row["mask"]]
+    assert bool(masked) is bool(dropped)
+    assert (report["masks_dropped"] > 0) is (dropped == 0)
+    assert (relative_error(want, plain) > 10 * NEAR) is bool(dropped), "a real mask must show, an idle one must not"
+
+
 def test_a_missing_backend_is_no_hindrance(attention):
     got, report, text = attention.run(with_attention(wan(seed=7), fault="missing", backend="auto"))
     assert torch.isfinite(got).all()

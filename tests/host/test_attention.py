@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -374,3 +375,35 @@ def test_a_compiled_model_is_traced_in_one_piece(host):
     for _ in range(2):
         torch.testing.assert_close(compiled(q, k, v), want, rtol=1e-4, atol=1e-5)
     assert counts(target) == {"sdpa_like": 2}
+
+
+def microseconds(call, rounds=15, calls=1000):
+    """The fastest round's time per call."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    return min(times)
+
+
+def test_a_warm_call_through_the_override_adds_less_than_15_microseconds(host):
+    """Against a bare kernel on the same views: splitting and merging heads is core's work too."""
+    q, k, v = layouts(*fakes.qkv(heads=2, q_len=1, kv_len=1))[False]
+    ready = fakes.attend(*fakes.qkv(heads=2, q_len=1, kv_len=1))
+    target = override(host, fakes.backend("instant", lambda q, k, v, mask, scale: ready))
+    keywords = {"heads": 2, "transformer_options": options(target, block_index=3), "_inside_attn_wrapper": True}
+
+    def through():
+        return target(host.core.attention_pytorch, q, k, v, **keywords)
+
+    def bare():
+        for x in (q, k, v):
+            x.view(1, 1, 2, 16).transpose(1, 2)
+        return ready.transpose(1, 2).reshape(1, 1, 32)
+
+    for _ in range(10):
+        through()
+    added = microseconds(through) - microseconds(bare)
+    assert added < 15, f"{added:.1f} us a call"

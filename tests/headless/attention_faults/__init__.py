@@ -67,4 +67,22 @@ class FaultyAttention:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"TestFaultyAttention": FaultyAttention}
+class TextMask:
+    """Gives a conditioning a text mask that keeps all tokens but the first `dropped`."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "lowbit/test", "add", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"conditioning": ("CONDITIONING",), "dropped": ("INT", {"min": 0, "max": 99})}}
+
+    def add(self, conditioning, dropped):
+        out = []
+        for text, extra in conditioning:
+            mask = torch.ones(text.shape[:2], dtype=torch.int64)
+            mask[:, :dropped] = 0
+            out.append([text, extra | {"attention_mask": mask}])
+        return (out,)
+
+
+NODE_CLASS_MAPPINGS = {"TestFaultyAttention": FaultyAttention, "TestTextMask": TextMask}
