@@ -88,7 +88,8 @@ def _rows(
         facts = json.loads((server.base / "output" / prompt / f"{name}.json").read_text())
         disk = (made.pop() if made else source).stat().st_size
         progress.finish(f"{'reference' if error is None else f'error {error:.2e}'}, {first.seconds:.1f} s")
-        yield Row(model, name, disk, facts["bytes"], error, first.seconds, again.seconds)
+        resident = facts["loaded" if torch.cuda.is_available() else "bytes"]
+        yield Row(model, name, disk, resident, error, first.seconds, again.seconds)
 
 
 def _titles(graph: Graph) -> dict[str, str]:

@@ -22,7 +22,7 @@ class Row:
         model: Wan or Qwen-Image.
         format: a format's name; `none` is the reference, as the file has it.
         disk_bytes: the file that was loaded.
-        resident_bytes: what the loaded model's tensors hold.
+        resident_bytes: what the loaded model's tensors hold; with a GPU, what ComfyUI counts as loaded there.
         error: relative Frobenius error of the latent against the reference with the same seed; None for itself.
         first_seconds: quantizing, loading and sampling.
         again_seconds: sampling once more, another seed, everything loaded.

@@ -144,6 +144,11 @@ def _facts(module: torch.nn.Module) -> dict:
     return {"bytes": measure.held_bytes(module), "layers": layers}
 
 
+def _loaded(value) -> int:
+    """Bytes that ComfyUI counts as loaded on the model's device: under dynamic VRAM they are not the module's own."""
+    return getattr(value, "patcher", value).loaded_size()
+
+
 class TinyFacts:
     """Writes output/{name}.json about a MODEL, CLIP, VAE or MODEL_PATCH: bytes its tensors hold, class and format of each Linear.
 
@@ -159,7 +164,7 @@ class TinyFacts:
     def write(self, value, name, after=None):
         path = Path(folder_paths.get_output_directory()) / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_facts(_module(value)), indent=1))
+        path.write_text(json.dumps(_facts(_module(value)) | {"loaded": _loaded(value)}, indent=1))
         return {"ui": {"facts": [str(path)]}}
 
 
