@@ -80,6 +80,15 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return (torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected)).item()
 
 
+def with_peak(function, *arguments) -> tuple[torch.Tensor, float]:
+    """The result, and the most MiB that torch held meanwhile (dynamic VRAM's weights lie outside its counters)."""
+    if not torch.cuda.is_available():
+        return function(*arguments), 0.0
+    torch.cuda.reset_peak_memory_stats()
+    result = function(*arguments)
+    return result, torch.cuda.max_memory_allocated() / 2**20
+
+
 def with_lora(patcher, path: Path):
     import comfy.sd
     import comfy.utils
@@ -100,9 +109,9 @@ def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, refe
     linears = [module for module in patcher.model.modules() if isinstance(module, QuantizedLinear)]
     first = sample(patcher)
     start = time.perf_counter()
-    again = sample(patcher)
+    again, peak = with_peak(sample, patcher)
     seconds = time.perf_counter() - start
-    patched = sample(with_lora(patcher, lora))
+    patched, lora_peak = with_peak(sample, with_lora(patcher, lora))
     after = sample(patcher)
     row = {
         "format": planned.choice.split(":")[0],
@@ -116,6 +125,8 @@ def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, refe
         "after_lora_error": relative(after, first),
         "resident_mib": patcher.loaded_size() / 2**20,
         "model_mib": patcher.model_size() / 2**20,
+        "peak_mib": peak,
+        "lora_peak_mib": lora_peak,
         "seconds": seconds,
         "finite": bool(torch.isfinite(patched).all() and torch.isfinite(after).all()),
     }
