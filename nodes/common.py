@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import CheckpointError
 from ..host.folders import model_path
+from ..ops.checkpoint import open_checkpoint
 
 CATEGORY = "lowbit"
 
@@ -18,9 +19,9 @@ def show_text(node_id: str | None, text: str) -> None:
 
 
 def file_fingerprint(folder: str, name: str) -> str:
-    """Changes when the file does, so that ComfyUI runs the loader again."""
+    """Changes when the file does, or a shard of its set, so that ComfyUI runs the loader again."""
     try:
-        status = model_path(folder, name).stat()
-    except (CheckpointError, OSError):
-        return "missing"
-    return f"{status.st_size} {status.st_mtime_ns}"
+        files = [file.stat() for file in open_checkpoint(model_path(folder, name)).files]
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return " ".join(f"{status.st_size}-{status.st_mtime_ns}" for status in files)

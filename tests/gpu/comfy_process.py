@@ -100,6 +100,7 @@ def with_lora(patcher, path: Path):
 def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor) -> dict:
     """One format: its error, the LoRA's delta under it, and whether it multiplies as before once the LoRA is gone."""
     import comfy.model_management
+
     from lowbit.host.loading import load_diffusion_model
     from lowbit.host.operations import QuantizedLinear
     from lowbit.host.preparing import Request, plan_file, prepared_file
@@ -140,6 +141,7 @@ def main() -> None:
         os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
         start_core([*options, "--base-directory", folder])
         import comfy.model_management
+
         from lowbit.host.loading import load_diffusion_model
         from lowbit.ops.formats import FORMATS
 
