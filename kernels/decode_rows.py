@@ -15,7 +15,8 @@ from .decode_tiles import (
     swizzled_offset,
 )
 from .hadamard import hadamard
-from .runtime import INTERPRETED, tl, triton
+from .launch import launch
+from .runtime import INTERPRETED, ceil_div, power_of_two, tl, triton
 from .stored_weight import StoredWeight
 
 VALUES = "values"
@@ -254,43 +255,55 @@ def decode_rows(
     codebook = scale if weight.codebook is None else weight.codebook
     if output == VALUES and weight.rotation and unrotate:
         dtype = torch.bfloat16 if out.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
-        _decode_rotated_kernel[(triton.cdiv(weight.rows, 64), triton.cdiv(weight.columns, 256))](
+        launch(
+            _decode_rotated_kernel,
+            (ceil_div(weight.rows, 64), ceil_div(weight.columns, 256), 1),
+            (
+                codes,
+                scale,
+                block_scale,
+                codebook,
+                unrotation_matrix(weight.rotation, out.device, dtype),
+                out,
+                weight.rows,
+                codes.stride(0),
+            ),
+            {
+                "K": weight.columns,
+                "KIND": weight.code_name,
+                "GROUP": weight.group,
+                "SCALE": weight.scale_mode,
+                "HAS_CODEBOOK": weight.codebook is not None,
+                "WHOLE": weight.rotation == 256,
+                "BLOCK_N": 64,
+            },
+        )
+        return
+    rows_together, width = (4, 1024) if output == FLOAT8 else (1, 2048)
+    launch(
+        _decode_rows_kernel,
+        (ceil_div(weight.rows, rows_together), 1, 1),
+        (
             codes,
             scale,
             block_scale,
             codebook,
-            unrotation_matrix(weight.rotation, out.device, dtype),
             out,
+            scale if row_scale is None else row_scale,
             weight.rows,
             codes.stride(0),
-            K=weight.columns,
-            KIND=weight.code_name,
-            GROUP=weight.group,
-            SCALE=weight.scale_mode,
-            HAS_CODEBOOK=weight.codebook is not None,
-            WHOLE=weight.rotation == 256,
-            BLOCK_N=64,
-        )
-        return
-    rows_together, width = (4, 1024) if output == FLOAT8 else (1, 2048)
-    _decode_rows_kernel[(triton.cdiv(weight.rows, rows_together), 1)](
-        codes,
-        scale,
-        block_scale,
-        codebook,
-        out,
-        scale if row_scale is None else row_scale,
-        weight.rows,
-        codes.stride(0),
-        weight.scale_tiles_per_row,
-        K=weight.columns,
-        KIND=weight.code_name,
-        GROUP=weight.group,
-        SCALE=weight.scale_mode,
-        OUTPUT=output,
-        HAS_CODEBOOK=weight.codebook is not None,
-        HARDWARE_E4M3=hardware_e4m3,
-        BLOCK_N=rows_together,
-        BLOCK_K=width,
-        BLOCKS=triton.next_power_of_2(triton.cdiv(weight.columns, max(weight.group, 1))),
+            weight.scale_tiles_per_row,
+        ),
+        {
+            "K": weight.columns,
+            "KIND": weight.code_name,
+            "GROUP": weight.group,
+            "SCALE": weight.scale_mode,
+            "OUTPUT": output,
+            "HAS_CODEBOOK": weight.codebook is not None,
+            "HARDWARE_E4M3": hardware_e4m3,
+            "BLOCK_N": rows_together,
+            "BLOCK_K": width,
+            "BLOCKS": power_of_two(ceil_div(weight.columns, max(weight.group, 1))),
+        },
     )

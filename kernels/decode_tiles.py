@@ -45,10 +45,6 @@ def code_to_float32(code, KIND: tl.constexpr, HARDWARE_E4M3: tl.constexpr):
     """Codes of an unpacked kind to float32, before scales; e5m2 comes as uint8, e4m3 where the GPU has no such type."""
     if (KIND == "e4m3" or KIND == "mxfp8") and not HARDWARE_E4M3:
         value = e4m3_to_float32(code)
-    elif KIND == "int8":
-        # 2^23 + (code + 128) in the low mantissa bits: faster than a conversion instruction.
-        bits = ((code.to(tl.int32) & 0xFF) ^ 0x80) | 0x4B000000
-        value = bits.to(tl.float32, bitcast=True) - 8388736.0
     elif KIND == "e5m2":
         value = (code.to(tl.int32) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:

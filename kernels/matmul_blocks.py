@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 
 from .decode_tiles import e2m1_to_float32, e4m3_to_float32, e8m0_to_float32, swizzled_offset
+from .launch import launch
 from .matmul_decode import sum_splits
 from .quantize_rows import _activate
-from .runtime import constexpr, tl, triton
+from .runtime import ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import StoredWeight
 
 
@@ -251,36 +252,39 @@ def matmul_blocks(
     """
     rows, columns = x.shape
     width = words.shape[2]
-    _words_of_rows_kernel[(rows, triton.cdiv(16 * width, 1024))](
-        x, words, x.stride(0), x.stride(1), rows,
-        K=columns, COLUMNS=16, WIDTH=width, BLOCK=1024, ACTIVATION=activation,
-    )  # fmt: skip
+    launch(_words_of_rows_kernel, (rows, ceil_div(16 * width, 1024), 1), (x, words, x.stride(0), x.stride(1), rows,), {"K": columns, "COLUMNS": 16, "WIDTH": width, "BLOCK": 1024, "ACTIVATION": activation})  # fmt: skip
     single = splits == 1
     target = out if single else partial
-    block_m = min(max(8, triton.next_power_of_2(rows)), 64)
-    _matmul_blocks_kernel[(triton.cdiv(weight.rows, 64), splits, triton.cdiv(rows, block_m))](
-        words,
-        weight.data.view(torch.int64),
-        weight.scale,
-        weight.block_scale,
-        weight.scale if bias is None else bias,
-        target,
-        rows,
-        weight.rows,
-        weight.data.stride(0) // 8,
-        target.stride(-2),
-        weight.scale_tiles_per_row,
-        K=columns,
-        WIDTH=width,
-        NVFP4=True,
-        FINAL=single,
-        HAS_BIAS=bias is not None,
-        ASSEMBLY=assembly,
-        BLOCK_M=block_m,
-        BLOCK_N=64,
-        WORDS=WORDS_PER_STEP,
-        SPLITS=splits,
-        num_stages=3,
+    block_m = min(max(8, power_of_two(rows)), 32)
+    launch(
+        _matmul_blocks_kernel,
+        (ceil_div(weight.rows, 64), splits, ceil_div(rows, block_m)),
+        (
+            words,
+            weight.data.view(torch.int64),
+            weight.scale,
+            weight.block_scale,
+            weight.scale if bias is None else bias,
+            target,
+            rows,
+            weight.rows,
+            weight.data.stride(0) // 8,
+            target.stride(-2),
+            weight.scale_tiles_per_row,
+        ),
+        {
+            "K": columns,
+            "WIDTH": width,
+            "NVFP4": True,
+            "FINAL": single,
+            "HAS_BIAS": bias is not None,
+            "ASSEMBLY": assembly,
+            "BLOCK_M": block_m,
+            "BLOCK_N": 64,
+            "WORDS": WORDS_PER_STEP,
+            "SPLITS": splits,
+        },
+        stages=3,
     )
     if not single:
         sum_splits(partial, weight, bias, out)

@@ -12,7 +12,8 @@ from .decode_tiles import (
     int4_pairs,
     swizzled_offset,
 )
-from .runtime import tl, triton
+from .launch import launch
+from .runtime import ceil_div, power_of_two, tl, triton
 from .stored_weight import PACKED_KINDS, StoredWeight
 
 
@@ -238,18 +239,19 @@ def _sum_splits_kernel(
 def sum_splits(partial: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     """Add partial (splits, M, N) float32 up, scale it by the weight's scale, add the bias, store as out (M, N)."""
     splits, rows, columns = partial.shape
-    _sum_splits_kernel[(triton.cdiv(columns, 1024), rows)](
-        partial,
-        partial if weight.scale is None else weight.scale,
-        partial if bias is None else bias,
-        out,
-        rows,
-        columns,
-        out.stride(0),
-        SPLITS=splits,
-        SCALE=weight.scale_mode,
-        HAS_BIAS=bias is not None,
-        BLOCK_N=1024,
+    launch(
+        _sum_splits_kernel,
+        (ceil_div(columns, 1024), rows, 1),
+        (
+            partial,
+            partial if weight.scale is None else weight.scale,
+            partial if bias is None else bias,
+            out,
+            rows,
+            columns,
+            out.stride(0),
+        ),
+        {"SPLITS": splits, "SCALE": weight.scale_mode, "HAS_BIAS": bias is not None, "BLOCK_N": 1024},
     )
 
 
@@ -277,30 +279,36 @@ def matvec_decode(
     if weight.kind in PACKED_KINDS:
         block_k //= 2
     scale = codes if weight.scale is None else weight.scale
-    _decode_matvec_kernel[(triton.cdiv(weight.rows, block_n), 1)](
-        x,
-        codes,
-        scale,
-        codes if weight.block_scale is None else weight.block_scale,
-        out if bias is None else bias,
-        out,
-        x.shape[0],
-        weight.rows,
-        x.stride(0),
-        x.stride(1),
-        codes.stride(0),
-        out.stride(0),
-        weight.scale_tiles_per_row,
-        K=weight.columns,
-        TWO_ROWS=x.shape[0] == 2,
-        KIND=weight.code_name,
-        SCALE=weight.scale_mode,
-        HAS_BIAS=bias is not None,
-        HARDWARE_E4M3=hardware_e4m3,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        SPLITS=1,
-        STAGES=1,
+    launch(
+        _decode_matvec_kernel,
+        (ceil_div(weight.rows, block_n), 1, 1),
+        (
+            x,
+            codes,
+            scale,
+            codes if weight.block_scale is None else weight.block_scale,
+            out if bias is None else bias,
+            out,
+            x.shape[0],
+            weight.rows,
+            x.stride(0),
+            x.stride(1),
+            codes.stride(0),
+            out.stride(0),
+            weight.scale_tiles_per_row,
+        ),
+        {
+            "K": weight.columns,
+            "TWO_ROWS": x.shape[0] == 2,
+            "KIND": weight.code_name,
+            "SCALE": weight.scale_mode,
+            "HAS_BIAS": bias is not None,
+            "HARDWARE_E4M3": hardware_e4m3,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "SPLITS": 1,
+            "STAGES": 1,
+        },
     )
 
 
@@ -323,34 +331,40 @@ def matmul_decode(
     rows = x.shape[0]
     single = splits == 1
     target = out if single else partial
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
+    block_m = min(max(16, power_of_two(rows)), 64)
     packed = weight.kind in PACKED_KINDS
-    _decode_matmul_kernel[(triton.cdiv(weight.rows, 32), splits, triton.cdiv(rows, block_m))](
-        x,
-        codes,
-        codes if weight.scale is None else weight.scale,
-        codes if weight.block_scale is None else weight.block_scale,
-        out if bias is None else bias,
-        target,
-        rows,
-        weight.rows,
-        x.stride(0),
-        x.stride(1),
-        codes.stride(0),
-        target.stride(-2),
-        weight.scale_tiles_per_row,
-        K=weight.columns,
-        KIND=weight.code_name,
-        SCALE=weight.scale_mode if single else 0,
-        HAS_BIAS=bias is not None and single,
-        HARDWARE_E4M3=hardware_e4m3,
-        ASSEMBLY=assembly,
-        BLOCK_M=block_m,
-        BLOCK_N=32,
-        BLOCK_K=128 if packed else 256,
-        SPLITS=splits,
-        num_warps=4,
-        num_stages=4 if block_m <= 16 else 2,
+    launch(
+        _decode_matmul_kernel,
+        (ceil_div(weight.rows, 32), splits, ceil_div(rows, block_m)),
+        (
+            x,
+            codes,
+            codes if weight.scale is None else weight.scale,
+            codes if weight.block_scale is None else weight.block_scale,
+            out if bias is None else bias,
+            target,
+            rows,
+            weight.rows,
+            x.stride(0),
+            x.stride(1),
+            codes.stride(0),
+            target.stride(-2),
+            weight.scale_tiles_per_row,
+        ),
+        {
+            "K": weight.columns,
+            "KIND": weight.code_name,
+            "SCALE": weight.scale_mode if single else 0,
+            "HAS_BIAS": bias is not None and single,
+            "HARDWARE_E4M3": hardware_e4m3,
+            "ASSEMBLY": assembly,
+            "BLOCK_M": block_m,
+            "BLOCK_N": 32,
+            "BLOCK_K": 128 if packed else 256,
+            "SPLITS": splits,
+        },
+        warps=4,
+        stages=4 if block_m <= 16 else 2,
     )
     if not single:
         sum_splits(partial, weight, bias, out)

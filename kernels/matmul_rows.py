@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .runtime import TRITON_FOUND, multiprocessor_count, tl, triton
+from .launch import launch
+from .runtime import TRITON_FOUND, ceil_div, multiprocessor_count, tl, triton
 
 if TRITON_FOUND:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -248,47 +249,52 @@ def matmul_rows(
     }
     if descriptors and can_use_descriptors(a, b, out):
         t = tiles or choose_tiles(rows, columns, depth)
-        count = triton.cdiv(rows, t.block_m) * triton.cdiv(columns, t.block_n)
+        count = ceil_div(rows, t.block_m) * ceil_div(columns, t.block_n)
         programs = min(multiprocessor_count(a.device.index or 0) * t.waves, count)
-        _matmul_rows_descriptor_kernel[(programs,)](
-            TensorDescriptor.from_tensor(a, [t.block_m, t.block_k]),
-            TensorDescriptor.from_tensor(b, [t.block_n, t.block_k]),
-            TensorDescriptor.from_tensor(out, [t.block_m, t.block_n // t.split]),
-            out,
-            *values,
-            rows,
-            columns,
-            depth,
-            out.stride(0),
-            BLOCK_M=t.block_m,
-            BLOCK_N=t.block_n,
-            BLOCK_K=t.block_k,
-            GROUP_M=t.group_m,
-            PROGRAMS=programs,
-            **flags,
-            STORE_DESCRIPTOR=t.store_descriptor,
-            SPLIT=t.split,
-            FLATTEN=t.flatten,
-            num_warps=t.warps,
-            num_stages=t.stages,
+        launch(
+            _matmul_rows_descriptor_kernel,
+            (programs, 1, 1),
+            (
+                TensorDescriptor.from_tensor(a, [t.block_m, t.block_k]),
+                TensorDescriptor.from_tensor(b, [t.block_n, t.block_k]),
+                TensorDescriptor.from_tensor(out, [t.block_m, t.block_n // t.split]),
+                out,
+                *values,
+                rows,
+                columns,
+                depth,
+                out.stride(0),
+            ),
+            {
+                "BLOCK_M": t.block_m,
+                "BLOCK_N": t.block_n,
+                "BLOCK_K": t.block_k,
+                "GROUP_M": t.group_m,
+                "PROGRAMS": programs,
+                **flags,
+                "STORE_DESCRIPTOR": t.store_descriptor,
+                "SPLIT": t.split,
+                "FLATTEN": t.flatten,
+            },
+            warps=t.warps,
+            stages=t.stages,
         )
         return
     small = rows <= 64
     block_m, block_n = (64, 64) if small else (128, 128)
-    _matmul_rows_pointer_kernel[(triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n),)](
-        a,
-        b,
-        out,
-        *values,
-        rows,
-        columns,
-        out.stride(0),
-        K=depth,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=64,
-        GROUP_M=8,
-        **flags,
-        num_warps=4 if small else 8,
-        num_stages=3,
+    launch(
+        _matmul_rows_pointer_kernel,
+        (ceil_div(rows, block_m) * ceil_div(columns, block_n), 1, 1),
+        (
+            a,
+            b,
+            out,
+            *values,
+            rows,
+            columns,
+            out.stride(0),
+        ),
+        {"K": depth, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_M": 8, **flags},
+        warps=4 if small else 8,
+        stages=3,
     )

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from .launch import launch
 from .matmul_decode import sum_splits
 from .quantize_rows import SMALLEST_SCALE, _activate, _magnitude_bits, apply_activation
-from .runtime import constexpr, tl, triton
+from .runtime import ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import INT4, StoredWeight
 
 INTEGER_TERM = 254.0
@@ -210,21 +211,27 @@ def split_rows(
 ) -> None:
     """Split x (M, K), of any strides, into q (terms, M, K) int8 or e4m3 and scale (M,) float32, both written."""
     terms, rows, columns = q.shape
-    block = min(1024, triton.next_power_of_2(columns))
-    _split_rows_kernel[(rows, triton.cdiv(columns, block))](
-        x,
-        q,
-        scale,
-        x.stride(0),
-        x.stride(1),
-        rows,
-        SMALLEST_SCALE,
-        K=columns,
-        BLOCK_K=block,
-        PLANES=planes,
-        TERMS=terms,
-        INTEGER=q.dtype == torch.int8,
-        ACTIVATION=activation,
+    block = min(1024, power_of_two(columns))
+    launch(
+        _split_rows_kernel,
+        (rows, ceil_div(columns, block), 1),
+        (
+            x,
+            q,
+            scale,
+            x.stride(0),
+            x.stride(1),
+            rows,
+            SMALLEST_SCALE,
+        ),
+        {
+            "K": columns,
+            "BLOCK_K": block,
+            "PLANES": planes,
+            "TERMS": terms,
+            "INTEGER": q.dtype == torch.int8,
+            "ACTIVATION": activation,
+        },
     )
 
 
@@ -257,30 +264,36 @@ def matmul_split(
     integer = q.dtype == torch.int8
     single = splits == 1
     target = out if single else partial
-    _matmul_split_kernel[(triton.cdiv(weight.rows, 64), splits)](
-        q,
-        row_scale,
-        weight.data,
-        weight.scale,
-        weight.scale if bias is None else bias,
-        target,
-        rows,
-        weight.rows,
-        weight.data.stride(0),
-        target.stride(-2),
-        K=columns,
-        TERMS=terms,
-        TERM_ROWS=triton.next_power_of_2(terms),
-        INTEGER=integer,
-        INT4=weight.kind == INT4,
-        ASSEMBLY=assembly,
-        SCALE_PER_ROW=weight.scale_mode == 2,
-        HAS_BIAS=bias is not None and single,
-        BLOCK_M=max(4, triton.next_power_of_2(rows)),
-        BLOCK_N=64,
-        BLOCK_K=128,
-        SPLITS=splits,
-        num_stages=stages,
+    launch(
+        _matmul_split_kernel,
+        (ceil_div(weight.rows, 64), splits, 1),
+        (
+            q,
+            row_scale,
+            weight.data,
+            weight.scale,
+            weight.scale if bias is None else bias,
+            target,
+            rows,
+            weight.rows,
+            weight.data.stride(0),
+            target.stride(-2),
+        ),
+        {
+            "K": columns,
+            "TERMS": terms,
+            "TERM_ROWS": power_of_two(terms),
+            "INTEGER": integer,
+            "INT4": weight.kind == INT4,
+            "ASSEMBLY": assembly,
+            "SCALE_PER_ROW": weight.scale_mode == 2,
+            "HAS_BIAS": bias is not None and single,
+            "BLOCK_M": max(4, power_of_two(rows)),
+            "BLOCK_N": 64,
+            "BLOCK_K": 128,
+            "SPLITS": splits,
+        },
+        stages=stages,
     )
     if not single:
         sum_splits(partial, weight, bias, out)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from .hadamard import rotate_reference
-from .runtime import tl, triton
+from .launch import launch
+from .runtime import power_of_two, tl, triton
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 SMALLEST_SCALE = 2.0**-100
@@ -146,23 +147,29 @@ def quantize_rows(
     """
     rows, columns = x.shape
     one_pass = columns <= ONE_PASS_COLUMNS
-    block = triton.next_power_of_2(columns) if one_pass else 4096
-    _quantize_rows_kernel[(rows,)](
-        x,
-        q,
-        scale,
-        scale if weight_scale is None else weight_scale,
-        x.stride(0),
-        x.stride(1),
-        rows,
-        LIMITS[q.dtype],
-        SMALLEST_SCALE,
-        K=columns,
-        BLOCK_K=block,
-        ROWS=1,
-        INTEGER=q.dtype == torch.int8,
-        ACTIVATION=activation,
-        FOLD_WEIGHT_SCALE=weight_scale is not None,
-        ONE_PASS=one_pass,
-        num_warps=4 if one_pass else 8,
+    block = power_of_two(columns) if one_pass else 4096
+    launch(
+        _quantize_rows_kernel,
+        (rows, 1, 1),
+        (
+            x,
+            q,
+            scale,
+            scale if weight_scale is None else weight_scale,
+            x.stride(0),
+            x.stride(1),
+            rows,
+            LIMITS[q.dtype],
+            SMALLEST_SCALE,
+        ),
+        {
+            "K": columns,
+            "BLOCK_K": block,
+            "ROWS": 1,
+            "INTEGER": q.dtype == torch.int8,
+            "ACTIVATION": activation,
+            "FOLD_WEIGHT_SCALE": weight_scale is not None,
+            "ONE_PASS": one_pass,
+        },
+        warps=4 if one_pass else 8,
     )

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from .hadamard import hadamard
+from .launch import launch
 from .quantize_rows import LIMITS, SMALLEST_SCALE, _activate, _magnitude_bits, _row_scale, _to_grid
 from .runtime import INTERPRETED, tl, triton
 
@@ -119,20 +120,20 @@ def rotate_rows(
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
     outer, inner = rotation_factors(rotation, x.device, dtype)
     head, tail = head_and_tail(columns)
-    _rotate_rows_kernel[(rows,)](
-        x,
-        out,
-        outer if scale is None else scale,
-        outer,
-        inner,
-        x.stride(0),
-        x.stride(1),
-        LIMITS[torch.int8],
-        SMALLEST_SCALE,
-        K=columns,
-        HEAD=head,
-        TAIL=tail,
-        QUANTIZE=scale is not None,
-        ACTIVATION=activation,
-        num_warps=2 if head <= 16 else 4 if head <= 32 or tail == 0 else 8,
+    launch(
+        _rotate_rows_kernel,
+        (rows, 1, 1),
+        (
+            x,
+            out,
+            outer if scale is None else scale,
+            outer,
+            inner,
+            x.stride(0),
+            x.stride(1),
+            LIMITS[torch.int8],
+            SMALLEST_SCALE,
+        ),
+        {"K": columns, "HEAD": head, "TAIL": tail, "QUANTIZE": scale is not None, "ACTIVATION": activation},
+        warps=2 if head <= 16 else 4 if head <= 32 or tail == 0 else 8,
     )

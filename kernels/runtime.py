@@ -30,9 +30,11 @@ try:
     import triton
     import triton.language as tl
 
-    TRITON_FOUND = _version(triton.__version__) >= MINIMUM_TRITON
+    TRITON_VERSION = _version(triton.__version__)
+    TRITON_FOUND = TRITON_VERSION >= MINIMUM_TRITON
 except (ImportError, ValueError):
     triton = tl = _NoTriton()
+    TRITON_VERSION = (0, 0)
     TRITON_FOUND = False
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,6 +43,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def constexpr(value):
     """A module constant that kernels may read."""
     return tl.constexpr(value) if TRITON_FOUND else value
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is no less than n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 @functools.cache

@@ -91,9 +91,13 @@ def linear_stored(
         return linear_reference(x, weight, bias, fast=fast, activation=activation)
     if path == KITCHEN:
         return kitchen_linear(x, weight, bias, activation).reshape(shape)
-    if path in _FLAT_PATHS:
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return linear_stored(x, weight, bias, fast, activation)
+    if path in _FLAT_PATHS and x.dim() != 2:
         x = x.reshape(rows, weight.columns)
-    return LINEAR_PATHS[path](x, weight, bias, activation, gpu).reshape(shape)
+    out = LINEAR_PATHS[path](x, weight, bias, activation, gpu)
+    return out if out.dim() == len(shape) else out.reshape(shape)
 
 
 def _flatten(

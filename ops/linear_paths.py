@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -21,7 +21,7 @@ from ..kernels.rotate_rows import KERNEL_ROTATIONS, rotate_rows
 from ..kernels.runtime import INTERPRETED, kernels_run_on, multiprocessor_count
 from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_table import ADA, FEW_ROWS, FP8_ROWS, HOPPER, INT8_ROWS, SCRATCH, Gpu
-from .scratch import take_scratch
+from .scratch import Spec, take_scratch
 
 _log = logging.getLogger("lowbit.linear")
 
@@ -33,19 +33,18 @@ def _aligned(t: torch.Tensor, nbytes: int) -> bool:
     return t.stride(-1) == 1 and t.data_ptr() % nbytes == 0 and t.stride(0) * t.element_size() % nbytes == 0
 
 
-def _codes_nbytes(weight: StoredWeight, alignment: int) -> int:
-    """Scratch bytes that `_straight` needs: none for codes that lie row by row on the alignment."""
+def _codes_spec(weight: StoredWeight, alignment: int) -> Spec:
+    """The scratch that `_straight` needs: none for codes that lie row by row on the alignment."""
     data = weight.data
     if data.stride(-1) == 1 and (alignment == 1 or _aligned(data, alignment)):
-        return 0
-    return data.shape[0] * data.shape[1]
+        return None
+    return tuple(data.shape), data.dtype
 
 
-def _straight(weight: StoredWeight, buffer: torch.Tensor) -> StoredWeight:
-    """`weight` with its codes row by row, copied into `buffer` when that is not empty."""
-    if buffer.numel() == 0:
+def _straight(weight: StoredWeight, copy: torch.Tensor | None) -> StoredWeight:
+    """`weight` with its codes row by row, copied into `copy` where there is one."""
+    if copy is None:
         return weight
-    copy = buffer.view(weight.data.dtype).view(weight.data.shape)
     copy.copy_(weight.data)
     return dataclasses.replace(weight, data=copy)
 
@@ -70,9 +69,7 @@ def scratch_linear(
     x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu
 ) -> torch.Tensor:
     """Decode the weight into scratch as x's dtype and let cuBLAS multiply; x of any rank and strides."""
-    sizes = (weight.rows * weight.columns * x.element_size(), _codes_nbytes(weight, 1))
-    decoded, codes = take_scratch(x.device, *sizes)
-    decoded = decoded.view(x.dtype).view(weight.rows, weight.columns)
+    decoded, codes = take_scratch(x.device, ((weight.rows, weight.columns), x.dtype), _codes_spec(weight, 1))
     decode_rows(_straight(weight, codes), decoded, hardware_e4m3=_hardware_e4m3(gpu))
     return F.linear(apply_activation(x, activation), decoded, _bias_like(bias, x.dtype))
 
@@ -113,30 +110,26 @@ def few_rows_linear(
     width = words_width(columns) if method == "blocks" else 0
     tile = 32 if method == "decode" else 64
     splits = 1 if method == "matvec" else _choose_splits(-(-count // tile), weight.data.shape[1], x.device)
+    integer_dtype = torch.int8 if integer else torch.float8_e4m3fn
     rotated, q, row_scale, words, partial, codes = take_scratch(
         x.device,
-        rows * columns * x.element_size() if weight.rotation else 0,
-        terms * rows * columns,
-        4 * rows if terms else 0,
-        16 * rows * width * x.element_size(),
-        4 * splits * rows * count if splits > 1 else 0,
-        _codes_nbytes(weight, 1),
+        ((rows, columns), x.dtype) if weight.rotation else None,
+        ((terms, rows, columns), integer_dtype) if terms else None,
+        ((rows,), torch.float32) if terms else None,
+        ((16, rows, width), x.dtype) if width else None,
+        ((splits, rows, count), torch.float32) if splits > 1 else None,
+        _codes_spec(weight, 1),
     )
     weight = _straight(weight, codes)
-    partial = partial.view(torch.float32).view(splits, rows, count) if splits > 1 else None
     if weight.rotation:
-        rotated = rotated.view(x.dtype).view(rows, columns)
         rotate_rows(x, rotated, None, weight.rotation, activation)
         x, activation = rotated, None
     if method == "split":
-        q = q.view(torch.int8 if integer else torch.float8_e4m3fn).view(terms, rows, columns)
-        row_scale = row_scale.view(torch.float32)
         split_rows(x, q, row_scale, activation, planes=2 if weight.kind == INT4 else 1)
         stages = 2 if terms * rows > 64 else 6 if gpu.cc[0] == 9 else 3
         options = {"splits": splits, "assembly": not INTERPRETED, "stages": stages}
         matmul_split(q, row_scale, weight, bias, out, partial, **options)
     elif method == "blocks":
-        words = words.view(x.dtype).view(16, rows, width)
         options = {"splits": splits, "assembly": not INTERPRETED, "activation": activation}
         matmul_blocks(x, words, weight, bias, out, partial, **options)
     else:
@@ -161,6 +154,17 @@ def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     size = -(-rows // pieces // 128) * 128 if pieces > 1 else rows
     size = max(size, -(-rows // pieces))
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _pieces(
+    chunks: list[tuple[int, int]], x: torch.Tensor, q: torch.Tensor, row_scale: torch.Tensor, out: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(x, q, row_scale, out) of each piece of rows; q is one piece long."""
+    if len(chunks) == 1:
+        yield x, q, row_scale, out
+        return
+    for start, stop in chunks:
+        yield x[start:stop], q[: stop - start], row_scale[start:stop], out[start:stop]
 
 
 @functools.lru_cache(maxsize=1)
@@ -189,7 +193,7 @@ def _fp8_matmul(
             torch._scaled_mm(
                 q,
                 codes.t(),
-                row_scale.unsqueeze(1),
+                row_scale,
                 columns,
                 bias=_bias_like(bias, out.dtype),
                 out_dtype=out.dtype,
@@ -216,32 +220,27 @@ def fp8_rows_linear(
     blocks = weight.kind in (MXFP8, NVFP4)
     out = torch.empty(rows, count, dtype=x.dtype, device=x.device)
     chunks = _row_chunks(rows, columns)
+    float8 = torch.float8_e4m3fn
     q, row_scale, decoded, decoded_scale, codes = take_scratch(
         x.device,
-        (chunks[0][1] - chunks[0][0]) * columns,
-        4 * rows,
-        count * columns if blocks else 0,
-        4 * count if blocks else 0,
-        _codes_nbytes(weight, 1 if blocks else 16),
+        ((chunks[0][1] - chunks[0][0], columns), float8),
+        ((rows, 1), torch.float32),
+        ((count, columns), float8) if blocks else None,
+        ((count,), torch.float32) if blocks else None,
+        _codes_spec(weight, 1 if blocks else 16),
     )
     weight = _straight(weight, codes)
-    q = q.view(torch.float8_e4m3fn).view(-1, columns)
-    row_scale = row_scale.view(torch.float32)
     column_scale = weight.scale if weight.scale_mode == 2 else None
     folded = weight.scale if weight.scale_mode == 1 else None
     if blocks:
-        data, column_scale, folded = decoded.view(torch.float8_e4m3fn).view(count, columns), decoded_scale, None
-        column_scale = column_scale.view(torch.float32)
+        data, column_scale, folded = decoded, decoded_scale, None
         decode_rows(weight, data, column_scale, hardware_e4m3=_hardware_e4m3(gpu))
     else:
         data = weight.data
-    for start, stop in chunks:
-        part, scale = q[: stop - start], row_scale[start:stop]
-        if gpu.triton:
-            quantize_rows(x[start:stop], part, scale, activation, folded)
-        else:
-            _quantize_without_triton(x[start:stop], part, scale, activation, folded)
-        _fp8_matmul(part, data, scale, column_scale, bias, out[start:stop], gpu)
+    quantize = quantize_rows if gpu.triton else _quantize_without_triton
+    for piece, part, scale, target in _pieces(chunks, x, q, row_scale, out):
+        quantize(piece, part, scale, activation, folded)
+        _fp8_matmul(part, data, scale, column_scale, bias, target, gpu)
     return out
 
 
@@ -250,7 +249,7 @@ def _quantize_without_triton(
 ) -> None:
     quantized, row_scale = quantize_rows_reference(x, q.dtype, 0, activation)
     q.copy_(quantized)
-    scale.copy_(row_scale if folded is None else row_scale * folded)
+    scale.view(-1).copy_(row_scale if folded is None else row_scale * folded)
 
 
 def int8_rows_linear(
@@ -264,25 +263,22 @@ def int8_rows_linear(
     chunks = _row_chunks(rows, columns)
     q, row_scale, decoded, codes = take_scratch(
         x.device,
-        (chunks[0][1] - chunks[0][0]) * columns,
-        4 * rows,
-        count * columns if decodes else 0,
-        _codes_nbytes(weight, 1 if decodes else 16),
+        ((chunks[0][1] - chunks[0][0], columns), torch.int8),
+        ((rows, 1), torch.float32),
+        ((count, columns), torch.int8) if decodes else None,
+        _codes_spec(weight, 1 if decodes else 16),
     )
     weight = _straight(weight, codes)
-    q = q.view(torch.int8).view(-1, columns)
-    row_scale = row_scale.view(torch.float32)
     data = weight.data
     if decodes:
-        data = decoded.view(torch.int8).view(count, columns)
+        data = decoded
         decode_rows(weight, data, hardware_e4m3=_hardware_e4m3(gpu))
-    for start, stop in chunks:
-        part, scale = q[: stop - start], row_scale[start:stop]
+    for piece, part, scale, target in _pieces(chunks, x, q, row_scale, out):
         if weight.rotation:
-            rotate_rows(x[start:stop], part, scale, weight.rotation, activation)
+            rotate_rows(piece, part, scale, weight.rotation, activation)
         else:
-            quantize_rows(x[start:stop], part, scale, activation)
-        matmul_rows(part, data, scale, weight.scale, bias, out[start:stop], descriptors=gpu.cc >= HOPPER)
+            quantize_rows(piece, part, scale, activation)
+        matmul_rows(part, data, scale, weight.scale, bias, target, descriptors=gpu.cc >= HOPPER)
     return out
 
 

@@ -37,7 +37,7 @@ ANY_CC = (0, 0)
 NO_CC = (99, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gpu:
     """What the choice depends on besides shapes: compute capability (0, 0 for a CPU), Triton, comfy-kitchen's CUDA."""
 
@@ -93,11 +93,8 @@ TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)
 
 RULES = (
     # Few rows: reading the weight is all the time there is, so the stored bytes go straight into the product.
-    Rule(FEW_ROWS, (FP8,), True, rows=(1, 16), cc=(AMPERE, NO_CC), dtypes=HALF),
-    Rule(FEW_ROWS, (INT8, INT4), True, rows=(1, 16), cc=(AMPERE, NO_CC), dtypes=HALF),
     Rule(FEW_ROWS, (FP8, INT8, INT4), False, rows=(1, 64), cc=(AMPERE, NO_CC), dtypes=HALF),
-    Rule(FEW_ROWS, (MXFP8, NVFP4), None, rows=(1, 16), cc=(AMPERE, NO_CC), dtypes=HALF),
-    Rule(FEW_ROWS, (MXFP8, NVFP4), False, rows=(17, 64), cc=(AMPERE, NO_CC), dtypes=HALF),
+    Rule(FEW_ROWS, (FP8, INT8, INT4, MXFP8, NVFP4), None, rows=(1, 32), cc=(AMPERE, NO_CC), dtypes=HALF),
     Rule(FEW_ROWS, (FP8, INT8, MXFP8, NVFP4, INT4), None, rows=(1, 2), cc=(AMPERE, NO_CC)),
     # Block formats where the tensor cores take them as they are.
     Rule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False),
@@ -106,7 +103,7 @@ RULES = (
     Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(BLACKWELL, NO_CC), triton=False, kitchen=True),
     Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC)),
     Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC), dtypes=(torch.bfloat16,), triton=False, multiple=16),
-    Rule(FP8_ROWS, (MXFP8, NVFP4), True, rows=(17, 1 << 40), cc=(ADA, BLACKWELL)),
+    Rule(FP8_ROWS, (MXFP8, NVFP4), True, cc=(ADA, BLACKWELL)),
     Rule(INT8_ROWS, (INT8, INT4, INT4_CODEBOOK), True, cc=(AMPERE, NO_CC)),
     Rule(SCRATCH, EVERY_KIND, None, cc=(AMPERE, NO_CC)),
     Rule(REFERENCE, EVERY_KIND, None, triton=False, dtypes=(*FLOATS, torch.float64), corrected=True, rows=(0, 1 << 40)),

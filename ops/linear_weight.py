@@ -93,8 +93,23 @@ def stored_weight(weight: torch.Tensor) -> StoredWeight | None:
     reader = LAYOUT_READERS.get(layout) if isinstance(layout, str) else None
     if reader is None:
         return None
-    params = weight._params
+    data, params = weight._qdata, weight._params
+    if torch.compiler.is_compiling():
+        return _read(reader, data, params)
+    # Reading takes microseconds, as long as a small product: remember it with the weight, as long as its parts stay.
+    known = weight.__dict__.get(_ATTRIBUTE)
+    if known is not None and known[0] is data and known[1] is params:
+        return known[2]
+    stored = _read(reader, data, params)
+    weight.__dict__[_ATTRIBUTE] = (data, params, stored)
+    return stored
+
+
+_ATTRIBUTE = "_lowbit_stored_weight"
+
+
+def _read(reader: Callable[..., StoredWeight | None], data: torch.Tensor, params) -> StoredWeight | None:
     if getattr(params, "transposed", False) or len(params.orig_shape) != 2:
         return None
     rows, columns = params.orig_shape
-    return reader(weight._qdata, params, rows, columns)
+    return reader(data, params, rows, columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 
@@ -9,25 +10,62 @@ import torch
 
 ALIGNMENT = 256
 _ROUND_UP = 2 << 20
+_MOST_VIEWS = 256
+
+Spec = tuple[tuple[int, ...], torch.dtype] | None
+"""Shape and dtype of one scratch tensor; None where a call needs none."""
 
 
 class Scratch:
-    """One growing byte buffer. Its views are valid until the next `take` of the same thread and stream."""
+    """One growing byte buffer and the views cut from it. Views are valid until the next `take` of the same owner."""
 
     def __init__(self) -> None:
         self.buffer: torch.Tensor | None = None
+        self.views: dict[tuple[Spec, ...], list[torch.Tensor | None]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return 0 if self.buffer is None else self.buffer.numel()
 
-    def take(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        """A uint8 buffer of at least `nbytes` on `device`, grown (never shrunk) when needed."""
-        if self.nbytes < nbytes:
-            self.buffer = None
-            self.buffer = torch.empty(-(-nbytes // _ROUND_UP) * _ROUND_UP, dtype=torch.uint8, device=device)
-        return self.buffer
+    def take(self, specs: tuple[Spec, ...], device: torch.device) -> list[torch.Tensor | None]:
+        """Tensors for `specs`, cut from the buffer, which grows (and never shrinks) when they do not fit."""
+        views = self.views.get(specs)
+        if views is None:
+            total = _total(specs)
+            if self.nbytes < total:
+                self.release()
+                self.buffer = torch.empty(-(-total // _ROUND_UP) * _ROUND_UP, dtype=torch.uint8, device=device)
+            if len(self.views) >= _MOST_VIEWS:
+                self.views.clear()
+            views = self.views[specs] = _cut(self.buffer, specs)
+        return views
+
+    def release(self) -> None:
+        """Give the buffer back to PyTorch's allocator."""
+        self.views = {}
+        self.buffer = None
+
+
+def _nbytes(spec: Spec) -> int:
+    return 0 if spec is None else -(-math.prod(spec[0]) * spec[1].itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _total(specs: tuple[Spec, ...]) -> int:
+    return sum(_nbytes(spec) for spec in specs)
+
+
+def _cut(buffer: torch.Tensor | None, specs: tuple[Spec, ...]) -> list[torch.Tensor | None]:
+    views: list[torch.Tensor | None] = []
+    start = 0
+    for spec in specs:
+        if spec is None or buffer is None:
+            views.append(None)
+            continue
+        shape, dtype = spec
+        views.append(buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape))
+        start += _nbytes(spec)
+    return views
 
 
 class _PerThread(threading.local):
@@ -40,33 +78,24 @@ _all: weakref.WeakSet[Scratch] = weakref.WeakSet()
 _lock = threading.Lock()
 
 
-def _find(device: torch.device) -> Scratch:
+def take_scratch(device: torch.device, *specs: Spec) -> list[torch.Tensor | None]:
+    """Uninitialized tensors of `specs` on `device`, each 256-byte aligned, out of one shared buffer; None for None.
+
+    They are overwritten by the next call on the same thread and stream: use them within one linear only. While a CUDA
+    graph is captured they come from the graph's own pool, so that a replay never touches memory this module has freed.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return _cut(torch.empty(_total(specs), dtype=torch.uint8, device=device), specs)
     # Work of one stream runs in order, so its calls can share a buffer; two streams, or two threads that
     # interleave their launches on one stream, cannot.
-    key = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = (index, torch._C._cuda_getCurrentRawStream(index))
     scratch = _local.scratches.get(key)
     if scratch is None:
         scratch = _local.scratches[key] = Scratch()
         with _lock:
             _all.add(scratch)
-    return scratch
-
-
-def take_scratch(device: torch.device, *sizes: int) -> list[torch.Tensor]:
-    """Uninitialized uint8 tensors of `sizes` bytes on `device`, each 256-byte aligned, out of one shared buffer.
-
-    They are overwritten by the next call on the same thread and stream: use them within one linear only. While a CUDA
-    graph is captured they come from the graph's own pool, so that a replay never touches memory this module has freed.
-    """
-    starts, total = [], 0
-    for size in sizes:
-        starts.append(total)
-        total += -(-size // ALIGNMENT) * ALIGNMENT
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        buffer = torch.empty(total, dtype=torch.uint8, device=device)
-    else:
-        buffer = _find(device).take(total, device)
-    return [buffer[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+    return scratch.take(specs, device)
 
 
 def scratch_nbytes() -> int:
@@ -83,5 +112,5 @@ def release_scratch() -> int:
     with _lock:
         released = sum(scratch.nbytes for scratch in _all)
         for scratch in _all:
-            scratch.buffer = None
+            scratch.release()
     return released

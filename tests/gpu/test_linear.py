@@ -30,7 +30,7 @@ FORMATS = {
     "int4_convrot": ("TensorCoreConvRotW4A4Layout", {}, 6e-3, 1.2e-2),
     "int4_asym": ("AsymW4A8Int8Layout", {}, 6e-3, 1.2e-2),
 }
-ROWS = (0, 1, 2, 3, 15, 16, 17, 31, 64, 65, 300)
+ROWS = (0, 1, 2, 15, 17, 33, 65, 300)
 
 
 def _weight(name: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
@@ -44,7 +44,7 @@ def _error(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("n", "k"), [(512, 768), (528, 1280), (40, 80), (1000, 1288), (3072, 512)])
+@pytest.mark.parametrize(("n", "k"), [(512, 768), (40, 80), (1000, 1288)])
 def test_agrees_with_float64(name, dtype, n, k):
     if k % 256 and ("convrot" in name or "asym" in name):
         k = 256
