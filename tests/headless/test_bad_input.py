@@ -140,12 +140,15 @@ def sampling(name: str, format: str = "fp4_scaled", **options) -> graphs.Graph:
     return graphs.wan_t2v(graphs.load_diffusion_model(name, format, **options), COND)
 
 
-@pytest.mark.parametrize("format", ["int8", "none"])
-@pytest.mark.parametrize("name", BAD)
+# With the format `none` weights are not read through, so that NaN goes unseen there.
+CASES = [
+    (name, format) for name in BAD for format in ("int8", "none") if format == "int8" or name not in ("nan", "inf")
+]
+
+
+@pytest.mark.parametrize(("name", "format"), CASES)
 def test_bad_diffusion_model_is_named_with_the_reason(bench, name, format):
     write, part = BAD[name]
-    if name in ("nan", "inf") and format == "none":
-        pytest.skip("weights are not read through where nothing is quantized")
     path = bench.models / "diffusion_models" / f"bad_{name}.safetensors"
     write(path)
     before = leftovers(bench)
