@@ -93,6 +93,7 @@ class Backend:
     missing: why the package or kernel is not there, None when it is. error_class: key of ERROR_LIMITS.
     capabilities: inclusive (lowest, highest) ranges of compute capability, empty for any device. head_dims: (lowest, highest).
     contiguous: q, k and v must be contiguous in (batch, heads, length, head_dim); others take any strides with a last of 1.
+    tested_on: compute capabilities, or "CPU", where this project has run it.
     max_kv_len: by compute capability, the longest kv for which the error class was seen to hold. further_limit: why a
     call is refused for a reason only this backend has. runtime_check: torch's own word on the very tensors.
     bind: gives the function (q, k, v, mask, scale) -> out for an environment.
@@ -200,7 +201,9 @@ class Backend:
             "grouped heads" if self.gqa else "no grouped heads",
             "any scale" if self.scale else "no scale of its own",
         ]
-        return f"{self.title}: {', '.join(takes)}; error class {self.error_class}."
+        where = ", ".join("the CPU" if place == "CPU" else f"cc {place}" for place in self.tested_on)
+        tested = f"run by us on {where}" if where else "never run by us: no such GPU was at hand"
+        return f"{self.title}: {', '.join(takes)}; error class {self.error_class}; {tested}."
 
 
 AMPERE_AND_NEWER = (((8, 0), (99, 0)),)
@@ -238,7 +241,10 @@ def _sage_default_missing(environment: Environment) -> str | None:
     if package is None:
         return reason
     if not hasattr(package, "sageattn_qk_int8_pv_fp16_cuda"):
-        return None
+        triton_only = (
+            f"version {environment.version('sageattention')}, whose Triton kernels are not for cc 10 and newer"
+        )
+        return triton_only if environment.capability >= (10, 0) else None
     return _sage_fp16_missing(environment) if environment.capability < (8, 9) else _sage_kernel_missing(environment)
 
 

@@ -293,6 +293,10 @@ class Dispatcher:
         else:
             names = self._order(call, environment, budget, usable)
         candidates = [usable[name] for name in names[: names.index(CORE)] if name in usable]
+        if candidates and environment.device_type == "cuda":
+            first = self._backends[candidates[0].backend]
+            if environment.compute_capability not in first.tested_on:
+                self.report.note(f"{first.name} was never run by us on cc {environment.compute_capability}.")
         last = Candidate(CORE, None, None, float("inf"), self._tally(CORE, call, budget))
         reference = next((candidate.kernel for candidate in usable.values() if not candidate.lossy), None)
         return Plan(call, [*candidates, last], reference)
@@ -318,14 +322,15 @@ class Dispatcher:
         usable: dict[str, Candidate] = {}
         q, k, v = (checks.prepared(x) for x in request[:3])
         for backend in self._backends.values():
-            limit = ERROR_LIMITS[budget]
-            named = backend.name in (self.policy.backend, self.policy.paired) and not request.exact
+            named = backend.name == self.policy.backend and not request.exact
+            paired = backend.name == self.policy.paired and not request.exact
+            limit = float("inf") if named else ERROR_LIMITS[backend.error_class if paired else budget]
             reason = backend.why_not_here(environment) or backend.why_not(call, environment)
             if reason is None and backend.name in self._barred:
                 reason = Reason(self._barred[backend.name])
             if reason is None and not backend.accepts(q, k, v, request.mask):
                 reason = Reason("torch has no such kernel for these tensors")
-            if reason is None and ERROR_LIMITS[backend.error_class] > limit and not named:
+            if reason is None and ERROR_LIMITS[backend.error_class] > limit:
                 reason = Reason(f"its error class is {backend.error_class} and this call must be {budget}")
             if reason is None:
                 try:
@@ -336,7 +341,7 @@ class Dispatcher:
                 self._decline(backend, reason)
                 continue
             tally = self._tally(backend.name, call, budget)
-            usable[backend.name] = Candidate(backend.name, kernel, backend, float("inf") if named else limit, tally)
+            usable[backend.name] = Candidate(backend.name, kernel, backend, limit, tally)
         return usable
 
     def _decline(self, backend: Backend, reason: Reason) -> None:

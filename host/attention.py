@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from ..attention.backends import by_name
 from ..attention.dispatch import Dispatcher, check_named
 from ..attention.environment import Environment, detect
-from ..attention.plan import Policy
+from ..attention.plan import AUTO, Policy
 from ..attention.report import as_text
 from ..attention.schedule import Schedule
 from ..attention.timing_cache import TimingCache
@@ -222,7 +222,7 @@ def install(
     remark = check_named(policy, environment)
     if remark is not None:
         log.warning(remark)
-    if pair_with_weights and policy.backend == "auto":
+    if pair_with_weights and policy.backend == AUTO and policy.budget != "exact":
         paired = paired_backend(model.model, environment)
         policy = Policy(policy.backend, policy.budget, policy.stop, paired)
     clone = model.clone()

@@ -98,6 +98,7 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(backends, "load", lambda module: (old, ""))
     assert "no FP8 kernels" in str(TABLE["sageattn_3_fp8"].why_not_here(GPUS[9, 0]))
     assert TABLE["sageattn"].why_not_here(GPUS[8, 6]) is None
+    assert "not for cc 10 and newer" in str(TABLE["sageattn"].why_not_here(GPUS[12, 0]))
     unbuilt = types.SimpleNamespace(sageattn_qk_int8_pv_fp8_cuda=1, SM90_ENABLED=False)
     monkeypatch.setattr(backends, "load", lambda module: (unbuilt, ""))
     assert "built without kernels for cc 9.0" in str(TABLE["sageattn_3_fp8"].why_not_here(GPUS[9, 0]))
@@ -271,6 +272,7 @@ def test_budgets_and_classes_are_one_scale():
     assert all(backend.error_class in ERROR_LIMITS for backend in BACKENDS)
     for name in ("sageattn_3_fp4", "sageattn_3"):
         assert TABLE[name].tested_on == (), "never run on Blackwell by us: the table must say so"
+        assert "never run by us" in TABLE[name].describe()
 
 
 def test_the_cpu_environment_is_detected():

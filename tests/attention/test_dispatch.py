@@ -345,6 +345,24 @@ def test_a_paired_backend_leads_where_nothing_is_measured_and_lifts_balanced_onl
     assert counts(target) == {CORE: 1}, "a short call gains nothing from quantizing"
 
 
+def test_a_paired_backend_is_held_to_its_own_class():
+    long = fakes.qkv(heads=1, q_len=1100, kv_len=1100, head_dim=8)
+    for error_class, taken in (("fast", CORE), ("unbounded", "paired")):
+        paired = fakes.backend("paired", noisy, error_class=error_class)
+        exact = fakes.backend("exact")
+        target = dispatcher(paired, exact, policy=Policy("auto", "balanced", paired="paired"), ranks=())
+        run(target, *long)
+        assert counts(target) == {taken: 1}
+
+
+def test_what_was_never_run_on_this_gpu_says_so():
+    blackwell = fakes.Environment("cuda", (12, 0), "a Blackwell GPU", (13, 0))
+    for tested, notes in (((), 1), (("12.0",), 0)):
+        target = dispatcher(fakes.backend("new", tested_on=tested), environment=lambda device: blackwell)
+        run(target, *fakes.qkv(), times=3)
+        assert report(target)["notes"] == ["new was never run by us on cc 12.0."] * notes
+
+
 def test_without_measurements_for_a_gpu_its_default_stays():
     unmeasured = fakes.Environment("cuda", (8, 6), "an Ampere GPU", (12, 8))
     target = Dispatcher(Policy("auto", "fast"), environment=lambda device: unmeasured)
