@@ -16,6 +16,12 @@ if _DIRECT:
 _compiled: dict[tuple, tuple[Any, tuple]] = {}
 
 
+def _hooked() -> bool:
+    """Whether a profiler listens to launches, which only Triton's own launch tells."""
+    hook = knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
 def _trait(value: Any) -> Any:
     """What of an argument Triton compiles for: alignment and dtype of pointers, ones and multiples of 16."""
     kind = type(value)
@@ -53,7 +59,7 @@ def launch(
     # `constants` keep the order of their call site, so their values alone tell them apart within one kernel.
     key = (kernel.fn, device, warps, stages, *map(_trait, arguments), *constants.values())
     found = _compiled.get(key)
-    if found is None or knobs.runtime.launch_enter_hook is not None:
+    if found is None or _hooked():
         compiled = kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return

@@ -197,14 +197,17 @@ class Tiles:
 
 WIDE = Tiles(128, 256, 128, 8, 8, 4)
 WIDE_STAGED = Tiles(128, 256, 128, 8, 8, 3, split=2, store_descriptor=True)
-NARROW = Tiles(64, 128, 128, 8, 4, 4, store_descriptor=True, flatten=False)
+NARROW = Tiles(64, 128, 128, 8, 4, 4, store_descriptor=True, flatten=False, waves=2)
 
 
-def choose_tiles(rows: int, columns: int, depth: int) -> Tiles:
-    """Tiles for (rows, depth) x (columns, depth), as measured on an H200 (benchmarks/results/linear_tiles.json)."""
-    if rows <= 1024:
+def choose_tiles(rows: int, columns: int, depth: int, out_bytes: int) -> Tiles:
+    """Tiles for (rows, depth) x (columns, depth), as measured on an H200 (benchmarks/results/linear_tiles.json).
+
+    out_bytes: bytes of an output element; the wide tiles of a float32 output do not fit into shared memory.
+    """
+    if rows <= 1024 or out_bytes > 2:
         return NARROW
-    if rows * columns >= 16384 * 8192 and depth <= 8192:
+    if columns >= 8192 and rows * columns >= 16384 * 8192 and depth <= 8192:
         return WIDE_STAGED
     return WIDE
 
@@ -248,7 +251,7 @@ def matmul_rows(
         "HAS_BIAS": bias is not None,
     }
     if descriptors and can_use_descriptors(a, b, out):
-        t = tiles or choose_tiles(rows, columns, depth)
+        t = tiles or choose_tiles(rows, columns, depth, out.element_size())
         count = ceil_div(rows, t.block_m) * ceil_div(columns, t.block_n)
         programs = min(multiprocessor_count(a.device.index or 0) * t.waves, count)
         launch(

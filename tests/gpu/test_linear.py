@@ -8,8 +8,10 @@ import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
+from lowbit.kernels.decode import decode_reference
 from lowbit.ops.layouts import register_layouts
 from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes
+from lowbit.ops.linear_weight import stored_weight
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,8 +51,9 @@ def test_agrees_with_float64(name, dtype, n, k):
     if k % 256 and ("convrot" in name or "asym" in name):
         k = 256
     torch.manual_seed(hash((name, n, k)) % 1000)
-    weight = _weight(name, n, k, dtype)
-    decoded = weight.dequantize().double()
+    # comfy-kitchen's CUDA kernels for block formats know no float32.
+    weight = _weight(name, n, k, torch.bfloat16 if name in ("mxfp8", "nvfp4") else dtype)
+    decoded = decode_reference(stored_weight(weight), torch.float64)
     bias = torch.randn(n, device="cuda", dtype=dtype)
     bars = FORMATS[name][2:]
     for rows in ROWS:
@@ -193,6 +196,16 @@ def test_two_streams_do_not_share_scratch():
         torch.cuda.synchronize()
         for out, reference in zip(outs, expected, strict=True):
             assert torch.equal(out, reference)
+
+
+@pytest.mark.parametrize("rows", [40, 2000])
+def test_float32_and_wide_tiles(rows):
+    """Every tiling that the chooser can pick fits the GPU, for each output dtype."""
+    weight = _weight("int8", 1024, 2048)
+    decoded = weight.dequantize().double()
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x = torch.randn(rows, 2048, device="cuda", dtype=dtype)
+        assert _error(quantized_linear(x, weight), x.double() @ decoded.t()) < 2e-2
 
 
 @pytest.mark.parametrize("name", ["fp8_e4m3fn", "int8_convrot", "nvfp4"])
