@@ -340,6 +340,10 @@ def test_a_paired_backend_leads_where_nothing_is_measured_and_lifts_balanced_onl
         target = dispatcher(paired, policy=Policy("auto", budget, paired="paired"), ranks=())
         run(target, *long)
         assert counts(target) == {taken: 1}
+    lifted = {
+        budget: Policy("auto", budget, paired="paired").effective_budget for budget in ("exact", "balanced", "fast")
+    }
+    assert lifted == {"exact": "exact", "balanced": "fast", "fast": "fast"}
     target = dispatcher(paired, policy=Policy("auto", "balanced", paired="paired"), ranks=())
     run(target, *fakes.qkv())
     assert counts(target) == {CORE: 1}, "a short call gains nothing from quantizing"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 
 import pytest
 import torch
@@ -91,15 +93,19 @@ def test_a_mask_is_read_once_until_it_is_written_to():
     assert memory.checks == 2
 
 
-def test_a_fresh_mask_at_an_old_address_is_not_taken_for_the_old_one():
+def test_a_judged_mask_is_held_so_that_its_memory_cannot_become_another_mask():
     memory = masks.MaskMemory()
-    for _ in range(8):
-        idle = torch.zeros(1, 1, 64)
-        assert memory.masks_nothing(idle)
-        address = idle.data_ptr()
-        del idle
-        real = torch.zeros(1, 1, 64)
-        assert real.data_ptr() != address, "a mask that was judged is held, so its memory is not handed out again"
+    idle = torch.zeros(1, 1, 64)
+    storage = idle.untyped_storage().data_ptr()
+    assert memory.masks_nothing(idle)
+    held = weakref.ref(idle)
+    del idle
+    gc.collect()
+    assert held() is not None
+    assert held().data_ptr() == storage
+    memory.forget()
+    gc.collect()
+    assert held() is None, "no tensor outlives the sampling run"
 
 
 def test_models_that_build_a_real_mask_in_every_block_cost_one_look():
