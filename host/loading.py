@@ -19,13 +19,13 @@ from comfy_extras.nodes_model_patch import ModelPatchLoader, MultiTalkModelPatch
 from ..errors import CheckpointError
 from ..ops.checkpoint import open_checkpoint
 from ..ops.stored import normalize_state_dict
+from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .feed_forward import fuse_feed_forwards
 from .operations import adopt_quantized_linears
 
 logger = logging.getLogger("lowbit.host")
 
 StateDict = dict[str, torch.Tensor]
-_PATCH_SIGNATURE = "audio_proj.proj1.weight"
 
 
 def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -40,15 +40,11 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
     Raises:
         CheckpointError: the file is damaged, or of no architecture that this ComfyUI knows.
     """
+    check_diffusion_model(open_checkpoint(path))
     state_dict, metadata = _read(path)
-    if not state_dict:
-        raise CheckpointError(f"{Path(path).name} holds no tensors: download it again.")
     patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, metadata=metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
-        raise CheckpointError(
-            f"{Path(path).name} is no diffusion model that this ComfyUI knows: check that it is not a LoRA, a VAE or a "
-            "text encoder, or update ComfyUI."
-        )
+        raise CheckpointError(f"{Path(path).name} is no diffusion model that this ComfyUI can build: update ComfyUI.")
     take_over(patcher.model)
     patcher.cached_patcher_init = (load_diffusion_model, (path,))
     return patcher
@@ -91,7 +87,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         CheckpointError: the file is damaged, its tensors are not those of the patch, or it is another quantized patch.
     """
     checkpoint = open_checkpoint(path)
-    if _PATCH_SIGNATURE not in checkpoint.entries:
+    if MODEL_PATCH_SIGNATURE not in checkpoint.entries:
         return _load_other_patch(path)
     state_dict, _ = _read(path)
     device = comfy.model_management.get_torch_device()
@@ -104,7 +100,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         context_tokens=32,
         vae_scale=4,
         in_dim=checkpoint.entries["blocks.0.audio_cross_attn.proj.weight"].shape[0],
-        intermediate_dim=checkpoint.entries[_PATCH_SIGNATURE].shape[0],
+        intermediate_dim=checkpoint.entries[MODEL_PATCH_SIGNATURE].shape[0],
         out_dim=checkpoint.entries["audio_proj.norm.weight"].shape[0],
         device=offload_device,
         dtype=compute_dtype,
@@ -139,10 +135,7 @@ def _load_other_patch(path: str) -> comfy.model_patcher.ModelPatcher:
     for root in folder_paths.get_folder_paths("model_patches"):
         if Path(path).is_relative_to(root):
             return ModelPatchLoader().load_model_patch(Path(path).relative_to(root).as_posix())[0]
-    raise CheckpointError(
-        f"{Path(path).name} is not an InfiniteTalk or MultiTalk patch, the only ones that can be quantized: "
-        "choose the format 'none'."
-    )
+    raise CheckpointError(f"{Path(path).name} lies outside the model_patches folders: move it there.")
 
 
 def _read(path: str) -> tuple[StateDict, dict[str, str]]:

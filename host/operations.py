@@ -53,8 +53,11 @@ class QuantizedLinear:
 
     @property
     def fast(self) -> bool:
-        """Whether activations may be quantized too: what the file says, not what core can emulate."""
-        return not self._full_precision_mm_config
+        """Whether activations may be quantized too: what the file says, not what core can emulate.
+
+        Never where core forces a compute dtype, as it does for every text encoder.
+        """
+        return not self._full_precision_mm_config and not getattr(self, "comfy_force_cast_weights", False)
 
     def _multiplies_here(self, input: torch.Tensor) -> bool:
         return (
@@ -65,7 +68,6 @@ class QuantizedLinear:
             and self.weight._layout_cls in LAYOUT_READERS
             and len(self.weight_function) == 0
             and len(self.bias_function) == 0
-            and not getattr(self, "comfy_force_cast_weights", False)
         )
 
 

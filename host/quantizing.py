@@ -9,12 +9,11 @@ from pathlib import Path
 import comfy.model_patcher
 import torch
 
-from ..errors import CheckpointError
-from ..ops.checkpoint import open_checkpoint
 from ..ops.writer import CheckpointWriter, check_free_space
 from .folders import temporary_folder
-from .loading import load_diffusion_model
+from .loading import load_diffusion_model, take_over
 from .preparing import Planned, Request, plan_file, prepared_file
+from .saving import source_checkpoint
 
 logger = logging.getLogger("lowbit.host")
 
@@ -30,16 +29,17 @@ def quantize_model(
     Raises:
         CheckpointError, FormatError, StorageError: as for the loader.
     """
-    source = source_file(patcher)
-    written = source is None
-    if written:
-        source = _write_unpatched(patcher)
+    origin = source_checkpoint(patcher)
+    source = origin.path if origin is not None else _write_unpatched(patcher)
     try:
         planned = plan_file(source, request, patcher.load_device)
+        if origin is None and not planned.plan.changes_weights:
+            take_over(patcher.model)
+            return patcher.clone(), planned
         path = prepared_file(planned)
         quantized = load_diffusion_model(str(path), disable_dynamic=not patcher.is_dynamic())
     finally:
-        if written:
+        if origin is None:
             source.unlink(missing_ok=True)
     result = patcher.clone(model_override=quantized.get_clone_model_override())
     result.cached_patcher_init = quantized.cached_patcher_init
@@ -47,20 +47,6 @@ def quantize_model(
     # Core falls back to the parent when a clone goes: it must be a patcher of the same model.
     result.parent = quantized
     return result, planned
-
-
-def source_file(patcher: comfy.model_patcher.ModelPatcher) -> Path | None:
-    """The safetensors file that core loaded the model from, where it noted it and it is still readable."""
-    arguments = (patcher.cached_patcher_init or (None, ()))[1]
-    if not arguments or not isinstance(arguments[0], str):
-        return None
-    path = Path(arguments[0])
-    try:
-        open_checkpoint(path)
-    except CheckpointError as error:
-        logger.info("The model's own weights are quantized instead of its file: %s", error)
-        return None
-    return path
 
 
 def _write_unpatched(patcher: comfy.model_patcher.ModelPatcher) -> Path:

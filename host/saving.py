@@ -11,6 +11,8 @@ import comfy.utils
 import folder_paths
 import torch
 
+from ..errors import CheckpointError
+from ..ops.checkpoint import Checkpoint, open_checkpoint
 from ..ops.writer import CheckpointWriter, check_free_space
 
 logger = logging.getLogger("lowbit.host")
@@ -36,28 +38,48 @@ def save_diffusion_model(patcher: comfy.model_patcher.ModelPatcher, filename_pre
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([patcher])
         tensors = {key.removeprefix(_PREFIX): value for key, value in patcher.state_dict_for_saving().items()}
+        origin = source_checkpoint(patcher)
         check_free_space(target.parent, sum(value.nbytes for value in tensors.values()), f"The model {target.name}")
-        _write(tensors, target, _metadata(patcher))
+        _write(tensors, target, origin)
     logger.info("Saved %s", target)
     return target
 
 
-def _write(tensors: dict[str, torch.Tensor], target: Path, metadata: dict[str, str]) -> None:
+def source_checkpoint(patcher: comfy.model_patcher.ModelPatcher) -> Checkpoint | None:
+    """The file that core loaded the model from, where it noted it and it is still readable."""
+    arguments = (patcher.cached_patcher_init or (None, ()))[1]
+    if not arguments or not isinstance(arguments[0], str):
+        return None
+    try:
+        return open_checkpoint(arguments[0])
+    except CheckpointError as error:
+        logger.info("The file of the model cannot be used any more: %s", error)
+        return None
+
+
+def _write(tensors: dict[str, torch.Tensor], target: Path, origin: Checkpoint | None) -> None:
     bar = comfy.utils.ProgressBar(len(tensors))
     name_bytes = sum(2 * len(name.encode()) for name in tensors)
+    metadata = _metadata(origin)
     with CheckpointWriter(target, name_bytes=name_bytes, name_count=len(tensors), metadata=metadata) as writer:
         while tensors:
             comfy.model_management.throw_exception_if_processing_interrupted()
             name = next(iter(tensors))
             # Core's lazy parameters are patched and quantized again when they are moved, one at a time.
-            writer.add(name, tensors.pop(name).to("cpu"))
+            writer.add(name, _as_in_source(tensors.pop(name).to("cpu"), name, origin))
             bar.update(1)
 
 
-def _metadata(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
+def _as_in_source(tensor: torch.Tensor, name: str, origin: Checkpoint | None) -> torch.Tensor:
+    """Back to the file's 16 bits what core made float32 to compute on a CPU."""
+    entry = origin.entries.get(name) or origin.entries.get(_PREFIX + name) if origin is not None else None
+    if entry is not None and tensor.dtype == torch.float32 and entry.dtype in (torch.bfloat16, torch.float16):
+        return tensor.to(entry.dtype)
+    return tensor
+
+
+def _metadata(origin: Checkpoint | None) -> dict[str, str]:
     """What core needs to know the architecture again: Wan files may carry their configuration in the header."""
-    origin = (patcher.cached_patcher_init or (None, ()))[1]
-    if not origin or not str(origin[0]).endswith((".safetensors", ".sft")):
-        return {}
-    _, metadata = comfy.utils.load_torch_file(str(origin[0]), return_metadata=True)
-    return {key: value for key, value in (metadata or {}).items() if key != "_quantization_metadata"}
+    metadata = dict(origin.metadata) if origin is not None else {}
+    metadata.pop("_quantization_metadata", None)
+    return metadata

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -36,15 +37,15 @@ def load_vae(name: str, precision: str) -> comfy.sd.VAE:
     dtype = VAE_PRECISIONS[precision]
     path = folder_paths.get_full_path("vae", name)
     if path is not None:
-        open_checkpoint(path) if path.endswith((".safetensors", ".sft")) else None
-    if dtype is None:
+        open_checkpoint(path)
+    if dtype is None and path is None:
         return core_nodes.VAELoader().load_vae(name)[0]
     if path is None:
         raise CheckpointError(f"The VAE {name} is built into ComfyUI: choose the precision 'auto'.")
     return _load(path, dtype)
 
 
-def _load(path: str, dtype: torch.dtype) -> comfy.sd.VAE:
+def _load(path: str, dtype: torch.dtype | None) -> comfy.sd.VAE:
     state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     vae = comfy.sd.VAE(sd=state_dict, metadata=metadata, dtype=dtype)
     if vae.first_stage_model is None:
@@ -53,5 +54,7 @@ def _load(path: str, dtype: torch.dtype) -> comfy.sd.VAE:
     return vae
 
 
-def _load_patcher(path: str, dtype: torch.dtype, disable_dynamic: bool = False):
+def _load_patcher(
+    path: str, dtype: torch.dtype | None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
     return _load(path, dtype).patcher

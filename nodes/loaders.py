@@ -8,6 +8,7 @@ import comfy.sd
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
+from ..host.architecture import check_diffusion_model, check_model_patch, check_text_encoder
 from ..host.folders import model_names, model_path
 from ..host.loading import load_diffusion_model, load_model_patch, load_text_encoder
 from ..host.preparing import Planned, Request, plan_file, prepared_file
@@ -104,6 +105,7 @@ class LoadDiffusionModel(io.ComfyNode):
     ) -> io.NodeOutput:
         path = model_path("diffusion_models", unet_name)
         planned = plan_file(path, Request(format, keep_rules, keep_quantized_file))
+        check_diffusion_model(planned.checkpoint)
         return execute_plan(planned, dry_run, load_diffusion_model, cls.hidden.unique_id)
 
 
@@ -162,6 +164,7 @@ class LoadTextEncoder(io.ComfyNode):
     ) -> io.NodeOutput:
         path = model_path("text_encoders", clip_name)
         planned = plan_file(path, Request(format, keep_rules, keep_quantized_file))
+        check_text_encoder(planned.checkpoint)
         clip_type = comfy.sd.CLIPType[type.upper()]
         return execute_plan(
             planned, dry_run, lambda file: load_text_encoder([file], clip_type, device), cls.hidden.unique_id
@@ -234,6 +237,7 @@ class LoadModelPatch(io.ComfyNode):
     ) -> io.NodeOutput:
         path = model_path("model_patches", name)
         planned = plan_file(path, Request(format, keep_rules, keep_quantized_file))
+        check_model_patch(planned.checkpoint, quantizes=planned.plan.changes_weights)
         return execute_plan(planned, dry_run, load_model_patch, cls.hidden.unique_id)
 
 

@@ -168,9 +168,10 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
-            _refuse_pickle(path, prefix)
             length = int.from_bytes(prefix, "little")
-            if size < 8 or length > size - 8:
+            whole = size >= 8 and length <= size - 8
+            _refuse_pickle(path, prefix, whole)
+            if not whole:
                 raise CheckpointError(
                     f"{path.name} is not a whole safetensors file ({size} bytes, its header claims {length}): "
                     "copy or download it again."
@@ -200,8 +201,9 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     return {entry.name: entry for entry in entries}, metadata
 
 
-def _refuse_pickle(path: Path, prefix: bytes) -> None:
-    if path.suffix.lower() in _PICKLE_SUFFIXES or prefix.startswith(_PICKLE_MAGIC):
+def _refuse_pickle(path: Path, prefix: bytes, whole: bool) -> None:
+    # The same bytes may begin an honest header length; as one, a pickle's are far beyond the file's end.
+    if path.suffix.lower() in _PICKLE_SUFFIXES or (not whole and prefix.startswith(_PICKLE_MAGIC)):
         raise CheckpointError(
             f"{path.name} is a pickle checkpoint, which can run code when opened: convert it to safetensors first."
         )

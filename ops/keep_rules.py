@@ -251,7 +251,7 @@ def _parse_rule(piece: str) -> Rule:
     if separator:
         if name not in FORMATS:
             raise FormatError(f"The keep rule '{piece}' names no weight format: use one of {', '.join(FORMATS)}.")
-        return Rule(pattern, name, reason=f"the rule '{pattern}' asks for {name}")
+        return Rule(_checked(pattern, piece), name, reason=f"the rule '{pattern}' asks for {name}")
     if pattern.startswith("!"):
         return Rule(_checked(pattern[1:].strip(), piece), QUANTIZE, reason=f"the rule '{pattern}' asks for it")
     return Rule(_checked(pattern, piece), KEEP, reason=f"kept by the rule '{pattern}'")

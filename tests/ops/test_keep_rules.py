@@ -137,7 +137,7 @@ def test_embeddings_are_kept_whatever_the_user_writes():
     assert first_match(rules, "shared").action == KEEP
 
 
-@pytest.mark.parametrize("text", ["a = fp6", "!", "!  # nothing"])
+@pytest.mark.parametrize("text", ["a = fp6", "!", "!  # nothing", "= int8"])
 def test_a_rule_that_makes_no_sense_is_refused(text):
     with pytest.raises(FormatError, match="keep rule"):
         parse_rules(text)
