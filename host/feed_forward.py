@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy.ldm.qwen_image.model import FeedForward as QwenFeedForward
@@ -17,18 +18,20 @@ class FusedWanFeedForward(WanFeedForward):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
-        if isinstance(self[2], QuantizedLinear):
-            return self[2](self[0](x), activation="gelu_tanh")
+        down = self[2]
+        if isinstance(down, QuantizedLinear):
+            return down(self[0](x), activation="gelu_tanh")
         return super().forward(x)
 
 
 class FusedQwenFeedForward(QwenFeedForward):
     """As above for Qwen-Image's MLP, whose dropout does nothing in inference."""
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
-        if isinstance(self.net[2], QuantizedLinear):
-            return self.net[2](self.net[0].proj(hidden_states), activation="gelu_tanh")
+        down = self.net[2]
+        if isinstance(down, QuantizedLinear):
+            return down(self.net[0].proj(hidden_states), activation="gelu_tanh")
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -38,14 +41,14 @@ class Fusion:
 
     core: type[torch.nn.Module]
     fused: type[torch.nn.Module]
-    fits: Callable[[torch.nn.Module], bool]
+    fits: Callable[[Any], bool]
 
 
-def _is_wan(module: torch.nn.Module) -> bool:
+def _is_wan(module: Any) -> bool:
     return len(module) == 3 and isinstance(module[1], torch.nn.GELU)
 
 
-def _is_qwen(module: torch.nn.Module) -> bool:
+def _is_qwen(module: Any) -> bool:
     return len(module.net) == 3 and getattr(module.net[0], "approximate", None) == "tanh"
 
 

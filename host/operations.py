@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_management
 import comfy.ops
 import torch
@@ -16,7 +18,7 @@ _INPUT_ACTIVATIONS = {
 }
 
 
-class QuantizedLinear:
+class QuantizedLinear(torch.nn.Module):
     """Mixin over core's `mixed_precision_ops(...).Linear`: only the multiply differs.
 
     The weight reaches `quantized_linear` still quantized, whether it is resident, streamed by the legacy patcher or
@@ -24,7 +26,12 @@ class QuantizedLinear:
     that is quantized already) go to core unchanged, for as long as they last.
     """
 
-    def forward(self, input: torch.Tensor, *args, activation: str | None = None, **kwargs) -> torch.Tensor:
+    weight: Any
+    weight_function: list[Any]
+    bias_function: list[Any]
+    _full_precision_mm_config: bool
+
+    def forward(self, input: torch.Tensor, *args: Any, activation: str | None = None, **kwargs: Any) -> torch.Tensor:
         """act(input) @ weight.T + bias; `activation` is None, "gelu_tanh" or "silu"."""
         if not self._multiplies_here(input):
             if activation is not None:
@@ -91,7 +98,7 @@ def _is_core_linear(module: torch.nn.Module) -> bool:
     return hasattr(module, "_full_precision_mm_config") and hasattr(module, "in_features")
 
 
-def _subclass_with_our_multiply(core_class: type) -> type:
+def _subclass_with_our_multiply(core_class: Any) -> type:
     """One subclass for each class core makes (it makes one for each model), kept on that class, so both go together."""
     subclass = core_class.__dict__.get("_lowbit_subclass")
     if subclass is None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import comfy.model_patcher
 import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-
-import nodes as core_nodes
 
 from ..errors import CheckpointError
 from ..ops.checkpoint import open_checkpoint
@@ -23,9 +23,15 @@ VAE_PRECISIONS: Mapping[str, torch.dtype | None] = MappingProxyType(
 """Choices of the node and the dtype each stands for; None leaves it to core."""
 
 
+def _core_loader() -> Any:
+    """Core's VAELoader node; `nodes` is core's module, not this pack's folder."""
+    return importlib.import_module("nodes").VAELoader
+
+
 def vae_names() -> list[str]:
     """Core's list: files of models/vae, approximations and its built-ins."""
-    return core_nodes.VAELoader.vae_list(core_nodes.VAELoader)
+    loader = _core_loader()
+    return loader.vae_list(loader)
 
 
 def load_vae(name: str, precision: str) -> comfy.sd.VAE:
@@ -39,7 +45,7 @@ def load_vae(name: str, precision: str) -> comfy.sd.VAE:
     if path is not None:
         open_checkpoint(path)
     if dtype is None and path is None:
-        return core_nodes.VAELoader().load_vae(name)[0]
+        return _core_loader()().load_vae(name)[0]
     if path is None:
         raise CheckpointError(f"The VAE {name} is built into ComfyUI: choose the precision 'auto'.")
     return _load(path, dtype)

@@ -120,7 +120,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy().data)
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset)
         filled = 0

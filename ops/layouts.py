@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout, register_layout_class
 from comfy_kitchen.tensor.base import LAYOUTS
@@ -17,7 +19,13 @@ class Float8E5M2Layout(TensorCoreFP8Layout):
     """E5M2 weights under the layout name that ComfyUI uses for them."""
 
     @classmethod
-    def quantize(cls, tensor: torch.Tensor, scale=None, dtype: torch.dtype = torch.float8_e5m2, **kwargs):
+    def quantize(
+        cls,
+        tensor: torch.Tensor,
+        scale: torch.Tensor | float | str | None = None,
+        dtype: torch.dtype = torch.float8_e5m2,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
         """As the E4M3 layout, stored as float8_e5m2 (finite range 57344)."""
         return super().quantize(tensor, scale=scale, dtype=dtype, **kwargs)
 

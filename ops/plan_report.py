@@ -52,7 +52,7 @@ def _verdicts(plan: QuantizationPlan, device: DeviceInfo) -> list[str]:
 
 
 def _storages(plan: QuantizationPlan) -> set[tuple[str, bool]]:
-    by_core_format = {storage.core_format: name for name, storage in reversed(STORAGES.items())}
+    by_core_format = {storage.core_format: name for name, storage in reversed(list(STORAGES.items()))}
     asked_fast = plan.weight_format.fast if plan.weight_format is not None else None
     found = set()
     for layer in plan.layers.values():

@@ -13,7 +13,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import get_layout_class
 
 from ..errors import CheckpointError, FormatError
-from .formats import STORAGES, Storage, WeightFormat
+from .formats import STORAGES, Storage, WeightFormat, storage_for
 from .layouts import register_layouts
 from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, quantize_nvfp4
 
@@ -94,7 +94,7 @@ def absolute_maximum(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def assemble(
-    parts: QuantizedParts, storage_name: str, shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16
+    parts: QuantizedParts, storage_name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
 ) -> QuantizedTensor:
     """The comfy-kitchen tensor of what `quantize_weight` returned, e.g. to multiply with outside ComfyUI.
 
@@ -123,8 +123,6 @@ def assemble(
 
 def quantize_to_tensor(weight: torch.Tensor, weight_format: WeightFormat, name: str = "weight") -> QuantizedTensor:
     """Quantize in memory, on the weight's device: `quantize_weight` and `assemble` in one."""
-    from .formats import storage_for
-
     storage_name = storage_for(weight_format, weight.shape[1])
     parts = quantize_weight(weight, storage_name, unit_scale=weight_format.unit_scale, name=name)
     parts = {suffix: part.to(weight.device) for suffix, part in parts.items()}

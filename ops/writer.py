@@ -124,8 +124,7 @@ class CheckpointWriter:
         self._temporary.unlink(missing_ok=True)
 
     def _append(self, name: str, tensor: torch.Tensor) -> None:
-        data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
-        view = memoryview(data)
+        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         checksum = 0
         try:
             for start in range(0, tensor.nbytes, _CHUNK):
