@@ -51,11 +51,15 @@ def is_finite(x: torch.Tensor) -> bool:
     return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
 
 
+def some_heads(x: torch.Tensor) -> torch.Tensor:
+    """A view of a few heads spread across (batch, heads, length, head_dim)."""
+    return x[:, :: max(x.shape[1] // SAMPLED_HEADS, 1)]
+
+
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     """||out - reference|| / ||reference|| in float32 over a few heads spread across the layer.
 
     out, reference: (batch, heads, length, head_dim). Waits for the GPU.
     """
-    step = max(out.shape[1] // SAMPLED_HEADS, 1)
-    a, b = out[:, ::step].float(), reference[:, ::step].float()
+    a, b = some_heads(out).float(), some_heads(reference).float()
     return float((a - b).norm() / b.norm().clamp_min(1e-30))

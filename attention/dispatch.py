@@ -211,13 +211,20 @@ class Dispatcher:
 
     @staticmethod
     def _error(plan: Plan, inputs: tuple, out: torch.Tensor) -> float | None:
-        """The relative error of an output against an exact backend; None where none can be had."""
+        """The relative error of an output against an exact backend on a few heads; None where none can be had."""
         if plan.reference is None:
             return None
-        try:
-            return checks.relative_error(out, plan.reference(*inputs))
-        except RuntimeError:  # no memory for a second output: the backend is not to blame
-            return None
+        q, k, v, mask, scale = inputs
+        separable = k.shape[1] == q.shape[1] and (mask is None or mask.shape[1] == 1)
+        few = tuple(checks.some_heads(x) for x in (q, k, v, out))
+        for q, k, v, out in ([few] if separable else []) + [(q, k, v, out)]:
+            try:
+                return checks.relative_error(out, plan.reference(q, k, v, mask, scale))
+            except torch.OutOfMemoryError:
+                return None
+            except RuntimeError:  # a kernel that does not take every third head may take them all
+                continue
+        return None
 
     def _finish_core(
         self, plan: Plan, core: Candidate, out: torch.Tensor, suspects: list[Candidate], capturing: bool

@@ -213,6 +213,28 @@ def test_a_budget_admits_its_own_class_and_better(budget, taken):
     assert counts(target) == {taken: 1}
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "mask_heads", "checked"), [(40, 40, 1, 4), (40, 8, 1, 40), (40, 40, 40, 40)]
+)
+def test_the_error_check_costs_a_few_heads_where_it_can(heads, kv_heads, mask_heads, checked):
+    exact = fakes.Recorder()
+    target = dispatcher(fakes.backend("lossy", error_class="fast"), fakes.backend("exact", exact))
+    run(target, *fakes.qkv(heads=heads, kv_heads=kv_heads), mask=torch.randn(1, mask_heads, 9, 11), times=SETTLED)
+    assert [recorded[0].shape[1] for recorded in exact.calls] == [checked] * CHECKED_CALLS
+    assert report(target)["calls"][0]["error"] < 1e-5
+
+
+def test_a_reference_that_refuses_a_view_of_some_heads_is_asked_with_all():
+    def whole(q, k, v, mask, scale):
+        if q.shape[1] != 40:
+            raise RuntimeError("no execution plan for these strides")
+        return fakes.attend(q, k, v, mask, scale)
+
+    target = dispatcher(fakes.backend("lossy", noisy, error_class="fast"), fakes.backend("exact", whole))
+    run(target, *fakes.qkv(heads=40), times=3)
+    assert counts(target) == {"exact": 3}
+
+
 def test_a_backend_asked_for_by_name_is_not_held_to_the_budget():
     target = dispatcher(
         fakes.backend("mine", noisy, error_class="unbounded"), fakes.backend("exact"), policy=Policy("mine", "exact")
