@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from lowbit.attention.backends import CORE, Backend
@@ -86,3 +88,21 @@ class Core:
             mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
         out = attend(q, k, v, None if drop_mask else mask, scale)
         return out if self.heads_first else out.transpose(1, 2).flatten(2)
+
+
+NOMINAL_LOOP_SECONDS = 0.001
+"""What `_loop` takes on the machine that the 15 microseconds were set on."""
+
+
+def _loop() -> float:
+    start = time.perf_counter()
+    table = {}
+    for number in range(20000):
+        table["key"] = number
+        table.get("key")
+    return time.perf_counter() - start
+
+
+def slowness() -> float:
+    """How many times slower than that machine this one runs Python now; at least 1, so that limits only widen."""
+    return max(1.0, min(_loop() for _ in range(10)) / NOMINAL_LOOP_SECONDS)

@@ -422,7 +422,7 @@ def test_a_warm_call_costs_less_than_15_microseconds_of_python():
         for _ in range(calls):
             target.run(q, k, v, None, None, False, core)
         rounds.append((time.perf_counter() - start) / calls * 1e6)
-    assert min(rounds) < 15, f"{min(rounds):.1f} us a call"
+    assert min(rounds) < 15 * fakes.slowness(), f"{min(rounds):.1f} us a call"
 
 
 def test_the_table_of_backends_is_whole():
