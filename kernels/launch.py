@@ -41,6 +41,7 @@ def launch(
     constants: dict[str, Any],
     warps: int = 4,
     stages: int = 3,
+    overlap: bool = False,
 ) -> None:
     """kernel[grid](*arguments, **constants) on the current device and stream.
 
@@ -51,16 +52,18 @@ def launch(
         constants: the constexpr parameters by name.
         warps: warps of a program.
         stages: stages of software pipelines.
+        overlap: start while the kernel before still runs (cc 9.0): the kernel itself waits for it.
     """
+    options = {"num_warps": warps, "num_stages": stages, **({"launch_pdl": True} if overlap else {})}
     if not _DIRECT:
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        kernel[grid](*arguments, **constants, **options)
         return
     device = torch.cuda.current_device()
     # `constants` keep the order of their call site, so their values alone tell them apart within one kernel.
-    key = (kernel.fn, device, warps, stages, *map(_trait, arguments), *constants.values())
+    key = (kernel.fn, device, warps, stages, overlap, *map(_trait, arguments), *constants.values())
     found = _compiled.get(key)
     if found is None or _hooked():
-        compiled = kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        compiled = kernel[grid](*arguments, **constants, **options)
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
         return
     compiled, values = found

@@ -119,8 +119,11 @@ def _words_of_rows_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """x (M, K) to (COLUMNS, M, WIDTH): column j of every word side by side, zeros after the last."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
     x = tl.load(x_ptr + row * stride_m + column * stride_k, mask=column < K, other=0.0)
@@ -153,6 +156,7 @@ def _matmul_blocks_kernel(
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Out (M, N); FINAL False: (SPLITS, M, N) float32 partial products without scale and bias.
 
@@ -172,6 +176,8 @@ def _matmul_blocks_kernel(
     s_tile = block_scale_ptr + swizzled_offset(safe_n[:, None], (word // PER_SCALE)[None, :], tiles_per_row)
     x_tile = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :] * WIDTH + word[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     for step in range(0, LENGTH, WORDS):
         if EVEN:
             words = tl.load(w_tile + step)
@@ -236,6 +242,7 @@ def matmul_blocks(
     splits: int,
     assembly: bool,
     activation: str | None = None,
+    overlap: bool = False,
 ) -> None:
     """Weight-only product of x (M, K) and an nvfp4 weight into `out` (M, N).
 
@@ -249,10 +256,23 @@ def matmul_blocks(
         splits: parts of K that are multiplied side by side.
         assembly: compiled for a GPU (the interpreter has no inline assembly).
         activation: applied to x first.
+        overlap: let the second kernel start while the first still runs (cc 9.0).
     """
     rows, columns = x.shape
     width = words.shape[2]
-    launch(_words_of_rows_kernel, (rows, ceil_div(16 * width, 1024), 1), (x, words, x.stride(0), x.stride(1), rows,), {"K": columns, "COLUMNS": 16, "WIDTH": width, "BLOCK": 1024, "ACTIVATION": activation})  # fmt: skip
+    launch(
+        _words_of_rows_kernel,
+        (rows, ceil_div(16 * width, 1024), 1),
+        (x, words, x.stride(0), x.stride(1), rows),
+        {
+            "K": columns,
+            "COLUMNS": 16,
+            "WIDTH": width,
+            "BLOCK": 1024,
+            "ACTIVATION": activation,
+            "OVERLAP": overlap,
+        },
+    )
     single = splits == 1
     target = out if single else partial
     block_m = min(max(8, power_of_two(rows)), 32)
@@ -283,8 +303,10 @@ def matmul_blocks(
             "BLOCK_N": 64,
             "WORDS": WORDS_PER_STEP,
             "SPLITS": splits,
+            "OVERLAP": overlap,
         },
         stages=3,
+        overlap=overlap,
     )
     if not single:
         sum_splits(partial, weight, bias, out)

@@ -61,8 +61,11 @@ def _split_rows_kernel(
     TERMS: tl.constexpr,
     INTEGER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Every program finds the scale of its whole row, then splits BLOCK_K columns of it; PLANES 2: even ones first."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     source = x_ptr + row.to(tl.int64) * stride_m
     lane = tl.arange(0, BLOCK_K)
@@ -144,6 +147,7 @@ def _matmul_split_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Out (M, N), or with SPLITS > 1 (SPLITS, M, N) float32 partial products. BLOCK_K counts stored bytes.
 
@@ -163,6 +167,8 @@ def _matmul_split_kernel(
     w_tile = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + (first + lane)[None, :]
     acc = tl.zeros([BLOCK_N, COLUMNS], dtype=ACCUMULATOR)
     q_tile = q_ptr + q_row[None, :] * K + (first + lane)[:, None]
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     for step in range(0, LENGTH, BLOCK_K):
         if BYTES % (BLOCK_K * SPLITS) == 0:
             w = tl.load(w_tile + step)
@@ -207,9 +213,17 @@ def term_count(dtype: torch.dtype, integer: bool) -> int:
 
 
 def split_rows(
-    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, activation: str | None = None, planes: int = 1
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    activation: str | None = None,
+    planes: int = 1,
+    overlap: bool = False,
 ) -> None:
-    """Split x (M, K), of any strides, into q (terms, M, K) int8 or e4m3 and scale (M,) float32, both written."""
+    """Split x (M, K), of any strides, into q (terms, M, K) int8 or e4m3 and scale (M,) float32, both written.
+
+    With `overlap` a `matmul_split` launched right after, with `overlap` too, may start before this has ended.
+    """
     terms, rows, columns = q.shape
     block = min(1024, power_of_two(columns))
     launch(
@@ -231,6 +245,7 @@ def split_rows(
             "TERMS": terms,
             "INTEGER": q.dtype == torch.int8,
             "ACTIVATION": activation,
+            "OVERLAP": overlap,
         },
     )
 
@@ -246,6 +261,7 @@ def matmul_split(
     splits: int,
     assembly: bool,
     stages: int,
+    overlap: bool = False,
 ) -> None:
     """Weight-only product of split rows and an e4m3, e5m2, int8 or int4 weight into `out` (M, N).
 
@@ -259,6 +275,7 @@ def matmul_split(
         splits: parts of K that are multiplied side by side.
         assembly: compiled for a GPU (the interpreter has no inline assembly).
         stages: tiles of the weight in flight.
+        overlap: the kernel before is `split_rows` with `overlap`: start while it runs, then wait for it.
     """
     terms, rows, columns = q.shape
     integer = q.dtype == torch.int8
@@ -292,8 +309,10 @@ def matmul_split(
             "BLOCK_N": 64,
             "BLOCK_K": 128,
             "SPLITS": splits,
+            "OVERLAP": overlap,
         },
         stages=stages,
+        overlap=overlap,
     )
     if not single:
         sum_splits(partial, weight, bias, out)

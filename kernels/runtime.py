@@ -37,6 +37,9 @@ except (ImportError, ValueError):
     TRITON_VERSION = (0, 0)
     TRITON_FOUND = False
 
+CAN_OVERLAP = TRITON_VERSION >= (3, 6)
+"""Kernels can be told to wait for the one before (programmatic dependent launch); needs cc 9.0 too."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -18,7 +18,7 @@ from ..kernels.matmul_rows import matmul_rows
 from ..kernels.matmul_split import matmul_split, split_rows, term_count
 from ..kernels.quantize_rows import apply_activation, quantize_rows, quantize_rows_reference
 from ..kernels.rotate_rows import KERNEL_ROTATIONS, rotate_rows
-from ..kernels.runtime import INTERPRETED, kernels_run_on, multiprocessor_count
+from ..kernels.runtime import CAN_OVERLAP, INTERPRETED, kernels_run_on, multiprocessor_count
 from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_table import ADA, FEW_ROWS, FP8_ROWS, HOPPER, INT8_ROWS, SCRATCH, Gpu
 from .scratch import Spec, take_scratch
@@ -124,14 +124,35 @@ def few_rows_linear(
     if weight.rotation:
         rotate_rows(x, rotated, None, weight.rotation, activation)
         x, activation = rotated, None
+    overlap = CAN_OVERLAP and not INTERPRETED and gpu.cc >= HOPPER
     if method == "split":
-        split_rows(x, q, row_scale, activation, planes=2 if weight.kind == INT4 else 1)
+        split_rows(x, q, row_scale, activation, planes=2 if weight.kind == INT4 else 1, overlap=overlap)
         stages = 2 if terms * rows > 64 else 6 if gpu.cc[0] == 9 else 3
-        options = {"splits": splits, "assembly": not INTERPRETED, "stages": stages}
-        matmul_split(q, row_scale, weight, bias, out, partial, **options)
+        matmul_split(
+            q,
+            row_scale,
+            weight,
+            bias,
+            out,
+            partial,
+            splits=splits,
+            assembly=not INTERPRETED,
+            stages=stages,
+            overlap=overlap,
+        )
     elif method == "blocks":
-        options = {"splits": splits, "assembly": not INTERPRETED, "activation": activation}
-        matmul_blocks(x, words, weight, bias, out, partial, **options)
+        matmul_blocks(
+            x,
+            words,
+            weight,
+            bias,
+            out,
+            partial,
+            splits=splits,
+            assembly=not INTERPRETED,
+            activation=activation,
+            overlap=overlap,
+        )
     else:
         x = apply_activation(x, activation)
         hardware = _hardware_e4m3(gpu)
@@ -140,8 +161,17 @@ def few_rows_linear(
         if method == "matvec":
             matvec_decode(x, weight, stored, bias, out, hardware_e4m3=hardware)
         else:
-            options = {"splits": splits, "hardware_e4m3": hardware, "assembly": not INTERPRETED}
-            matmul_decode(x, weight, stored, bias, out, partial, **options)
+            matmul_decode(
+                x,
+                weight,
+                stored,
+                bias,
+                out,
+                partial,
+                splits=splits,
+                hardware_e4m3=hardware,
+                assembly=not INTERPRETED,
+            )
     return out
 
 

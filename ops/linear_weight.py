@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ LAYOUT_READERS: Mapping[str, Callable[..., StoredWeight | None]] = MappingProxyT
 )
 
 
-def stored_weight(weight: torch.Tensor) -> StoredWeight | None:
+def stored_weight(weight: Any) -> StoredWeight | None:
     """`weight`'s parts, or None where it is no quantized tensor of a kind the kernels know (or is transposed)."""
     layout = getattr(weight, "_layout_cls", None)
     reader = LAYOUT_READERS.get(layout) if isinstance(layout, str) else None
