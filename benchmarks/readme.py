@@ -106,6 +106,12 @@ LINEAR_FORMATS = (
     "int4_asym_fast",
 )
 
+PEER_CASE = "wan_qkv"
+BLOCK_TITLES = {
+    "wan_14b": "A Wan 14B block, 32,760 tokens",
+    "qwen_image": "A Qwen-Image block, 4,096 image and 256 text tokens",
+}
+
 
 def linear() -> str:
     """Time per shape: bf16, core's way (comfy-kitchen), ours; the product's error."""
@@ -130,7 +136,7 @@ def linear() -> str:
                     f"{ours['us']:,.0f}",
                     rate(case[1], ours),
                     f"{core['us']:,.0f}" if core and core["us"] else "",
-                    f"{plain['us'] / ours['us']:.2f}",
+                    f"{1 / ours['ratio_to_bf16']:.2f}",
                     f"{ours['extra_peak_mib']:,.0f} / {core['extra_peak_mib']:,.0f}" if core else "",
                     percent(ours["relative_error"]),
                 )
@@ -138,7 +144,68 @@ def linear() -> str:
         title = f"**{case[0]}**: {case[1]:,} x {case[2]:,} x {case[3]:,}, bf16 {plain['us']:,.0f} us"
         header = ("format", "Lowbit, us", "", "ComfyUI, us", "times bf16", "peak MiB, ours / ComfyUI", "error")
         parts.append(f"{title}\n\n{table(header, rows)}")
-    return fold("Every shape that was measured", "\n\n".join(parts))
+    environment = result["environment"]
+    caption = f"{environment['gpu']}, torch {environment['torch']}, comfy-kitchen {environment['comfy-kitchen']}."
+    return caption + "\n\n" + fold("Every shape that was measured", "\n\n".join(parts))
+
+
+def peers() -> str:
+    """One shape beside the other libraries that import, from a run that measured them all."""
+    result = read("linear_peers.json")
+    if result is None:
+        return ""
+    found = [r for r in result["results"] if r["case"] == PEER_CASE and r["us"]]
+    names = list(dict.fromkeys(r["contender"] for r in found if r["contender"] != "F.linear"))
+    times = {(r["format"], r["contender"]): f"{r['us']:,.0f}" for r in found}
+    rows = [
+        (f"`{name}`", *(times.get((name, who), "") for who in names))
+        for name in LINEAR_FORMATS
+        if (name, names[0]) in times
+    ]
+    first, environment = found[0], result["environment"]
+    versions = ", ".join(f"{who} {environment[who]}" for who in names if who in environment)
+    caption = (
+        f"Beside other libraries, us for {first['m']:,} x {first['k']:,} x {first['n']:,} "
+        f"(bf16 {times['bf16', 'F.linear']}; {versions}):"
+    )
+    return f"{caption}\n\n{table(('format', *names), rows)}"
+
+
+def blocks() -> str:
+    """Whole transformer blocks: bf16, core's way, ours."""
+    result = read("blocks.json")
+    if result is None:
+        return ""
+    by_key = {(r["block"], r["format"], r["contender"]): r for r in result["results"] if "ms" in r}
+    parts = []
+    for block, title in BLOCK_TITLES.items():
+        plain = by_key[block, "bf16", "F.linear"]
+        rows = []
+        for name in LINEAR_FORMATS:
+            ours, core = by_key.get((block, name, "lowbit")), by_key.get((block, name, "core"))
+            if ours is None:
+                continue
+            rows.append(
+                (
+                    f"`{name}`",
+                    f"{ours['ms']:.2f}",
+                    f"{core['ms']:.2f}" if core else "",
+                    f"{ours['speedup_over_bf16']:.2f}",
+                    f"{core['speedup_over_bf16']:.2f}" if core else "",
+                    f"{ours['extra_peak_mib']:,.0f} / {core['extra_peak_mib']:,.0f}" if core else "",
+                )
+            )
+        header = (
+            "format",
+            "Lowbit, ms",
+            "ComfyUI, ms",
+            "times bf16",
+            "ComfyUI, times bf16",
+            "peak MiB, ours / ComfyUI",
+        )
+        caption = f"**{title}**, bf16 {plain['ms']:.2f} ms and {plain['extra_peak_mib']:,.0f} MiB"
+        parts.append(f"{caption}\n\n{table(header, rows)}")
+    return "\n\n".join(parts)
 
 
 def rate(rows: int, row: dict[str, Any]) -> str:
@@ -204,6 +271,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "quantize": quantize,
     "linear": linear,
+    "peers": peers,
+    "blocks": blocks,
     "attention": attention,
     "support": support,
 }
