@@ -7,6 +7,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,81 +99,88 @@ def _few_rows_method(weight: StoredWeight, rows: int, dtype: torch.dtype, activa
     return "matvec" if rows <= 2 else "decode"
 
 
+class _FewRowsScratch(NamedTuple):
+    """What a product of few rows needs besides its output; None where its method does without."""
+
+    rotated: torch.Tensor | None
+    q: torch.Tensor | None
+    row_scale: torch.Tensor | None
+    words: torch.Tensor | None
+    partial: torch.Tensor | None
+    codes: torch.Tensor | None
+
+
+def _few_rows_scratch(method: str, x: torch.Tensor, weight: StoredWeight, splits: int) -> _FewRowsScratch:
+    rows, columns = x.shape
+    integer = weight.kind != FP8
+    split, blocks = method == "split", method == "blocks"
+    q_shape = (term_count(x.dtype, integer) if split else 0, rows, columns)
+    return _FewRowsScratch(
+        *take_scratch(
+            x.device,
+            ((rows, columns), x.dtype) if weight.rotation else None,
+            (q_shape, torch.int8 if integer else torch.float8_e4m3fn) if split else None,
+            ((rows,), torch.float32) if split else None,
+            ((16, rows, words_width(columns)), x.dtype) if blocks else None,
+            ((splits, rows, weight.rows), torch.float32) if splits > 1 else None,
+            _codes_spec(weight, 1),
+        )
+    )
+
+
 def few_rows_linear(
     x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu
 ) -> torch.Tensor:
     """Multiply a few rows straight from the stored codes."""
-    rows, columns, count = x.shape[0], weight.columns, weight.rows
-    out = torch.empty(rows, count, dtype=x.dtype, device=x.device)
-    method = _few_rows_method(weight, rows, x.dtype, activation, gpu)
-    integer = weight.kind != FP8
-    terms = term_count(x.dtype, integer) if method == "split" else 0
-    width = words_width(columns) if method == "blocks" else 0
+    out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
+    method = _few_rows_method(weight, x.shape[0], x.dtype, activation, gpu)
     tile = 32 if method == "decode" else 64
-    splits = 1 if method == "matvec" else _choose_splits(-(-count // tile), weight.data.shape[1], x.device)
-    integer_dtype = torch.int8 if integer else torch.float8_e4m3fn
-    rotated, q, row_scale, words, partial, codes = take_scratch(
-        x.device,
-        ((rows, columns), x.dtype) if weight.rotation else None,
-        ((terms, rows, columns), integer_dtype) if terms else None,
-        ((rows,), torch.float32) if terms else None,
-        ((16, rows, width), x.dtype) if width else None,
-        ((splits, rows, count), torch.float32) if splits > 1 else None,
-        _codes_spec(weight, 1),
-    )
-    weight = _straight(weight, codes)
+    splits = 1 if method == "matvec" else _choose_splits(-(-weight.rows // tile), weight.data.shape[1], x.device)
+    scratch = _few_rows_scratch(method, x, weight, splits)
+    weight = _straight(weight, scratch.codes)
     if weight.rotation:
-        rotate_rows(x, rotated, None, weight.rotation, activation)
-        x, activation = rotated, None
-    overlap = CAN_OVERLAP and not INTERPRETED and gpu.cc >= HOPPER
+        rotate_rows(x, scratch.rotated, None, weight.rotation, activation)
+        x, activation = scratch.rotated, None
     if method == "split":
-        split_rows(x, q, row_scale, activation, planes=2 if weight.kind == INT4 else 1, overlap=overlap)
-        stages = 2 if terms * rows > 64 else 6 if gpu.cc[0] == 9 else 3
-        matmul_split(
-            q,
-            row_scale,
-            weight,
-            bias,
-            out,
-            partial,
-            splits=splits,
-            assembly=not INTERPRETED,
-            stages=stages,
-            overlap=overlap,
-        )
+        _multiply_split(x, weight, bias, activation, gpu, out, scratch, splits)
     elif method == "blocks":
-        matmul_blocks(
-            x,
-            words,
-            weight,
-            bias,
-            out,
-            partial,
-            splits=splits,
-            assembly=not INTERPRETED,
-            activation=activation,
-            overlap=overlap,
-        )
+        _multiply_blocks(x, weight, bias, activation, gpu, out, scratch, splits)
     else:
-        x = apply_activation(x, activation)
-        hardware = _hardware_e4m3(gpu)
-        as_bytes = weight.code_name in ("e5m2", "e2m1", "int4") or (not hardware and weight.kind in (FP8, MXFP8))
-        stored = weight.data.view(torch.uint8) if as_bytes else weight.data
-        if method == "matvec":
-            matvec_decode(x, weight, stored, bias, out, hardware_e4m3=hardware)
-        else:
-            matmul_decode(
-                x,
-                weight,
-                stored,
-                bias,
-                out,
-                partial,
-                splits=splits,
-                hardware_e4m3=hardware,
-                assembly=not INTERPRETED,
-            )
+        _multiply_decoded(method, apply_activation(x, activation), weight, bias, gpu, out, scratch, splits)
     return out
+
+
+def _overlaps(gpu: Gpu) -> bool:
+    return CAN_OVERLAP and not INTERPRETED and gpu.cc >= HOPPER
+
+
+def _multiply_split(x, weight, bias, activation, gpu, out, scratch, splits) -> None:
+    """x as a sum of 8-bit terms, each multiplied with the stored codes on 8-bit tensor cores."""
+    overlap = _overlaps(gpu)
+    planes = 2 if weight.kind == INT4 else 1
+    split_rows(x, scratch.q, scratch.row_scale, activation, planes=planes, overlap=overlap)
+    terms, rows, _ = scratch.q.shape
+    stages = 2 if terms * rows > 64 else 6 if gpu.cc[0] == 9 else 3
+    options: dict[str, Any] = {"splits": splits, "assembly": not INTERPRETED, "stages": stages, "overlap": overlap}
+    matmul_split(scratch.q, scratch.row_scale, weight, bias, out, scratch.partial, **options)
+
+
+def _multiply_blocks(x, weight, bias, activation, gpu, out, scratch, splits) -> None:
+    """NVFP4 codes decoded eight at a time, x rearranged to meet them."""
+    options: dict[str, Any] = {"splits": splits, "assembly": not INTERPRETED, "activation": activation}
+    matmul_blocks(x, scratch.words, weight, bias, out, scratch.partial, overlap=_overlaps(gpu), **options)
+
+
+def _multiply_decoded(method, x, weight, bias, gpu, out, scratch, splits) -> None:
+    """Codes decoded in registers: sums along K for one or two rows ("matvec"), else 16-bit tensor cores ("decode")."""
+    hardware = _hardware_e4m3(gpu)
+    as_bytes = weight.code_name in ("e5m2", "e2m1", "int4") or (not hardware and weight.kind in (FP8, MXFP8))
+    stored = weight.data.view(torch.uint8) if as_bytes else weight.data
+    if method == "matvec":
+        matvec_decode(x, weight, stored, bias, out, hardware_e4m3=hardware)
+        return
+    options: dict[str, Any] = {"splits": splits, "hardware_e4m3": hardware, "assembly": not INTERPRETED}
+    matmul_decode(x, weight, stored, bias, out, scratch.partial, **options)
 
 
 # --- 8-bit products
