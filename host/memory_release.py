@@ -1,0 +1,81 @@
+"""Moves components off the GPU, keeping their pinned main memory, and measures what that freed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+
+from ..memory.components import SCRATCH
+from ..ops.linear import release_scratch
+from .memory_components import component_of, loaded_patchers, resident
+from .memory_session import session, where
+
+_EVERYTHING = 1 << 50
+
+
+@dataclass(frozen=True)
+class Released:
+    """What a release did.
+
+    Attributes:
+        names: the components that were on the device and left it.
+        weights: bytes of weights that ComfyUI counts as moved.
+        freed: bytes that the device got back, measured.
+    """
+
+    names: tuple[str, ...]
+    weights: int
+    freed: int
+
+    @property
+    def text(self) -> str:
+        """One line for the node."""
+        if not self.names:
+            return "Nothing to release: none of it is on the GPU."
+        return f"Released {', '.join(self.names)}: {self.freed / 2**20:,.0f} MiB freed"
+
+
+def release(names: Collection[str], reason: str = "asked for", keep: Collection[Any] = ()) -> Released:
+    """Evict every loaded model of these components.
+
+    Args:
+        names: of `memory.components`.
+        reason: for the report.
+        keep: patchers whose models stay.
+    """
+    ledger = session().begin()
+    before = ledger.device.read()
+    kept = {id(patcher.model) for patcher in keep}
+    gone: dict[str, int] = {}
+    for patcher in list(loaded_patchers()):
+        name = component_of(patcher.model)
+        if name in names and id(patcher.model) not in kept and ledger.device.holds_models:
+            weights = evict(patcher)
+            if weights:
+                gone[name] = gone.get(name, 0) + weights
+    if SCRATCH in names:
+        scratch = release_scratch()
+        if scratch:
+            gone[SCRATCH] = scratch
+    if gone:
+        comfy.model_management.soft_empty_cache()
+    freed = max(0, before.reserved - ledger.device.read().reserved)
+    released = Released(tuple(gone), sum(gone.values()), freed)
+    ledger.released(where()[1], released.names, reason, freed)
+    return released
+
+
+def evict(patcher: Any) -> int:
+    """Move one model's weights off its device; its pinned main memory and its place in ComfyUI's list stay.
+
+    Returns:
+        Bytes of weights that left.
+    """
+    before = resident(patcher)
+    if not before or patcher.load_device == patcher.offload_device:
+        return 0
+    patcher.partially_unload(patcher.offload_device, _EVERYTHING)
+    return max(0, before - resident(patcher))

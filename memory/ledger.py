@@ -1,0 +1,159 @@
+"""The ledger: what was in memory at each step and phase of a run, the peaks, and what each release really freed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .components import OTHER
+from .devices import Device, resident_bytes
+
+BUDGET = 0.004
+"""Part of the running time that steps may spend on measuring; past it they are skipped until it is made up for."""
+
+MOST_SAMPLES = 20_000
+"""A run's ledger keeps this many samples; after that every second one of the steps is dropped."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Memory at one moment, in bytes, and the time in seconds since the run began.
+
+    Attributes:
+        phase: what was going on: `load`, `sampling`, `decode`, or a node's class.
+        node: id of the ComfyUI node at work.
+        step, steps: of a sampling run; 0 and 0 elsewhere.
+        peak: the most allocated since the sample before.
+        components: resident bytes by name; they add up to `allocated`.
+    """
+
+    seconds: float
+    phase: str
+    node: str
+    step: int
+    steps: int
+    allocated: int
+    reserved: int
+    peak: int
+    free: int | None
+    host_resident: int
+    host_pinned: int
+    components: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Release:
+    """One release: what was asked to go, and the bytes that the device really got back."""
+
+    seconds: float
+    node: str
+    names: tuple[str, ...]
+    reason: str
+    freed: int
+
+
+@dataclass
+class Run:
+    """One prompt's ledger."""
+
+    prompt: str
+    started: float
+    samples: list[Sample] = field(default_factory=list)
+    releases: list[Release] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    measuring_seconds: float = 0.0
+    skipped: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most that was allocated at once."""
+        return max((sample.peak for sample in self.samples), default=0)
+
+
+class Ledger:
+    """Measures a device.
+
+    Args:
+        device: what is measured.
+        components: resident bytes of each component that is known by name; must be cheap.
+        pinned: bytes of pinned main memory.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        components: Callable[[], Mapping[str, int]],
+        pinned: Callable[[], int] = lambda: 0,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.device = device
+        self._components = components
+        self._pinned = pinned
+        self._clock = clock
+        self.run = Run("", clock())
+
+    def begin(self, prompt: str) -> Run:
+        """A new run; the one before is forgotten."""
+        self.run = Run(prompt, self._clock())
+        self.device.reset_peak()
+        return self.run
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began."""
+        return self._clock() - self.run.started
+
+    def sample(self, phase: str, node: str = "", step: int = 0, steps: int = 0) -> Sample:
+        """Measures now and starts a new peak."""
+        began = self._clock()
+        reading = self.device.read()
+        self.device.reset_peak()
+        components = dict(self._components())
+        components[OTHER] = max(0, reading.allocated - sum(components.values()))
+        sample = Sample(
+            seconds=began - self.run.started,
+            phase=phase,
+            node=node,
+            step=step,
+            steps=steps,
+            allocated=reading.allocated,
+            reserved=reading.reserved,
+            peak=max(reading.peak, reading.allocated),
+            free=reading.free,
+            host_resident=resident_bytes(),
+            host_pinned=self._pinned(),
+            components=components,
+        )
+        self.run.samples.append(sample)
+        if len(self.run.samples) > MOST_SAMPLES:
+            self._thin_out()
+        self.run.measuring_seconds += self._clock() - began
+        return sample
+
+    def sample_step(self, phase: str, node: str, step: int, steps: int) -> Sample | None:
+        """`sample`, unless measuring has taken more than its share of this run's time."""
+        if self.run.measuring_seconds > BUDGET * self.seconds:
+            self.run.skipped += 1
+            return None
+        return self.sample(phase, node, step, steps)
+
+    def released(self, node: str, names: tuple[str, ...], reason: str, freed: int) -> Release:
+        """Writes a release down."""
+        release = Release(self.seconds, node, names, reason, freed)
+        self.run.releases.append(release)
+        return release
+
+    def note(self, text: str) -> None:
+        """Writes a remark down, once a run."""
+        if text not in self.run.notes:
+            self.run.notes.append(text)
+
+    def _thin_out(self) -> None:
+        """Halves the samples, keeping each pair's higher peak."""
+        samples = self.run.samples
+        self.run.samples = [
+            max(pair, key=lambda sample: sample.peak) for pair in zip(samples[::2], samples[1::2], strict=False)
+        ]
