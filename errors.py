@@ -19,3 +19,7 @@ class CapabilityError(LowbitError):
 
 class StorageError(LowbitError):
     """A file cannot be written: disk full, folder read-only."""
+
+
+class MemoryBudgetError(LowbitError):
+    """A run needs more memory than the GPU, the machine or the user's limit has."""

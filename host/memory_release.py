@@ -13,7 +13,7 @@ from ..ops.linear import release_scratch
 from .memory_components import component_of, loaded_patchers, resident
 from .memory_session import session, where
 
-_EVERYTHING = 1 << 50
+EVERYTHING = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ def release(names: Collection[str], reason: str = "asked for", keep: Collection[
         reason: for the report.
         keep: patchers whose models stay.
     """
-    ledger = session().begin()
-    before = ledger.device.read()
+    current = session()
+    ledger, before = current.begin(), current.device.read()
     kept = {id(patcher.model) for patcher in keep}
     gone: dict[str, int] = {}
     for patcher in list(loaded_patchers()):
         name = component_of(patcher.model)
-        if name in names and id(patcher.model) not in kept and ledger.device.holds_models:
+        if name is not None and name in names and id(patcher.model) not in kept and can_leave(patcher):
             weights = evict(patcher)
             if weights:
                 gone[name] = gone.get(name, 0) + weights
@@ -62,20 +62,36 @@ def release(names: Collection[str], reason: str = "asked for", keep: Collection[
             gone[SCRATCH] = scratch
     if gone:
         comfy.model_management.soft_empty_cache()
-    freed = max(0, before.reserved - ledger.device.read().reserved)
+    freed = max(0, before.reserved - current.device.read().reserved)
     released = Released(tuple(gone), sum(gone.values()), freed)
-    ledger.released(where()[1], released.names, reason, freed)
+    if gone:
+        ledger.released(where()[1], released.names, reason, freed)
+        current.observe("release")
     return released
 
 
-def evict(patcher: Any) -> int:
-    """Move one model's weights off its device; its pinned main memory and its place in ComfyUI's list stay.
+def can_leave(patcher: Any) -> bool:
+    """Whether a model lies on the measured device and has a place to go."""
+    device = session().device
+    return (
+        device.holds_models
+        and patcher.load_device == device.torch_device
+        and (patcher.offload_device != patcher.load_device or patcher.load_device.type == "cpu")
+    )
+
+
+def evict(patcher: Any, nbytes: int = EVERYTHING) -> int:
+    """Move a model's weights off its device; its pinned main memory and its place in ComfyUI's list stay.
+
+    Args:
+        patcher: of the model.
+        nbytes: about how much; all of it when left out.
 
     Returns:
         Bytes of weights that left.
     """
     before = resident(patcher)
-    if not before or patcher.load_device == patcher.offload_device:
+    if not before:
         return 0
-    patcher.partially_unload(patcher.offload_device, _EVERYTHING)
+    patcher.partially_unload(patcher.offload_device, nbytes)
     return max(0, before - resident(patcher))

@@ -1,22 +1,31 @@
-"""The memory manager's view of the running prompt: its ledger, what node is at work, and what is undone when it ends."""
+"""The memory manager's view of the running prompt: its ledger and limit, the node at work, growth, and what it undoes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any
 
 import comfy.model_management
 from comfy_execution.progress import ProgressHandler, add_progress_handler
 from comfy_execution.utils import get_executing_context
 
+from ..memory.components import OTHER, SCRATCH
 from ..memory.devices import CudaDevice, Device, HostDevice
-from ..memory.ledger import Ledger
+from ..memory.growth import Sentinel
+from ..memory.holders import BYTES, HOLDERS, Holder, Snapshot, find_growth, take_snapshot
+from ..memory.ledger import Ledger, Sample
+from ..ops.linear import release_scratch, scratch_nbytes
 from .memory_components import component_bytes, outside_bytes, pinned_bytes
+from .memory_limit import VramLimit
+from .memory_meter import Meter
 
 log = logging.getLogger("lowbit.memory")
 
 _HANDLER = "lowbit_memory"
+_HOLDERS = (*HOLDERS, Holder("Lowbit's scratch", BYTES, scratch_nbytes, release_scratch))
+# Main memory breathes: file caches, other threads, Python's own allocator.
+_HOST_SLACK = 256 << 20
 
 
 def _core_device() -> Device:
@@ -29,39 +38,91 @@ class Session(ProgressHandler):
 
     def __init__(self, device: Device | None = None):
         super().__init__(_HANDLER)
-        self.ledger = Ledger(device or _core_device(), component_bytes, pinned_bytes)
+        device = device or _core_device()
+        self.device = device
+        self.ledger = Ledger(device, component_bytes, pinned_bytes)
+        self.limit = VramLimit(device)
+        self.sentinel = Sentinel() if device.holds_models else Sentinel(slack=_HOST_SLACK)
+        self.meter = Meter()
         self.registry: Any = None
-        self._undo: dict[str, Callable[[], None]] = {}
+        self.manager_node: str | None = None
+        self._reference: Snapshot | None = None
 
     def begin(self) -> Ledger:
         """The ledger of the running prompt; a new one when the prompt is a new one. Cheap to call at every turn."""
-        prompt, _ = where()
+        prompt, node = where()
         if prompt != self.ledger.run.prompt:
             self.ledger.begin(prompt)
+            self.manager_node = None
             add_progress_handler(self)
+            self.observe("start", node=node)
         return self.ledger
+
+    def manage(self, node_id: str | None, limit: int | None) -> None:
+        """A managed model, text encoder or VAE is at work under the manager node `node_id` with this limit."""
+        self.begin()
+        self.manager_node = node_id
+        self.limit.apply(limit)
+        self.ledger.run.limit = self.limit.nbytes
+
+    def observe(self, phase: str, step: int = 0, steps: int = 0, node: str | None = None) -> Sample | None:
+        """Samples, and tells the browser. Steps may be skipped to keep measuring cheap."""
+        node = where()[1] if node is None else node
+        take = self.ledger.sample_step if steps else self.ledger.sample
+        sample = take(phase, node, step, steps)
+        if sample is not None:
+            self.ledger.run.nodes.setdefault(node, self.node_class(node))
+            self.meter.send(sample, self.ledger.run, self.manager_node, self.device.name, self.limit.nbytes)
+        return sample
+
+    def say(self, text: str) -> None:
+        """A remark for the report, and for the log the first time."""
+        if self.ledger.note(text):
+            log.warning("%s", text)
+
+    def passed(self, phase: Hashable, sample: Sample | None, thorough: bool = False) -> None:
+        """Compares a phase with its earlier passings; on growth names the holder and frees what is safe to free.
+
+        Args:
+            phase: equal when the same use is to be expected.
+            sample: the measurement there; None when it was skipped.
+            thorough: whether there is time to walk all objects, which takes some tenths of a second.
+        """
+        if sample is None:
+            return
+        used = sample.components.get(OTHER, 0) + sample.components.get(SCRATCH, 0)
+        growth = self.sentinel.mark(phase, used, max(0, sample.reserved - sample.allocated))
+        kind = self.device.torch_device.type
+        if thorough and self.sentinel.is_reference(phase):
+            self._reference = take_snapshot(_HOLDERS, kind)
+        if growth is None:
+            return
+        found = [] if self._reference is None else find_growth(_HOLDERS, self._reference, kind)
+        self._reference = take_snapshot(_HOLDERS, kind)
+        if growth.idle:
+            self.device.clear()
+        names = "; ".join(item.text for item in found) or "no known holder"
+        self.say(
+            f"{sample.phase}: {growth.nbytes / 2**20:,.0f} MiB more than before the last {growth.times} passings, "
+            f"{growth.idle / 2**20:,.0f} MiB of it idle ({names})"
+        )
 
     def set_registry(self, registry: Any) -> None:
         """ComfyUI's progress registry, which knows the prompt's graph."""
         self.registry = registry
 
-    def at_end(self, name: str, undo: Callable[[], None]) -> None:
-        """Has `undo` called when this prompt is over; one for each name."""
-        self._undo[name] = undo
-
     def start_handler(self, node_id: str, state: Any, prompt_id: str) -> None:
         """A node starts."""
-        self.ledger.sample(self.node_class(node_id), node_id)
+        self.observe(self.node_class(node_id), node=node_id)
 
     def finish_handler(self, node_id: str, state: Any, prompt_id: str) -> None:
         """A node ends."""
-        self.ledger.sample(self.node_class(node_id), node_id)
+        self.observe(self.node_class(node_id), node=node_id)
 
     def reset(self) -> None:
-        """The next prompt begins: everything that this one changed in ComfyUI is as before."""
-        undo, self._undo = self._undo, {}
-        for restore in undo.values():
-            restore()
+        """The next prompt begins: what this one changed in ComfyUI is as before."""
+        self.limit.remove()
+        self.registry = None
 
     def node_class(self, node_id: str) -> str:
         """Class of a node of the running graph."""
@@ -85,4 +146,10 @@ def session() -> Session:
     """The process's session."""
     if _HANDLER not in _SESSIONS:
         _SESSIONS[_HANDLER] = Session()
+    return _SESSIONS[_HANDLER]
+
+
+def use_device(device: Device) -> Session:
+    """A new session that measures `device`; for tests with a device that is not there."""
+    _SESSIONS[_HANDLER] = Session(device)
     return _SESSIONS[_HANDLER]

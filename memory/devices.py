@@ -43,9 +43,10 @@ class Reading:
 
 
 class Device(Protocol):
-    """What the ledger measures."""
+    """What the ledger measures. `holds_models`: whether weights can leave it for main memory."""
 
     name: str
+    torch_device: torch.device
     holds_models: bool
 
     def read(self) -> Reading:
@@ -69,6 +70,7 @@ class CudaDevice:
     def __init__(self, device: torch.device, outside: Callable[[], int] = lambda: 0):
         self.index = torch.cuda.current_device() if device.index is None else device.index
         self.name = f"cuda:{self.index}"
+        self.torch_device = torch.device("cuda", self.index)
         self._outside = outside
 
     def read(self) -> Reading:
@@ -99,6 +101,7 @@ class HostDevice:
     """This process's main memory, standing in where there is no GPU. Its peak is the highest reading."""
 
     name = HOST_NAME
+    torch_device = torch.device("cpu")
     holds_models = False
 
     def __init__(self) -> None:

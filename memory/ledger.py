@@ -55,21 +55,36 @@ class Release:
 
 @dataclass
 class Run:
-    """One prompt's ledger."""
+    """One prompt's ledger; `nodes` has the class of each node that was at work."""
 
     prompt: str
     started: float
+    nodes: dict[str, str] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     measuring_seconds: float = 0.0
     skipped: int = 0
+    clearings: int = 0
+    limit: int | None = None
+    _peak: int = 0
 
     @property
     def peak(self) -> int:
         """The most that was allocated at once."""
-        return max((sample.peak for sample in self.samples), default=0)
+        return self._peak
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """The middle one of the last steps' times; None before the first step."""
+        last = sorted(self.step_seconds[-9:])
+        return last[len(last) // 2] if last else None
+
+    def add(self, sample: Sample) -> None:
+        """Writes a sample down."""
+        self.samples.append(sample)
+        self._peak = max(self._peak, sample.peak)
 
 
 class Ledger:
@@ -127,7 +142,7 @@ class Ledger:
             host_pinned=self._pinned(),
             components=components,
         )
-        self.run.samples.append(sample)
+        self.run.add(sample)
         if len(self.run.samples) > MOST_SAMPLES:
             self._thin_out()
         self.run.measuring_seconds += self._clock() - began
@@ -146,10 +161,12 @@ class Ledger:
         self.run.releases.append(release)
         return release
 
-    def note(self, text: str) -> None:
-        """Writes a remark down, once a run."""
-        if text not in self.run.notes:
+    def note(self, text: str) -> bool:
+        """Writes a remark down, once a run; returns whether it is new."""
+        new = text not in self.run.notes
+        if new:
             self.run.notes.append(text)
+        return new
 
     def _thin_out(self) -> None:
         """Halves the samples, keeping each pair's higher peak."""

@@ -1,0 +1,139 @@
+"""A VAE under the memory manager: decodes on the GPU within the budget, whole if that fits and tiled if not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ..errors import MemoryBudgetError
+from ..memory.decisions import Tiles, plan_tiles, smaller
+from ..memory.policies import Settings
+from .memory_encoding import managed_class
+from .memory_room import again_after_oom, clear_out, make_way
+from .memory_session import session
+
+_SETTINGS = "_lowbit_memory"
+_SMALLEST_TILE = 256
+"""Pixels; smaller tiles show their seams."""
+
+
+class ManagedVAE:
+    """Mixin over core's VAE: only where and in what pieces it decodes differs."""
+
+    patcher: Any
+    device: torch.device
+    vae_dtype: torch.dtype
+    _lowbit_memory: tuple[Settings, str | None]
+
+    def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
+        """Core's decode; latent in, (batch, [frames,] height, width, channels) out."""
+        options = vae_options or {}
+        self._begin("decode", self.memory_used_decode(samples_in.shape, self.vae_dtype))  # type: ignore[attr-defined]
+        tiles = None if options else self._tiles(samples_in)
+        if tiles is None:
+            out = again_after_oom(
+                lambda: super(ManagedVAE, self).decode(samples_in, options),  # type: ignore[misc]
+                lambda: self._clear_out(),
+                "the decode",
+            )
+        else:
+            session().say(f"The VAE decodes in tiles of {self._pixels(tiles)} pixels: the whole does not fit.")
+            out = self._decode_in(tiles, samples_in)
+        sample = session().observe("decoded")
+        session().passed((type(self).__name__, tuple(samples_in.shape), "decoded"), sample)
+        return out
+
+    def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
+        """Core's encode, after making way for it."""
+        shape = (1, 1, *pixel_samples.shape[-3:-1]) if pixel_samples.ndim == 4 else None
+        self._begin("encode", 0 if shape is None else self.memory_used_encode(shape, self.vae_dtype))  # type: ignore[attr-defined]
+        out = again_after_oom(
+            lambda: super(ManagedVAE, self).encode(pixel_samples),  # type: ignore[misc]
+            lambda: self._clear_out(),
+            "the encode",
+        )
+        session().observe("encoded")
+        return out
+
+    def decode_tiled_(self, *args: Any, **kwargs: Any) -> Any:
+        """Core falls back to this after running out of memory: nothing else needs to be on the GPU then."""
+        return self._tiled("decode_tiled_", args, kwargs)
+
+    def decode_tiled_3d(self, *args: Any, **kwargs: Any) -> Any:
+        """As above, for video."""
+        return self._tiled("decode_tiled_3d", args, kwargs)
+
+    def _begin(self, phase: str, working: float) -> None:
+        settings, node_id = self._lowbit_memory
+        session().manage(node_id, settings.limit_bytes)
+        make_way(settings.row.release_before_decode, self.patcher, working, what=f"the VAE to {phase}")
+        session().observe(phase)
+
+    def _tiled(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if not session().ledger.note("The VAE decoded in tiles."):
+            return getattr(super(), name)(*args, **kwargs)
+        clear_out([self.patcher], "the decode")
+        return getattr(super(), name)(*args, **kwargs)
+
+    def _clear_out(self) -> str:
+        self.patcher.detach()
+        clear_out((), "the VAE")
+        return "everything left the GPU"
+
+    def _tiles(self, samples: torch.Tensor) -> Tiles | None:
+        """How to cut this latent; None when it fits whole, or is of a kind that core cuts by itself."""
+        if samples.ndim not in (4, 5) or self.latent_dim < 2 or not session().device.holds_models:  # type: ignore[attr-defined]
+            return None
+        if self.device != session().device.torch_device or getattr(self, "extra_1d_channel", None) is not None:
+            return None
+        frames = samples.shape[2] if samples.ndim == 5 and self.latent_dim == 3 else 1  # type: ignore[attr-defined]
+
+        def estimate(size: int, length: int | None) -> float:
+            shape = list(samples.shape[:2]) + ([length or samples.shape[2]] if samples.ndim == 5 else [])
+            shape += [min(size, side) for side in samples.shape[-2:]]
+            return float(self.memory_used_decode(tuple(shape), self.vae_dtype))  # type: ignore[attr-defined]
+
+        missing = max(0, int(self.patcher.model_size()) - int(self.patcher.loaded_size()))
+        room = session().limit.room - missing
+        smallest = max(1, _SMALLEST_TILE // self.spacial_compression_decode())  # type: ignore[attr-defined]
+        return plan_tiles(estimate, samples.shape[-2], samples.shape[-1], frames, smallest, room)
+
+    def _decode_in(self, tiles: Tiles, samples: torch.Tensor) -> torch.Tensor:
+        """Decodes in tiles, in smaller ones after running out of memory, until they cannot be smaller."""
+        if self.latent_dim == 2 and samples.ndim == 5:  # type: ignore[attr-defined]
+            samples = samples[:, :, 0]
+        smallest = max(1, _SMALLEST_TILE // self.spacial_compression_decode())  # type: ignore[attr-defined]
+        current: Tiles | None = tiles
+        while current is not None:
+            try:
+                return self._decode_tiles(current, samples)
+            except Exception as error:  # noqa: BLE001
+                comfy.model_management.raise_non_oom(error)
+            clear_out([self.patcher], "the decode")
+            current = smaller(current, smallest)
+            if current is not None:
+                session().say(f"Out of memory in the decode: done again in tiles of {self._pixels(current)} pixels.")
+        raise MemoryBudgetError(
+            f"The VAE ran out of memory even in tiles of {_SMALLEST_TILE} pixels, with {session().limit.budget / 2**30:.2f} "
+            "GiB for it: close what else uses the GPU, raise vram_limit_gib, or load the VAE in bf16."
+        )
+
+    def _decode_tiles(self, tiles: Tiles, samples: torch.Tensor) -> torch.Tensor:
+        time = {} if tiles.frames is None else {"tile_t": tiles.frames, "overlap_t": tiles.overlap_frames}
+        return self.decode_tiled(  # type: ignore[attr-defined]
+            samples, tile_x=tiles.size, tile_y=tiles.size, overlap=tiles.overlap, **time
+        )
+
+    def _pixels(self, tiles: Tiles) -> int:
+        return tiles.size * self.spacial_compression_decode()  # type: ignore[attr-defined]
+
+
+def manage_vae(vae: Any, settings: Settings, node_id: str | None) -> Any:
+    """A managed VAE that shares the model and patcher of this one."""
+    managed = copy.copy(vae)
+    managed.__class__ = managed_class(type(vae), ManagedVAE)
+    setattr(managed, _SETTINGS, (settings, node_id))
+    return managed

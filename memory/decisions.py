@@ -1,0 +1,113 @@
+"""What to do with the numbers: when to clear between steps, when to run prompts one at a time, how to tile a decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .devices import Reading
+from .policies import AUTO, EVERY, ON
+
+LEAST_CLEARED = 256 << 20
+"""Less than this is never worth a clearing between steps."""
+
+
+def clears_now(choice: str, every: int, step: int, reading: Reading, room: int, budget: int, fraction: float) -> bool:
+    """Whether to give idle memory back after a step.
+
+    Args:
+        choice: of `policies.STEP_CLEARING`.
+        every: the N of `every N`.
+        step: how many steps are done.
+        reading: the device now.
+        room: bytes that could still be taken within the budget.
+        budget: bytes that may be used in all.
+        fraction: the policy's `clearing_fraction`.
+    """
+    if choice == EVERY:
+        return step % every == 0
+    threshold = max(LEAST_CLEARED, fraction * budget)
+    # Idle memory harms nobody while there is room: giving it back would only make the next step ask for it again.
+    return choice == AUTO and reading.idle > threshold and room < threshold
+
+
+@dataclass(frozen=True)
+class PassDemand:
+    """What one step needs, in bytes.
+
+    Attributes:
+        weights: of the diffusion model.
+        single: working memory with one prompt at a time.
+        batched: working memory with all prompts together.
+        budget: what model and working memory may take in all.
+        prompts: how many.
+    """
+
+    weights: int
+    single: int
+    batched: int
+    budget: int
+    prompts: int
+
+
+def runs_one_at_a_time(choice: str, demand: PassDemand) -> bool:
+    """Whether the prompts of a step run one after the other.
+
+    With `auto` when the batch does not fit at all, or when the weights that must then stream, once for each prompt, are
+    still fewer than those that stream beside the batch's larger working memory.
+    """
+    if demand.prompts < 2:
+        return False
+    if choice != AUTO:
+        return choice == ON
+    if demand.batched > demand.budget:
+        return True
+    together = max(0, demand.weights - (demand.budget - demand.batched))
+    apart = demand.prompts * max(0, demand.weights - (demand.budget - demand.single))
+    return apart < together
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How to cut a latent: tile and overlap along height and width, and along time (None for the whole)."""
+
+    size: int
+    overlap: int
+    frames: int | None
+    overlap_frames: int | None
+
+
+def plan_tiles(
+    estimate: Callable[[int, int | None], float], height: int, width: int, frames: int, smallest: int, room: float
+) -> Tiles | None:
+    """The largest tiles whose decode fits, or the smallest there are when none does; None when the whole fits.
+
+    Args:
+        estimate: bytes that a decode takes, from a tile's size along height and width, and its frames (None for all).
+        height, width, frames: of the latent; frames is 1 for an image.
+        smallest: the least tile size that gives a sound picture.
+        room: bytes there are for it.
+    """
+    whole = max(height, width)
+    if estimate(whole, None) <= room:
+        return None
+    size = whole
+    while size > smallest and (size >= whole or estimate(size, None) > room):
+        size = max(smallest, -(-size // 2))
+    length: int | None = None
+    if frames > 2 and estimate(size, None) > room:
+        length = frames
+        while length > 2 and estimate(size, length) > room:
+            length = -(-length // 2)
+    overlap = max(1, size // 4)
+    if length is None or length >= frames:
+        return Tiles(size, overlap, None, None)
+    return Tiles(size, overlap, length, max(1, length // 4))
+
+
+def smaller(tiles: Tiles, smallest: int) -> Tiles | None:
+    """Tiles of half the size, for after an out-of-memory error; None when they cannot be smaller."""
+    if tiles.size <= smallest:
+        return None
+    size = max(smallest, -(-tiles.size // 2))
+    return Tiles(size, max(1, size // 4), tiles.frames, tiles.overlap_frames)

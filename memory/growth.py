@@ -1,0 +1,88 @@
+"""The growth sentinel: compares the same phase of one prompt and the next, and of one window and the next."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+WARM_UP = 2
+"""How many times a phase is passed before it counts: caches fill, kernels are compiled, buffers find their size."""
+
+TOLERANCE = 0.01
+"""Growth below this part of the reference is noise."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A phase that takes more than it did.
+
+    Attributes:
+        phase: which.
+        times: how often it was passed.
+        before: bytes when it first counted, or when growth was last reported.
+        now: bytes now.
+        idle: how much of the difference is reserved and not used.
+    """
+
+    phase: Hashable
+    times: int
+    before: int
+    now: int
+    idle: int
+
+    @property
+    def nbytes(self) -> int:
+        """How much more it is."""
+        return self.now - self.before
+
+
+@dataclass
+class _Passed:
+    times: int = 0
+    used: int = 0
+    idle: int = 0
+
+
+class Sentinel:
+    """Remembers each phase's third passing and reports later ones that take more.
+
+    Args:
+        slack: bytes of growth that are noise in any case.
+        most_phases: how many phases are remembered; the oldest are forgotten.
+    """
+
+    def __init__(self, slack: int = 16 << 20, most_phases: int = 256):
+        self.slack = slack
+        self._most = most_phases
+        self._phases: dict[Hashable, _Passed] = {}
+
+    def mark(self, phase: Hashable, used: int, idle: int = 0) -> Growth | None:
+        """Notes that `phase` was passed.
+
+        Args:
+            phase: anything that is equal when the same is to be expected: model, shapes, place in the run.
+            used: bytes that are neither a known model's weights nor idle.
+            idle: bytes that are reserved and not used.
+
+        Returns:
+            What grew, once for each further slack; None while all is well.
+        """
+        passed = self._phases.pop(phase, None) or _Passed()
+        self._phases[phase] = passed
+        if len(self._phases) > self._most:
+            del self._phases[next(iter(self._phases))]
+        passed.times += 1
+        if passed.times <= WARM_UP + 1:
+            passed.used, passed.idle = used, idle
+            return None
+        allowed = max(self.slack, TOLERANCE * (passed.used + passed.idle))
+        if used + idle <= passed.used + passed.idle + allowed:
+            return None
+        growth = Growth(phase, passed.times, passed.used + passed.idle, used + idle, max(0, idle - passed.idle))
+        passed.used, passed.idle = used, idle
+        return growth
+
+    def is_reference(self, phase: Hashable) -> bool:
+        """Whether the last `mark` of this phase was the one that later ones are compared with."""
+        passed = self._phases.get(phase)
+        return passed is not None and passed.times == WARM_UP + 1
