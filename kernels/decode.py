@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .hadamard import rotate_reference
-from .stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4, PACKED_KINDS, StoredWeight
+from .stored_weight import INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4, PACKED_KINDS, StoredWeight
 
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -108,8 +108,3 @@ def decode_reference(weight: StoredWeight, dtype: torch.dtype, rotated: bool = F
 def is_integer_grid(weight: StoredWeight) -> bool:
     """Whether W is an int8 grid with one scale per row (or in all), which an INT8 product takes as it is."""
     return weight.kind in (INT8, INT4, INT4_CODEBOOK) and weight.correction is None
-
-
-def is_float8(weight: StoredWeight) -> bool:
-    """Whether W is stored as plain e4m3 or e5m2 codes."""
-    return weight.kind == FP8

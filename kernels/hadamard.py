@@ -7,9 +7,6 @@ import math
 
 import torch
 
-ROTATION_SIZES = (4, 16, 64, 256, 1024)
-"""Group sizes a regular Hadamard matrix built from its 4 x 4 kernel can have (powers of four)."""
-
 
 @functools.lru_cache(maxsize=32)
 def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

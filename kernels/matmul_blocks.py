@@ -1,6 +1,6 @@
-"""Weight-only matmul for few rows of x and block-scaled weights (nvfp4, mxfp8), decoded in 64-bit words.
+"""Weight-only matmul for few rows of x and nvfp4 weights, decoded in 64-bit words.
 
-A word is one nvfp4 block of 16 columns, or a quarter of an mxfp8 block. Tensor core operands hold pairs of neighbours
+A word is one block of 16 columns. Tensor core operands hold pairs of neighbours
 along K, so column j of two neighbouring words is decoded in one register and multiplied by the pair of their scales, and
 every j has its own small dot: no number ever has to move to another thread after it is decoded.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .decode_tiles import e2m1_to_float32, e4m3_to_float32, e8m0_to_float32, swizzled_offset
+from .decode_tiles import e2m1_to_float32, e4m3_to_float32, swizzled_offset
 from .launch import launch
 from .matmul_decode import sum_splits
 from .quantize_rows import _activate
@@ -55,56 +55,29 @@ def _nvfp4_assembly(kind: str, high: int, low: int, mask: str) -> str:
     return _assembly(16, body)
 
 
-def _mxfp8_assembly(kind: str, shift: int, mask: str, one: str) -> str:
-    """Two words to 8 pairs: e4m3 bits shifted into place, times the power of two that their bias lacks, times scale."""
-    body = [f"mov.b32 one, {one};"]
-    for byte in range(8):
-        body += _pair(byte)
-        body += [
-            f"shr.b32 t, p, {shift};",
-            f"and.b32 t, t, {mask};",
-            "lop3.b32 t, p, 0x80008000, t, 0xEA;",
-            f"fma.rn.{kind} t, t, one, zero;",
-            f"fma.rn.{kind} ${byte}, t, $10, zero;",
-        ]
-    return _assembly(8, body)
-
-
 _NVFP4_BFLOAT16 = constexpr(_nvfp4_assembly("bf16x2", 2, 6, "0x01c001c0"))
 _NVFP4_FLOAT16 = constexpr(_nvfp4_assembly("f16x2", 5, 9, "0x0e000e00"))
-_MXFP8_BFLOAT16 = constexpr(_mxfp8_assembly("bf16x2", 4, "0x07f007f0", "0x7b807b80"))
-_MXFP8_FLOAT16 = constexpr(_mxfp8_assembly("f16x2", 1, "0x3f803f80", "0x5c005c00"))
 _NVFP4_CONSTRAINTS = constexpr(",".join(["=r"] * 16 + ["l", "l", "r"]))
-_MXFP8_CONSTRAINTS = constexpr(",".join(["=r"] * 8 + ["l", "l", "r"]))
-_BFLOAT16_8 = constexpr((tl.bfloat16,) * 8)
-_FLOAT16_8 = constexpr((tl.float16,) * 8)
 _BFLOAT16_16 = constexpr((tl.bfloat16,) * 16)
 _FLOAT16_16 = constexpr((tl.float16,) * 16)
 
 
 @triton.jit
-def _word_scale(stored, NVFP4: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Scales of the words as DTYPE; in assembly nvfp4's carry all but `_leftover` of what its codes lack."""
-    if NVFP4:
-        scale = e4m3_to_float32(stored)
-        if ASSEMBLY and DTYPE == tl.bfloat16:  # noqa: SIM300
-            scale = scale * 3.3230699894622897e35  # 2 ** 118
-        elif ASSEMBLY:
-            scale = scale * 128.0
-    else:
-        scale = e8m0_to_float32(stored)
+def _word_scale(stored, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Scales of the words as DTYPE; in assembly they carry all but a power of two of what the shifted codes lack."""
+    scale = e4m3_to_float32(stored)
+    if ASSEMBLY and DTYPE == tl.bfloat16:  # noqa: SIM300
+        scale = scale * 3.3230699894622897e35  # 2 ** 118
+    elif ASSEMBLY:
+        scale = scale * 128.0
     return scale.to(DTYPE)
 
 
 @triton.jit
-def _column_of_words(words, scale, NVFP4: tl.constexpr, j: tl.constexpr, DTYPE: tl.constexpr):
+def _column_of_words(words, scale, j: tl.constexpr, DTYPE: tl.constexpr):
     """Column j of every word, decoded in plain operations."""
-    if NVFP4:
-        code = (words >> (8 * (j // 2) + 4 * (1 - j % 2))).to(tl.int32) & 0xF
-        value = e2m1_to_float32(code)
-    else:
-        value = e4m3_to_float32((words >> (8 * j)).to(tl.int32) & 0xFF)
-    return (value * scale.to(tl.float32)).to(DTYPE)
+    code = (words >> (8 * (j // 2) + 4 * (1 - j % 2))).to(tl.int32) & 0xF
+    return (e2m1_to_float32(code) * scale.to(tl.float32)).to(DTYPE)
 
 
 @triton.jit
@@ -148,7 +121,6 @@ def _matmul_blocks_kernel(
     tiles_per_row,
     K: tl.constexpr,
     WIDTH: tl.constexpr,
-    NVFP4: tl.constexpr,
     FINAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -160,11 +132,10 @@ def _matmul_blocks_kernel(
 ):
     """Out (M, N); FINAL False: (SPLITS, M, N) float32 partial products without scale and bias.
 
-    x comes as (COLUMNS, M, WIDTH) from `_words_of_rows_kernel`; stride_wn counts words.
+    x comes as (16, M, WIDTH) from `_words_of_rows_kernel`; stride_wn counts words.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    COLUMNS: tl.constexpr = 16 if NVFP4 else 8
-    TOTAL: tl.constexpr = (K + COLUMNS - 1) // COLUMNS
+    TOTAL: tl.constexpr = (K + 15) // 16
     LENGTH: tl.constexpr = ((TOTAL + WORDS * SPLITS - 1) // (WORDS * SPLITS)) * WORDS
     EVEN: tl.constexpr = TOTAL % (WORDS * SPLITS) == 0
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -172,8 +143,7 @@ def _matmul_blocks_kernel(
     safe_n = tl.where(n < N, n, 0)
     word = tl.program_id(1) * LENGTH + tl.arange(0, WORDS)
     w_tile = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + word[None, :]
-    PER_SCALE: tl.constexpr = 1 if NVFP4 else 4
-    s_tile = block_scale_ptr + swizzled_offset(safe_n[:, None], (word // PER_SCALE)[None, :], tiles_per_row)
+    s_tile = block_scale_ptr + swizzled_offset(safe_n[:, None], word[None, :], tiles_per_row)
     x_tile = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :] * WIDTH + word[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     if OVERLAP:
@@ -181,42 +151,31 @@ def _matmul_blocks_kernel(
     for step in range(0, LENGTH, WORDS):
         if EVEN:
             words = tl.load(w_tile + step)
-            stored = tl.load(s_tile + step // (4 * PER_SCALE) * 512)
+            stored = tl.load(s_tile + step // 4 * 512)
         else:
             words = tl.load(w_tile + step, mask=(word < TOTAL - step)[None, :], other=0)
-            stored = tl.load(s_tile + step // (4 * PER_SCALE) * 512, mask=(word < TOTAL - step)[None, :], other=0)
-        scale = _word_scale(stored, NVFP4, DTYPE, ASSEMBLY)
+            stored = tl.load(s_tile + step // 4 * 512, mask=(word < TOTAL - step)[None, :], other=0)
+        scale = _word_scale(stored, DTYPE, ASSEMBLY)
         if ASSEMBLY:
-            if NVFP4:
-                if DTYPE == tl.bfloat16:  # noqa: SIM300
-                    pieces = tl.inline_asm_elementwise(
-                        _NVFP4_BFLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _BFLOAT16_16, is_pure=True, pack=2
-                    )
-                else:
-                    pieces = tl.inline_asm_elementwise(
-                        _NVFP4_FLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
-                    )
+            if DTYPE == tl.bfloat16:  # noqa: SIM300
+                pieces = tl.inline_asm_elementwise(
+                    _NVFP4_BFLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _BFLOAT16_16, is_pure=True, pack=2
+                )
             else:
-                if DTYPE == tl.bfloat16:  # noqa: SIM300
-                    pieces = tl.inline_asm_elementwise(
-                        _MXFP8_BFLOAT16, _MXFP8_CONSTRAINTS, [words, scale], _BFLOAT16_8, is_pure=True, pack=2
-                    )
-                else:
-                    pieces = tl.inline_asm_elementwise(
-                        _MXFP8_FLOAT16, _MXFP8_CONSTRAINTS, [words, scale], _FLOAT16_8, is_pure=True, pack=2
-                    )
-        for j in tl.static_range(COLUMNS):
+                pieces = tl.inline_asm_elementwise(
+                    _NVFP4_FLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
+                )
+        for j in tl.static_range(16):
             if EVEN:
                 x = tl.load(x_tile + step + j * M * WIDTH)
             else:
                 x = tl.load(x_tile + step + j * M * WIDTH, mask=(word < TOTAL - step)[:, None], other=0.0)
-            w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, NVFP4, j, DTYPE)
+            w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, j, DTYPE)
             acc = tl.dot(w, x, acc)
-    if NVFP4 and ASSEMBLY:
+    if ASSEMBLY:
         acc = acc * (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
     if FINAL:
-        if NVFP4:
-            acc = acc * tl.load(scale_ptr)
+        acc = acc * tl.load(scale_ptr)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + safe_n).to(tl.float32)[:, None]
     target = out_ptr + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * stride_out + n[:, None]
@@ -295,7 +254,6 @@ def matmul_blocks(
         {
             "K": columns,
             "WIDTH": width,
-            "NVFP4": True,
             "FINAL": single,
             "HAS_BIAS": bias is not None,
             "ASSEMBLY": assembly,

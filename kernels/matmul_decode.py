@@ -149,7 +149,7 @@ def _decode_matmul_kernel(
 ):
     """BLOCK_M rows of x by 16-bit dots, W as the left operand. BLOCK_K counts stored bytes (two columns, if packed)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    PACKED: tl.constexpr = KIND == "e2m1" or KIND == "int4"
+    PACKED: tl.constexpr = KIND == "e2m1"
     GROUP: tl.constexpr = 8 if KIND == "e2m1" else (32 if KIND == "mxfp8" else 1)
     BYTES: tl.constexpr = (K + 1) // 2 if PACKED else K
     LENGTH: tl.constexpr = ((BYTES + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)) * BLOCK_K
@@ -185,12 +185,9 @@ def _decode_matmul_kernel(
             column = (start + lane) * 2
             x_even = tl.load(x_row + column[:, None] * stride_xk, mask=(column < K)[:, None], other=0.0)
             x_odd = tl.load(x_row + (column + 1)[:, None] * stride_xk, mask=(column + 1 < K)[:, None], other=0.0)
-            if KIND == "e2m1":
-                even, odd = e2m1_pairs(code, DTYPE, ASSEMBLY)
-                even = even * block_scale.to(DTYPE)
-                odd = odd * block_scale.to(DTYPE)
-            else:
-                even, odd = int4_pairs(code, DTYPE)
+            even, odd = e2m1_pairs(code, DTYPE, ASSEMBLY)
+            even = even * block_scale.to(DTYPE)
+            odd = odd * block_scale.to(DTYPE)
             acc = tl.dot(even, x_even, acc)
             acc = tl.dot(odd, x_odd, acc)
         else:
@@ -198,8 +195,6 @@ def _decode_matmul_kernel(
             x = tl.load(x_row + column[:, None] * stride_xk, mask=(column < K)[:, None], other=0.0)
             if GROUP > 1:
                 w = (code_to_float32(code, KIND, HARDWARE_E4M3) * block_scale).to(DTYPE)
-            elif KIND == "int8":
-                w = code.to(DTYPE)
             else:
                 w = code_to_float32(code, KIND, HARDWARE_E4M3).to(DTYPE)
             acc = tl.dot(w, x, acc)
@@ -324,7 +319,7 @@ def matmul_decode(
     hardware_e4m3: bool,
     assembly: bool,
 ) -> None:
-    """Weight-only product of x (M, K) and any kind but int4_codebook into `out` (M, N), by 16-bit dots.
+    """Weight-only product of x (M, K) and an fp8, mxfp8 or nvfp4 weight into `out` (M, N), by 16-bit dots.
 
     As `matvec_decode`, with `partial` (splits, M, N) float32 work space for splits > 1.
     """

@@ -201,7 +201,7 @@ NARROW = Tiles(64, 128, 128, 8, 4, 4, store_descriptor=True, flatten=False, wave
 
 
 def choose_tiles(rows: int, columns: int, depth: int, out_bytes: int) -> Tiles:
-    """Tiles for (rows, depth) x (columns, depth), as measured on an H200 (benchmarks/results/linear_tiles.json).
+    """Tiles for (rows, depth) x (columns, depth), as measured on an H200.
 
     out_bytes: bytes of an output element; the wide tiles of a float32 output do not fit into shared memory.
     """
@@ -253,10 +253,10 @@ def matmul_rows(
     if descriptors and can_use_descriptors(a, b, out):
         t = tiles or choose_tiles(rows, columns, depth, out.element_size())
         count = ceil_div(rows, t.block_m) * ceil_div(columns, t.block_n)
-        programs = min(multiprocessor_count(a.device.index or 0) * t.waves, count)
+        programs = multiprocessor_count(a.device.index or 0) * t.waves
         launch(
             _matmul_rows_descriptor_kernel,
-            (programs, 1, 1),
+            (min(programs, count), 1, 1),
             (
                 TensorDescriptor.from_tensor(a, [t.block_m, t.block_k]),
                 TensorDescriptor.from_tensor(b, [t.block_n, t.block_k]),

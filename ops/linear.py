@@ -21,6 +21,9 @@ from .scratch import release_scratch, scratch_nbytes
 
 __all__ = ["LinearDescription", "describe_linear", "quantized_linear", "release_scratch", "scratch_nbytes"]
 
+MOST_OFFSET = 1 << 31
+"""Kernels count within a row in 32 bits: a row that spans more elements than this is copied first."""
+
 _FLAT_PATHS = (FEW_ROWS, FP8_ROWS, INT8_ROWS)
 _INTERPRETED_GPU = Gpu((9, 0))
 
@@ -89,13 +92,15 @@ def linear_stored(
         path = choose_path(weight.kind, fast, rows, weight.rows, weight.columns, x.dtype, gpu, corrected)
     if path == REFERENCE:
         return linear_reference(x, weight, bias, fast=fast, activation=activation)
-    if path == KITCHEN:
-        return kitchen_linear(x, weight, bias, activation).reshape(shape)
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return linear_stored(x, weight, bias, fast, activation)
+    if path == KITCHEN:
+        return kitchen_linear(x, weight, bias, activation).reshape(shape)
     if path in _FLAT_PATHS and x.dim() != 2:
         x = x.reshape(rows, weight.columns)
+    if x.stride(-1) * weight.columns >= MOST_OFFSET:
+        x = x.contiguous()
     out = LINEAR_PATHS[path](x, weight, bias, activation, gpu)
     return out if out.dim() == len(shape) else out.reshape(shape)
 

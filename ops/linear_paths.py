@@ -55,8 +55,16 @@ def _bias_like(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | 
 
 
 @functools.lru_cache(maxsize=64)
+def _kept_ones(count: int, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.ones(1, count, device=device)
+
+
 def _ones(count: int, device: torch.device) -> torch.Tensor:
-    return torch.ones(1, count, device=device)
+    """(1, count) ones, kept; while a CUDA graph is captured, ones of that graph, which only its replay writes."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.ones(1, count, device=device)
+    return _kept_ones(count, device)
 
 
 def _hardware_e4m3(gpu: Gpu) -> bool:
@@ -118,7 +126,8 @@ def _few_rows_scratch(method: str, x: torch.Tensor, weight: StoredWeight, splits
     return _FewRowsScratch(
         *take_scratch(
             x.device,
-            ((rows, columns), x.dtype) if weight.rotation else None,
+            # A rotated row can be 16 times as large as x, which is more than float16 holds.
+            ((rows, columns), torch.float32 if x.dtype == torch.float16 else x.dtype) if weight.rotation else None,
             (q_shape, torch.int8 if integer else torch.float8_e4m3fn) if split else None,
             ((rows,), torch.float32) if split else None,
             ((16, rows, words_width(columns)), x.dtype) if blocks else None,
@@ -238,6 +247,8 @@ def _fp8_matmul(
                 use_fast_accum=True,
                 out=out,
             )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if not kernels_run_on(out):
                 raise

@@ -97,10 +97,10 @@ RULES = (
     Rule(FEW_ROWS, (FP8, INT8, INT4, MXFP8, NVFP4), None, rows=(1, 32), cc=(AMPERE, NO_CC), dtypes=HALF),
     Rule(FEW_ROWS, (FP8, INT8, MXFP8, NVFP4, INT4), None, rows=(1, 2), cc=(AMPERE, NO_CC)),
     # Block formats where the tensor cores take them as they are.
-    Rule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False),
+    Rule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False, multiple=32),
     # 8-bit products. comfy-kitchen's INT8 kernel is tuned for every GPU but Hopper.
-    Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(TURING, HOPPER), triton=False, kitchen=True),
-    Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(BLACKWELL, NO_CC), triton=False, kitchen=True),
+    Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(TURING, HOPPER), triton=False, kitchen=True, multiple=16),
+    Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(BLACKWELL, NO_CC), triton=False, kitchen=True, multiple=16),
     Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC)),
     Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC), dtypes=(torch.bfloat16,), triton=False, multiple=16),
     Rule(FP8_ROWS, (MXFP8, NVFP4), True, cc=(ADA, BLACKWELL)),

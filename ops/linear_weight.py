@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4, StoredWeight
 
 FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -38,15 +39,32 @@ def _int8(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight |
     return StoredWeight(INT8, data, scale, rows, columns, rotation=rotation)
 
 
+def _check_blocks(weight: StoredWeight) -> StoredWeight:
+    """`weight`, whose codes and swizzled scales are as large as its sizes say: kernels read them without looking.
+
+    Raises:
+        CheckpointError: they are smaller.
+    """
+    data, per_byte = weight.data, 2 if weight.kind == NVFP4 else 1
+    scales = -(-weight.rows // 128) * 128 * 4 * weight.scale_tiles_per_row
+    if data.shape[0] < weight.rows or data.shape[1] * per_byte < weight.columns or weight.block_scale.numel() < scales:
+        raise CheckpointError(
+            f"A {weight.kind} weight of {weight.rows} x {weight.columns} is stored as {tuple(data.shape)} codes with "
+            f"{weight.block_scale.numel()} block scales where {scales} are needed: the file is damaged, quantize it again."
+        )
+    return weight
+
+
 def _mxfp8(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
-    return StoredWeight(MXFP8, data, None, rows, columns, params.scale.view(torch.uint8), group=32)
+    return _check_blocks(StoredWeight(MXFP8, data, None, rows, columns, params.scale.view(torch.uint8), group=32))
 
 
 def _nvfp4(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
     if params.scale.numel() != 1:
         return None
     scale = _flat_scale(params.scale, rows)
-    return StoredWeight(NVFP4, data, scale, rows, columns, params.block_scale.view(torch.uint8), group=16)
+    block_scale = params.block_scale.view(torch.uint8)
+    return _check_blocks(StoredWeight(NVFP4, data, scale, rows, columns, block_scale, group=16))
 
 
 def _int4(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
@@ -89,7 +107,11 @@ LAYOUT_READERS: Mapping[str, Callable[..., StoredWeight | None]] = MappingProxyT
 
 
 def stored_weight(weight: Any) -> StoredWeight | None:
-    """`weight`'s parts, or None where it is no quantized tensor of a kind the kernels know (or is transposed)."""
+    """`weight`'s parts, or None where it is no quantized tensor of a kind the kernels know (or is transposed).
+
+    Raises:
+        CheckpointError: its codes or block scales are smaller than its shape needs.
+    """
     layout = getattr(weight, "_layout_cls", None)
     reader = LAYOUT_READERS.get(layout) if isinstance(layout, str) else None
     if reader is None:

@@ -35,7 +35,9 @@ class Scratch:
             total = _total(specs)
             if self.nbytes < total:
                 self.release()
-                self.buffer = torch.empty(-(-total // _ROUND_UP) * _ROUND_UP, dtype=torch.uint8, device=device)
+                # Made as an ordinary tensor, so that it can be written inside and outside of inference mode.
+                with torch.inference_mode(False):
+                    self.buffer = torch.empty(-(-total // _ROUND_UP) * _ROUND_UP, dtype=torch.uint8, device=device)
             if len(self.views) >= _MOST_VIEWS:
                 self.views.clear()
             views = self.views[specs] = _cut(self.buffer, specs)

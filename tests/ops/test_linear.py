@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import comfy_kitchen as ck
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,16 @@ from comfy_kitchen.tensor import QuantizedTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.errors import FormatError
+from lowbit.errors import CheckpointError, FormatError
+from lowbit.kernels.decode import decode_reference
+from lowbit.kernels.stored_weight import MXFP8, NVFP4, StoredWeight
+from lowbit.ops import linear_paths
 from lowbit.ops.layouts import register_layouts
 from lowbit.ops.linear import describe_linear, quantized_linear, release_scratch, scratch_nbytes
+from lowbit.ops.linear_kitchen import kitchen_linear
 from lowbit.ops.linear_table import PATHS, RULES, Gpu, choose_path
 from lowbit.ops.linear_weight import LAYOUT_READERS, stored_weight
+from lowbit.ops.scratch import Scratch
 
 register_layouts()
 torch.set_num_threads(1)
@@ -312,3 +319,83 @@ assert choose_path("int4_codebook", True, 1, 512, 512, torch.bfloat16, gpu, True
     environment = {"LOWBIT_LINEAR_PATH": "scratch", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_block_formats_that_are_too_small_are_refused(name):
+    """Kernels read codes and block scales without looking at their sizes."""
+    weight = _weight(name, 160, 96)
+    field = "scale" if name == "mxfp8" else "block_scale"
+    cut = dataclasses.replace(weight._params, **{field: getattr(weight._params, field).flatten()[:960]})
+    with pytest.raises(CheckpointError, match="block scales"):
+        stored_weight(QuantizedTensor(weight._qdata, weight._layout_cls, cut))
+    larger = dataclasses.replace(weight._params, orig_shape=(256, 256))
+    with pytest.raises(CheckpointError, match="256 x 256"):
+        stored_weight(QuantizedTensor(weight._qdata, weight._layout_cls, larger))
+
+
+def _decoding_product(
+    q, data, *, tensor_scale_a=None, tensor_scale_b=None, block_scale_a, block_scale_b, bias, out_dtype
+):
+    """Stands in for comfy-kitchen's block-scaled products, which need a Blackwell GPU: decodes both sides."""
+    sides = []
+    for codes, scale, block in ((q, tensor_scale_a, block_scale_a), (data, tensor_scale_b, block_scale_b)):
+        kind, columns = (MXFP8, codes.shape[1]) if scale is None else (NVFP4, codes.shape[1] * 2)
+        group = 32 if kind == MXFP8 else 16
+        whole = None if scale is None else scale.reshape(1)
+        stored = StoredWeight(kind, codes, whole, codes.shape[0], columns, block.view(torch.uint8), group=group)
+        sides.append(decode_reference(stored, torch.float32))
+    return (sides[0] @ sides[1].t()).to(out_dtype)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "int8", "int8_convrot"])
+@pytest.mark.parametrize("rows", [1, 33, 130, 300])
+def test_kitchen_rows_do_not_poison_each_other(name, rows, monkeypatch):
+    """By comfy-kitchen's plain backend: a NaN or Inf row stays alone, and x may lie anywhere."""
+    monkeypatch.setattr(ck, "scaled_mm_nvfp4", _decoding_product)
+    monkeypatch.setattr(ck, "scaled_mm_mxfp8", _decoding_product)
+    weight = stored_weight(_weight(name, 64, 256, torch.bfloat16))
+    storage = torch.randn(3 * 256 + rows * 256 + 1).bfloat16()
+    x = storage[1 : 1 + rows * 256].view(rows, 256)
+    if rows > 1:
+        x[1, 5], x[rows - 1, 7] = float("nan"), float("inf")
+    out = kitchen_linear(x, weight, None, None)
+    reference = x.double() @ decode_reference(weight, torch.float64).t()
+    fine = [row for row in range(rows) if rows == 1 or row not in (1, rows - 1)]
+    assert ((out[fine].double() - reference[fine]).norm() / reference[fine].norm()).item() < 0.15
+    assert out.is_contiguous()
+    if rows > 1:
+        assert not out[1].isfinite().any()
+        assert not out[rows - 1].isfinite().any()
+
+
+def test_out_of_memory_is_not_taken_for_a_refusal(monkeypatch):
+    """cuBLAS stays in use after an out-of-memory error, which reaches the caller."""
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch, "_scaled_mm", fails)
+    monkeypatch.setattr(linear_paths, "kernels_run_on", lambda out: True)
+    out, codes = torch.empty(16, 16, dtype=torch.bfloat16).as_subclass(OnGpu), torch.empty(16, 16)
+    with pytest.raises(torch.OutOfMemoryError):
+        linear_paths._fp8_matmul(codes, codes, torch.ones(16, 1), None, None, out, Gpu((9, 0)))
+    assert not linear_paths._scaled_mm_refused
+
+
+def test_scratch_made_in_inference_mode_can_be_written_outside():
+    scratch, spec = Scratch(), ((8,), torch.float32)
+    with torch.inference_mode():
+        scratch.take((spec,), torch.device("cpu"))
+    scratch.take((spec, None), torch.device("cpu"))[0].copy_(torch.ones(8))
+
+
+@pytest.mark.parametrize("cc", [(8, 6), (10, 0), (12, 0)])
+@pytest.mark.parametrize(("kind", "multiple"), [("int8", 16), ("nvfp4", 32), ("mxfp8", 32)])
+def test_kitchen_takes_only_sizes_it_can(cc, kind, multiple):
+    gpu = Gpu(cc, True, True)
+    for n, k in ((multiple * 4, multiple * 4 + 8), (multiple * 4 + 8, multiple * 4)):
+        assert choose_path(kind, True, 100, n, k, torch.bfloat16, gpu) != "kitchen"

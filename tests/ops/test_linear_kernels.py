@@ -7,7 +7,11 @@ import os
 import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from lowbit.kernels.hadamard import rotate_reference
+from lowbit.ops import linear as linear_module
 from lowbit.ops.linear import quantized_linear
 from lowbit.ops.linear_paths import LINEAR_PATHS, few_rows_linear, fp8_rows_linear
 from lowbit.ops.linear_table import Gpu
@@ -59,6 +63,55 @@ def test_few_rows_in_float16(name, gpu):
         x = torch.randn(rows, k).half()
         out = few_rows_linear(x, stored, None, None, gpu)
         assert _error(out, x.double() @ decoded.t()) < 8e-3
+
+
+@pytest.mark.parametrize("name", ["int8_convrot", "int4"])
+def test_a_rotated_float16_row_does_not_overflow(name):
+    """A row along one Hadamard vector has all its energy in one rotated column, 16 times the largest of float16's x."""
+    torch.manual_seed(0)
+    weight = _weight(name, 32, 256)
+    x = (5000 * rotate_reference(torch.eye(256), 256)[3].sign()).half().reshape(1, 256)
+    out = few_rows_linear(x, stored_weight(weight), None, None, HOPPER)
+    assert _error(out, x.double() @ weight.dequantize().double().t()) < 1e-2
+
+
+PATHS_OF = {
+    "e4m3": ("few_rows", "fp8_rows", "scratch"),
+    "int8_convrot": ("few_rows", "int8_rows", "scratch"),
+    "nvfp4": ("few_rows", "fp8_rows", "scratch"),
+    "int4": ("few_rows", "int8_rows"),
+    "mxfp8": ("few_rows", "fp8_rows"),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PATHS_OF)),
+    path=st.integers(0, 2),
+    rows=st.integers(1, 5),
+    steps=st.tuples(st.sampled_from([0, 1, 3, 257, 300]), st.sampled_from([0, 1, 2, 5])),
+    offset=st.integers(0, 7),
+)
+def test_any_strides(name, path, rows, steps, offset):
+    """Every kernel gives on a view of any strides and offset what it gives on the contiguous copy."""
+    torch.manual_seed(0)
+    stored = stored_weight(_weight(name, 24, 256))
+    storage = torch.randn(offset + rows * steps[0] + 256 * steps[1] + 1).half()
+    x = storage.as_strided((rows, 256), steps, offset)
+    multiply = LINEAR_PATHS[PATHS_OF[name][min(path, len(PATHS_OF[name]) - 1)]]
+    expected = multiply(x.contiguous(), stored, None, None, HOPPER)
+    torch.testing.assert_close(multiply(x, stored, None, None, HOPPER), expected)
+
+
+def test_rows_that_span_more_than_32_bits():
+    """x of 2 GiB elements between its first and last column, of which only the touched pages exist."""
+    torch.manual_seed(0)
+    weight, stride = _weight("int8_convrot", 8, 256), 9_000_000
+    assert stride * 256 >= linear_module.MOST_OFFSET
+    values = torch.randn(1, 256).half()
+    x = torch.empty(255 * stride + 1, dtype=torch.float16).as_strided((1, 256), (0, stride)).copy_(values)
+    for fast in (False, True):
+        assert torch.equal(quantized_linear(x, weight, fast=fast), quantized_linear(values, weight, fast=fast))
 
 
 def test_long_inputs_go_in_pieces(monkeypatch):
