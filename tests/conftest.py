@@ -67,7 +67,7 @@ def _subject(reason: str) -> str:
         return missing_comfyui() or "need another ComfyUI"
     if "GPU" in reason or "CUDA" in reason:
         return missing_gpu() or "need another GPU"
-    return f"say: {reason}"
+    return reason if reason.startswith("need ") else f"say: {reason}"
 
 
 @pytest.hookimpl(wrapper=True)

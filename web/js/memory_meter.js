@@ -1,0 +1,84 @@
+// Shows the memory manager's readings on its node while it samples: listens to "lowbit.memory" and finds the node.
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { MemoryMeterView } from "./memory_meter_view.js";
+
+const EVENT = "lowbit.memory";
+const NODE_TYPE = "LowbitMemoryManager";
+const WIDGET = "lowbit_memory_meter";
+const WIDTH = 340;
+const MARGIN = 6;
+
+/** The node that an execution id such as "12:5" names: each part is a node inside the subgraph of the one before. */
+function findNode(executionId) {
+  let graph = app.rootGraph ?? app.graph;
+  let node = null;
+  for (const id of String(executionId).split(":")) {
+    node = graph?.getNodeById(id) ?? null;
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+/** The texts of the user's language from the pack's locales; an English text stands for itself where one is missing. */
+async function loadTexts() {
+  const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
+  const answer = await api.fetchApi("/i18n");
+  return (await answer.json())[language]?.lowbitMeter ?? {};
+}
+
+/** The node's meter. It is made with the first reading, so that a node that never ran looks like any other. */
+function meterOf(node, texts) {
+  const found = node.widgets?.find((widget) => widget.name === WIDGET);
+  if (found) return found.view;
+  const view = new MemoryMeterView(texts);
+  const widget = node.addDOMWidget(WIDGET, "lowbit_memory_meter", view.element, {
+    serialize: false,
+    hideOnZoom: false,
+    margin: MARGIN,
+    getMinHeight: () => view.height + 2 * MARGIN,
+    getMaxHeight: () => view.height + 2 * MARGIN,
+  });
+  widget.serialize = false;
+  widget.view = view;
+  return view;
+}
+
+/** Makes room for the meter; a node that the user made larger stays as it is. */
+function fit(node) {
+  const needed = node.computeSize();
+  const [width, height] = node.size;
+  if (width < WIDTH || height < needed[1]) node.setSize([Math.max(width, WIDTH), Math.max(height, needed[1])]);
+}
+
+app.registerExtension({
+  name: "lowbit.memoryMeter",
+  async setup() {
+    let texts = {};
+    const waiting = new Map();
+
+    const draw = () => {
+      for (const [node, readings] of waiting) {
+        if (!node.graph) continue;
+        const view = meterOf(node, texts);
+        const height = view.height;
+        view.update(readings);
+        if (view.height !== height) fit(node);
+        node.setDirtyCanvas(true, true);
+      }
+      waiting.clear();
+    };
+
+    api.addEventListener(EVENT, ({ detail }) => {
+      const node = findNode(detail?.node_id ?? "");
+      if ((node?.comfyClass ?? node?.type) !== NODE_TYPE) return;
+      if (waiting.size === 0) requestAnimationFrame(draw);
+      waiting.set(node, [...(waiting.get(node) ?? []), detail]);
+    });
+    try {
+      texts = await loadTexts();
+    } catch (error) {
+      console.warn("lowbit: the meter's texts could not be read, it is in English", error);
+    }
+  },
+});
