@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.ops
 import torch
 from comfy.ldm.qwen_image.model import FeedForward as QwenFeedForward
 from comfy.ldm.wan.model import WanFeedForward
 
-from .operations import QuantizedLinear
+from .operations import INPUT_ACTIVATIONS, QuantizedLinear
+
+_ROUTED = "_lowbit_routed"
 
 
 class FusedWanFeedForward(WanFeedForward):
@@ -67,3 +70,24 @@ def fuse_feed_forwards(model: torch.nn.Module) -> int:
                 module.__class__ = fusion.fused
                 fused += 1
     return fused
+
+
+def route_input_activations() -> None:
+    """Have core's `linear_input_act` leave linears of ours to their own forward; any other goes on as before.
+
+    LTX, MiniMax and Llama-like text encoders end their MLPs with that function, which multiplies INT8 weights itself
+    with quantized activations, whatever the format asks for.
+    """
+    core = comfy.ops.linear_input_act
+    if getattr(core, _ROUTED, False):
+        return
+
+    def linear_input_act(linear: Any, x: torch.Tensor, input_act: str) -> torch.Tensor:
+        if not isinstance(linear, QuantizedLinear):
+            return core(linear, x, input_act)
+        if input_act in INPUT_ACTIVATIONS:
+            return linear(x, activation=input_act)
+        return linear(comfy.ops.INPUT_ACT_EAGER[input_act](x))
+
+    setattr(linear_input_act, _ROUTED, True)
+    comfy.ops.linear_input_act = linear_input_act

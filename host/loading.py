@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 from ..ops.checkpoint import open_checkpoint
 from ..ops.stored import normalize_state_dict
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
-from .feed_forward import fuse_feed_forwards
+from .feed_forward import fuse_feed_forwards, route_input_activations
 from .operations import adopt_quantized_linears
 
 logger = logging.getLogger("lowbit.host")
@@ -122,6 +122,7 @@ def take_over(model: torch.nn.Module) -> int:
     adopted = adopt_quantized_linears(model)
     if adopted:
         fuse_feed_forwards(model)
+        route_input_activations()
     return adopted
 
 

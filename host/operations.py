@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import comfy.model_management
@@ -12,10 +13,11 @@ from comfy.quant_ops import QuantizedTensor
 from ..ops.linear import quantized_linear
 from ..ops.linear_weight import LAYOUT_READERS
 
-_INPUT_ACTIVATIONS = {
+INPUT_ACTIVATIONS = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "silu": torch.nn.functional.silu,
 }
+"""What `QuantizedLinear.forward` can apply to its input on the way, in plain torch."""
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -29,19 +31,21 @@ class QuantizedLinear(torch.nn.Module):
     weight: Any
     weight_function: list[Any]
     bias_function: list[Any]
+    _full_precision_mm: bool
     _full_precision_mm_config: bool
+    _disabled_formats: Collection[str]
 
     def forward(self, input: torch.Tensor, *args: Any, activation: str | None = None, **kwargs: Any) -> torch.Tensor:
         """act(input) @ weight.T + bias; `activation` is None, "gelu_tanh" or "silu"."""
         if not self._multiplies_here(input):
             if activation is not None:
-                input = _INPUT_ACTIVATIONS[activation](input)
+                input = INPUT_ACTIVATIONS[activation](input)
             return super().forward(input, *args, **kwargs)
         comfy.ops.run_every_op()
         pre_quant_scale = getattr(self, "pre_quant_scale", None)
         if pre_quant_scale is not None:
             if activation is not None:
-                input, activation = _INPUT_ACTIVATIONS[activation](input), None
+                input, activation = INPUT_ACTIVATIONS[activation](input), None
             input = input * comfy.model_management.cast_to_device(pre_quant_scale, input.device, input.dtype)
         # The weight's own dtype is asked for: any other would make core dequantize it here.
         with comfy.ops.CastBiasWeightContext(
@@ -62,9 +66,14 @@ class QuantizedLinear(torch.nn.Module):
     def fast(self) -> bool:
         """Whether activations may be quantized too: what the file says, not what core can emulate.
 
-        Never where core forces a compute dtype, as it does for every text encoder.
+        Never where core asks for a 16-bit product whatever the GPU: it builds every text encoder so, and the legacy
+        patcher says it once more by forcing the compute dtype. A format that core only emulates on this GPU sets the
+        same flag; that one says nothing about what we may do.
         """
-        return not self._full_precision_mm_config and not getattr(self, "comfy_force_cast_weights", False)
+        if self._full_precision_mm_config or getattr(self, "comfy_force_cast_weights", False):
+            return False
+        emulated_by_core = getattr(self, "quant_format", None) in self._disabled_formats
+        return emulated_by_core or not self._full_precision_mm
 
     def _multiplies_here(self, input: torch.Tensor) -> bool:
         return (
@@ -95,7 +104,8 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
 
 
 def _is_core_linear(module: torch.nn.Module) -> bool:
-    return hasattr(module, "_full_precision_mm_config") and hasattr(module, "in_features")
+    """Core's quantized Linear: its banks of experts have the same attributes, but no forward of their own."""
+    return hasattr(module, "_full_precision_mm_config") and hasattr(module, "forward_comfy_cast_weights")
 
 
 def _subclass_with_our_multiply(core_class: Any) -> type:

@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import pytest
 import torch
 
-from demo import comfyui, tiny
 from lowbit.errors import CheckpointError
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.linear import quantized_linear
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    """The host modules with ComfyUI on its CPU setting, and a folder with tiny checkpoints and a cache of its own."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
-    if str(path) not in sys.path:
-        sys.path.append(str(path))
-    from comfy.cli_args import args
-
-    args.cpu = True
-    from lowbit.host import feed_forward, loading, operations, preparing, quantizing
-
-    folder = tmp_path_factory.mktemp("models")
-    for name in ("wan_t2v.safetensors", "qwen_image.safetensors"):
-        tiny.write(f"diffusion_models/{name}", folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOWBIT_CACHE_DIR", str(folder / "cache"))
-        with torch.inference_mode():
-            yield types.SimpleNamespace(
-                folder=folder / "diffusion_models",
-                feed_forward=feed_forward,
-                loading=loading,
-                operations=operations,
-                preparing=preparing,
-                quantizing=quantizing,
-            )
 
 
 def load(host, weight_format: str, name: str = "wan_t2v.safetensors"):
