@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
-import shutil
 from pathlib import Path
 
 import folder_paths
-import psutil
 
 from ..errors import CheckpointError
-from ..ops.checkpoint import INDEX_SUFFIX
+from ..ops.checkpoint import INDEX_NAME
 
 CACHE_VARIABLE = "LOWBIT_CACHE_DIR"
 """Environment variable that names the folder for quantized files."""
-
-_TEMPORARY = "temporary-"
 
 
 def cache_folder() -> Path:
@@ -24,24 +20,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path(folder_paths.models_dir) / "lowbit_cache")
 
 
-def temporary_folder() -> Path:
-    """Folder of this process's own, for quantized files that are not to be kept; removes those of dead processes."""
-    parent = cache_folder()
-    for other in parent.glob(f"{_TEMPORARY}*"):
-        process = other.name.removeprefix(_TEMPORARY)
-        if process.isdigit() and not psutil.pid_exists(int(process)):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(other)
-    return parent / f"{_TEMPORARY}{os.getpid()}"
-
-
 def model_names(folder: str) -> list[str]:
     """What a loader offers from a models folder: core's list, and sharded sets by their index."""
     names = set(folder_paths.get_filename_list(folder))
-    for root in folder_paths.get_folder_paths(folder):
-        for index in Path(root).rglob(f"*{INDEX_SUFFIX}"):
-            names.add(index.relative_to(root).as_posix())
-    return sorted(names)
+    # Core walks the tree, links included, and walks it again only when a folder's time changes: so do we.
+    _, folders, _ = folder_paths.filename_list_cache.get(folder) or folder_paths.get_filename_list_(folder)
+    return sorted(names | _indices(tuple(folder_paths.get_folder_paths(folder)), tuple(folders.items())))
+
+
+@functools.lru_cache(maxsize=16)
+def _indices(roots: tuple[str, ...], folders: tuple[tuple[str, float], ...]) -> frozenset[str]:
+    """Indices of sharded sets in `folders` (path and time of last change), relative to the root each is below."""
+    found = set()
+    for folder, _ in folders:
+        root = next((root for root in roots if Path(folder).is_relative_to(root)), None)
+        if root is not None and os.path.isdir(folder):
+            relative = Path(folder).relative_to(root)
+            found |= {(relative / name).as_posix() for name in os.listdir(folder) if INDEX_NAME.match(name)}
+    return frozenset(found)
 
 
 def model_path(folder: str, name: str) -> Path:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +18,8 @@ from ..ops.formats import AS_STORED, AUTO, find_format
 from ..ops.keep_rules import parse_rules
 from ..ops.plan import QuantizationPlan, make_plan
 from ..ops.plan_report import plan_report, plan_summary
-from .folders import cache_folder, temporary_folder
+from .folders import cache_folder
+from .temporary import temporary_folder
 
 logger = logging.getLogger("lowbit.host")
 
@@ -106,8 +105,6 @@ def prepared_file(planned: Planned) -> Path:
     except torch.OutOfMemoryError:
         logger.warning("Too little free GPU memory to quantize %s there: it is done on the CPU.", source.name)
         path = quantized_file(planned.checkpoint, planned.plan, folder, device="cpu", progress=_progress())
-    if not planned.request.keep_file:
-        atexit.register(_remove, path)
     return path
 
 
@@ -143,9 +140,3 @@ def _progress():
         bar.update_absolute(done, total)
 
     return report
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()
-        path.parent.rmdir()

@@ -10,10 +10,10 @@ import comfy.model_patcher
 import torch
 
 from ..ops.writer import CheckpointWriter, check_free_space
-from .folders import temporary_folder
 from .loading import load_diffusion_model, take_over
 from .preparing import Planned, Request, plan_file, prepared_file
 from .saving import source_checkpoint
+from .temporary import temporary_folder
 
 logger = logging.getLogger("lowbit.host")
 

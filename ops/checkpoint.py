@@ -1,74 +1,47 @@
-"""Reads safetensors files, one or a sharded set, one tensor at a time and without trusting their header."""
+"""Opens safetensors checkpoints, one file or a sharded set, and reads them one tensor at a time."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
+from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, read_header
 
-DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "F8_E8M0": torch.float8_e8m0fnu,
-        "U64": torch.uint64,
-        "U32": torch.uint32,
-        "U16": torch.uint16,
-        "C64": torch.complex64,
-    }
+__all__ = ["DTYPES", "INDEX_NAME", "Checkpoint", "TensorEntry", "open_checkpoint", "read_tensor"]
+
+INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
+"""Names of a sharded set's index: `model.safetensors.index.json`, in diffusers with a variant before `.json`."""
+
+_SHARD = re.compile(
+    r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(\.(?P<variant>[^.]+))?\.(?P<suffix>safetensors|sft)$"
 )
-"""safetensors dtype names (https://huggingface.co/docs/safetensors) and what torch calls them."""
-
-HEADER_LIMIT = 100 * 1024 * 1024
-"""Largest header that the safetensors format allows, in bytes."""
-
-INDEX_SUFFIX = ".safetensors.index.json"
-
-_SHARD = re.compile(r"^(?P<stem>.+)-\d{5}-of-\d{5}\.(safetensors|sft)$")
-_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes at `offset` of `path`, and what they are."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    nbytes: int
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A validated safetensors file or sharded set: its tensors in file order, and its metadata."""
+    """A validated safetensors file or sharded set.
+
+    Attributes:
+        path: the file, the index, or the first shard of a set without one.
+        files: every file that belongs to it.
+        entries: its tensors in file order.
+        metadata: the headers' text entries.
+        stamps: the state of each file that was read.
+    """
 
     path: Path
     files: tuple[Path, ...]
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
+    stamps: tuple[FileStamp, ...]
 
     @property
     def nbytes(self) -> int:
@@ -80,181 +53,179 @@ class Checkpoint:
         return read_tensor(self.entries[name])
 
     def identity(self) -> str:
-        """Hex digest that changes when any file's name, size, time, header or sampled content does."""
+        """Hex digest that changes when any file's name, size, time, header or sampled content does.
+
+        Raises:
+            CheckpointError: a file is gone or cannot be read.
+        """
         digest = hashlib.sha256()
-        for file in self.files:
-            status = file.stat()
-            digest.update(f"{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-            for sample in _content_samples(file, status.st_size):
-                digest.update(sample)
+        for stamp in self.stamps:
+            name = os.fsencode(stamp.path.name)
+            digest.update(b"%b\0%d\0%d\0" % (name, stamp.size, stamp.changed_ns))
+            try:
+                for sample in _content_samples(stamp.path, stamp.size):
+                    digest.update(sample)
+            except OSError as error:
+                raise _unreadable(stamp.path, error) from None
         return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Make sure that the files are still those whose headers were read.
+
+        Raises:
+            CheckpointError: one was replaced, written to or removed since it was opened.
+        """
+        for stamp in self.stamps:
+            try:
+                now = file_stamp(stamp.path)
+            except OSError as error:
+                raise _unreadable(stamp.path, error) from None
+            if now != stamp:
+                raise CheckpointError(f"{stamp.path.name} changed while it was read: try again when it is complete.")
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Read and check the header(s) of `path`.
 
     Args:
-        path: a `.safetensors` or `.sft` file, one shard of a set, or a set's `*.safetensors.index.json`.
+        path: a `.safetensors` or `.sft` file, one shard of a set, or a set's index (`INDEX_NAME`).
 
     Raises:
-        CheckpointError: the file is missing, empty, truncated, a pickle, or its header is not to be believed.
+        CheckpointError: the file is missing, empty, truncated, a pickle, its header is not to be believed, or a part of
+            its set is missing.
     """
     path = Path(path)
-    if path.name.endswith(INDEX_SUFFIX):
-        return _open_sharded(path)
+    if INDEX_NAME.match(path.name):
+        return _open_indexed(path)
     shard = _SHARD.match(path.name)
-    if shard is not None:
-        index = path.with_name(shard["stem"] + INDEX_SUFFIX)
-        if index.exists():
-            return _open_sharded(index)
-    entries, metadata = _read_header(path)
-    return Checkpoint(path, (path,), MappingProxyType(entries), MappingProxyType(metadata))
+    if shard is None:
+        header = read_header(path)
+        return Checkpoint(
+            path, (path,), MappingProxyType(header.entries), MappingProxyType(header.metadata), (header.stamp,)
+        )
+    index = next((path.with_name(name) for name in _index_names(shard) if os.path.exists(path.with_name(name))), None)
+    return _open_indexed(index) if index is not None else _open_unindexed(path, shard)
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Read one tensor into host memory of its own.
 
     Raises:
-        CheckpointError: the file has become shorter since its header was read.
+        CheckpointError: the file is gone, cannot be read, or has become shorter since its header was read.
     """
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
     view = memoryview(buffer.numpy().data)
-    with entry.path.open("rb", buffering=0) as file:
-        file.seek(entry.offset)
-        filled = 0
-        while filled < entry.nbytes:
-            count = file.readinto(view[filled:])
-            if not count:
-                raise CheckpointError(
-                    f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again."
-                )
-            filled += count
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            filled = 0
+            while filled < entry.nbytes:
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise CheckpointError(
+                        f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again."
+                    )
+                filled += count
+    except OSError as error:
+        raise _unreadable(entry.path, error) from None
     return buffer.view(entry.dtype).view(entry.shape)
 
 
-def _open_sharded(index: Path) -> Checkpoint:
-    try:
-        document = json.loads(index.read_text(encoding="utf-8"))
-        shard_of = document["weight_map"]
-        names = sorted(set(shard_of.values()))
-    except FileNotFoundError:
-        raise CheckpointError(f"{index.name} does not exist: check the file's name.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index.name} is not a safetensors index ({error}): download it again.") from None
-    entries: dict[str, TensorEntry] = {}
-    metadata: dict[str, str] = {}
-    for name in names:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index.name} names the shard '{name}' outside its own folder: do not trust it.")
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} can no longer be read ({error.strerror or error}): check that it is still there and readable."
+    )
+
+
+def _index_names(shard: re.Match[str]) -> Iterator[str]:
+    """What the index of a shard may be called; diffusers names a variant in the shard's stem or before its suffix."""
+    stem, variant = shard["stem"], shard["variant"]
+    if variant is None:
+        yield f"{stem}.safetensors.index.json"
+        stem, _, variant = stem.rpartition(".")
+    if stem and variant:
+        yield f"{stem}.safetensors.index.{variant}.json"
+
+
+def _open_indexed(index: Path) -> Checkpoint:
+    shard_of, stamp = _read_index(index)
+    headers = {}
+    for name in sorted(set(shard_of.values())):
         shard = index.with_name(name)
-        if not shard.exists():
+        if not os.path.exists(shard):
             raise CheckpointError(
                 f"{index.name} needs the shard {name}, which is missing: download it beside the others."
             )
-        shard_entries, shard_metadata = _read_header(shard)
-        entries.update(shard_entries)
-        metadata.update(shard_metadata)
-    missing = next((name for name in shard_of if name not in entries), None)
-    if missing is not None:
-        raise CheckpointError(f"{index.name} lists '{missing}', which no shard holds: the set is incomplete or mixed.")
-    files = (index, *(index.with_name(name) for name in names))
-    return Checkpoint(index, files, MappingProxyType(entries), MappingProxyType(metadata))
+        headers[name] = read_header(shard)
+    lost = next((name for name, shard in shard_of.items() if name not in headers[shard].entries), None)
+    if lost is not None:
+        raise CheckpointError(
+            f"{index.name} lists '{lost}', which {shard_of[lost]} does not hold: the set is incomplete or mixed."
+        )
+    return _joined(index, headers, shard_of, (stamp,))
 
 
-def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def _read_index(index: Path) -> tuple[dict[str, str], FileStamp]:
+    """The shard of each tensor by its name, and the state of the index."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            whole = size >= 8 and length <= size - 8
-            _refuse_pickle(path, prefix, whole)
-            if not whole:
-                raise CheckpointError(
-                    f"{path.name} is not a whole safetensors file ({size} bytes, its header claims {length}): "
-                    "copy or download it again."
-                )
-            if length > HEADER_LIMIT:
-                raise CheckpointError(
-                    f"{path.name} has a header of {length} bytes, over the format's limit: not trusted."
-                )
-            raw = file.read(length)
+        stamp = file_stamp(index)
+        shard_of = load_json(index.read_bytes())["weight_map"]
+        if not isinstance(shard_of, dict) or not all(isinstance(name, str) and name for name in shard_of.values()):
+            raise ValueError("its weight_map does not name a file for each tensor")
     except FileNotFoundError:
-        raise CheckpointError(f"{path.name} does not exist: check the file's name.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}): check its permissions.") from None
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_repeated_keys)
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} has no readable safetensors header ({error}): download it again.") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path.name} has a safetensors header that is no table: download it again.")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path.name} has metadata that is not text: download it again.")
-    data_start = 8 + length
-    entries = [_entry(path, name, info, data_start, size) for name, info in header.items()]
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-    _check_no_overlap(path, entries, data_start, size)
-    return {entry.name: entry for entry in entries}, metadata
+        raise CheckpointError(f"{index.name} does not exist: check the file's name.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index.name} is not a safetensors index ({error}): download it again.") from None
+    outside = next((name for name in shard_of.values() if Path(name).name != name or "\0" in name), None)
+    if outside is not None:
+        raise CheckpointError(f"{index.name} names the shard {outside!r} outside its own folder: do not trust it.")
+    return shard_of, stamp
 
 
-def _refuse_pickle(path: Path, prefix: bytes, whole: bool) -> None:
-    # The same bytes may begin an honest header length; as one, a pickle's are far beyond the file's end.
-    if path.suffix.lower() in _PICKLE_SUFFIXES or (not whole and prefix.startswith(_PICKLE_MAGIC)):
+def _open_unindexed(path: Path, shard: re.Match[str]) -> Checkpoint:
+    """A set that has lost its index, or never had one, is whole when each of its numbered files is there."""
+    variant = f".{shard['variant']}" if shard["variant"] else ""
+    names = [
+        f"{shard['stem']}-{number:05}-of-{shard['count']}{variant}.{shard['suffix']}"
+        for number in range(1, int(shard["count"]) + 1)
+    ]
+    if path.name not in names:
+        raise CheckpointError(f"{path.name} is numbered beyond the end of its own set: check the file's name.")
+    missing = next((name for name in names if not os.path.exists(path.with_name(name))), None)
+    if missing is not None:
         raise CheckpointError(
-            f"{path.name} is a pickle checkpoint, which can run code when opened: convert it to safetensors first."
+            f"{path.name} is one part of {len(names)}, and the shard {missing} is missing: download it beside the others."
         )
+    headers = {name: read_header(path.with_name(name)) for name in names}
+    return _joined(path.with_name(names[0]), headers, {}, ())
 
 
-def _entry(path: Path, name: str, info: Any, data_start: int, size: int) -> TensorEntry:
-    try:
-        dtype = DTYPES[info["dtype"]]
-        shape = tuple(info["shape"])
-        start, end = info["data_offsets"]
-        numbers = (*shape, start, end)
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("a shape or an offset is no natural number")
-    except KeyError as error:
-        raise CheckpointError(
-            f"{path.name}: tensor '{name}' has an unknown or missing {error}: update Lowbit."
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path.name}: tensor '{name}' is described wrongly ({error}): download it again."
-        ) from None
-    nbytes = math.prod(shape) * dtype.itemsize
-    if end - start != nbytes:
-        raise CheckpointError(
-            f"{path.name}: tensor '{name}' claims {end - start} bytes, but its shape and dtype need {nbytes}: "
-            "the header lies, download the file again."
-        )
-    if data_start + end > size:
-        raise CheckpointError(
-            f"{path.name} is truncated: tensor '{name}' ends at byte {data_start + end} of {size}, download it again."
-        )
-    return TensorEntry(name, dtype, shape, path, data_start + start, nbytes)
-
-
-def _check_no_overlap(path: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
-    expected = data_start
-    for entry in entries:
-        if entry.nbytes and entry.offset != expected:
-            raise CheckpointError(
-                f"{path.name}: tensor '{entry.name}' overlaps another or leaves a gap: the header lies."
-            )
-        expected = max(expected, entry.offset + entry.nbytes)
-    if expected != size:
-        raise CheckpointError(f"{path.name} has {size - expected} bytes that no tensor claims: download it again.")
-
-
-def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return table
+def _joined(
+    path: Path, headers: Mapping[str, Header], shard_of: Mapping[str, str], stamps: tuple[FileStamp, ...]
+) -> Checkpoint:
+    """One checkpoint of several files; a tensor that more than one holds is taken from the one the index names."""
+    entries: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for shard, header in headers.items():
+        for name, entry in header.entries.items():
+            if shard_of.get(name, shard) != shard:
+                continue
+            if name in entries:
+                raise CheckpointError(
+                    f"{path.name}: both {entries[name].path.name} and {shard} hold '{name}': the set is mixed, download "
+                    "it again."
+                )
+            entries[name] = entry
+        metadata.update(header.metadata)
+    return Checkpoint(
+        path,
+        tuple(dict.fromkeys((path, *(header.stamp.path for header in headers.values())))),
+        MappingProxyType(entries),
+        MappingProxyType(metadata),
+        (*stamps, *(header.stamp for header in headers.values())),
+    )
 
 
 def _content_samples(path: Path, size: int) -> Iterator[bytes]:

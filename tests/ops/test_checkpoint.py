@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import re
 import struct
 
 import pytest
@@ -72,6 +74,55 @@ def test_a_sharded_set_is_read_whole_from_its_index_and_from_any_shard(tmp_path,
         open_checkpoint(index)
 
 
+def test_a_tensor_in_two_shards_is_the_one_that_the_index_names(tmp_path):
+    save_file({"a": torch.ones(4)}, tmp_path / "1.safetensors")
+    save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, tmp_path / "2.safetensors")
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    assert torch.equal(open_checkpoint(index).read("a"), torch.ones(4))
+    index.write_text(json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"lists 'b', which 1\.safetensors does not hold"):
+        open_checkpoint(index)
+
+
+def shards(folder, pattern: str, index: str | None = None) -> list[str]:
+    """Three shards of one tensor each, and an index of that name."""
+    names = [pattern.format(number) for number in (1, 2, 3)]
+    for number, name in enumerate(names):
+        save_file({f"t{number}": torch.full((4,), float(number))}, folder / name)
+    if index is not None:
+        weight_map = {f"t{number}": name for number, name in enumerate(names)}
+        (folder / index).write_text(json.dumps({"weight_map": weight_map}))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("pattern", "index"),
+    [
+        ("x-{:05}-of-00003.safetensors", None),
+        ("x-{:05}-of-00003.sft", None),
+        ("x.fp16-{:05}-of-00003.safetensors", "x.safetensors.index.fp16.json"),
+        ("x-{:05}-of-00003.fp16.safetensors", "x.safetensors.index.fp16.json"),
+        ("x.v1-{:05}-of-00003.safetensors", "x.v1.safetensors.index.json"),
+    ],
+)
+def test_a_shard_never_opens_as_a_whole_model(tmp_path, pattern, index):
+    names = shards(tmp_path, pattern, index)
+    for name in (*names, *([index] if index else ())):
+        checkpoint = open_checkpoint(tmp_path / name)
+        assert [checkpoint.read(f"t{number}")[0].item() for number in range(3)] == [0.0, 1.0, 2.0]
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(CheckpointError, match=f"shard {re.escape(names[1])}, which is missing|{names[1]} is missing"):
+        open_checkpoint(tmp_path / names[0])
+
+
+def test_a_set_without_an_index_that_holds_a_tensor_twice_is_refused(tmp_path):
+    names = shards(tmp_path, "x-{:05}-of-00003.safetensors")
+    save_file({"t0": torch.zeros(4)}, tmp_path / names[2])
+    with pytest.raises(CheckpointError, match="both .* hold 't0'"):
+        open_checkpoint(tmp_path / names[0])
+
+
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
@@ -79,6 +130,10 @@ def test_a_sharded_set_is_read_whole_from_its_index_and_from_any_shard(tmp_path,
         ("{}", "is not a safetensors index"),
         ('{"weight_map": {"a": "../../etc/x.safetensors"}}', "outside its own folder"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "which is missing"),
+        ('{"weight_map": {"a": 5}}', "is not a safetensors index"),
+        ('{"weight_map": {"a": ""}}', "is not a safetensors index"),
+        ('{"weight_map": ["a"]}', "is not a safetensors index"),
+        ("[" * 200_000, "is not a safetensors index"),
     ],
 )
 def test_a_bad_index_is_refused(tmp_path, index, reason):
@@ -101,6 +156,12 @@ F32 = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
         (raw_file(b"\xff\xfe"), "no readable safetensors header"),
         (raw_file([1]), "is no table"),
         (raw_file(b'{"a": {}, "a": {}}'), "occurs twice"),
+        (raw_file(b"[" * 200_000), "nested too deeply"),
+        (raw_file(b'{"a":' * 20_000), "nested too deeply"),
+        (raw_file({"a": F32 | {"shape": [2**63, 0], "data_offsets": [0, 0]}}), "beyond counting"),
+        (raw_file({"a": F32 | {"shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}}), "beyond counting"),
+        (raw_file({"a\ud800": F32}, b"\0" * 16), "its name is no text"),
+        (raw_file({"__metadata__": {"a": "\ud800"}}), "metadata that is not text"),
         (raw_file({"a": F32}, b"\0" * 15), "is truncated"),
         (raw_file({"a": F32}, b"\0" * 17), "that no tensor claims"),
         (raw_file({"a": F32 | {"shape": [5]}}, b"\0" * 16), "the header lies"),
@@ -158,3 +219,37 @@ def test_identity_follows_the_content(save, wan_tensors):
     assert open_checkpoint(path).identity() == before
     wan_tensors["head.head.weight"] = wan_tensors["head.head.weight"] + 1
     assert open_checkpoint(save(wan_tensors)).identity() != before
+
+
+@pytest.mark.parametrize("change", ["time", "size", "gone"])
+def test_a_file_that_changes_after_it_was_opened_is_noticed(save, wan_tensors, change):
+    path = save(wan_tensors)
+    checkpoint = open_checkpoint(path)
+    checkpoint.check_unchanged()
+    if change == "time":
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    elif change == "size":
+        before = path.stat().st_mtime_ns
+        path.write_bytes(path.read_bytes() + b"x")
+        os.utime(path, ns=(before, before))
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match="changed while it was read" if change != "gone" else "no longer be read"):
+        checkpoint.check_unchanged()
+
+
+def test_a_file_that_goes_away_is_said_by_name(save):
+    path = save({"a": torch.ones(4)})
+    checkpoint = open_checkpoint(path)
+    path.unlink()
+    for use in (lambda: checkpoint.read("a"), checkpoint.identity):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors can no longer be read"):
+            use()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_a_file_name_that_is_no_text_is_opened_and_has_an_identity(save, tmp_path):
+    name = os.fsdecode(b"caf\xe9.safetensors")
+    save({"a": torch.ones(4)}).rename(tmp_path / name)
+    checkpoint = open_checkpoint(tmp_path / name)
+    assert len(checkpoint.identity()) == 64

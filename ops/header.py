@@ -1,0 +1,213 @@
+"""Reads and checks the header of one safetensors file, trusting nothing in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.float8_e8m0fnu,
+        "U64": torch.uint64,
+        "U32": torch.uint32,
+        "U16": torch.uint16,
+        "C64": torch.complex64,
+    }
+)
+"""safetensors dtype names (https://huggingface.co/docs/safetensors) and what torch calls them."""
+
+HEADER_LIMIT = 100 * 1024 * 1024
+"""Largest header that the safetensors format allows, in bytes."""
+
+_LARGEST = 2**63
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+_PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `nbytes` bytes at `offset` of `path`, and what they are."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """Tells one state of a file from a later one: its size in bytes and the time of its last change."""
+
+    path: Path
+    size: int
+    changed_ns: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's tensors in the order of their bytes, its text entries, and which state of the file they are from."""
+
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    stamp: FileStamp
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of the safetensors file `path`.
+
+    Raises:
+        CheckpointError: the file is missing, empty, truncated, a pickle, or its header is not to be believed.
+    """
+    raw, stamp = _read(path)
+    try:
+        header = load_json(raw, object_pairs_hook=_no_repeated_keys)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} has no readable safetensors header ({error}): download it again.") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path.name} has a safetensors header that is no table: download it again.")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(_is_text(text) for pair in metadata.items() for text in pair):
+        raise CheckpointError(f"{path.name} has metadata that is not text: download it again.")
+    data_start = 8 + len(raw)
+    entries = [_entry(path, name, info, data_start, stamp.size) for name, info in header.items()]
+    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
+    _check_no_overlap(path, entries, data_start, stamp.size)
+    return Header({entry.name: entry for entry in entries}, metadata, stamp)
+
+
+def file_stamp(path: Path, status: os.stat_result | None = None) -> FileStamp:
+    """The state that `path` is in now."""
+    status = status or path.stat()
+    return FileStamp(path, status.st_size, status.st_mtime_ns)
+
+
+def load_json(text: bytes | str, **options: Any) -> Any:
+    """`json.loads` of UTF-8 text.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _read(path: Path) -> tuple[bytes, FileStamp]:
+    """The header's bytes, and the state of the file that they are from."""
+    try:
+        with path.open("rb") as file:
+            stamp = file_stamp(path, os.fstat(file.fileno()))
+            size = stamp.size
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            whole = size >= 8 and length <= size - 8
+            _refuse_pickle(path, prefix, whole)
+            if not whole:
+                raise CheckpointError(
+                    f"{path.name} is not a whole safetensors file ({size} bytes, its header claims {length}): "
+                    "copy or download it again."
+                )
+            if length > HEADER_LIMIT:
+                raise CheckpointError(
+                    f"{path.name} has a header of {length} bytes, over the format's limit: not trusted."
+                )
+            return file.read(length), stamp
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.name} does not exist: check the file's name.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}): check its permissions.") from None
+
+
+def _refuse_pickle(path: Path, prefix: bytes, whole: bool) -> None:
+    # The same bytes may begin an honest header length; as one, a pickle's are far beyond the file's end.
+    if path.suffix.lower() in _PICKLE_SUFFIXES or (not whole and prefix.startswith(_PICKLE_MAGIC)):
+        raise CheckpointError(
+            f"{path.name} is a pickle checkpoint, which can run code when opened: convert it to safetensors first."
+        )
+
+
+def _entry(path: Path, name: str, info: Any, data_start: int, size: int) -> TensorEntry:
+    try:
+        if not _is_text(name):
+            raise ValueError("its name is no text")
+        dtype = DTYPES[info["dtype"]]
+        shape = tuple(info["shape"])
+        start, end = info["data_offsets"]
+        if not all(type(number) is int and 0 <= number < _LARGEST for number in (*shape, start, end)):
+            raise ValueError("a shape or an offset is no natural number, or is beyond counting")
+        if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= _LARGEST:
+            raise ValueError("its shape is beyond counting")
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path.name}: tensor '{name}' has an unknown or missing {error}: update Lowbit."
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name}: tensor {name!a} is described wrongly ({error}): download it again."
+        ) from None
+    nbytes = math.prod(shape) * dtype.itemsize
+    if end - start != nbytes:
+        raise CheckpointError(
+            f"{path.name}: tensor '{name}' claims {end - start} bytes, but its shape and dtype need {nbytes}: "
+            "the header lies, download the file again."
+        )
+    if data_start + end > size:
+        raise CheckpointError(
+            f"{path.name} is truncated: tensor '{name}' ends at byte {data_start + end} of {size}, download it again."
+        )
+    return TensorEntry(name, dtype, shape, path, data_start + start, nbytes)
+
+
+def _check_no_overlap(path: Path, entries: list[TensorEntry], data_start: int, size: int) -> None:
+    expected = data_start
+    for entry in entries:
+        if entry.nbytes and entry.offset != expected:
+            raise CheckpointError(
+                f"{path.name}: tensor '{entry.name}' overlaps another or leaves a gap: the header lies."
+            )
+        expected = max(expected, entry.offset + entry.nbytes)
+    if expected != size:
+        raise CheckpointError(f"{path.name} has {size - expected} bytes that no tensor claims: download it again.")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can write: JSON can escape half of a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _no_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return table
