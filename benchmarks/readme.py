@@ -136,17 +136,51 @@ def linear() -> str:
                     f"{ours['us']:,.0f}",
                     rate(case[1], ours),
                     f"{core['us']:,.0f}" if core and core["us"] else "",
+                    f"{plain['us'] / ours['us']:.2f}",
                     f"{1 / ours['ratio_to_bf16']:.2f}",
                     f"{ours['extra_peak_mib']:,.0f} / {core['extra_peak_mib']:,.0f}" if core else "",
                     percent(ours["relative_error"]),
                 )
             )
         title = f"**{case[0]}**: {case[1]:,} x {case[2]:,} x {case[3]:,}, bf16 {plain['us']:,.0f} us"
-        header = ("format", "Lowbit, us", "", "ComfyUI, us", "times bf16", "peak MiB, ours / ComfyUI", "error")
+        header = (
+            "format",
+            "Lowbit, us",
+            "",
+            "ComfyUI, us",
+            "times bf16",
+            "in turn",
+            "peak MiB, ours / ComfyUI",
+            "error",
+        )
         parts.append(f"{title}\n\n{table(header, rows)}")
     environment = result["environment"]
-    caption = f"{environment['gpu']}, torch {environment['torch']}, comfy-kitchen {environment['comfy-kitchen']}."
+    caption = (
+        f"{environment['gpu']}, torch {environment['torch']}, comfy-kitchen {environment['comfy-kitchen']}. Large products "
+        "are timed after 50 ms of the same one, at the clocks the power limit leaves; *in turn*: alternating with bf16's. The limits: "
+        f"{result['bandwidth_limit_bytes_per_second'] / 1e12:.1f} TB/s (a copy), 989 and 1,979 TFLOP/s (data sheet, 16 and 8 bit)."
+    )
+    parts.append(profile())
     return caption + "\n\n" + fold("Every shape that was measured", "\n\n".join(parts))
+
+
+def profile() -> str:
+    """What Nsight Compute says of the few-row kernels: how near each is to a limit."""
+    result = read("linear_profile.json")
+    if result is None:
+        return ""
+    work, rows = result["workload"], []
+    for launch in result["launches"]:
+        if "matmul" in launch["kernel"] or "matvec" in launch["kernel"]:
+            values = (
+                f"{launch[key]:.0f} %" for key in ("dram_percent", "l1_percent", "sm_percent", "warps_active_percent")
+            )
+            rows.append((f"`{launch['kernel'].strip('_')}`", f"{launch['ns'] / 1e3:.1f}", *values))
+    order = ", ".join(f"{name} at {m} row{'s' if m > 1 else ''}" for name in work["formats"] for m in work["rows"])
+    caption = (
+        f"**Few rows under Nsight Compute**, {work['k']:,} to {work['n']:,}: {order}; {work['repeats']} launches each"
+    )
+    return f"{caption}\n\n{table(('kernel', 'us', 'DRAM', 'L1', 'SM', 'warps active'), rows)}"
 
 
 def peers() -> str:

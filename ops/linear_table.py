@@ -96,6 +96,7 @@ RULES = (
     Rule(FEW_ROWS, (FP8, INT8, INT4), False, rows=(1, 64), cc=(AMPERE, NO_CC), dtypes=HALF),
     Rule(FEW_ROWS, (FP8, INT8, INT4, MXFP8, NVFP4), None, rows=(1, 32), cc=(AMPERE, NO_CC), dtypes=HALF),
     Rule(FEW_ROWS, (FP8, INT8, MXFP8, NVFP4, INT4), None, rows=(1, 2), cc=(AMPERE, NO_CC)),
+    Rule(KITCHEN, (INT4_CODEBOOK,), True, rows=(1, 2), cc=(HOPPER, BLACKWELL), triton=False, kitchen=True, multiple=16),
     # Block formats where the tensor cores take them as they are.
     Rule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False, multiple=32),
     # 8-bit products. comfy-kitchen's INT8 kernel is tuned for every GPU but Hopper.
