@@ -27,6 +27,7 @@ class ManagedVAE:
     device: torch.device
     vae_dtype: torch.dtype
     _lowbit_memory: tuple[Settings, str | None]
+    _decoding_whole = False
 
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
         """Core's decode; latent in, (batch, [frames,] height, width, channels) out."""
@@ -34,11 +35,7 @@ class ManagedVAE:
         self._begin("decode", self.memory_used_decode(samples_in.shape, self.vae_dtype))  # type: ignore[attr-defined]
         tiles = None if options else self._tiles(samples_in)
         if tiles is None:
-            out = again_after_oom(
-                lambda: super(ManagedVAE, self).decode(samples_in, options),  # type: ignore[misc]
-                lambda: self._clear_out(),
-                "the decode",
-            )
+            out = again_after_oom(lambda: self._decode_whole(samples_in, options), self._clear_out, "the decode")
         else:
             session().say(f"The VAE decodes in tiles of {self._pixels(tiles)} pixels: the whole does not fit.")
             out = self._decode_in(tiles, samples_in)
@@ -48,23 +45,43 @@ class ManagedVAE:
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Core's encode, after making way for it."""
-        shape = (1, 1, *pixel_samples.shape[-3:-1]) if pixel_samples.ndim == 4 else None
-        self._begin("encode", 0 if shape is None else self.memory_used_encode(shape, self.vae_dtype))  # type: ignore[attr-defined]
+        self._begin("encode", self.memory_used_encode(self._pixel_shape(pixel_samples), self.vae_dtype))  # type: ignore[attr-defined]
         out = again_after_oom(
             lambda: super(ManagedVAE, self).encode(pixel_samples),  # type: ignore[misc]
-            lambda: self._clear_out(),
+            self._clear_out,
             "the encode",
         )
         session().observe("encoded")
         return out
 
-    def decode_tiled_(self, *args: Any, **kwargs: Any) -> Any:
-        """Core falls back to this after running out of memory: nothing else needs to be on the GPU then."""
-        return self._tiled("decode_tiled_", args, kwargs)
+    def decode_tiled_(self, samples: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Core's tiles of a picture; what it falls back to after running out of memory."""
+        self._after_running_out()
+        return super().decode_tiled_(samples, *args, **kwargs)  # type: ignore[misc]
 
-    def decode_tiled_3d(self, *args: Any, **kwargs: Any) -> Any:
-        """As above, for video."""
-        return self._tiled("decode_tiled_3d", args, kwargs)
+    def decode_tiled_3d(self, samples: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As above, for video; a fallback never takes tiles as large as the whole that has just failed."""
+        if self._after_running_out() and not args:
+            whole = max(samples.shape[-2:])
+            size = max(self._smallest_tile(), min(kwargs.get("tile_x", whole), -(-whole // 2)))
+            kwargs |= {"tile_x": size, "tile_y": size, "overlap": (1, max(1, size // 4), max(1, size // 4))}
+        return super().decode_tiled_3d(samples, *args, **kwargs)  # type: ignore[misc]
+
+    def _decode_whole(self, samples: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        self._decoding_whole = True
+        try:
+            return super().decode(samples, options)  # type: ignore[misc]
+        finally:
+            self._decoding_whole = False
+
+    def _after_running_out(self) -> bool:
+        """Whether core has fallen back to tiles: then nothing else needs to be on the GPU, and the report says so."""
+        if not self._decoding_whole:
+            return False
+        self._decoding_whole = False
+        session().say("Out of memory in the decode: done again in tiles.")
+        clear_out([self.patcher], "the decode")
+        return True
 
     def _begin(self, phase: str, working: float) -> None:
         settings, node_id = self._lowbit_memory
@@ -72,11 +89,14 @@ class ManagedVAE:
         make_way(settings.row.release_before_decode, self.patcher, working, what=f"the VAE to {phase}")
         session().observe(phase)
 
-    def _tiled(self, name: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if not session().ledger.note("The VAE decoded in tiles."):
-            return getattr(super(), name)(*args, **kwargs)
-        clear_out([self.patcher], "the decode")
-        return getattr(super(), name)(*args, **kwargs)
+    def _pixel_shape(self, pixels: torch.Tensor) -> tuple[int, ...]:
+        """What core makes of (frames or batch, height, width, channels): channels first, and frames as one video."""
+        if pixels.ndim != 4:
+            return tuple(pixels.movedim(-1, 1).shape)
+        count, height, width, channels = pixels.shape
+        if self.latent_dim != 3:  # type: ignore[attr-defined]
+            return (count, channels, height, width)
+        return (count, channels, 1, height, width) if self.not_video else (1, channels, count, height, width)  # type: ignore[attr-defined]
 
     def _clear_out(self) -> str:
         self.patcher.detach()
@@ -98,14 +118,15 @@ class ManagedVAE:
 
         missing = max(0, int(self.patcher.model_size()) - int(self.patcher.loaded_size()))
         room = session().limit.room - missing
-        smallest = max(1, _SMALLEST_TILE // self.spacial_compression_decode())  # type: ignore[attr-defined]
-        return plan_tiles(estimate, samples.shape[-2], samples.shape[-1], frames, smallest, room)
+        return plan_tiles(estimate, samples.shape[-2], samples.shape[-1], frames, self._smallest_tile(), room)
+
+    def _smallest_tile(self) -> int:
+        return max(1, _SMALLEST_TILE // self.spacial_compression_decode())  # type: ignore[attr-defined]
 
     def _decode_in(self, tiles: Tiles, samples: torch.Tensor) -> torch.Tensor:
         """Decodes in tiles, in smaller ones after running out of memory, until they cannot be smaller."""
         if self.latent_dim == 2 and samples.ndim == 5:  # type: ignore[attr-defined]
             samples = samples[:, :, 0]
-        smallest = max(1, _SMALLEST_TILE // self.spacial_compression_decode())  # type: ignore[attr-defined]
         current: Tiles | None = tiles
         while current is not None:
             try:
@@ -113,7 +134,7 @@ class ManagedVAE:
             except Exception as error:  # noqa: BLE001
                 comfy.model_management.raise_non_oom(error)
             clear_out([self.patcher], "the decode")
-            current = smaller(current, smallest)
+            current = smaller(current, self._smallest_tile())
             if current is not None:
                 session().say(f"Out of memory in the decode: done again in tiles of {self._pixels(current)} pixels.")
         raise MemoryBudgetError(

@@ -12,7 +12,7 @@ import comfy.model_management
 import comfy_aimdo.control
 import torch
 
-from ..memory.devices import Device
+from ..memory.devices import Device, Reading
 
 _HEADROOM = "simple_vram_headroom"
 
@@ -54,14 +54,18 @@ class VramLimit:
     @property
     def budget(self) -> int:
         """Bytes that this process may hold in all: the limit, or what it holds and what is free."""
-        reading = self.device.read()
-        there = self.device.total() if reading.free is None else reading.reserved + reading.free
-        return there if self.nbytes is None else min(self.nbytes, there)
+        return self.budget_at(self.device.read())
 
     @property
     def room(self) -> int:
         """Bytes that this process can still take."""
-        return max(0, self.budget - self.device.read().allocated)
+        reading = self.device.read()
+        return max(0, self.budget_at(reading) - reading.allocated)
+
+    def budget_at(self, reading: Reading) -> int:
+        """`budget`, from a reading that is there already."""
+        there = self.device.total() if reading.free is None else reading.reserved + reading.free
+        return there if self.nbytes is None else min(self.nbytes, there)
 
     def _restore(self) -> None:
         self.nbytes = None

@@ -11,10 +11,10 @@ import comfy.model_management
 import comfy.sampler_helpers
 
 from ..memory.decisions import PassDemand, clears_now, runs_one_at_a_time
-from ..memory.policies import AUTO, ON, Settings
+from ..memory.policies import AUTO, EVERY, OFF, ON, Settings
 from .memory_preflight import check_sampling
 from .memory_room import again_after_oom, clear_out, make_way, shrink
-from .memory_session import session
+from .memory_session import session, where
 
 KEY = "lowbit_memory"
 _SHRINK_FRACTION = 0.25
@@ -88,16 +88,21 @@ class SamplingHooks:
         steps = len(sigmas) - 1
         self._step = (0, steps)
         began = [time.perf_counter()]
-        phase = (type(guider.inner_model).__name__, tuple(args[0].shape), "step")
+        # Steps are compared within a run; across runs `outer_sample` compares its ends.
+        phase = (*where(), tuple(args[0].shape), "step")
 
         def after_step(step: int, *values: Any, **named: Any) -> Any:
             out = None if callback is None else callback(step, *values, **named)
-            now = time.perf_counter()
-            session().ledger.run.step_seconds.append(now - began[0])
-            began[0] = now
+            done = time.perf_counter()
             self._step = (step + 1, steps)
-            session().passed(phase, session().observe("sampling", step + 1, steps))
-            self._clear_if_due(step + 1)
+            measures = session().ledger.may_measure_step()
+            if measures:
+                session().passed(phase, session().observe("sampling", step + 1, steps))
+            measured = time.perf_counter()
+            session().ledger.stepped(done - began[0], measured - done)
+            if measures or self.settings.step_clearing == EVERY:
+                self._clear_if_due(step + 1)
+            began[0] = time.perf_counter()
             return out
 
         return executor(guider, sigmas, extra_args, after_step, *args, **kw)
@@ -122,9 +127,9 @@ class SamplingHooks:
 
         what = f"step {self._step[0] + 1} of {self._step[1]}"
         out = again_after_oom(run, make_room, what)
-        if "context_handler" in model_options:
+        if "context_handler" in model_options and session().ledger.may_measure_step():
             sample = session().observe("window", *self._step)
-            session().passed((type(model).__name__, tuple(x_in.shape), prompts, "window"), sample)
+            session().passed((*where(), tuple(x_in.shape), prompts, "window"), sample)
         return out
 
     def loaded(self, patcher: Any, *details: Any) -> None:
@@ -139,19 +144,18 @@ class SamplingHooks:
         return (1 - fraction) * session().limit.budget if session().device.holds_models else 0.0
 
     def _clear_if_due(self, step: int) -> None:
-        current, settings = session(), self.settings
-        budget = current.limit.budget
-        if clears_now(
-            settings.step_clearing,
-            settings.every,
-            step,
-            current.device.read(),
-            current.limit.room,
-            budget,
-            settings.row.clearing_fraction,
-        ):
+        settings, current = self.settings, session()
+        if settings.step_clearing == OFF:
+            return
+        reading = current.device.read()
+        budget = current.limit.budget_at(reading)
+        room = budget - reading.reserved
+        fraction = settings.row.clearing_fraction
+        if clears_now(settings.step_clearing, settings.every, step, reading, room, budget, fraction):
+            began = time.perf_counter()
             current.device.clear()
             current.ledger.run.clearings += 1
+            current.ledger.run.clearing_seconds += time.perf_counter() - began
 
     def _runs_one_at_a_time(self, model: Any, x_in: Any, prompts: int) -> bool:
         if self._forced or prompts < 2:

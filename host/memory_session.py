@@ -65,14 +65,12 @@ class Session(ProgressHandler):
         self.limit.apply(limit)
         self.ledger.run.limit = self.limit.nbytes
 
-    def observe(self, phase: str, step: int = 0, steps: int = 0, node: str | None = None) -> Sample | None:
-        """Samples, and tells the browser. Steps may be skipped to keep measuring cheap."""
+    def observe(self, phase: str, step: int = 0, steps: int = 0, node: str | None = None) -> Sample:
+        """Samples, and tells the browser."""
         node = where()[1] if node is None else node
-        take = self.ledger.sample_step if steps else self.ledger.sample
-        sample = take(phase, node, step, steps)
-        if sample is not None:
-            self.ledger.run.nodes.setdefault(node, self.node_class(node))
-            self.meter.send(sample, self.ledger.run, self.manager_node, self.device.name, self.limit.nbytes)
+        sample = self.ledger.sample(phase, node, step, steps)
+        self.ledger.run.nodes.setdefault(node, self.node_class(node))
+        self.meter.send(sample, self.ledger.run, self.manager_node, self.device.name, self.limit.nbytes)
         return sample
 
     def say(self, text: str) -> None:
@@ -80,16 +78,14 @@ class Session(ProgressHandler):
         if self.ledger.note(text):
             log.warning("%s", text)
 
-    def passed(self, phase: Hashable, sample: Sample | None, thorough: bool = False) -> None:
+    def passed(self, phase: Hashable, sample: Sample, thorough: bool = False) -> None:
         """Compares a phase with its earlier passings; on growth names the holder and frees what is safe to free.
 
         Args:
             phase: equal when the same use is to be expected.
-            sample: the measurement there; None when it was skipped.
+            sample: the measurement there.
             thorough: whether there is time to walk all objects, which takes some tenths of a second.
         """
-        if sample is None:
-            return
         used = sample.components.get(OTHER, 0) + sample.components.get(SCRATCH, 0)
         growth = self.sentinel.mark(phase, used, max(0, sample.reserved - sample.allocated))
         kind = self.device.torch_device.type

@@ -261,13 +261,13 @@ def _legend(pen: _Pen, run: Run) -> None:
             pen.line([(x, y + 9), (x + 18, y + 9)], colour, 2.5)
             pen.text(x + 28, y, label, 15, _QUIET)
             y += 30
-    share = 100 * run.measuring_seconds / max(run.samples[-1].seconds, 1e-9)
+    share = 100 * run.measuring_steps_seconds / max(run.stepping_seconds, 1e-9)
     clearings = f", {run.clearings} clearings" if run.clearings else ""
-    skipped = f", {run.skipped} samples skipped" if run.skipped else ""
+    skipped = f", {run.skipped} of them not measured" if run.skipped else ""
     pen.text(
         _LEFT,
         HEIGHT - 46,
-        f"{len(run.step_seconds)} steps{clearings}; measuring took {share:.2f}%{skipped}",
+        f"{len(run.step_seconds)} steps{skipped}{clearings}; measuring took {share:.2f}% of a step",
         14,
         _QUIET,
     )

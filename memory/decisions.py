@@ -20,7 +20,7 @@ def clears_now(choice: str, every: int, step: int, reading: Reading, room: int, 
         every: the N of `every N`.
         step: how many steps are done.
         reading: the device now.
-        room: bytes that could still be taken within the budget.
+        room: bytes within the budget that are not even reserved.
         budget: bytes that may be used in all.
         fraction: the policy's `clearing_fraction`.
     """

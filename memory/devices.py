@@ -142,12 +142,12 @@ def total_host_bytes() -> int:
 
 def available_host_bytes() -> int:
     """Main memory that can still be taken without swapping, the container's limit respected."""
-    available = int(psutil.virtual_memory().available)
+    memory = psutil.virtual_memory()
     limit, used = _first_number(_CGROUP_LIMITS), _first_number(_CGROUP_USES)
-    if limit is None or used is None or limit >= psutil.virtual_memory().total:
-        return available
+    if limit is None or used is None or limit >= memory.total:
+        return int(memory.available)
     # What the container's page cache holds counts as used there, though the kernel would give it back.
-    return max(0, min(available, limit - used + _reclaimable(limit)))
+    return max(0, min(int(memory.available), limit - used + _reclaimable(limit)))
 
 
 def _reclaimable(limit: int) -> int:

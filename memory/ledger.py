@@ -10,7 +10,10 @@ from .components import OTHER
 from .devices import Device, resident_bytes
 
 BUDGET = 0.004
-"""Part of the running time that steps may spend on measuring; past it they are skipped until it is made up for."""
+"""Part of the steps' time that may go into measuring them; past it steps are not measured until it is made up for."""
+
+ALLOWANCE = 0.005
+"""Seconds of measuring that a run's steps may take in any case, so that a short run has a report too."""
 
 MOST_SAMPLES = 20_000
 """A run's ledger keeps this many samples; after that every second one of the steps is dropped."""
@@ -64,7 +67,10 @@ class Run:
     releases: list[Release] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    stepping_seconds: float = 0.0
     measuring_seconds: float = 0.0
+    measuring_steps_seconds: float = 0.0
+    clearing_seconds: float = 0.0
     skipped: int = 0
     clearings: int = 0
     limit: int | None = None
@@ -148,12 +154,19 @@ class Ledger:
         self.run.measuring_seconds += self._clock() - began
         return sample
 
-    def sample_step(self, phase: str, node: str, step: int, steps: int) -> Sample | None:
-        """`sample`, unless measuring has taken more than its share of this run's time."""
-        if self.run.measuring_seconds > BUDGET * self.seconds:
-            self.run.skipped += 1
-            return None
-        return self.sample(phase, node, step, steps)
+    def may_measure_step(self) -> bool:
+        """Whether measuring one more step stays within its share of the steps' time; counts those that do not."""
+        run = self.run
+        within = run.measuring_steps_seconds <= ALLOWANCE + BUDGET * run.stepping_seconds
+        run.skipped += not within
+        return within
+
+    def stepped(self, seconds: float, measuring: float) -> None:
+        """Adds a step's time, and the time that measuring it took."""
+        run = self.run
+        run.step_seconds.append(seconds)
+        run.stepping_seconds += seconds
+        run.measuring_steps_seconds += measuring
 
     def released(self, node: str, names: tuple[str, ...], reason: str, freed: int) -> Release:
         """Writes a release down."""

@@ -56,8 +56,11 @@ class Report:
             "seconds": run.samples[-1].seconds if run.samples else 0.0,
             "step_seconds": run.step_seconds,
             "seconds_per_step": run.seconds_per_step,
+            "stepping_seconds": run.stepping_seconds,
             "measuring_seconds": run.measuring_seconds,
-            "samples_skipped": run.skipped,
+            "measuring_steps_seconds": run.measuring_steps_seconds,
+            "clearing_seconds": run.clearing_seconds,
+            "steps_skipped": run.skipped,
             "clearings": run.clearings,
             "nodes": [
                 {"id": node, "class": run.nodes.get(node, ""), "peak_bytes": peak}
@@ -94,10 +97,11 @@ def _peak_line(run: Run) -> str:
 
 def _time_line(run: Run) -> str:
     seconds = run.samples[-1].seconds
-    share = 100 * run.measuring_seconds / seconds if seconds else 0.0
-    steps = f"{len(run.step_seconds)} steps, {run.seconds_per_step:.2f} s a step; " if run.seconds_per_step else ""
-    skipped = f", {run.skipped} samples skipped" if run.skipped else ""
-    return f"{seconds:.1f} s; {steps}measuring took {share:.2f}% of it{skipped}"
+    share = 100 * run.measuring_steps_seconds / run.stepping_seconds if run.stepping_seconds else 0.0
+    skipped = f" ({run.skipped} of them not measured)" if run.skipped else ""
+    steps = f"; {len(run.step_seconds)} steps{skipped}, {run.seconds_per_step:.2f} s a step" if run.step_seconds else ""
+    clearings = f"; {run.clearings} clearings took {run.clearing_seconds:.2f} s" if run.clearings else ""
+    return f"{seconds:.1f} s{steps}, measuring took {share:.2f}% of a step{clearings}"
 
 
 def _host_line(run: Run) -> str:
