@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from demo import graphs
+
 pytestmark = [pytest.mark.browser, pytest.mark.headless, pytest.mark.slow]
 
 GIB = 2**30
@@ -129,7 +131,7 @@ def test_every_step_has_its_time_and_a_new_prompt_starts_anew(fed):
     tab.page.get_by_text("sampling 1/20").wait_for()
     assert tab.evaluate(heights) == [100]
     send(reading(node, 0, phase="decode", steps=0, prompt_id="second"))
-    tab.page.get_by_text("decode", exact=True).wait_for()
+    tab.page.get_by_text("decoding", exact=True).wait_for()
     assert tab.evaluate(heights) == [100]
 
 
@@ -205,3 +207,53 @@ def test_the_meter_speaks_chinese(fed):
     assert "秒/步" in text
     assert "峰值" in text
     tab.shot("meter-zh")
+
+
+NUMBERED = """(prompt) => app.loadApiJson(prompt, "a run")"""
+FINISHED = """() => new Promise((resolve) => {
+    for (const name of ["execution_success", "execution_error", "execution_interrupted"])
+        app.api.addEventListener(name, ({ detail }) => resolve([name, detail.exception_message ?? ""]));
+    document.querySelector("[data-testid=queue-button]").click();
+})"""
+
+
+def test_a_real_run_feeds_the_meter(tab):
+    """Wan on tiny weights with its VAE managed, started with the Run button."""
+    tab.open()
+    graph = graphs.wan_t2v(
+        graphs.load_diffusion_model("wan_t2v.safetensors", format="int8"),
+        graphs.conditioning_random(width=256),
+        steps=8,
+    ) | graphs.decode(graphs.node("VAELoader", vae_name="wan_vae.safetensors"))
+    graph["manager"] = graphs.node(
+        "LowbitMemoryManager",
+        model=["model", 0],
+        policy="auto",
+        step_clearing="auto",
+        every_n_steps=1,
+        vram_limit_gib=0.0,
+        sequential_cfg="auto",
+        vae=["vae", 0],
+    )
+    graph["sample"]["inputs"]["model"] = ["manager", 0]
+    graph["images"]["inputs"]["vae"] = ["manager", 2]
+    graph["saved"] = graphs.node("SaveImage", images=["images", 0], filename_prefix="meter")
+    tab.evaluate(NUMBERED, numbered(graph))
+    assert tab.evaluate(FINISHED) == ["execution_success", ""]
+    meter = tab.page.locator(METER)
+    meter.wait_for(state="visible")
+    assert "peak" in meter.inner_text()
+    assert "iB" in meter.inner_text()
+    assert tab.page.locator(".lowbit-entry").count() >= 1
+    tab.command("Comfy.Canvas.FitView")
+    tab.shot("meter-real-run")
+
+
+def numbered(graph: graphs.Graph) -> graphs.Graph:
+    """The same prompt with numbers for node ids: ComfyUI's canvas takes no others."""
+    numbers = {name: str(index) for index, name in enumerate(graph, 1)}
+    return {
+        numbers[name]: entry
+        | {"inputs": {k: [numbers[v[0]], v[1]] if isinstance(v, list) else v for k, v in entry["inputs"].items()}}
+        for name, entry in graph.items()
+    }

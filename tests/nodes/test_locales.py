@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from demo import comfyui
+from lowbit.memory.components import COMPONENTS
 
 pytestmark = pytest.mark.headless
 
@@ -101,3 +102,17 @@ def test_chinese_punctuation_is_full_width(name, locale, half_width):
 @pytest.mark.parametrize("name", FILES)
 def test_no_text_holds_the_translators_own_syntax(language, name, locale):
     assert not {path for path, text in strings(locale(language, name)) if I18N_SYNTAX.search(text)}
+
+
+def test_the_meter_has_a_text_for_every_phase_and_component(locale):
+    sources = [path.read_text(encoding="utf-8") for path in (comfyui.CHECKOUT / "host").glob("memory*.py")]
+    phases = {phase for text in sources for phase in re.findall(r"observe\(\s*\"(\w+)\"", text)}
+    assert phases
+    assert phases | set(COMPONENTS) <= set(locale("en", "main.json")["lowbitMeter"])
+
+
+def test_the_meter_asks_for_no_text_that_is_missing(locale):
+    view = (comfyui.CHECKOUT / "web" / "js" / "memory_meter_view.js").read_text(encoding="utf-8")
+    asked = set(re.findall(r"say\(\"([^\"]+)\"\)", view))
+    assert asked
+    assert asked <= set(locale("en", "main.json")["lowbitMeter"])

@@ -20,18 +20,18 @@ function findNode(executionId) {
   return node;
 }
 
-/** The texts of the user's language from the pack's locales; an English text stands for itself where one is missing. */
+/** The pack's texts in the user's language, in English where that has none. */
 async function loadTexts() {
   const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
-  const answer = await api.fetchApi("/i18n");
-  return (await answer.json())[language]?.lowbitMeter ?? {};
+  const all = await (await api.fetchApi("/i18n")).json();
+  return { ...all.en?.lowbitMeter, ...all[language]?.lowbitMeter };
 }
 
 /** The node's meter. It is made with the first reading, so that a node that never ran looks like any other. */
-function meterOf(node, texts) {
+function meterOf(node, say) {
   const found = node.widgets?.find((widget) => widget.name === WIDGET);
   if (found) return found.view;
-  const view = new MemoryMeterView(texts);
+  const view = new MemoryMeterView(say);
   const widget = node.addDOMWidget(WIDGET, "lowbit_memory_meter", view.element, {
     serialize: false,
     hideOnZoom: false,
@@ -56,11 +56,13 @@ app.registerExtension({
   async setup() {
     let texts = {};
     const waiting = new Map();
+    // A phase without a text is the class of the node at work.
+    const say = (text) => texts[text] ?? LiteGraph.registered_node_types[text]?.title ?? text;
 
     const draw = () => {
       for (const [node, readings] of waiting) {
         if (!node.graph) continue;
-        const view = meterOf(node, texts);
+        const view = meterOf(node, say);
         const height = view.height;
         view.update(readings);
         if (view.height !== height) fit(node);

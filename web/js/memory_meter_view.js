@@ -46,9 +46,10 @@ function addStyle() {
 
 /** One node's meter. `element` goes into the page, `height` is what it needs in pixels. */
 export class MemoryMeterView {
-  constructor(texts = {}) {
+  /** @param say gives a text in the user's language. */
+  constructor(say) {
     addStyle();
-    this.texts = texts;
+    this.say = say;
     this.prompt = null;
     this.steps = [];
     this.phase = make("lowbit-phase");
@@ -90,10 +91,6 @@ export class MemoryMeterView {
       this.steps = [];
     }
     if (steps > 0 && step > 0 && seconds > 0 && this.steps.at(-1)?.step !== step) this.steps.push({ step, seconds });
-  }
-
-  say(text) {
-    return this.texts[text] ?? text;
   }
 
   drawHead({ phase, step, steps, seconds_per_step: seconds }) {
