@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import comfy.memory_management
 
 from ..errors import MemoryBudgetError
 from ..memory.budget import Demand, host_refusal, refusal
 from ..memory.components import MODELS, TEXT_ENCODER
-from ..memory.devices import available_host_bytes
+from ..memory.devices import available_host_bytes, resident_bytes
 from .memory_components import component_of, loaded_patchers, resident
 from .memory_release import can_leave
 from .memory_session import session
+from .preparing import Planned
 
 _SURE = 0.5
 """Core's estimates of working memory are on the safe side, by up to two times: a refusal must be sure."""
@@ -68,21 +72,20 @@ def sampling_demand(patcher: Any, noise_shape: Any, working: float) -> Demand:
     )
 
 
-def check_load(name: str, nbytes: int, elements: int, can_quantize: bool, mapped: bool) -> None:
-    """Raise unless main memory suffices to load a model.
+def check_load(planned: Planned) -> None:
+    """Raise unless main memory can hold a checkpoint as it will be stored, with every other model gone.
 
-    Args:
-        name: of the file, for the message.
-        nbytes: of its weights as they will be stored.
-        elements: how many weights.
-        can_quantize: whether the loader offers smaller formats.
-        mapped: whether weights are read from the file as they are needed, which takes no main memory to speak of.
+    With dynamic VRAM weights are read from the file as they are needed, which takes no main memory to speak of.
 
     Raises:
-        MemoryBudgetError: it does not; the message has the numbers and the cheapest changes.
+        MemoryBudgetError: it cannot; the message has the numbers and the cheapest changes.
     """
-    if mapped:
+    if comfy.memory_management.aimdo_enabled:
         return
-    sentence = host_refusal(name, nbytes, available_host_bytes(), 8 * nbytes / max(1, elements), can_quantize)
+    nbytes = planned.plan.nbytes_after
+    elements = sum(math.prod(entry.shape) for entry in planned.checkpoint.entries.values())
+    # What this process holds now could be given up for it: only what is over even then is sure not to fit.
+    room = available_host_bytes() + resident_bytes()
+    sentence = host_refusal(planned.checkpoint.path.name, nbytes, room, 8 * nbytes / max(1, elements))
     if sentence is not None:
         raise MemoryBudgetError(sentence)

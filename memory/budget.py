@@ -97,7 +97,7 @@ def refusal(what: str, demand: Demand, budget: int, limited: bool) -> str | None
     )
 
 
-def host_refusal(name: str, needed: int, available: int, bits: float, can_quantize: bool) -> str | None:
+def host_refusal(name: str, needed: int, available: int, bits: float) -> str | None:
     """The sentence that refuses a load for which main memory is too small; None when it fits.
 
     Args:
@@ -105,15 +105,14 @@ def host_refusal(name: str, needed: int, available: int, bits: float, can_quanti
         needed: bytes of main memory that loading takes.
         available: bytes that can be taken.
         bits: of a stored weight now.
-        can_quantize: whether a smaller format can be chosen.
     """
     if needed + HOST_HEADROOM <= available:
         return None
-    changes = []
-    if can_quantize:
-        for name_of_format, smaller_bits in _FORMATS:
-            if smaller_bits < bits:
-                changes.append(f"choose the format {name_of_format} ({size_text(int(needed * smaller_bits / bits))})")
+    changes = [
+        f"choose the format {name_of_format} ({size_text(needed * smaller_bits / bits)})"
+        for name_of_format, smaller_bits in _FORMATS
+        if smaller_bits < bits
+    ]
     changes.append("start ComfyUI with dynamic VRAM, which reads weights from the file as they are needed")
     changes.append(
         f"free {size_text(needed + HOST_HEADROOM - available)} by closing other programs or unloading models"
@@ -160,7 +159,7 @@ def _fewer_frames(demand: Demand, budget: int) -> tuple[str, Demand] | None:
     if demand.frames < 2 or room <= 0:
         return None
     # Video models take frames in fours and one.
-    frames = int((demand.frames - 1) * min(1.0, room / demand.working)) // 4 * 4 + 1
+    frames = int(demand.frames * min(1.0, room / demand.working) - 1) // 4 * 4 + 1
     if frames < 5 or frames >= demand.frames:
         return None
     working = int(demand.working * frames / demand.frames)

@@ -80,7 +80,7 @@ class Tiles:
 def plan_tiles(
     estimate: Callable[[int, int | None], float], height: int, width: int, frames: int, smallest: int, room: float
 ) -> Tiles | None:
-    """The largest tiles whose decode fits, or the smallest there are when none does; None when the whole fits.
+    """The largest tiles whose decode fits, or the smallest there are when none does; None for the whole.
 
     Args:
         estimate: bytes that a decode takes, from a tile's size along height and width, and its frames (None for all).
@@ -101,7 +101,7 @@ def plan_tiles(
             length = -(-length // 2)
     overlap = max(1, size // 4)
     if length is None or length >= frames:
-        return Tiles(size, overlap, None, None)
+        return None if size >= whole else Tiles(size, overlap, None, None)
     return Tiles(size, overlap, length, max(1, length // 4))
 
 

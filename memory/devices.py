@@ -16,8 +16,9 @@ HOST_NAME = "cpu (host memory)"
 _PROCESS = psutil.Process()
 _STATM = Path("/proc/self/statm")
 _PAGE = 4096
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-_CGROUP_USES = (Path("/sys/fs/cgroup/memory.current"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+_CGROUP_FOLDERS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
+_LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
+_USE_FILES = ("memory.current", "memory.usage_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -136,14 +137,14 @@ def resident_bytes() -> int:
 def total_host_bytes() -> int:
     """Main memory of the machine, or of the container this runs in."""
     total = int(psutil.virtual_memory().total)
-    limit = _first_number(_CGROUP_LIMITS)
+    limit = _first_number(_LIMIT_FILES)
     return total if limit is None else min(total, limit)
 
 
 def available_host_bytes() -> int:
     """Main memory that can still be taken without swapping, the container's limit respected."""
     memory = psutil.virtual_memory()
-    limit, used = _first_number(_CGROUP_LIMITS), _first_number(_CGROUP_USES)
+    limit, used = _first_number(_LIMIT_FILES), _first_number(_USE_FILES)
     if limit is None or used is None or limit >= memory.total:
         return int(memory.available)
     # What the container's page cache holds counts as used there, though the kernel would give it back.
@@ -151,21 +152,21 @@ def available_host_bytes() -> int:
 
 
 def _reclaimable(limit: int) -> int:
-    for folder in ("/sys/fs/cgroup", "/sys/fs/cgroup/memory"):
-        try:
-            lines = (Path(folder) / "memory.stat").read_text().splitlines()
-        except OSError:
-            continue
-        stats = dict(line.split()[:2] for line in lines if len(line.split()) >= 2)
-        return min(limit, int(stats.get("inactive_file", 0)) + int(stats.get("active_file", 0)))
-    return 0
+    text = _first_text(("memory.stat",)) or ""
+    stats = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) >= 2)
+    return min(limit, int(stats.get("inactive_file", 0)) + int(stats.get("active_file", 0)))
 
 
-def _first_number(paths: tuple[Path, ...]) -> int | None:
-    for path in paths:
-        try:
-            text = path.read_text().strip()
-        except OSError:
-            continue
-        return int(text) if text.isdigit() else None
+def _first_number(names: tuple[str, ...]) -> int | None:
+    text = _first_text(names)
+    return int(text) if text is not None and text.isdigit() else None
+
+
+def _first_text(names: tuple[str, ...]) -> str | None:
+    for folder in _CGROUP_FOLDERS:
+        for name in names:
+            try:
+                return (folder / name).read_text().strip()
+            except OSError:
+                continue
     return None

@@ -1,0 +1,50 @@
+"""What a container may use of main memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from lowbit.memory import devices
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def container(tmp_path, monkeypatch):
+    """Writes cgroup files; None leaves one out."""
+
+    def write(limit, used, cache=0):
+        for name, value in (("memory.max", limit), ("memory.current", used)):
+            if value is not None:
+                (tmp_path / name).write_text(f"{value}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\nactive_file 0\n")
+        monkeypatch.setattr(devices, "_CGROUP_FOLDERS", (tmp_path,))
+        machine = SimpleNamespace(total=64 * GIB, available=50 * GIB)
+        monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: machine)
+
+    return write
+
+
+def test_a_containers_limit_counts(container):
+    container(16 * GIB, 10 * GIB)
+    assert devices.total_host_bytes() == 16 * GIB
+    assert devices.available_host_bytes() == 6 * GIB
+
+
+def test_page_cache_of_a_container_can_be_taken(container):
+    container(16 * GIB, 10 * GIB, cache=7 * GIB)
+    assert devices.available_host_bytes() == 13 * GIB
+
+
+def test_a_container_never_has_more_than_the_machine(container):
+    container(60 * GIB, GIB)
+    assert devices.available_host_bytes() == 50 * GIB
+
+
+@pytest.mark.parametrize("limit", ["max", str(1 << 63), None])
+def test_without_a_limit_the_machine_counts(container, limit):
+    container(limit, GIB)
+    assert devices.total_host_bytes() == 64 * GIB
+    assert devices.available_host_bytes() == 50 * GIB

@@ -1,0 +1,187 @@
+"""The sentinel is quiet about what settles, and loud about what grows; holders are found and named."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit.memory.growth import TOLERANCE, WARM_UP, Sentinel
+from lowbit.memory.holders import BYTES, ENTRIES, HOLDERS, REFERENCE, Holder, find_growth, held_by, take_snapshot
+
+MIB = 1 << 20
+
+
+def test_what_settles_in_the_first_passings_is_no_growth():
+    sentinel = Sentinel()
+    assert all(sentinel.mark("x", used) is None for used in (10 * MIB, 900 * MIB, 1000 * MIB, 1000 * MIB, 1005 * MIB))
+
+
+def test_growth_is_reported_once_for_each_further_slack():
+    sentinel = Sentinel(slack=16 * MIB)
+    found = [sentinel.mark("x", 100 * MIB + 10 * MIB * index) for index in range(9)]
+    assert [growth is not None for growth in found] == [False] * 4 + [True, False, True, False, True]
+    assert found[4].nbytes == 20 * MIB
+    assert found[4].times == 5
+    assert (found[6].before, found[6].now) == (140 * MIB, 160 * MIB)
+
+
+def test_memory_that_is_reserved_and_not_used_counts_and_is_told_apart():
+    sentinel = Sentinel()
+    for _ in range(3):
+        sentinel.mark("x", 100 * MIB, 0)
+    growth = sentinel.mark("x", 100 * MIB, 200 * MIB)
+    assert growth.nbytes == growth.idle == 200 * MIB
+
+
+def test_phases_do_not_mix():
+    sentinel = Sentinel()
+    for index in range(10):
+        assert sentinel.mark(("model", 64), 100 * MIB) is None
+        assert sentinel.mark(("model", 128), 900 * MIB) is None
+        assert sentinel.mark(("new", index), 100 * index * MIB) is None
+
+
+def test_the_third_passing_is_the_reference():
+    sentinel = Sentinel()
+    answers = []
+    for _ in range(5):
+        sentinel.mark("x", 1)
+        answers.append(sentinel.is_reference("x"))
+    assert answers == [False, False, True, False, False]
+    assert not sentinel.is_reference("y")
+
+
+def test_old_phases_are_forgotten():
+    sentinel = Sentinel(most_phases=4)
+    for index in range(100):
+        sentinel.mark(index, 1)
+    assert len(sentinel._phases) == 4
+
+
+@given(reference=st.integers(0, 1 << 36), later=st.integers(0, 1 << 36))
+def test_growth_is_what_passes_tolerance_and_slack(reference, later):
+    sentinel = Sentinel(slack=16 * MIB)
+    for _ in range(WARM_UP + 1):
+        sentinel.mark("x", reference)
+    grown = sentinel.mark("x", later) is not None
+    assert grown is (later > reference + max(16 * MIB, TOLERANCE * reference))
+
+
+class Keeper:
+    """Holds tensors, as a pack with a leak does."""
+
+    def __init__(self):
+        self.kept = []
+
+
+@pytest.fixture
+def device_type():
+    return "cpu"
+
+
+def test_a_python_reference_is_named_by_its_holder(device_type):
+    keeper = Keeper()
+    before = take_snapshot(HOLDERS, device_type)
+    keeper.kept.append({"latent": torch.zeros(3, 1 << 20)})
+    (grown,) = [item for item in find_growth(HOLDERS, before, device_type) if "(3, 1048576)" in item.detail]
+    assert (grown.name, grown.amount, grown.freed) == (REFERENCE, 12 * MIB, False)
+    assert "dict in list in" in grown.text
+    assert "Keeper" in grown.text
+    assert "12 MiB more" in grown.text
+
+
+def test_nothing_is_named_when_nothing_grew(device_type):
+    before = take_snapshot(HOLDERS, device_type)
+    torch.zeros(8, 1 << 20).sum()
+    assert find_growth(HOLDERS, before, device_type) == []
+
+
+def test_views_of_one_tensor_count_once(device_type):
+    base = torch.zeros(4 << 20)
+    before = take_snapshot(HOLDERS, device_type)
+    views = [base[index:] for index in range(50)]
+    assert find_growth(HOLDERS, before, device_type) == []
+    assert len(views) == 50
+
+
+def test_a_module_that_holds_it_is_named():
+    module = types.ModuleType("leaky_pack")
+    sys.modules["leaky_pack"] = module
+    module.__loader__ = object()
+    try:
+        module.cache = [torch.zeros(10)]
+        assert held_by(module.cache[0]) == "list in module leaky_pack"
+    finally:
+        del sys.modules["leaky_pack"]
+
+
+def test_safe_holders_are_freed_and_others_get_advice():
+    kept, compiled = {"workspace": 0}, {"count": 0}
+    holders = [
+        Holder("workspaces", BYTES, lambda: kept["workspace"], lambda: kept.update(workspace=0)),
+        Holder("graphs", ENTRIES, lambda: compiled["count"], None, "compile with dynamic=True"),
+        Holder("broken", BYTES, lambda: 1 // 0),
+    ]
+    before = take_snapshot(holders, "cuda")
+    kept["workspace"], compiled["count"] = 32 * MIB, 7
+    workspaces, graphs = find_growth(holders, before, "cuda")
+    assert workspaces.text == "workspaces: 32 MiB more; freed"
+    assert graphs.text == "graphs: 7 entries more; compile with dynamic=True"
+    assert kept["workspace"] == 0
+
+
+def test_block_masks_of_flex_attention_are_counted():
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    holder = next(item for item in HOLDERS if "block masks" in item.name)
+    gc.collect()
+    before = holder.measure()
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 512, 512, device="cpu")
+    assert holder.measure() > before
+    del mask
+    gc.collect()
+    assert holder.measure() == before
+
+
+def test_compiled_graphs_are_counted():
+    import torch._dynamo.utils
+
+    holder = next(item for item in HOLDERS if item.name == "torch._dynamo")
+    before = holder.measure()
+    torch.compile(lambda x: x * 2 + 1, backend="eager")(torch.ones(3))
+    assert holder.measure() > before
+
+
+def test_triton_kernels_are_counted():
+    jit = pytest.importorskip("triton.runtime.jit", reason="need Triton")
+    holder = next(item for item in HOLDERS if item.name.startswith("Triton"))
+    before = holder.measure()
+    kernel = next((item for item in gc.get_objects() if type(item) is jit.JITFunction), None)
+    if kernel is None:
+        kernel = jit.JITFunction(_kernel)
+    caches = dict(kernel.device_caches)
+    kernel.device_caches[7] = ({"a": 1, "b": 2}, {}, None, None, None)
+    try:
+        assert holder.measure() == before + 2
+    finally:
+        kernel.device_caches.clear()
+        kernel.device_caches.update(caches)
+
+
+def _kernel(x):
+    pass
+
+
+def test_comfy_kitchens_workspaces_are_counted_and_freed(monkeypatch):
+    holder = next(item for item in HOLDERS if "comfy-kitchen" in item.name)
+    fake = types.SimpleNamespace(_cublas_workspaces={0: torch.zeros(1 << 20, dtype=torch.uint8)})
+    monkeypatch.setitem(sys.modules, "comfy_kitchen.backends.cuda", fake)
+    assert holder.measure() == MIB
+    holder.free()
+    assert holder.measure() == 0
