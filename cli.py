@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .errors import LowbitError, StorageError
+import torch
+
+from .errors import CapabilityError, LowbitError, StorageError
 from .ops.auto_format import choose_format
 from .ops.checkpoint import open_checkpoint
 from .ops.device_info import device_info
@@ -19,16 +23,30 @@ from .ops.plan import make_plan
 from .ops.plan_report import plan_report, plan_summary
 from .ops.stream import quantize_checkpoint, read_origin
 
+logger = logging.getLogger("lowbit")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns 0, or 2 after one sentence on standard error when the input is bad."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file's name need not be text.
+            stream.reconfigure(errors="backslashreplace")
     try:
         command(options)
+        sys.stdout.flush()
     except LowbitError as error:
         print(f"lowbit: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader, say `head`, has seen enough; Python must not try to flush the rest on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except OSError as error:
+        print(f"lowbit: {error.filename or 'a file'} cannot be used ({error.strerror or error}).", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lowbit: interrupted, nothing was left behind.", file=sys.stderr)
@@ -64,26 +82,44 @@ def _parser() -> argparse.ArgumentParser:
 def _quantize(options: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(options.source)
     rules = parse_rules(options.keep)
-    device = device_info(options.device)
+    device = _device(options.device)
     name, reason = options.format, "asked for"
     if name == AUTO:
-        name, reason = choose_format(checkpoint, device, rules)
-    plan = make_plan(checkpoint, None if name == AS_STORED else find_format(name), rules)
+        name, reason = choose_format(checkpoint, device_info(device), rules)
+    plan = make_plan(checkpoint, None if name == AS_STORED else find_format(name), rules, named=options.format != AUTO)
     if options.dry_run:
-        print(plan_report(checkpoint, plan, device, f"{name}: {reason}"))
+        print(plan_report(checkpoint, plan, device_info(device), f"{name}: {reason}"))
         return
-    if options.target.exists() and not options.overwrite:
+    if os.path.lexists(options.target) and not options.overwrite:
         raise StorageError(f"{options.target} exists: name another file or add --overwrite.")
     if options.target.resolve() in {file.resolve() for file in checkpoint.files}:
         raise StorageError(f"{options.target} is the source itself: name another file.")
-    quantize_checkpoint(
-        checkpoint,
-        plan,
-        options.target,
-        device="cuda" if device.capability else "cpu",
-        progress=_bar(),
-    )
+    try:
+        quantize_checkpoint(checkpoint, plan, options.target, device=device, progress=_bar())
+    except torch.OutOfMemoryError:
+        logger.warning("Too little free memory on %s to quantize there: it is done on the CPU.", device)
+        quantize_checkpoint(checkpoint, plan, options.target, device="cpu", progress=_bar())
     print(f"\n{plan_summary(plan)}\nFormat {name}: {reason}\nWritten and verified: {options.target}")
+
+
+def _device(name: str | None) -> torch.device:
+    """The device to quantize on: the named one, else the current GPU, else the CPU.
+
+    Raises:
+        CapabilityError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CapabilityError(f"There is no device '{name}': write cpu, cuda, or cuda:1 for a second GPU.") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise CapabilityError(
+            f"The device '{name}' cannot be used here, where torch finds {count} NVIDIA GPUs: write cpu, or leave it out."
+        )
+    return device
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -93,7 +129,8 @@ def _inspect(options: argparse.Namespace) -> None:
     kept = origin.get("kept") if origin else None
     print(plan_report(checkpoint, plan, device_info(), "as stored"))
     if origin is not None:
-        print(f"Made by Lowbit from {origin.get('source')} as {origin.get('format')}.")
+        source = f" from {origin['source']}" if "source" in origin else ""
+        print(f"Made by Lowbit{source} as {origin.get('format')}.")
     if isinstance(kept, dict) and kept:
         print("Kept in 16 bits:")
         for layer, why in kept.items():

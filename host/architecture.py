@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 
 import comfy.model_detection
+import comfy.quant_ops
 import comfy.sd
 import torch
+from comfy_kitchen.tensor.base import LAYOUTS
 
-from ..errors import CheckpointError
+from ..errors import CapabilityError, CheckpointError
 from ..ops.checkpoint import Checkpoint
+from ..ops.formats import STORAGES
+from ..ops.keep_rules import QUANTIZE
+from ..ops.plan import QuantizationPlan
 
 logger = logging.getLogger("lowbit.host")
 
@@ -56,6 +61,25 @@ def check_model_patch(checkpoint: Checkpoint, *, quantizes: bool) -> None:
             f"{checkpoint.path.name} is no InfiniteTalk or MultiTalk patch, the only ones that can be quantized: choose "
             "the format 'none'."
         )
+
+
+def check_formats(plan: QuantizationPlan) -> None:
+    """Refuse formats that this ComfyUI would not load.
+
+    Raises:
+        CapabilityError: ComfyUI, or its comfy-kitchen, does not have a format of the plan.
+    """
+    formats = {name: layer.core_format for name, layer in plan.stored.layers.items()}
+    formats |= {
+        name: STORAGES[layer.storage].core_format for name, layer in plan.layers.items() if layer.action == QUANTIZE
+    }
+    for name, core_format in formats.items():
+        row = comfy.quant_ops.QUANT_ALGOS.get(core_format)
+        if row is None or row["comfy_tensor_layout"] not in LAYOUTS:
+            raise CapabilityError(
+                f"The layer '{name}' would be loaded as '{core_format}', a format that this ComfyUI and its comfy-kitchen do "
+                "not have: update both, or use another file or format."
+            )
 
 
 def _known_diffusion_model(checkpoint: Checkpoint) -> bool:

@@ -17,7 +17,7 @@ import torch
 from comfy_extras.nodes_model_patch import ModelPatchLoader, MultiTalkModelPatch
 
 from ..errors import CheckpointError
-from ..ops.checkpoint import open_checkpoint
+from ..ops.checkpoint import Checkpoint, open_checkpoint
 from ..ops.stored import normalize_state_dict
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .feed_forward import fuse_feed_forwards, route_input_activations
@@ -26,6 +26,12 @@ from .operations import adopt_quantized_linears
 logger = logging.getLogger("lowbit.host")
 
 StateDict = dict[str, torch.Tensor]
+
+_PATCH_DIMENSIONS = {
+    "in_dim": "blocks.0.audio_cross_attn.proj.weight",
+    "intermediate_dim": MODEL_PATCH_SIGNATURE,
+    "out_dim": "audio_proj.norm.weight",
+}
 
 
 def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
@@ -89,6 +95,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
     checkpoint = open_checkpoint(path)
     if MODEL_PATCH_SIGNATURE not in checkpoint.entries:
         return _load_other_patch(path)
+    dimensions = _patch_dimensions(checkpoint)
     state_dict, _ = _read(path)
     device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
@@ -99,9 +106,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         audio_window=5,
         context_tokens=32,
         vae_scale=4,
-        in_dim=checkpoint.entries["blocks.0.audio_cross_attn.proj.weight"].shape[0],
-        intermediate_dim=checkpoint.entries[MODEL_PATCH_SIGNATURE].shape[0],
-        out_dim=checkpoint.entries["audio_proj.norm.weight"].shape[0],
+        **dimensions,
         device=offload_device,
         dtype=compute_dtype,
         operations=comfy.ops.mixed_precision_ops({}, compute_dtype),
@@ -111,7 +116,10 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
     try:
         model.load_state_dict(state_dict, assign=patcher.is_dynamic())
     except RuntimeError as error:
-        raise CheckpointError(f"{Path(path).name} does not hold an InfiniteTalk patch's tensors: {error}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(
+            f"{Path(path).name} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
+        ) from None
     take_over(model)
     patcher.cached_patcher_init = (load_model_patch, (path,))
     return patcher
@@ -130,6 +138,19 @@ def _load_text_encoder_patcher(
     paths: Sequence[str], clip_type: comfy.sd.CLIPType, device: str, disable_dynamic: bool = False
 ) -> comfy.model_patcher.ModelPatcher:
     return load_text_encoder(paths, clip_type, device, disable_dynamic).patcher
+
+
+def _patch_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
+    """Core's arguments of an InfiniteTalk patch that its file tells, each the first dimension of a tensor."""
+    dimensions = {}
+    for argument, name in _PATCH_DIMENSIONS.items():
+        entry = checkpoint.entries.get(name)
+        if entry is None or not entry.shape:
+            raise CheckpointError(
+                f"{checkpoint.path.name} is only part of an InfiniteTalk patch, without '{name}': download it again."
+            )
+        dimensions[argument] = entry.shape[0]
+    return dimensions
 
 
 def _load_other_patch(path: str) -> comfy.model_patcher.ModelPatcher:

@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+from ..errors import StorageError
 from ..ops.auto_format import choose_format
 from ..ops.cache import quantized_file
 from ..ops.checkpoint import Checkpoint, open_checkpoint
@@ -18,7 +19,9 @@ from ..ops.formats import AS_STORED, AUTO, find_format
 from ..ops.keep_rules import parse_rules
 from ..ops.plan import QuantizationPlan, make_plan
 from ..ops.plan_report import plan_report, plan_summary
-from .folders import cache_folder
+from ..ops.stored import metadata_below
+from .architecture import MODEL_PATCH_SIGNATURE, check_formats, check_model_patch
+from .folders import CACHE_VARIABLE, cache_folder
 from .temporary import temporary_folder
 
 logger = logging.getLogger("lowbit.host")
@@ -74,14 +77,36 @@ def plan_file(path: Path, request: Request, device: torch.device | None = None) 
     Raises:
         CheckpointError: the file is damaged, missing or a pickle.
         FormatError: the format or a rule is unknown.
+        CapabilityError: ComfyUI or comfy-kitchen does not have a format that the file holds or was asked for.
     """
+    return plan_checkpoint(diffusion_part(open_checkpoint(path)), request, device)
+
+
+def plan_model_patch(path: Path, request: Request) -> Planned:
+    """`plan_file` for a model patch; `auto` leaves alone the patches that cannot be quantized.
+
+    Raises:
+        CheckpointError: as `plan_file`, or a format was asked for by name for such a patch.
+    """
+    checkpoint = open_checkpoint(path)
+    if request.weight_format == AUTO and MODEL_PATCH_SIGNATURE not in checkpoint.entries:
+        planned = plan_checkpoint(checkpoint, replace(request, weight_format=AS_STORED))
+        return replace(planned, choice=f"{AS_STORED}: only InfiniteTalk and MultiTalk patches can be quantized")
+    planned = plan_checkpoint(checkpoint, request)
+    check_model_patch(checkpoint, quantizes=planned.plan.changes_weights)
+    return planned
+
+
+def plan_checkpoint(checkpoint: Checkpoint, request: Request, device: torch.device | None = None) -> Planned:
+    """`plan_file` for a checkpoint that is open already."""
     rules = parse_rules(request.keep_rules)
-    checkpoint = diffusion_part(open_checkpoint(path))
     where = device_info(device if device is not None else comfy.model_management.get_torch_device())
     name, reason = request.weight_format, "asked for"
     if name == AUTO:
         name, reason = choose_format(checkpoint, where, rules)
-    plan = make_plan(checkpoint, None if name == AS_STORED else find_format(name), rules)
+    weight_format = None if name == AS_STORED else find_format(name)
+    plan = make_plan(checkpoint, weight_format, rules, named=request.weight_format != AUTO)
+    check_formats(plan)
     return Planned(checkpoint, plan, request, where, f"{name}: {reason}")
 
 
@@ -101,11 +126,13 @@ def prepared_file(planned: Planned) -> Path:
         largest = max((entry.nbytes for entry in planned.checkpoint.entries.values()), default=0)
         comfy.model_management.free_memory(2 * largest + _QUANTIZER_HEADROOM, device)
     try:
-        path = quantized_file(planned.checkpoint, planned.plan, folder, device=device, progress=_progress())
-    except torch.OutOfMemoryError:
-        logger.warning("Too little free GPU memory to quantize %s there: it is done on the CPU.", source.name)
-        path = quantized_file(planned.checkpoint, planned.plan, folder, device="cpu", progress=_progress())
-    return path
+        try:
+            return quantized_file(planned.checkpoint, planned.plan, folder, device=device, progress=_progress())
+        except torch.OutOfMemoryError:
+            logger.warning("Too little free GPU memory to quantize %s there: it is done on the CPU.", source.name)
+        return quantized_file(planned.checkpoint, planned.plan, folder, device="cpu", progress=_progress())
+    except StorageError as error:
+        raise StorageError(f"{str(error).rstrip('.')}; {CACHE_VARIABLE} names the folder of quantized files.") from None
 
 
 def _core_reads(checkpoint: Checkpoint) -> bool:
@@ -126,7 +153,7 @@ def diffusion_part(checkpoint: Checkpoint) -> Checkpoint:
         )
         for name in names
     }
-    return replace(checkpoint, entries=entries)
+    return replace(checkpoint, entries=entries, metadata=metadata_below(checkpoint.metadata, _DIFFUSION_PREFIX))
 
 
 def _progress():

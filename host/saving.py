@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..ops.checkpoint import Checkpoint, open_checkpoint
-from ..ops.writer import CheckpointWriter, check_free_space
+from ..ops.stream import METADATA_KEY, carried_metadata, read_origin
+from ..ops.writer import CheckpointWriter, check_free_space, names_nbytes
 
 logger = logging.getLogger("lowbit.host")
 
@@ -58,10 +60,20 @@ def source_checkpoint(patcher: comfy.model_patcher.ModelPatcher) -> Checkpoint |
 
 
 def _write(tensors: dict[str, torch.Tensor], target: Path, origin: Checkpoint | None) -> None:
-    bar = comfy.utils.ProgressBar(len(tensors))
-    name_bytes = sum(2 * len(name.encode()) for name in tensors)
-    metadata = _metadata(origin)
-    with CheckpointWriter(target, name_bytes=name_bytes, name_count=len(tensors), metadata=metadata) as writer:
+    count = len(tensors)
+    bar = comfy.utils.ProgressBar(2 * count)
+
+    def verified(done: int, nbytes: int, name: str) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(count + count * done // max(nbytes, 1))
+
+    with CheckpointWriter(
+        target,
+        name_bytes=names_nbytes(tensors),
+        name_count=count,
+        metadata=_metadata(origin),
+        verified=verified,
+    ) as writer:
         while tensors:
             comfy.model_management.throw_exception_if_processing_interrupted()
             name = next(iter(tensors))
@@ -80,6 +92,11 @@ def _as_in_source(tensor: torch.Tensor, name: str, origin: Checkpoint | None) ->
 
 def _metadata(origin: Checkpoint | None) -> dict[str, str]:
     """What core needs to know the architecture again: Wan files may carry their configuration in the header."""
-    metadata = dict(origin.metadata) if origin is not None else {}
-    metadata.pop("_quantization_metadata", None)
+    if origin is None:
+        return {}
+    metadata = carried_metadata(origin.metadata)
+    made = read_origin(origin.metadata)
+    if made is not None:
+        # LoRAs may be merged in: it is no longer what was made of that source.
+        metadata[METADATA_KEY] = json.dumps({key: value for key, value in made.items() if key != "source"})
     return metadata

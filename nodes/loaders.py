@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.sd
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
-from ..host.architecture import check_diffusion_model, check_model_patch, check_text_encoder
+from ..host.architecture import check_diffusion_model, check_text_encoder
 from ..host.folders import model_names, model_path
 from ..host.loading import load_diffusion_model, load_model_patch, load_text_encoder
-from ..host.preparing import Planned, Request, plan_file, prepared_file
+from ..host.memory_preflight import check_load
+from ..host.preparing import Planned, Request, plan_file, plan_model_patch, prepared_file
 from ..host.vae import VAE_PRECISIONS, load_vae, vae_names
 from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS
 from .common import CATEGORY, file_fingerprint, show_text
@@ -65,11 +67,12 @@ def report_output() -> io.Output:
     )
 
 
-def execute_plan(planned: Planned, dry_run: bool, load: Any, node_id: str | None) -> io.NodeOutput:
-    """Show the plan, and load the prepared file with `load` unless this is a dry run."""
+def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_id: str | None) -> io.NodeOutput:
+    """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
-    loaded = ExecutionBlocker(None) if dry_run else load(str(prepared_file(planned)))
-    return io.NodeOutput(loaded, planned.report)
+    if not dry_run:
+        check_load(planned)
+    return io.NodeOutput(ExecutionBlocker(None) if dry_run else load(), planned.report)
 
 
 class LoadDiffusionModel(io.ComfyNode):
@@ -106,7 +109,9 @@ class LoadDiffusionModel(io.ComfyNode):
         path = model_path("diffusion_models", unet_name)
         planned = plan_file(path, Request(format, keep_rules, keep_quantized_file))
         check_diffusion_model(planned.checkpoint)
-        return execute_plan(planned, dry_run, load_diffusion_model, cls.hidden.unique_id)
+        return execute_plan(
+            planned, dry_run, lambda: load_diffusion_model(str(prepared_file(planned))), cls.hidden.unique_id
+        )
 
 
 class LoadTextEncoder(io.ComfyNode):
@@ -167,7 +172,10 @@ class LoadTextEncoder(io.ComfyNode):
         check_text_encoder(planned.checkpoint)
         clip_type = comfy.sd.CLIPType[type.upper()]
         return execute_plan(
-            planned, dry_run, lambda file: load_text_encoder([file], clip_type, device), cls.hidden.unique_id
+            planned,
+            dry_run,
+            lambda: load_text_encoder([str(prepared_file(planned))], clip_type, device),
+            cls.hidden.unique_id,
         )
 
 
@@ -236,9 +244,10 @@ class LoadModelPatch(io.ComfyNode):
         cls, name: str, format: str, keep_rules: str, dry_run: bool, keep_quantized_file: bool
     ) -> io.NodeOutput:
         path = model_path("model_patches", name)
-        planned = plan_file(path, Request(format, keep_rules, keep_quantized_file))
-        check_model_patch(planned.checkpoint, quantizes=planned.plan.changes_weights)
-        return execute_plan(planned, dry_run, load_model_patch, cls.hidden.unique_id)
+        planned = plan_model_patch(path, Request(format, keep_rules, keep_quantized_file))
+        return execute_plan(
+            planned, dry_run, lambda: load_model_patch(str(prepared_file(planned))), cls.hidden.unique_id
+        )
 
 
 NODES = [LoadDiffusionModel, LoadTextEncoder, LoadVAE, LoadModelPatch]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host.preparing import Request
-from ..host.quantizing import quantize_model
+from ..host.quantizing import plan_model, quantize_model
 from ..host.saving import save_diffusion_model
-from .common import CATEGORY, show_text
-from .loaders import format_inputs, report_output
+from .common import CATEGORY
+from .loaders import execute_plan, format_inputs, report_output
 
 
 class QuantizeModel(io.ComfyNode):
@@ -16,23 +16,23 @@ class QuantizeModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shared = [entry for entry in format_inputs() if entry.id != "dry_run"]
         return io.Schema(
             node_id="LowbitQuantizeModel",
             display_name="Quantize Model (Lowbit)",
             category=CATEGORY,
             description="Stores a loaded model's weights in 8 or 4 bits. LoRAs and patches that are on it stay on it.",
             search_aliases=["fp8", "fp4", "int8", "nvfp4"],
-            inputs=[io.Model.Input("model", tooltip="A diffusion model from any loader."), *shared],
+            inputs=[io.Model.Input("model", tooltip="A diffusion model from any loader."), *format_inputs()],
             outputs=[io.Model.Output(tooltip="The model with quantized weights."), report_output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: io.Model.Type, format: str, keep_rules: str, keep_quantized_file: bool) -> io.NodeOutput:
-        quantized, planned = quantize_model(model, Request(format, keep_rules, keep_quantized_file))
-        show_text(cls.hidden.unique_id, planned.summary)
-        return io.NodeOutput(quantized, planned.report)
+    def execute(
+        cls, model: io.Model.Type, format: str, keep_rules: str, dry_run: bool, keep_quantized_file: bool
+    ) -> io.NodeOutput:
+        planned = plan_model(model, Request(format, keep_rules, keep_quantized_file))
+        return execute_plan(planned, dry_run, lambda: quantize_model(model, planned), cls.hidden.unique_id)
 
 
 class SaveQuantizedModel(io.ComfyNode):

@@ -6,25 +6,26 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError, StorageError
-from .checkpoint import Checkpoint, open_checkpoint
-from .formats import WeightFormat
-from .keep_rules import Rule
+from .checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from .plan import QuantizationPlan
-from .stream import METADATA_KEY, QUANTIZER_VERSION, Progress, quantize_checkpoint
-from .writer import TEMPORARY_PREFIX, TEMPORARY_SUFFIX
+from .stream import METADATA_KEY, QUANTIZER_VERSION, RECIPE_KEY, Progress, quantize_checkpoint, read_origin
+from .writer import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, short_stem
 
 logger = logging.getLogger("lowbit.ops")
 
 _ABANDONED_SECONDS = 24 * 3600
-_RECIPE_KEY = "lowbit_recipe"
+_OWN_NAME = re.compile(r"^.*\.[a-z0-9_]+\.[0-9a-f]{16}\.safetensors$", re.DOTALL)
+"""What `cached_path` makes: a file of any other name is the user's, whatever its header says."""
 
 
 @dataclass(frozen=True)
@@ -32,35 +33,40 @@ class CacheKey:
     """Names one quantized file.
 
     Attributes:
-        recipe: digest of the source's place, the format, the rules and the quantizer's version.
-        content: digest of the recipe and of the source's content.
+        recipe: digest of the source's place, the format and the rules.
+        content: digest of the recipe, the quantizer's version and the source's content.
     """
 
     recipe: str
     content: str
 
 
-def cache_key(checkpoint: Checkpoint, weight_format: WeightFormat | None, rules: Sequence[Rule]) -> CacheKey:
-    """The key of `checkpoint` quantized so."""
+def cache_key(checkpoint: Checkpoint, plan: QuantizationPlan) -> CacheKey:
+    """The key of `checkpoint` quantized by `plan`.
+
+    Raises:
+        CheckpointError: the source is gone.
+    """
     recipe = json.dumps(
         [
-            QUANTIZER_VERSION,
-            str(checkpoint.path.resolve()),
-            asdict(weight_format) if weight_format else None,
-            [(rule.pattern, rule.action) for rule in rules],
+            checkpoint.place,
+            asdict(plan.weight_format) if plan.weight_format else None,
+            plan.stored_fast,
+            [(rule.pattern, rule.action) for rule in plan.rules],
         ]
     )
     recipe_digest = hashlib.sha256(recipe.encode()).hexdigest()
-    content = hashlib.sha256(f"{recipe_digest}{checkpoint.identity()}".encode()).hexdigest()
-    return CacheKey(recipe_digest, content)
+    content = f"{recipe_digest}{QUANTIZER_VERSION}{checkpoint.identity()}"
+    return CacheKey(recipe_digest, hashlib.sha256(content.encode()).hexdigest())
 
 
 def cached_path(checkpoint: Checkpoint, plan: QuantizationPlan, folder: Path) -> Path:
-    """Where the quantized file lies, or will."""
-    key = cache_key(checkpoint, plan.weight_format, plan.rules)
-    stem = checkpoint.path.name.removesuffix(".json").removesuffix(".index").removesuffix(".safetensors")
-    format_name = plan.weight_format.name if plan.weight_format else "merged"
-    return folder / f"{stem}.{format_name}.{key.content[:16]}.safetensors"
+    """Where the quantized file lies, or will.
+
+    Raises:
+        CheckpointError: the source is gone.
+    """
+    return _path(checkpoint, plan, folder, cache_key(checkpoint, plan))
 
 
 def quantized_file(
@@ -76,29 +82,37 @@ def quantized_file(
     Two processes may do this at once: both write under names of their own, and the last rename wins.
 
     Raises:
-        CheckpointError: the source is damaged.
+        CheckpointError: the source is damaged, or changed after it was opened.
         StorageError: `folder` cannot be written or the disk is too small.
     """
-    path = cached_path(checkpoint, plan, folder)
+    started = time.time()
+    key = cache_key(checkpoint, plan)
+    # The key must be of the state that the plan was made for.
+    checkpoint.check_unchanged()
+    path = _path(checkpoint, plan, folder, key)
     if _is_whole(path):
         logger.info("Using the quantized file %s", path.name)
         return path
-    key = cache_key(checkpoint, plan.weight_format, plan.rules)
     _sweep_abandoned(folder)
     try:
-        quantize_checkpoint(
-            checkpoint, plan, path, device=device, progress=progress, metadata={_RECIPE_KEY: key.recipe}
-        )
+        quantize_checkpoint(checkpoint, plan, path, device=device, progress=progress, metadata={RECIPE_KEY: key.recipe})
     except StorageError:
         # Windows refuses to replace a file that another process has just finished and mapped.
         if not _is_whole(path):
             raise
-    _remove_outdated(folder, path, key.recipe)
+    _remove_outdated(path, key.recipe, started)
     return path
 
 
+def _path(checkpoint: Checkpoint, plan: QuantizationPlan, folder: Path, key: CacheKey) -> Path:
+    index = INDEX_NAME.match(checkpoint.path.name)
+    stem = index["stem"] if index is not None else checkpoint.path.stem
+    format_name = plan.weight_format.name if plan.weight_format else "merged"
+    return folder / f"{short_stem(stem)}.{format_name}.{key.content[:16]}.safetensors"
+
+
 def _is_whole(path: Path) -> bool:
-    if not path.exists():
+    if not os.path.exists(path):
         return False
     try:
         return METADATA_KEY in open_checkpoint(path).metadata
@@ -115,12 +129,21 @@ def _sweep_abandoned(folder: Path) -> None:
                 leftover.unlink()
 
 
-def _remove_outdated(folder: Path, current: Path, recipe: str) -> None:
-    """Remove files that the same recipe made of an earlier content of the same source."""
-    for other in folder.glob("*.safetensors"):
-        if other == current:
+def _remove_outdated(current: Path, recipe: str, started: float) -> None:
+    """Remove what the same recipe made of an earlier content of the same source, or by an earlier quantizer.
+
+    What another process made after this one began may be of a later content, and is left.
+    """
+    for other in current.parent.glob("*.safetensors"):
+        if other == current or not _OWN_NAME.match(other.name):
             continue
         with contextlib.suppress(OSError, CheckpointError):
-            if open_checkpoint(other).metadata.get(_RECIPE_KEY) == recipe:
+            if other.stat().st_mtime < started and _is_outdated(open_checkpoint(other).metadata, recipe):
                 other.unlink()
                 logger.info("Removed %s, whose source has changed", other.name)
+
+
+def _is_outdated(metadata: Mapping[str, str], recipe: str) -> bool:
+    """Whether the header is of this recipe and of no later quantizer, whose files its own process would make again."""
+    version = (read_origin(metadata) or {}).get("quantizer_version")
+    return metadata.get(RECIPE_KEY) == recipe and isinstance(version, int) and version <= QUANTIZER_VERSION

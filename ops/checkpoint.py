@@ -44,6 +44,11 @@ class Checkpoint:
     stamps: tuple[FileStamp, ...]
 
     @property
+    def place(self) -> str:
+        """Where it lies, the same for a later state of the same files."""
+        return str(self.path.resolve())
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())

@@ -175,8 +175,11 @@ GENERIC = ModelFamily(
     (),
     (
         *_NORMS,
-        Rule("*embed*", reason=_EMBEDDINGS),
-        Rule("*emb", reason=_EMBEDDINGS),
+        # A header does not tell an embedding table from a linear layer; core looks rows up in FP8 and INT8 tables only.
+        Rule("*embed*", reason=_EMBEDDINGS, structural=True),
+        Rule("*emb", reason=_EMBEDDINGS, structural=True),
+        Rule("wte", reason=_EMBEDDINGS, structural=True),
+        Rule("wpe", reason=_EMBEDDINGS, structural=True),
         Rule("time_*", reason=_CONDITIONING),
         Rule("t_embedder", reason=_CONDITIONING),
         Rule("modulation", reason="modulation"),

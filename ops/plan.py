@@ -10,6 +10,7 @@ import torch
 from .checkpoint import Checkpoint
 from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
 from .keep_rules import KEEP, QUANTIZE, ModelFamily, Rule, detect_family, expand_rules, first_match, unmatched_rules
+from .quantize import require_layout
 from .stored import StoredLayers, find_stored_layers
 
 SMALLEST_SIDE = 16
@@ -48,10 +49,15 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """The whole of it: every matrix, what else the file holds, and what the rules missed."""
+    """The whole of it: every matrix, what else the file holds, and what the rules missed.
+
+    `stored_fast` says whether layers that are quantized in the file may have their activations quantized too; None
+    leaves that to the file.
+    """
 
     family: ModelFamily
     weight_format: WeightFormat | None
+    stored_fast: bool | None
     rules: tuple[Rule, ...]
     layers: Mapping[str, LayerPlan]
     stored: StoredLayers
@@ -78,14 +84,18 @@ def find_stored(checkpoint: Checkpoint) -> StoredLayers:
     """`find_stored_layers` on a checkpoint's header."""
     return find_stored_layers(
         {name: entry.dtype for name, entry in checkpoint.entries.items()},
-        {name: len(entry.shape) for name, entry in checkpoint.entries.items()},
+        {name: entry.shape for name, entry in checkpoint.entries.items()},
         checkpoint.read,
         checkpoint.metadata,
     )
 
 
 def make_plan(
-    checkpoint: Checkpoint, weight_format: WeightFormat | None, user_rules: Sequence[Rule] | None
+    checkpoint: Checkpoint,
+    weight_format: WeightFormat | None,
+    user_rules: Sequence[Rule] | None,
+    *,
+    named: bool = True,
 ) -> QuantizationPlan:
     """Plan the quantization of `checkpoint`.
 
@@ -93,6 +103,11 @@ def make_plan(
         checkpoint: an opened checkpoint.
         weight_format: the format asked for; None leaves everything as stored.
         user_rules: what `parse_rules` made of the user's text; None for the family's rules.
+        named: the user named the format, so that it also decides the product of layers that the file holds quantized.
+
+    Raises:
+        CheckpointError: what the file says of its own quantized layers cannot be believed.
+        CapabilityError: the installed comfy-kitchen does not have the format.
     """
     stored = find_stored(checkpoint)
     matrices = {
@@ -106,7 +121,7 @@ def make_plan(
     layers: dict[str, LayerPlan] = {}
     for name, entry in matrices.items():
         if name in stored.layers:
-            core_format = str(stored.layers[name].config["format"])
+            core_format = stored.layers[name].core_format
             decision = ("stored", core_format, "", f"quantized in the file already ({stored.layers[name].origin})")
         elif weight_format is None:
             decision = (KEEP, "", "", "no format was asked for")
@@ -115,6 +130,8 @@ def make_plan(
         else:
             decision = _decide(name, entry.shape, entry.dtype, weight_format, rules)
         action, storage, format_name, reason = decision
+        if action == QUANTIZE:
+            require_layout(storage)
         after = stored_nbytes(STORAGES[storage], *entry.shape) if action == QUANTIZE else entry.nbytes
         layers[name] = LayerPlan(
             name, entry.shape, entry.dtype, action, storage, format_name, reason, entry.nbytes, after
@@ -125,7 +142,14 @@ def make_plan(
     every_layer = {name.rpartition(".")[0] for name in checkpoint.entries}
     unmatched = unmatched_rules(rules if user_rules is None else user_rules, every_layer, user_written=bool(user_rules))
     return QuantizationPlan(
-        family, weight_format, rules, layers, stored, tuple(rule for rule in unmatched if rule != "auto"), other
+        family,
+        weight_format,
+        weight_format.fast if weight_format is not None and named else None,
+        rules,
+        layers,
+        stored,
+        tuple(rule for rule in unmatched if rule != "auto"),
+        other,
     )
 
 

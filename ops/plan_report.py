@@ -7,11 +7,14 @@ from collections.abc import Iterable
 
 from .checkpoint import Checkpoint
 from .device_info import DeviceInfo
-from .formats import STORAGES
+from .formats import FORMATS, STORAGES
 from .linear_describe import describe_linear
+from .linear_kitchen import kitchen_cuda_available
 from .plan import LayerPlan, QuantizationPlan
+from .stored import with_speed
 
 _ACTIONS = {"quantize": "quantized", "keep": "kept", "stored": "as stored"}
+_PRODUCTS = {False: "", True: ", fast"}
 _MIB = 2**20
 
 
@@ -46,23 +49,24 @@ def _verdicts(plan: QuantizationPlan, device: DeviceInfo) -> list[str]:
     """For each storage in the plan, how this device multiplies with it."""
     lines = []
     for storage_name, fast in sorted(_storages(plan)):
-        storage = STORAGES[storage_name]
-        lines.append(f"{storage_name}: {describe_linear(storage.layout, fast=fast, cc=device.capability)}")
+        verdict = describe_linear(
+            STORAGES[storage_name].layout, fast=fast, cc=device.capability, kitchen_cuda=kitchen_cuda_available()
+        )
+        lines.append(f"{storage_name}{_PRODUCTS[fast]}: {verdict}")
     return lines or ["16-bit products only"]
 
 
 def _storages(plan: QuantizationPlan) -> set[tuple[str, bool]]:
+    """Storages in the plan, each with whether activations are quantized too: never in a text encoder."""
     by_core_format = {storage.core_format: name for name, storage in reversed(list(STORAGES.items()))}
-    asked_fast = plan.weight_format.fast if plan.weight_format is not None else None
     found = set()
     for layer in plan.layers.values():
         if layer.action == "quantize":
-            found.add((layer.storage, bool(asked_fast)))
+            found.add((layer.storage, FORMATS[layer.weight_format].fast))
         elif layer.action == "stored" and layer.storage in by_core_format:
-            config = plan.stored.layers[layer.name].config
-            fast = asked_fast if asked_fast is not None else not config.get("full_precision_matrix_mult", False)
-            found.add((by_core_format[layer.storage], fast))
-    return found
+            config = with_speed(plan.stored.layers[layer.name].config, plan.stored_fast)
+            found.add((by_core_format[layer.storage], not config.get("full_precision_matrix_mult", False)))
+    return {(name, fast and plan.family.kind != "text_encoder") for name, fast in found}
 
 
 def _groups(layers: Iterable[LayerPlan]) -> list[str]:

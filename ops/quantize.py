@@ -10,9 +10,9 @@ import comfy_kitchen
 import torch
 from comfy_kitchen.float_utils import to_blocked
 from comfy_kitchen.tensor import QuantizedTensor
-from comfy_kitchen.tensor.base import get_layout_class
+from comfy_kitchen.tensor.base import LAYOUTS, get_layout_class
 
-from ..errors import CheckpointError, FormatError
+from ..errors import CapabilityError, CheckpointError, FormatError
 from .formats import STORAGES, Storage, WeightFormat, storage_for
 from .layouts import register_layouts
 from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, quantize_nvfp4
@@ -62,6 +62,20 @@ def quantize_weight(
         parts = _quantize_by_layout(weight, storage)
     parts["comfy_quant"] = core_config_tensor(core_config(storage, fast=fast))
     return parts
+
+
+def require_layout(storage_name: str) -> None:
+    """Make sure that the installed comfy-kitchen has the layout of a storage.
+
+    Raises:
+        CapabilityError: it is too old for it.
+    """
+    register_layouts()
+    if STORAGES[storage_name].layout not in LAYOUTS:
+        raise CapabilityError(
+            f"The installed comfy-kitchen cannot store weights as {storage_name}: update it (pip install -U comfy-kitchen) "
+            "or choose another format."
+        )
 
 
 def core_config(storage: Storage, *, fast: bool) -> dict[str, Any]:

@@ -10,17 +10,47 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from .header import load_json
 from .quantize import core_config_tensor
+from .stored_scales import check_scales
 
 FLOAT8_FORMATS: Mapping[torch.dtype, str] = {
     torch.float8_e4m3fn: "float8_e4m3fn",
     torch.float8_e5m2: "float8_e5m2",
 }
 
+_METADATA = "_quantization_metadata"
 _CONFIG = ".comfy_quant"
 _MARKER = "scaled_fp8"
 _WEIGHT_SCALES = (".weight_scale", ".scale_weight")
 _INPUT_SCALES = (".input_scale", ".scale_input")
+_INTEGERS = frozenset({torch.int8, torch.uint8})
+_INTEGER_FORMATS = frozenset({"int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"})
+
+_UNKNOWN_SCALINGS = (
+    ".weight_scale_inv",
+    ".weight_scale_2",
+    ".weight_scales",
+    ".weight_scale_1",
+    ".weight_zero_point",
+    ".weight_zeros",
+    ".weight_shape",
+    ".weight_format",
+    ".weight.absmax",
+    ".weight.nested_absmax",
+    ".weight.quant_map",
+    ".pre_quant_scale",
+    ".smooth_scale",
+    ".smooth_factor",
+    ".scale",
+    ".scales",
+    ".scale_inv",
+    ".zero_point",
+    ".zeros",
+    ".absmax",
+    ".SCB",
+)
+"""Beside an FP8 or INT8 weight: block scales (DeepSeek, Qwen), zero points, bitsandbytes, smoothing, and the like."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +69,11 @@ class StoredLayer:
     unit_scale: bool = False
     origin: str = "core format"
 
+    @property
+    def core_format(self) -> str:
+        """`format` of `config`."""
+        return str(self.config["format"])
+
 
 @dataclass(frozen=True)
 class ScaleTarget:
@@ -47,9 +82,14 @@ class ScaleTarget:
     name: str
     core_format: str
 
+    @property
+    def measures_input(self) -> bool:
+        """Whether core scales the input of such layers by what it measures at every call."""
+        return self.core_format in _INTEGER_FORMATS
+
     def convert(self, scale: torch.Tensor) -> torch.Tensor:
-        """The scale as core wants it: FP8's per-tensor or per-row one in float32, any other untouched."""
-        if not self.core_format.startswith("float8"):
+        """The scale as core wants it: FP8's and INT8's in float32, per tensor or a column; any other untouched."""
+        if not self.core_format.startswith("float8") and self.core_format != "int8_tensorwise":
             return scale
         scale = scale.to(torch.float32)
         if scale.numel() == 1:
@@ -74,52 +114,54 @@ class StoredLayers:
 
 def find_stored_layers(
     dtypes: Mapping[str, torch.dtype],
-    dims: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str] | None,
 ) -> StoredLayers:
     """Find what is quantized already.
 
-    Known are: core's `comfy_quant` tensors; the `_quantization_metadata` entry of the header; and FP8 weights with
+    Known are: core's `comfy_quant` tensors; the `_quantization_metadata` entry of the header; FP8 weights with
     `.weight_scale` or `.scale_weight` beside them (Comfy-Org's and Kijai's `scaled` files), with or without the
-    `scaled_fp8` marker, or with no scale at all. FP8 layers take the format of their own dtype, not of the marker.
+    `scaled_fp8` marker, or with no scale at all; and INT8 weights with such a scale. FP8 layers take the format of
+    their own dtype, whatever a marker or a description says.
 
     Args:
         dtypes: dtype by tensor name.
-        dims: number of dimensions by tensor name.
+        shapes: shape by tensor name.
         read: gives a (small) tensor's value.
         metadata: the header's text entries.
 
     Raises:
-        CheckpointError: a description is not readable, or its scales are missing.
+        CheckpointError: a description is not readable, scales are missing or fit no scaling that core knows, or a
+            weight is quantized in a way that nothing describes.
     """
     layers: dict[str, StoredLayer] = {}
     dropped = {name for name in dtypes if name == _MARKER or name.endswith(f".{_MARKER}")}
     full_precision = any(read(name).numel() == 2 for name in dropped)
     for layer, config in _metadata_layers(metadata).items():
         if f"{layer}.weight" in dtypes:
-            layers[layer] = StoredLayer(config, _scales(layer, dtypes), origin="header metadata")
+            layers[layer] = _described(layer, config, dtypes, "header metadata")
     for name in dtypes:
         if name.endswith(_CONFIG):
             layer = name.removesuffix(_CONFIG)
-            layers[layer] = StoredLayer(_config(name, read), _scales(layer, dtypes))
+            layers[layer] = _described(layer, _config(name, read), dtypes, "core format")
             dropped.add(name)
     for name, dtype in dtypes.items():
         layer = name.removesuffix(".weight")
-        if layer == name or layer in layers or dtype not in FLOAT8_FORMATS or dims[name] != 2:
+        if layer == name or layer in layers or len(shapes[name]) != 2:
             continue
-        config = {"format": FLOAT8_FORMATS[dtype]}
-        if full_precision:
-            config["full_precision_matrix_mult"] = True
-        scales = _scales(layer, dtypes)
-        unscaled = "weight_scale" not in scales
-        layers[layer] = StoredLayer(config, scales, unscaled, "plain FP8 cast" if unscaled else "scaled FP8")
-    _check_scales(layers, dtypes)
+        if dtype in FLOAT8_FORMATS:
+            layers[layer] = _float8(layer, dtype, full_precision, dtypes)
+        elif dtype in _INTEGERS:
+            layers[layer] = _int8(layer, dtype, dtypes)
+    check_scales(layers, shapes)
     targets = {
-        source: ScaleTarget(f"{layer}.{suffix}", str(info.config["format"]))
+        source: ScaleTarget(f"{layer}.{suffix}", info.core_format)
         for layer, info in layers.items()
         for suffix, source in info.scale_names.items()
     }
+    # Core's integer formats always measure their input, and know no such parameter.
+    dropped |= {source for source, to in targets.items() if to.name.endswith(".input_scale") and to.measures_input}
     return StoredLayers(layers, frozenset(dropped), targets)
 
 
@@ -138,7 +180,7 @@ def normalize_state_dict(
     """
     stored = find_stored_layers(
         {name: tensor.dtype for name, tensor in state_dict.items()},
-        {name: tensor.dim() for name, tensor in state_dict.items()},
+        {name: tuple(tensor.shape) for name, tensor in state_dict.items()},
         lambda name: state_dict[name],
         metadata,
     )
@@ -173,12 +215,30 @@ def with_speed(config: Mapping[str, Any], fast: bool | None) -> dict[str, Any]:
     return result
 
 
+def metadata_below(metadata: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Text entries whose description of quantized layers is that of the part of a model below `prefix`, renamed so.
+
+    Raises:
+        CheckpointError: the description is not readable.
+    """
+    result = dict(metadata)
+    layers = {
+        name.removeprefix(prefix): config
+        for name, config in _metadata_layers(metadata).items()
+        if name.startswith(prefix)
+    }
+    if _METADATA in result:
+        result[_METADATA] = json.dumps({"layers": layers})
+    return result
+
+
 def _metadata_layers(metadata: Mapping[str, str] | None) -> dict[str, dict[str, Any]]:
-    text = (metadata or {}).get("_quantization_metadata")
+    text = (metadata or {}).get(_METADATA)
     if text is None:
         return {}
     try:
-        return {layer: dict(config) for layer, config in json.loads(text)["layers"].items()}
+        layers = load_json(text)["layers"].items()
+        return {layer: _with_format(config) for layer, config in layers}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"The file's _quantization_metadata cannot be read ({error}): download it again."
@@ -187,13 +247,51 @@ def _metadata_layers(metadata: Mapping[str, str] | None) -> dict[str, dict[str, 
 
 def _config(name: str, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
     try:
-        config = json.loads(read(name).numpy().tobytes())
-        config["format"]
+        return _with_format(load_json(read(name).numpy().tobytes()))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"'{name}' does not describe a quantized layer ({error}): download the file again."
         ) from None
+
+
+def _with_format(config: Any) -> dict[str, Any]:
+    if not isinstance(config, dict) or not isinstance(config.get("format"), str):
+        raise ValueError("a layer's description names no format")
     return config
+
+
+def _described(layer: str, config: dict[str, Any], dtypes: Mapping[str, torch.dtype], origin: str) -> StoredLayer:
+    scales = _scales(layer, dtypes)
+    if not config["format"].startswith("float8"):
+        return StoredLayer(config, scales, origin=origin)
+    dtype = dtypes.get(f"{layer}.weight")
+    if dtype is not None:
+        config = {**config, "format": FLOAT8_FORMATS.get(dtype, config["format"])}
+    unscaled = "weight_scale" not in scales
+    if unscaled:
+        _refuse_unknown_scaling(layer, dtypes)
+    return StoredLayer(config, scales, unscaled, origin)
+
+
+def _float8(layer: str, dtype: torch.dtype, full_precision: bool, dtypes: Mapping[str, torch.dtype]) -> StoredLayer:
+    _refuse_unknown_scaling(layer, dtypes)
+    config: dict[str, Any] = {"format": FLOAT8_FORMATS[dtype]}
+    if full_precision:
+        config["full_precision_matrix_mult"] = True
+    scales = _scales(layer, dtypes)
+    unscaled = "weight_scale" not in scales
+    return StoredLayer(config, scales, unscaled, "plain FP8 cast" if unscaled else "scaled FP8")
+
+
+def _int8(layer: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> StoredLayer:
+    _refuse_unknown_scaling(layer, dtypes)
+    scales = _scales(layer, dtypes)
+    if dtype != torch.int8 or "weight_scale" not in scales:
+        raise CheckpointError(
+            f"The layer '{layer}' is stored as {str(dtype).removeprefix('torch.')}, and nothing in the file says how it "
+            "is scaled: use the 16-bit file, or one in ComfyUI's own quantized format."
+        )
+    return StoredLayer({"format": "int8_tensorwise"}, scales, origin="scaled INT8")
 
 
 def _scales(layer: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
@@ -205,9 +303,11 @@ def _scales(layer: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
     return found
 
 
-def _check_scales(layers: Mapping[str, StoredLayer], dtypes: Mapping[str, torch.dtype]) -> None:
-    for layer, info in layers.items():
-        needed = "weight_s_rel" if info.config["format"] == "asym_w4a8_int8" else "weight_scale"
-        float8 = str(info.config["format"]).startswith("float8")
-        if needed not in info.scale_names and f"{layer}.{needed}" not in dtypes and not float8:
-            raise CheckpointError(f"The quantized layer '{layer}' has no '{needed}': the file is incomplete.")
+def _refuse_unknown_scaling(layer: str, dtypes: Mapping[str, torch.dtype]) -> None:
+    """An unknown scale beside a weight is not to be passed over: the weight would be taken for what it is not."""
+    for suffix in _UNKNOWN_SCALINGS:
+        if layer + suffix in dtypes:
+            raise CheckpointError(
+                f"The quantized layer '{layer}' is scaled by '{layer + suffix}', a scaling that ComfyUI cannot multiply "
+                "with: use the 16-bit file, or one in ComfyUI's own quantized format."
+            )

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, TensorEntry, read_tensor
+from .checkpoint import Checkpoint, TensorEntry
 from .formats import FORMATS
 from .keep_rules import QUANTIZE
 from .plan import QuantizationPlan
 from .quantize import absolute_maximum, core_config_tensor, quantize_weight
 from .stored import with_speed
-from .writer import CheckpointWriter, check_free_space
+from .writer import CheckpointWriter, check_free_space, names_nbytes
 
 logger = logging.getLogger("lowbit.ops")
 
@@ -25,8 +25,13 @@ QUANTIZER_VERSION = 1
 METADATA_KEY = "lowbit"
 """Header entry that says, as JSON, how a file was made."""
 
+RECIPE_KEY = "lowbit_recipe"
+"""Header entry of cached files alone: which source, format and rules they are of (see ops/cache.py)."""
+
+_OF_ONE_FILE = frozenset({"_quantization_metadata", RECIPE_KEY, METADATA_KEY})
+
 Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all and the tensor just written; may raise to cancel."""
+"""Called with bytes done (written, then verified), bytes in all and the tensor just done; may raise to cancel."""
 
 _SUFFIX_BYTES = len(".weight_s_channel")
 _PARTS = 6
@@ -55,28 +60,50 @@ def quantize_checkpoint(
         metadata: further entries for the header.
 
     Raises:
-        CheckpointError: the source is damaged or holds NaN or Inf (the tensor is named).
+        CheckpointError: the source is damaged, holds NaN or Inf (the tensor is named), or changed after it was opened.
         StorageError: the target cannot be written, the disk is too small, or the file reads back differently.
     """
+    checkpoint.check_unchanged()
     check_free_space(target.parent, plan.nbytes_after, f"The quantized {checkpoint.path.name}")
-    header = {key: value for key, value in checkpoint.metadata.items() if key != "_quantization_metadata"}
-    header.update(metadata or {})
+    header = {**carried_metadata(checkpoint.metadata), **(metadata or {})}
     header[METADATA_KEY] = json.dumps(_origin(checkpoint, plan))
-    names = list(checkpoint.entries)
+    report = _Report(max(checkpoint.nbytes, 1), progress)
     writer = CheckpointWriter(
         target,
-        name_bytes=_PARTS * sum(len(json.dumps(name)) + _SUFFIX_BYTES for name in names),
-        name_count=_PARTS * len(names),
+        name_bytes=_PARTS * (names_nbytes(checkpoint.entries) + len(checkpoint.entries) * _SUFFIX_BYTES),
+        name_count=_PARTS * len(checkpoint.entries),
         metadata=header,
+        verified=report.verified,
     )
-    total, done = max(checkpoint.nbytes, 1), 0
     with writer:
         for entry in checkpoint.entries.values():
-            _write_entry(writer, entry, plan, torch.device(device))
-            done += entry.nbytes
-            if progress is not None:
-                progress(done, total, entry.name)
+            _write_entry(writer, checkpoint, entry, plan, torch.device(device))
+            report.written(entry)
         _write_configs(writer, plan)
+        # What was read of another state of the file must not get a name.
+        checkpoint.check_unchanged()
+
+
+class _Report:
+    """Progress over both passes: verifying only reads what was just written, about a fifth of the time."""
+
+    def __init__(self, nbytes: int, progress: Progress | None) -> None:
+        self._nbytes, self._total, self._done = nbytes, nbytes + nbytes // 4, 0
+        self._progress = progress
+
+    def written(self, entry: TensorEntry) -> None:
+        self._done += entry.nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total, entry.name)
+
+    def verified(self, done: int, nbytes: int, name: str) -> None:
+        if self._progress is not None:
+            self._progress(self._nbytes + self._nbytes // 4 * done // max(nbytes, 1), self._total, name)
+
+
+def carried_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The text entries that a new file takes over from the one it is made of: all but what is true of that one alone."""
+    return {key: value for key, value in metadata.items() if key not in _OF_ONE_FILE}
 
 
 def read_origin(metadata: Mapping[str, str]) -> dict[str, object] | None:
@@ -92,22 +119,24 @@ def _origin(checkpoint: Checkpoint, plan: QuantizationPlan) -> dict[str, object]
     return {
         "format": plan.weight_format.name if plan.weight_format else "none",
         "quantizer_version": QUANTIZER_VERSION,
-        "source": checkpoint.path.name,
+        "source": checkpoint.path.name.encode("utf-8", "replace").decode(),
         "family": plan.family.name,
         "kept": {layer.name: layer.reason for layer in plan.layers.values() if layer.action == "keep"},
     }
 
 
-def _write_entry(writer: CheckpointWriter, entry: TensorEntry, plan: QuantizationPlan, device: torch.device) -> None:
+def _write_entry(
+    writer: CheckpointWriter, checkpoint: Checkpoint, entry: TensorEntry, plan: QuantizationPlan, device: torch.device
+) -> None:
     if entry.name in plan.stored.dropped:
         return
     layer_name, _, suffix = entry.name.rpartition(".")
     layer = plan.layers.get(layer_name)
     if layer is not None and layer.action == QUANTIZE and suffix == "weight":
-        _write_quantized(writer, entry, plan, device)
+        _write_quantized(writer, checkpoint, entry.name, plan, device)
         return
     target = plan.stored.scale_targets.get(entry.name)
-    tensor = read_tensor(entry)
+    tensor = checkpoint.read(entry.name)
     if target is not None:
         writer.add(target.name, target.convert(tensor))
         return
@@ -117,20 +146,19 @@ def _write_entry(writer: CheckpointWriter, entry: TensorEntry, plan: Quantizatio
 
 
 def _write_quantized(
-    writer: CheckpointWriter, entry: TensorEntry, plan: QuantizationPlan, device: torch.device
+    writer: CheckpointWriter, checkpoint: Checkpoint, name: str, plan: QuantizationPlan, device: torch.device
 ) -> None:
-    layer = plan.layers[entry.name.removesuffix(".weight")]
+    layer = plan.layers[name.removesuffix(".weight")]
     row = FORMATS[layer.weight_format]
-    weight = read_tensor(entry).to(device)
-    parts = quantize_weight(weight, layer.storage, unit_scale=row.unit_scale, fast=row.fast, name=entry.name)
+    weight = checkpoint.read(name).to(device)
+    parts = quantize_weight(weight, layer.storage, unit_scale=row.unit_scale, fast=row.fast, name=name)
     del weight
     for suffix in list(parts):
         writer.add(f"{layer.name}.{suffix}", parts.pop(suffix))
 
 
 def _write_configs(writer: CheckpointWriter, plan: QuantizationPlan) -> None:
-    fast = plan.weight_format.fast if plan.weight_format is not None else None
     for name, layer in plan.stored.layers.items():
         if layer.unit_scale:
             writer.add(f"{name}.weight_scale", torch.ones((), dtype=torch.float32))
-        writer.add(f"{name}.comfy_quant", core_config_tensor(with_speed(layer.config, fast)))
+        writer.add(f"{name}.comfy_quant", core_config_tensor(with_speed(layer.config, plan.stored_fast)))

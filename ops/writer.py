@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -19,8 +22,23 @@ from .checkpoint import DTYPES, Checkpoint, open_checkpoint
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 * 1024 * 1024
 _HEADER_ENTRY_BYTES = 160
+_STEM_BYTES = 100
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 TEMPORARY_PREFIX = ".lowbit-"
 TEMPORARY_SUFFIX = ".partial"
+
+Verified = Callable[[int, int, str], None]
+"""Called with bytes verified, bytes in all and the tensor just read back; may raise to cancel."""
+
+
+def names_nbytes(names: Iterable[str]) -> int:
+    """Bytes that `names` take in a header."""
+    return sum(len(json.dumps(name)) for name in names)
+
+
+def short_stem(name: str) -> str:
+    """The beginning of a file's name, as text of so few bytes that there is room for a suffix on every file system."""
+    return name.encode("utf-8", "ignore")[:_STEM_BYTES].decode("utf-8", "ignore")
 
 
 def _strerror(error: OSError) -> str:
@@ -35,15 +53,26 @@ class CheckpointWriter:
 
     Args:
         path: the file to make; replaced if it exists.
-        expected_names: total length in bytes and count of the names to come, an upper bound, to reserve the header.
+        name_bytes: bytes in a header of all names to come (`names_nbytes`), an upper bound, to reserve the header.
+        name_count: how many tensors will come, an upper bound.
         metadata: text entries of the header.
+        verified: see `Verified`.
 
     Raises:
         StorageError: the folder cannot be written, or the disk is full.
     """
 
-    def __init__(self, path: Path, *, name_bytes: int, name_count: int, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name_bytes: int,
+        name_count: int,
+        metadata: Mapping[str, str],
+        verified: Verified | None = None,
+    ) -> None:
         self.path = path
+        self._verified = verified
         self._metadata = dict(metadata)
         reserved = len(json.dumps({"__metadata__": self._metadata})) + name_bytes + name_count * _HEADER_ENTRY_BYTES
         self._reserved = -(-reserved // 8) * 8
@@ -53,12 +82,11 @@ class CheckpointWriter:
         self._held: list[tuple[str, torch.Tensor]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(TEMPORARY_SUFFIX, f"{TEMPORARY_PREFIX}{path.stem}-", path.parent)
+            self._temporary, descriptor = _create_temporary(path)
         except OSError as error:
             raise StorageError(
                 f"{path.parent} cannot be written ({_strerror(error)}): choose another folder or free the disk."
             ) from None
-        self._temporary = Path(name)
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         self._file.seek(8 + self._reserved)
 
@@ -106,10 +134,6 @@ class CheckpointWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             self._verify()
-            # mkstemp makes private files; a checkpoint is as readable as any other the user makes.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(self._temporary, 0o666 & ~mask)
             os.replace(self._temporary, self.path)
         except OSError as error:
             self.discard()
@@ -130,8 +154,7 @@ class CheckpointWriter:
             for start in range(0, tensor.nbytes, _CHUNK):
                 piece = view[start : start + _CHUNK]
                 checksum = zlib.crc32(piece, checksum)
-                while piece:
-                    piece = piece[self._file.write(piece) :]
+                self._write_all(piece)
         except OSError as error:
             raise StorageError(
                 f"{self.path.name} could not be written to {self.path.parent} ({_strerror(error)}): free the disk."
@@ -151,15 +174,36 @@ class CheckpointWriter:
         if len(encoded) > self._reserved:
             raise CheckpointError(f"The header of {self.path.name} outgrew the {self._reserved} bytes reserved for it.")
         self._file.seek(0)
-        self._file.write(self._reserved.to_bytes(8, "little") + encoded.ljust(self._reserved))
+        self._write_all(memoryview(self._reserved.to_bytes(8, "little") + encoded.ljust(self._reserved)))
+
+    def _write_all(self, piece: memoryview) -> None:
+        """An unbuffered file may take less than it is given."""
+        while piece:
+            piece = piece[self._file.write(piece) :]
 
     def _verify(self) -> None:
         written = open_checkpoint(self._temporary)
         if written.entries.keys() != self._checksums.keys():
             raise StorageError(f"{self.path.name} lost tensors while it was written: check the disk.")
+        done = 0
         for name, checksum in self._checksums.items():
             if _file_checksum(written, name) != checksum:
                 raise StorageError(f"{self.path.name}: '{name}' reads back differently than written: check the disk.")
+            done += written.entries[name].nbytes
+            if self._verified is not None:
+                self._verified(done, self._position, name)
+
+
+def _create_temporary(path: Path) -> tuple[Path, int]:
+    """A fresh file beside `path` with the permissions that any file the user makes gets, and its descriptor."""
+    # A name that the file system does not take is said before the work, not after it.
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
+    while True:
+        name = f"{TEMPORARY_PREFIX}{short_stem(path.stem)}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+        with contextlib.suppress(FileExistsError):
+            return path.with_name(name), os.open(path.with_name(name), _CREATE, 0o666)
 
 
 def check_free_space(folder: Path, nbytes: int, what: str) -> None:
@@ -169,7 +213,7 @@ def check_free_space(folder: Path, nbytes: int, what: str) -> None:
         StorageError: fewer than `nbytes` plus 64 MiB are free where `folder` is, or will be.
     """
     existing = folder
-    while not existing.exists() and existing != existing.parent:
+    while not os.path.exists(existing) and existing != existing.parent:
         existing = existing.parent
     try:
         free = shutil.disk_usage(existing).free
@@ -190,6 +234,8 @@ def _file_checksum(checkpoint: Checkpoint, name: str) -> int:
         left = entry.nbytes
         while left:
             piece = file.read(min(left, _CHUNK))
+            if not piece:
+                raise StorageError(f"{entry.path.name} became shorter while it was verified: check the disk.")
             checksum = zlib.crc32(piece, checksum)
             left -= len(piece)
     return checksum

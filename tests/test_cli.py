@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowbit import cli
 from lowbit.cli import main
+from lowbit.ops.device_info import DeviceInfo
 
 
 @pytest.fixture
@@ -64,3 +71,87 @@ def test_inspecting_against_another_model_is_refused(model, tmp_path, capsys):
     save_file({"other.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     assert main(["inspect", str(target), "--against", str(tmp_path / "other.safetensors")]) == 2
     assert "is not the original" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["foo", "cuda:99", "meta", "cpu:x"])
+def test_a_device_that_is_not_there_is_one_sentence_and_exit_code_2(model, tmp_path, name, capsys):
+    target = tmp_path / "out.safetensors"
+    assert main(["quantize", str(model), str(target), "--format", "int8", "--device", name]) == 2
+    message = capsys.readouterr().err.strip()
+    assert f"device '{name}'" in message
+    assert "\n" not in message
+    assert not target.exists()
+
+
+def test_cuda_without_a_driver_is_one_sentence(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(["quantize", str(model), str(tmp_path / "o.safetensors"), "--format", "int8", "--device", "cuda"]) == 2
+    assert "torch finds 0 NVIDIA GPUs" in capsys.readouterr().err
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine with two GPUs; returns the devices that were asked to quantize."""
+    used = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cli, "device_info", lambda device: DeviceInfo(str(device), (9, 0), 1 << 40))
+    real = cli.quantize_checkpoint
+
+    def quantize(*arguments, device, **options):
+        used.append(str(device))
+        if str(device) != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(*arguments, device=device, **options)
+
+    monkeypatch.setattr(cli, "quantize_checkpoint", quantize)
+    return used
+
+
+@pytest.mark.parametrize(("options", "device"), [([], "cuda:0"), (["--device", "cuda:1"], "cuda:1")])
+def test_the_gpu_that_was_named_quantizes_and_the_cpu_when_it_has_no_room(
+    two_gpus, model, tmp_path, options, device, caplog
+):
+    target = tmp_path / "out.safetensors"
+    assert main(["quantize", str(model), str(target), "--format", "int8", *options]) == 0
+    assert two_gpus == [device, "cpu"]
+    assert load_file(target)["blocks.0.attn.weight"].dtype == torch.int8
+    assert f"Too little free memory on {device}" in caplog.text
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(model):
+    command = [sys.executable, "-m", "lowbit", "inspect", str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert "Error" not in process.stderr.read()
+    assert process.wait() == 141
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are text there")
+def test_a_file_name_that_is_no_text_is_shown_and_quantized(model, tmp_path):
+    source = model.rename(tmp_path / os.fsdecode(b"caf\xe9.safetensors"))
+    environment = os.environ | {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"}
+    for arguments in (["inspect", source], ["quantize", source, tmp_path / "out.safetensors", "--format", "int8"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "lowbit", *arguments], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+    assert load_file(tmp_path / "out.safetensors")["blocks.0.attn.weight"].dtype == torch.int8
+
+
+@pytest.mark.parametrize("target", ["x" * 300, "file/out.safetensors", "folder"])
+def test_a_target_that_cannot_be_is_one_sentence_and_exit_code_2(model, tmp_path, target, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    assert main(["quantize", str(model), str(tmp_path / target), "--format", "int8", "--overwrite"]) == 2
+    assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_auto_leaves_the_product_of_stored_layers_to_the_file(model, tmp_path):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    main(["quantize", str(model), str(first), "--format", "int8", "--keep", "!blocks.0, *"])
+    for name, kept in (("auto", True), ("int8_fast", False)):
+        assert main(["quantize", str(first), str(second), "--format", name, "--overwrite"]) == 0
+        config = json.loads(load_file(second)["blocks.0.attn.comfy_quant"].numpy().tobytes())
+        assert config.get("full_precision_matrix_mult", False) is kept

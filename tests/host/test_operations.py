@@ -89,28 +89,6 @@ def test_clones_for_other_gpus_are_loaded_the_same_way(host):
     assert isinstance(block(clone).self_attn.q, host.operations.QuantizedLinear)
 
 
-def test_quantizing_a_loaded_model_keeps_its_patches_and_leaves_the_original_alone(host):
-    original = load(host, "none")
-    key = "diffusion_model.blocks.0.self_attn.q.weight"
-    original.add_patches({key: ("diff", (torch.ones(256, 256),))})
-    original.model_options["transformer_options"]["mark"] = 1
-    quantized, planned = host.quantizing.quantize_model(original, host.preparing.Request("int8"))
-    assert list(quantized.patches) == [key]
-    assert quantized.model_options["transformer_options"]["mark"] == 1
-    assert isinstance(block(quantized).self_attn.q, host.operations.QuantizedLinear)
-    assert not isinstance(block(original).self_attn.q, host.operations.QuantizedLinear)
-    assert quantized.model_size() < 0.8 * original.model_size()
-    assert planned.plan.changes_weights
-
-
-def test_a_model_without_a_file_is_quantized_from_its_weights(host):
-    original = load(host, "none")
-    original.cached_patcher_init = None
-    from_weights, _ = host.quantizing.quantize_model(original, host.preparing.Request("int8", keep_file=False))
-    from_file = load(host, "int8")
-    assert torch.equal(block(from_weights).ffn[0].weight._qdata, block(from_file).ffn[0].weight._qdata)
-
-
 @pytest.mark.parametrize("tensors", [{"x": torch.zeros(4)}, {"lora_unet_a.lora_up.weight": torch.zeros(4, 4)}])
 def test_a_file_of_no_known_architecture_is_said_by_name(host, tmp_path, tensors):
     from safetensors.torch import save_file

@@ -137,6 +137,14 @@ def test_embeddings_are_kept_whatever_the_user_writes():
     assert first_match(rules, "shared").action == KEEP
 
 
+@pytest.mark.parametrize("layer", ["tok_embed", "model.word_embeddings", "transformer.wte", "pos_emb", "shared"])
+def test_tables_of_an_unknown_family_are_kept_whatever_the_user_writes(layer):
+    """Core looks rows up in FP8 and INT8 tables only, and a header does not tell a table from a linear layer."""
+    rules = expand_rules(parse_rules(f"!{layer}, layers.0"), GENERIC)
+    assert first_match(rules, layer).action == KEEP
+    assert first_match(rules, "layers.1.q") is None
+
+
 @pytest.mark.parametrize("text", ["a = fp6", "!", "!  # nothing", "= int8"])
 def test_a_rule_that_makes_no_sense_is_refused(text):
     with pytest.raises(FormatError, match="keep rule"):

@@ -6,13 +6,21 @@ import json
 
 import pytest
 import torch
+from comfy_kitchen.tensor.base import LAYOUTS
+from safetensors.torch import load_file
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CapabilityError, CheckpointError
 from lowbit.ops.checkpoint import open_checkpoint
+from lowbit.ops.device_info import DeviceInfo
 from lowbit.ops.formats import FORMATS, STORAGES
+from lowbit.ops.layouts import register_layouts
 from lowbit.ops.plan import make_plan
-from lowbit.ops.quantize import core_config_tensor, quantize_weight
-from lowbit.ops.stored import normalize_state_dict
+from lowbit.ops.plan_report import plan_report
+from lowbit.ops.quantize import assemble, core_config_tensor, quantize_weight
+from lowbit.ops.stored import FLOAT8_FORMATS, normalize_state_dict
+from lowbit.ops.stream import quantize_checkpoint
+
+HOPPER = DeviceInfo("NVIDIA H200", (9, 0), 140 << 30)
 
 
 def layer_config(tensors: dict[str, torch.Tensor], layer: str) -> dict:
@@ -115,11 +123,155 @@ def test_per_row_fp8_scales_become_columns():
             {},
             "has no 'weight_scale'",
         ),
+        ({"a.weight": torch.zeros(2, 2)}, {"_quantization_metadata": '{"layers": {"a": {}}}'}, "names no format"),
+        ({"a.weight": torch.zeros(2, 2)}, {"_quantization_metadata": '{"layers": {"a": "x"}}'}, "names no format"),
+        ({"a.weight": torch.zeros(2, 2)}, {"_quantization_metadata": "[" * 200_000}, "nested too deeply"),
+        ({"a.comfy_quant": torch.tensor(list(b'["x"]'), dtype=torch.uint8)}, {}, "does not describe a quantized layer"),
+        ({"a.comfy_quant": torch.tensor(list(b'"x"'), dtype=torch.uint8)}, {}, "does not describe a quantized layer"),
+        ({"a.comfy_quant": core_config_tensor({"format": 8})}, {}, "does not describe a quantized layer"),
     ],
 )
 def test_broken_descriptions_are_refused(tensors, metadata, reason):
     with pytest.raises(CheckpointError, match=reason):
         normalize_state_dict(tensors, metadata)
+
+
+def int8() -> torch.Tensor:
+    return torch.randint(-127, 128, (32, 48), dtype=torch.int8)
+
+
+UNKNOWN_SCALINGS = {
+    "DeepSeek's block scales": ({"a.weight": float8(), "a.weight_scale_inv": torch.ones(1, 1)}, "a.weight_scale_inv"),
+    "block scales": ({"a.weight": float8(), "a.weight_scale": torch.ones(2, 2)}, "a.weight_scale"),
+    "a scale per column": ({"a.weight": float8(), "a.weight_scale": torch.ones(1, 48)}, "a.weight_scale"),
+    "a row of scales": ({"a.weight": float8(), "a.weight_scale": torch.ones(1, 32)}, "a.weight_scale"),
+    "a smoothed weight": (
+        {"a.weight": float8(), "a.weight_scale": torch.tensor(1.0), "a.pre_quant_scale": torch.ones(48)},
+        "a.pre_quant_scale",
+    ),
+    "a described layer with scales of another name": (
+        {
+            "a.weight": float8(),
+            "a.weight_scale_inv": torch.ones(1, 1),
+            "a.comfy_quant": core_config_tensor({"format": "float8_e4m3fn"}),
+        },
+        "a.weight_scale_inv",
+    ),
+    "INT8 in blocks": ({"a.weight": int8(), "a.weight_scale": torch.ones(32, 3)}, "a.weight_scale"),
+    "INT8 with a zero point": (
+        {"a.weight": int8(), "a.weight_scale": torch.ones(32), "a.weight_zero_point": torch.zeros(32)},
+        "a.weight_zero_point",
+    ),
+    "INT8 without a scale": ({"a.weight": int8()}, "'a' is stored as int8"),
+    "bitsandbytes": ({"a.weight": int8().view(torch.uint8), "a.weight.absmax": torch.ones(24)}, "a.weight.absmax"),
+    "packed without a description": (
+        {"a.weight": int8().view(torch.uint8), "a.weight_scale": torch.ones(32)},
+        "'a' is stored as uint8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN_SCALINGS)
+def test_a_scaling_that_core_cannot_multiply_with_is_refused_not_passed_over(case):
+    tensors, named = UNKNOWN_SCALINGS[case]
+    with pytest.raises(CheckpointError, match="use the 16-bit file") as raised:
+        normalize_state_dict(tensors, {})
+    assert named in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.full((32,), 0.5), torch.full((32, 1), 0.5).bfloat16()])
+def test_int8_weights_with_a_scale_per_tensor_or_row_need_no_description(scale):
+    source = {"a.weight": int8(), "a.weight_scale": scale, "a.input_scale": torch.tensor(2.0)}
+    result = normalize_state_dict(source, {})
+    assert layer_config(result, "a") == {"format": "int8_tensorwise"}
+    assert result["a.weight_scale"].dtype == torch.float32
+    assert result["a.weight_scale"].shape in ((), (32, 1))
+    assert "a.input_scale" not in result, "core's INT8 measures its input"
+    parts = {suffix: result[f"a.{suffix}"] for suffix in ("weight", "weight_scale")}
+    expected = source["a.weight"].float() * 0.5
+    assert torch.equal(assemble(parts, "int8", (32, 48), torch.float32).dequantize(), expected)
+
+
+@pytest.mark.parametrize(("dtype", "name"), list(FLOAT8_FORMATS.items()))
+@pytest.mark.parametrize("described", ["header", "tensor"])
+def test_fp8_layers_follow_their_own_dtype_whatever_a_description_says(dtype, name, described):
+    source = {"a.weight": float8(dtype), "a.weight_scale": torch.tensor(1.0)}
+    config = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"a": config}})} if described == "header" else {}
+    if described == "tensor":
+        source["a.comfy_quant"] = core_config_tensor(config)
+    assert layer_config(normalize_state_dict(source, metadata), "a") == {**config, "format": name}
+
+
+def test_a_described_fp8_layer_without_a_scale_gets_one_of_one():
+    source = {"a.weight": float8(), "a.comfy_quant": core_config_tensor({"format": "float8_e4m3fn"})}
+    assert normalize_state_dict(source, {})["a.weight_scale"].item() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("storage", "suffix"),
+    [
+        ("nvfp4", "weight_scale"),
+        ("nvfp4", "weight_scale_2"),
+        ("mxfp8", "weight_scale"),
+        ("int8", "weight_scale"),
+        ("int4_convrot", "weight_scale"),
+        ("int4_asym", "weight_s_rel"),
+        ("int4_asym", "weight_s_channel"),
+    ],
+)
+@pytest.mark.parametrize("shape", [(160, 256), (64, 512)])
+def test_every_scale_of_a_format_must_be_there_and_fit(storage, suffix, shape):
+    parts = quantize_weight(torch.randn(shape), storage)
+    source = {f"a.{part}": tensor for part, tensor in parts.items()}
+    normalize_state_dict(source, {})
+    scale = source.pop(f"a.{suffix}")
+    with pytest.raises(CheckpointError, match=f"'a' has no '{suffix}'"):
+        normalize_state_dict(source, {})
+    # As many as a row too few, which a kernel would read beyond the end of.
+    source[f"a.{suffix}"] = scale.reshape(-1)[:-1] if scale.numel() > 1 else scale.reshape(-1).repeat(2)
+    with pytest.raises(CheckpointError, match=f"a.{suffix}' of shape .* does not fit"):
+        normalize_state_dict(source, {})
+
+
+def test_block_scales_in_plain_rows_are_refused():
+    """Core and its kernels read cuBLAS's tiles, and would read beyond the end of these."""
+    parts = quantize_weight(torch.randn(160, 96), "nvfp4")
+    source = {f"a.{part}": tensor for part, tensor in parts.items()}
+    source["a.weight_scale"] = torch.ones(160, 6).to(torch.float8_e4m3fn)
+    with pytest.raises(CheckpointError, match="does not fit"):
+        normalize_state_dict(source, {})
+
+
+def test_a_format_that_is_not_ours_is_left_to_core():
+    source = {"a.weight": torch.zeros(2, 2, dtype=torch.uint8), "a.comfy_quant": core_config_tensor({"format": "new"})}
+    assert layer_config(normalize_state_dict(source, {}), "a") == {"format": "new"}
+
+
+def test_a_format_that_the_installed_comfy_kitchen_lacks_is_said(save, wan_tensors, monkeypatch):
+    register_layouts()
+    monkeypatch.delitem(LAYOUTS, "AsymW4A8Int8Layout")
+    checkpoint = open_checkpoint(save(wan_tensors))
+    with pytest.raises(CapabilityError, match=r"comfy-kitchen cannot store weights as int4_asym: update it"):
+        make_plan(checkpoint, FORMATS["int4_asym_fast"], None)
+    make_plan(checkpoint, FORMATS["int8"], None)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_only_a_format_that_the_user_named_decides_the_product_of_stored_layers(save, tmp_path, named):
+    tensors = {"blocks.1.q.weight": torch.randn(64, 64)}
+    config = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    for suffix, part in quantize_weight(torch.randn(64, 64), "float8_e4m3fn").items():
+        tensors[f"blocks.0.q.{suffix}"] = part
+    tensors["blocks.0.q.comfy_quant"] = core_config_tensor(config)
+    checkpoint = open_checkpoint(save(tensors))
+    plan = make_plan(checkpoint, FORMATS["int8_convrot_fast"], None, named=named)
+    quantize_checkpoint(checkpoint, plan, tmp_path / "out.safetensors")
+    written = layer_config(load_file(tmp_path / "out.safetensors"), "blocks.0.q")
+    assert written == ({"format": "float8_e4m3fn"} if named else config)
+    report = plan_report(checkpoint, plan, HOPPER, "")
+    assert ("float8_e4m3fn, fast: native" in report) is named
 
 
 def test_a_plan_takes_stored_layers_as_they_are(save, wan_tensors):

@@ -1,0 +1,106 @@
+"""Checks that the scales beside a stored weight are all there, and of a size that its format can have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from ..errors import CheckpointError
+
+Shape = tuple[int, ...]
+Config = Mapping[str, Any]
+
+
+class Layer(Protocol):
+    """What is asked of a stored layer: its `comfy_quant` entries and the names of its scales in the file."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def scale_names(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True)
+class ScaleRule:
+    """A scale of a format.
+
+    Attributes:
+        suffix: its key below the layer's name.
+        fits: whether a scale of this shape goes with a weight stored in that one.
+        needed: the format cannot do without.
+    """
+
+    suffix: str
+    fits: Callable[[Shape, Shape, Config], bool]
+    needed: bool = True
+
+
+def check_scales(layers: Mapping[str, Layer], shapes: Mapping[str, Shape]) -> None:
+    """Check every layer that is stored as a matrix in a format of `SCALE_RULES`.
+
+    Args:
+        layers: by name.
+        shapes: shape of every tensor of the file by name.
+
+    Raises:
+        CheckpointError: a scale is missing, or has a size that the format cannot have.
+    """
+    for name, layer in layers.items():
+        weight = shapes.get(f"{name}.weight")
+        for rule in SCALE_RULES.get(str(layer.config["format"]), ()):
+            source = layer.scale_names.get(rule.suffix, f"{name}.{rule.suffix}")
+            if source not in shapes:
+                if rule.needed:
+                    raise CheckpointError(
+                        f"The quantized layer '{name}' has no '{rule.suffix}': the file is incomplete."
+                    )
+            elif weight is not None and len(weight) == 2 and not rule.fits(shapes[source], weight, layer.config):
+                raise CheckpointError(
+                    f"The scale '{source}' of shape {shapes[source]} does not fit a weight of shape {weight} stored as "
+                    f"{layer.config['format']}: use the 16-bit file, or one in ComfyUI's own quantized format."
+                )
+
+
+def _tensor_or_rows(scale: Shape, weight: Shape, config: Config) -> bool:
+    return math.prod(scale) == 1 or scale in ((weight[0],), (weight[0], 1))
+
+
+def _single(scale: Shape, weight: Shape, config: Config) -> bool:
+    return math.prod(scale) == 1
+
+
+def _blocks(per_column: int, group: int) -> Callable[[Shape, Shape, Config], bool]:
+    """Block scales in cuBLAS's tiles of 128 x 4; `per_column`: weights in one stored column."""
+
+    def fits(scale: Shape, weight: Shape, config: Config) -> bool:
+        columns = math.ceil(weight[1] * per_column / group)
+        return math.prod(scale) == math.ceil(weight[0] / 128) * 128 * math.ceil(columns / 4) * 4
+
+    return fits
+
+
+def _groups(scale: Shape, weight: Shape, config: Config) -> bool:
+    """Some groups a row: how many depends on how the weight is packed, which is comfy-kitchen's to know."""
+    return math.prod(scale) > 0 and math.prod(scale) % max(weight[0], 1) == 0
+
+
+def _rows(scale: Shape, weight: Shape, config: Config) -> bool:
+    return math.prod(scale) == weight[0]
+
+
+SCALE_RULES: Mapping[str, tuple[ScaleRule, ...]] = MappingProxyType(
+    {
+        "float8_e4m3fn": (ScaleRule("weight_scale", _tensor_or_rows, needed=False),),
+        "float8_e5m2": (ScaleRule("weight_scale", _tensor_or_rows, needed=False),),
+        "int8_tensorwise": (ScaleRule("weight_scale", _tensor_or_rows),),
+        "mxfp8": (ScaleRule("weight_scale", _blocks(1, 32)),),
+        "nvfp4": (ScaleRule("weight_scale", _blocks(2, 16)), ScaleRule("weight_scale_2", _single)),
+        "convrot_w4a4": (ScaleRule("weight_scale", _tensor_or_rows),),
+        "asym_w4a8_int8": (ScaleRule("weight_s_rel", _groups), ScaleRule("weight_s_channel", _rows)),
+    }
+)
+"""By core's format name; scales of any other format are not looked at."""
