@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,5 @@ def line(sample: Sample, run: Run, limit: int | None) -> str:
 
 
 def _prompt_server() -> Any:
-    from server import PromptServer
-
-    return getattr(PromptServer, "instance", None)
+    """ComfyUI's server; None where none runs, as under a script that uses ComfyUI's modules."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)

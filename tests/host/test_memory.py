@@ -1,0 +1,513 @@
+"""The memory manager's hooks into ComfyUI's own functions: what they answer, what they leave, and that they are undone."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import types
+
+import pytest
+import torch
+
+from demo import comfyui
+from lowbit.errors import MemoryBudgetError
+from lowbit.memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
+from lowbit.memory.policies import ALWAYS, NEVER, UNDER_PRESSURE, Settings
+
+from ..memory.fakes import Clock, FakeDevice
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def host():
+    """The host modules, with ComfyUI on its CPU setting."""
+    try:
+        path = comfyui.find()
+    except comfyui.ComfyUIMissingError as error:
+        pytest.skip(str(error))
+    import sys
+
+    if str(path) not in sys.path:
+        sys.path.append(str(path))
+    from comfy.cli_args import args
+
+    args.cpu = True
+    import comfy.memory_management
+    import comfy.model_base
+    import comfy.model_management
+
+    from lowbit.host import (
+        memory_components,
+        memory_decoding,
+        memory_encoding,
+        memory_limit,
+        memory_meter,
+        memory_preflight,
+        memory_release,
+        memory_room,
+        memory_sampling,
+        memory_session,
+    )
+
+    return types.SimpleNamespace(
+        core=comfy.model_management,
+        core_memory=comfy.memory_management,
+        base_model=comfy.model_base.BaseModel,
+        components=memory_components,
+        decoding=memory_decoding,
+        encoding=memory_encoding,
+        limit=memory_limit,
+        meter=memory_meter,
+        preflight=memory_preflight,
+        release=memory_release,
+        room=memory_room,
+        sampling=memory_sampling,
+        session=memory_session,
+    )
+
+
+@pytest.fixture
+def device(host):
+    """A fake device that the session measures."""
+    fake = FakeDevice(24 * GIB)
+    current = host.session.use_device(fake)
+    yield fake
+    current.limit.remove()
+    host.session._SESSIONS.clear()
+
+
+# --- the limit
+
+
+def test_cores_accounting_sees_the_smaller_card_and_then_the_whole_one_again(host, device):
+    free, total = host.core.get_free_memory, host.core.get_total_memory
+    device.allocated = 3 * GIB
+    limit = host.limit.VramLimit(device)
+    limit.apply(8 * GIB)
+    cpu = device.torch_device
+    assert host.core.get_free_memory(cpu) == 5 * GIB
+    assert host.core.get_free_memory(cpu, torch_free_too=True)[0] == 5 * GIB
+    assert host.core.get_total_memory(cpu) == 8 * GIB
+    device.allocated = 9 * GIB
+    assert host.core.get_free_memory(cpu) == 0
+    limit.remove()
+    assert (host.core.get_free_memory, host.core.get_total_memory) == (free, total)
+
+
+def test_the_limit_is_no_wider_than_the_machine(host, device):
+    limit = host.limit.VramLimit(device)
+    limit.apply(1 << 60)
+    cpu = device.torch_device
+    assert host.core.get_free_memory(cpu) < 1 << 50
+    assert host.core.get_total_memory(cpu) < 1 << 50
+    limit.remove()
+
+
+def test_other_devices_are_not_limited(host, device):
+    device.torch_device = torch.device("cuda", 0)
+    limit = host.limit.VramLimit(device)
+    limit._cap_allocator = lambda nbytes: None
+    limit.apply(GIB // 1024)
+    assert host.core.get_free_memory(torch.device("cpu")) > GIB // 1024
+    assert host.core.get_total_memory(torch.device("cpu")) > GIB // 1024
+    limit.remove()
+
+
+def test_a_hook_that_others_have_wrapped_stays_and_does_nothing(host, device, monkeypatch):
+    limit = host.limit.VramLimit(device)
+    monkeypatch.setattr(host.core, "get_free_memory", host.core.get_free_memory)
+    limit.apply(GIB)
+    ours = host.core.get_free_memory
+
+    def wrapper(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    host.core.get_free_memory = wrapper
+    limit.remove()
+    assert host.core.get_free_memory is wrapper
+    assert host.core.get_free_memory(torch.device("cpu")) != GIB
+
+
+def test_another_limit_takes_the_place_of_the_first(host, device):
+    original = host.core.get_free_memory
+    limit = host.limit.VramLimit(device)
+    for nbytes in (2 * GIB, 4 * GIB, 4 * GIB, GIB):
+        limit.apply(nbytes)
+        assert host.core.get_free_memory(device.torch_device) == nbytes
+    limit.apply(None)
+    assert host.core.get_free_memory is original
+
+
+def test_without_a_gpu_nothing_is_limited(host, device):
+    device.holds_models = False
+    original = host.core.get_free_memory
+    limit = host.limit.VramLimit(device)
+    limit.apply(1)
+    assert host.core.get_free_memory is original
+    assert limit.nbytes is None
+
+
+def test_budget_and_room(host, device):
+    device.allocated, device.reserved = 4 * GIB, 6 * GIB
+    limit = host.limit.VramLimit(device)
+    assert limit.budget == 24 * GIB
+    assert limit.room == 20 * GIB
+    limit.apply(10 * GIB)
+    assert limit.budget == 10 * GIB
+    assert limit.room == 6 * GIB
+    limit.remove()
+
+
+def test_dynamic_vrams_headroom_and_the_allocators_cap_are_set_and_restored(host, device, monkeypatch):
+    """As on a GPU, with stand-ins for dynamic VRAM's library and PyTorch's allocator."""
+    calls = []
+    library = types.SimpleNamespace(set_simple_vram_headroom=lambda nbytes: calls.append(("headroom", nbytes)))
+    monkeypatch.setattr(host.core_memory, "aimdo_enabled", True)
+    monkeypatch.setattr(host.limit.comfy_aimdo.control, "lib", library)
+    monkeypatch.setattr(host.limit, "_headroom", lambda found: 256 << 20 if found is library else None)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 0.9, raising=False)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, index: calls.append(("cap", fraction))
+    )
+    device.torch_device = torch.device("cuda", 0)
+    device.allocated = device.reserved = 2 * GIB
+    limit = host.limit.VramLimit(device)
+    limit.apply(12 * GIB)
+    assert calls == [("cap", 0.5), ("headroom", 12 * GIB)]
+    limit.remove()
+    assert calls[2:] == [("headroom", 256 << 20), ("cap", 0.9)]
+
+
+def test_the_headroom_is_read_from_the_library_that_core_uses(host):
+    if not hasattr(host.limit.comfy_aimdo.control, "init"):
+        pytest.skip("need comfy-aimdo")
+    from pathlib import Path
+
+    import comfy_aimdo.control
+
+    files = list(Path(comfy_aimdo.control.__file__).parent.glob("aimdo.so"))
+    if not files:
+        pytest.skip("need comfy-aimdo's library for this system")
+    library = ctypes.CDLL(str(files[0]))
+    before = host.limit._headroom(library)
+    library.set_simple_vram_headroom.argtypes = [ctypes.c_int64]
+    library.set_simple_vram_headroom(5 * GIB)
+    assert host.limit._headroom(library) == 5 * GIB
+    library.set_simple_vram_headroom(before)
+    assert host.limit._headroom(types.SimpleNamespace()) is None
+
+
+# --- releasing
+
+
+class FakePatcher:
+    """A patcher with 2 GiB of weights on its device, pinned in main memory; its calls are written down."""
+
+    def __init__(self, model, load_device, size=2 * GIB, dynamic=True):
+        self.model, self.load_device, self.offload_device = model, load_device, torch.device("cpu")
+        self.size, self.loaded, self.pinned, self.calls, self.dynamic = size, size, size, [], dynamic
+
+    def model_size(self):
+        return self.size
+
+    def loaded_size(self):
+        return self.loaded
+
+    def is_dynamic(self):
+        return self.dynamic
+
+    def partially_unload(self, device, nbytes):
+        self.calls.append((device, nbytes))
+        freed = min(self.loaded, nbytes)
+        self.loaded -= freed
+        return freed
+
+    def partially_unload_ram(self, nbytes):
+        raise AssertionError("pinned memory must stay")
+
+    def detach(self, *args):
+        raise AssertionError("a release keeps the model in core's list")
+
+
+def model_of(host, component):
+    """An object of a class that core would make for this component."""
+    homes = {
+        TEXT_ENCODER: ("comfy.text_encoders.wan", "WanT5Model"),
+        AUDIO_ENCODER: ("comfy.audio_encoders.wav2vec2", "Wav2Vec2Model"),
+        MODEL_PATCH: ("comfy_extras.nodes_model_patch", "MultiTalkModelPatch"),
+        VAE: ("comfy.ldm.wan.vae", "WanVAE"),
+    }
+    if component == DIFFUSION_MODEL:
+        return object.__new__(host.base_model)
+    module, name = homes[component]
+    return type(name, (), {"__module__": module})()
+
+
+@pytest.fixture
+def loaded(host, device, monkeypatch):
+    """One loaded model of each component on the device."""
+    patchers = {
+        name: FakePatcher(model_of(host, name), device.torch_device)
+        for name in (DIFFUSION_MODEL, TEXT_ENCODER, AUDIO_ENCODER, MODEL_PATCH, VAE)
+    }
+    books = [types.SimpleNamespace(model=patcher) for patcher in patchers.values()]
+    monkeypatch.setattr(host.core, "current_loaded_models", books)
+
+    def count():
+        device.allocated = device.reserved = sum(patcher.loaded for patcher in patchers.values())
+        return FakeDevice.read(device)
+
+    monkeypatch.setattr(device, "read", count)
+    return patchers
+
+
+def test_components_are_known_by_their_class(host, loaded):
+    for name, patcher in loaded.items():
+        assert host.components.component_of(patcher.model) == name
+    assert host.components.component_of(object()) is None
+    assert host.components.component_bytes() == dict.fromkeys(loaded, 2 * GIB) | {SCRATCH: 0}
+
+
+def test_a_release_moves_weights_keeps_pins_and_measures_what_it_freed(host, loaded):
+    released = host.release.release([TEXT_ENCODER, VAE])
+    assert set(released.names) == {TEXT_ENCODER, VAE}
+    assert released.weights == released.freed == 4 * GIB
+    assert {name for name, patcher in loaded.items() if patcher.loaded == 0} == {TEXT_ENCODER, VAE}
+    assert all(patcher.pinned == 2 * GIB for patcher in loaded.values())
+    assert "4,096 MiB freed" in released.text
+    entries = host.session.session().ledger.run.releases
+    assert [entry.freed for entry in entries] == [4 * GIB]
+    assert host.release.release([TEXT_ENCODER, VAE]).text.startswith("Nothing to release")
+    assert len(entries) == 1, "a release of nothing is no entry"
+
+
+def test_what_a_run_needs_stays(host, loaded):
+    host.release.release([DIFFUSION_MODEL, MODEL_PATCH], keep=[loaded[MODEL_PATCH]])
+    assert loaded[DIFFUSION_MODEL].loaded == 0
+    assert loaded[MODEL_PATCH].loaded == 2 * GIB
+
+
+def test_a_model_elsewhere_or_with_no_place_to_go_is_left_alone(host, loaded, device):
+    device.torch_device = torch.device("cuda", 0)
+    loaded[TEXT_ENCODER].load_device = torch.device("cpu")
+    loaded[DIFFUSION_MODEL].load_device = loaded[DIFFUSION_MODEL].offload_device = torch.device("cuda", 0)
+    loaded[VAE].load_device = torch.device("cuda", 0)
+    host.release.release([TEXT_ENCODER, DIFFUSION_MODEL, VAE])
+    assert (loaded[TEXT_ENCODER].loaded, loaded[DIFFUSION_MODEL].loaded, loaded[VAE].loaded) == (2 * GIB, 2 * GIB, 0)
+
+
+@pytest.mark.parametrize(
+    ("when", "working", "others_leave"),
+    [(NEVER, 100 * GIB, False), (ALWAYS, 0, True), (UNDER_PRESSURE, GIB, False), (UNDER_PRESSURE, 15 * GIB, True)],
+)
+def test_way_is_made_by_policy(host, loaded, when, working, others_leave):
+    host.room.make_way(when, loaded[DIFFUSION_MODEL], working, [loaded[MODEL_PATCH]], "a test")
+    assert loaded[DIFFUSION_MODEL].loaded == loaded[MODEL_PATCH].loaded == 2 * GIB
+    assert {loaded[name].loaded == 0 for name in (TEXT_ENCODER, VAE, AUDIO_ENCODER)} == {others_leave}
+
+
+def test_weights_that_are_not_there_yet_count_as_pressure(host, loaded):
+    model = loaded[DIFFUSION_MODEL]
+    model.loaded, model.size = 0, 15 * GIB
+    host.room.make_way(UNDER_PRESSURE, model, GIB)
+    assert loaded[TEXT_ENCODER].loaded == 2 * GIB
+    model.size = 16 * GIB
+    host.room.make_way(UNDER_PRESSURE, model, GIB)
+    assert loaded[TEXT_ENCODER].loaded == 0
+
+
+# --- after running out
+
+
+def test_a_call_is_done_again_once_and_the_first_errors_tensors_are_gone_by_then(host, device):
+    alive = []
+
+    class Big:
+        pass
+
+    def call():
+        big = Big()
+        if not alive:
+            alive.append("first")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+        return sum(type(item) is Big for item in gc.get_objects()), big
+
+    def make_room():
+        assert not any(type(item) is Big for item in gc.get_objects()), (
+            "the failed call's frame still holds its tensors"
+        )
+        return "room was made"
+
+    count, _ = host.room.again_after_oom(call, make_room, "a test")
+    assert count == 1
+    assert host.session.session().ledger.run.notes == ["Out of memory in a test: room was made, and done again."]
+
+
+def test_a_second_failure_is_one_sentence_a_person_can_act_on(host, device):
+    def call():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+    with pytest.raises(MemoryBudgetError) as failed:
+        host.room.again_after_oom(call, lambda: "room was made", "a test")
+    text = str(failed.value)
+    assert "a test ran out of memory twice" in text
+    assert "24.00 GiB" in text
+    assert "Tried to allocate 2 GiB." in text
+    assert "more lines" not in text
+    assert device.cleared == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("shape"), KeyboardInterrupt(), MemoryBudgetError("refused")])
+def test_other_errors_pass_and_make_no_room(host, device, error):
+    def call():
+        raise error
+
+    with pytest.raises(type(error)):
+        host.room.again_after_oom(call, lambda: pytest.fail("no room is needed"), "a test")
+
+
+# --- sampling
+
+
+def hooks(host, **settings):
+    return host.sampling.SamplingHooks(Settings(**settings), "7")
+
+
+@pytest.mark.parametrize(("policy", "share"), [("auto", None), ("speed", None), ("balanced", 0.8), ("lowest", 0.1)])
+def test_dynamic_vram_keeps_no_more_weights_than_the_policys_share(host, device, policy, share):
+    marks = []
+    vbar = types.SimpleNamespace(set_watermark=marks.append)
+    patcher = types.SimpleNamespace(is_dynamic=lambda: True, _vbar_get=lambda: vbar)
+    hooks(host, policy=policy).loaded(patcher, None, 0, False, False)
+    assert marks == ([] if share is None else [pytest.approx(share * 24 * GIB, abs=1)])
+    legacy = types.SimpleNamespace(is_dynamic=lambda: False, _vbar_get=lambda: pytest.fail("there is no VBAR"))
+    hooks(host, policy=policy).loaded(legacy)
+    old = types.SimpleNamespace(is_dynamic=lambda: True, _vbar_get=lambda: types.SimpleNamespace())
+    hooks(host, policy=policy).loaded(old)
+
+
+def test_the_reserve_is_larger_for_the_length_of_a_load_even_when_it_fails(host):
+    before = host.core.EXTRA_RESERVED_VRAM
+
+    def load():
+        with host.sampling._more_reserved(5 * GIB):
+            assert before + 5 * GIB == host.core.EXTRA_RESERVED_VRAM
+            raise ValueError("in the load")
+
+    with pytest.raises(ValueError, match="in the load"):
+        load()
+    assert before == host.core.EXTRA_RESERVED_VRAM
+
+
+def test_core_is_told_of_no_room_for_a_batch_only_while_it_asks(host):
+    class Patcher:
+        def get_free_memory(self, device):
+            return 7
+
+    patcher = Patcher()
+
+    def call():
+        with host.sampling._batch_of_one(patcher, True):
+            with host.sampling._batch_of_one(patcher, True):
+                assert patcher.get_free_memory("cpu") == 0
+            assert patcher.get_free_memory("cpu") == 0, "an inner call must not undo the outer one"
+            raise ValueError("in the call")
+
+    with pytest.raises(ValueError, match="in the call"):
+        call()
+    assert patcher.get_free_memory("cpu") == 7
+    with host.sampling._batch_of_one(patcher, False):
+        assert patcher.get_free_memory("cpu") == 7
+
+
+# --- the meter
+
+
+class Server:
+    """ComfyUI's server as the meter sees it."""
+
+    def __init__(self, client_id="a", sockets=("a",)):
+        self.client_id, self.sockets, self.sent, self.texts = client_id, dict.fromkeys(sockets), [], []
+
+    def send_sync(self, event, data, sid):
+        self.sent.append((event, data, sid))
+
+    def send_progress_text(self, text, node_id, sid):
+        self.texts.append((text, node_id, sid))
+
+
+def a_sample(host, device):
+    return host.session.session().ledger.sample("sampling", "3", 2, 20), host.session.session().ledger.run
+
+
+def test_the_meter_sends_four_times_a_second_and_no_more(host, device):
+    server, clock = Server(), Clock()
+    meter = host.meter.Meter(lambda: server, clock)
+    sample, run = a_sample(host, device)
+    for index in range(100):
+        clock.now = index / 50
+        meter.send(sample, run, "7", "cuda:0", None)
+    assert len(server.sent) == 8
+    assert {(event, sid) for event, _, sid in server.sent} == {("lowbit.memory", "a")}
+    assert server.texts[0][1:] == ("7", "a")
+    assert server.texts[0][0].startswith("sampling 2/20, 0.00 GiB now")
+
+
+@pytest.mark.parametrize(
+    ("server", "node"),
+    [
+        (None, "7"),
+        (Server(client_id=None), "7"),
+        (Server(sockets=()), "7"),
+        (Server(sockets=("b",)), "7"),
+        (Server(), None),
+    ],
+)
+def test_the_meter_is_silent_while_nobody_listens(host, device, server, node):
+    sample, run = a_sample(host, device)
+    assert not host.meter.Meter(lambda: server).send(sample, run, node, "cuda:0", None)
+    assert server is None or server.sent == []
+
+
+# --- loading
+
+
+def planned(nbytes):
+    entry = types.SimpleNamespace(shape=(nbytes // 2,))
+    checkpoint = types.SimpleNamespace(path=types.SimpleNamespace(name="wan.safetensors"), entries={"w": entry})
+    return types.SimpleNamespace(plan=types.SimpleNamespace(nbytes_after=nbytes), checkpoint=checkpoint)
+
+
+def test_a_load_that_main_memory_cannot_hold_is_refused_before_it_starts(host, monkeypatch):
+    monkeypatch.setattr(host.preflight, "available_host_bytes", lambda: 20 * GIB)
+    monkeypatch.setattr(host.preflight, "resident_bytes", lambda: 5 * GIB)
+    monkeypatch.setattr(host.core_memory, "aimdo_enabled", False)
+    host.preflight.check_load(planned(22 * GIB))
+    with pytest.raises(MemoryBudgetError, match=r"wan.safetensors takes 28.00 GiB .* 25.00 GiB are left"):
+        host.preflight.check_load(planned(28 * GIB))
+    monkeypatch.setattr(host.core_memory, "aimdo_enabled", True)
+    host.preflight.check_load(planned(28 * GIB))
+
+
+def test_pixels_are_estimated_in_the_shape_that_core_gives_them(host):
+    vae = type("V", (host.decoding.ManagedVAE,), {})()
+    pixels = torch.zeros(5, 64, 32, 3)
+    for latent_dim, not_video, shape in [
+        (2, False, (5, 3, 64, 32)),
+        (3, False, (1, 3, 5, 64, 32)),
+        (3, True, (5, 3, 1, 64, 32)),
+    ]:
+        vae.latent_dim, vae.not_video = latent_dim, not_video
+        assert vae._pixel_shape(pixels) == shape
+    assert vae._pixel_shape(pixels[None]) == (1, 3, 5, 64, 32)
+
+
+def test_a_managed_class_is_made_once_and_is_still_cores(host):
+    class Core:
+        pass
+
+    first = host.encoding.managed_class(Core, host.encoding.ManagedClip)
+    assert issubclass(first, Core)
+    assert host.encoding.managed_class(Core, host.encoding.ManagedClip) is first
+    assert host.encoding.managed_class(first, host.encoding.ManagedClip) is first
