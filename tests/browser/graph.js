@@ -1,0 +1,111 @@
+// Looks at the graph that ComfyUI shows: what its nodes are, and what in it a person could not read.
+(() => {
+  const graphs = () => [app.rootGraph, ...app.rootGraph.subgraphs.values()];
+  const nameOf = (graph, node) => (graph === app.rootGraph ? String(node.id) : `${graph.id}:${node.id}`);
+  const FRONTEND_ONLY = new Set(["MarkdownNote", "Note", "Reroute", "PrimitiveNode"]);
+
+  const optionsOf = (widget, node) => {
+    const options = widget.options?.values;
+    return typeof options === "function" ? options(widget, node) : (options ?? null);
+  };
+
+  const describe = (graph, node) => ({
+    id: nameOf(graph, node),
+    type: node.type,
+    known: node.type in LiteGraph.registered_node_types || Boolean(node.subgraph),
+    error: Boolean(node.has_errors),
+    values: JSON.parse(JSON.stringify(node.serialize().widgets_values ?? [])),
+    widgets: (node.widgets ?? []).map((widget) => ({
+      name: widget.name,
+      value: widget.value,
+      options: widget.type === "combo" ? optionsOf(widget, node) : null,
+    })),
+    unlinked: Object.values(node.constructor.nodeData?.inputs ?? {})
+      .filter((input) => !input.isOptional && !FRONTEND_ONLY.has(node.type))
+      .map((input) => node.inputs?.find((slot) => slot.name === input.name))
+      .filter((slot) => slot && !slot.widget && slot.link == null)
+      .map((slot) => slot.name),
+  });
+
+  /** Boxes of nodes with their titles, in graph units. */
+  const boxOf = (node) => {
+    const [x, y, width, height] = node.boundingRect;
+    return { left: x, top: y, right: x + width, bottom: y + height };
+  };
+  const overlap = (a, b) =>
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+
+  const overlaps = (graph) =>
+    graph.nodes.flatMap((a, index) =>
+      graph.nodes
+        .slice(index + 1)
+        .filter((b) => overlap(boxOf(a), boxOf(b)))
+        .map((b) => `${a.title} ${a.id} lies on ${b.title} ${b.id}`),
+    );
+
+  const cutTitles = (graph) => {
+    const context = document.createElement("canvas").getContext("2d");
+    context.font = `${LiteGraph.NODE_TEXT_SIZE}px ${LiteGraph.NODE_FONT}`;
+    return graph.nodes
+      .filter((node) => context.measureText(node.getTitle()).width + 1.5 * LiteGraph.NODE_TITLE_HEIGHT > node.size[0])
+      .map((node) => `the title of ${node.title} ${node.id} is cut`);
+  };
+
+  const cutValues = (graph) => {
+    const context = document.createElement("canvas").getContext("2d");
+    context.font = `${LiteGraph.NODE_SUBTEXT_SIZE}px ${LiteGraph.NODE_FONT}`;
+    const width = (text) => context.measureText(String(text)).width;
+    const found = [];
+    for (const node of graph.nodes)
+      for (const widget of node.widgets ?? []) {
+        if (!["combo", "number", "toggle", "text"].includes(widget.type) || widget.hidden) continue;
+        if (widget.type === "text" && String(widget.value).length > 60) continue;
+        // Margins, arrows and the space between, as LiteGraph draws them.
+        const needed = width(widget.label ?? widget.name) + width(widget.value) + 75;
+        if (needed > node.size[0]) found.push(`${node.title} ${node.id}: ${widget.name} ${widget.value} is cut`);
+      }
+    return found;
+  };
+
+  const cutText = (graph) =>
+    graph.nodes
+      .filter((node) => ["MarkdownNote", "Note"].includes(node.type))
+      .flatMap((node) => node.widgets.map((widget) => [node, widget.element]))
+      .filter(([, element]) => element && element.clientHeight > 0 && element.scrollHeight > element.clientHeight + 4)
+      .map(([node]) => `the text of note ${node.id} is longer than the note`);
+
+  /** Nodes that a link runs behind, from the points of the curve as LiteGraph draws it. */
+  const hidden = (graph) => {
+    const found = [];
+    for (const link of graph.links.values()) {
+      const from = graph.getNodeById(link.origin_id);
+      const to = graph.getNodeById(link.target_id);
+      if (!from || !to) continue;
+      const [x0, y0] = from.getOutputPos(link.origin_slot);
+      const [x1, y1] = to.getInputPos(link.target_slot);
+      const reach = Math.hypot(x1 - x0, y1 - y0) / 4;
+      const at = (t) => {
+        const s = 1 - t;
+        const [a, b, c, d] = [s * s * s, 3 * s * s * t, 3 * s * t * t, t * t * t];
+        return [a * x0 + b * (x0 + reach) + c * (x1 - reach) + d * x1, (a + b) * y0 + (c + d) * y1];
+      };
+      for (const node of graph.nodes) {
+        if (node === from || node === to) continue;
+        const box = boxOf(node);
+        const inside = Array.from({ length: 99 }, (_, index) => at((index + 1) / 100)).filter(
+          ([x, y]) => x > box.left + 2 && x < box.right - 2 && y > box.top + 2 && y < box.bottom - 2,
+        );
+        if (inside.length > 0)
+          found.push(`the link from ${from.title} ${from.id} to ${to.title} ${to.id} runs behind ${node.title} ${node.id}`);
+      }
+    }
+    return found;
+  };
+
+  window.lowbitTest = {
+    nodes: () => graphs().flatMap((graph) => graph.nodes.map((node) => describe(graph, node))),
+    problems: () =>
+      graphs().flatMap((graph) => [overlaps, cutTitles, cutValues, cutText, hidden].flatMap((check) => check(graph))),
+    dialogs: () => [...document.querySelectorAll("[role=dialog]")].map((dialog) => dialog.innerText.slice(0, 200)),
+  };
+})();
