@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from ..errors import StorageError
 from ..ops.auto_format import choose_format
-from ..ops.cache import quantized_file
+from ..ops.cache import cached_path, quantized_file
 from ..ops.checkpoint import Checkpoint, open_checkpoint
 from ..ops.device_info import DeviceInfo, device_info
 from ..ops.formats import AS_STORED, AUTO, find_format
@@ -20,6 +21,7 @@ from ..ops.keep_rules import parse_rules
 from ..ops.plan import QuantizationPlan, make_plan
 from ..ops.plan_report import plan_report, plan_summary
 from ..ops.stored import metadata_below
+from ..ops.writer import check_free_space
 from .architecture import MODEL_PATCH_SIGNATURE, check_formats, check_model_patch
 from .folders import CACHE_VARIABLE, cache_folder
 from .temporary import temporary_folder
@@ -118,9 +120,9 @@ def prepared_file(planned: Planned) -> Path:
         StorageError: the quantized file cannot be written.
     """
     source = planned.checkpoint.path
-    if not planned.plan.changes_weights and _core_reads(planned.checkpoint):
+    if not _needs_file(planned):
         return source
-    folder = cache_folder() if planned.request.keep_file else temporary_folder()
+    folder = _folder(planned)
     device = comfy.model_management.get_torch_device()
     if device.type == "cuda":
         largest = max((entry.nbytes for entry in planned.checkpoint.entries.values()), default=0)
@@ -132,7 +134,35 @@ def prepared_file(planned: Planned) -> Path:
             logger.warning("Too little free GPU memory to quantize %s there: it is done on the CPU.", source.name)
         return quantized_file(planned.checkpoint, planned.plan, folder, device="cpu", progress=_progress())
     except StorageError as error:
-        raise StorageError(f"{str(error).rstrip('.')}; {CACHE_VARIABLE} names the folder of quantized files.") from None
+        raise _with_variable(error) from None
+
+
+def check_disk(planned: Planned) -> None:
+    """Raise unless the quantized file is there, or there is room for it: `prepared_file`'s check, without the work.
+
+    Raises:
+        StorageError: the disk is too small.
+    """
+    if not _needs_file(planned):
+        return
+    path = cached_path(planned.checkpoint, planned.plan, _folder(planned))
+    if not os.path.exists(path):
+        try:
+            check_free_space(path.parent, planned.plan.nbytes_after, f"The quantized {planned.checkpoint.path.name}")
+        except StorageError as error:
+            raise _with_variable(error) from None
+
+
+def _needs_file(planned: Planned) -> bool:
+    return planned.plan.changes_weights or not _core_reads(planned.checkpoint)
+
+
+def _folder(planned: Planned) -> Path:
+    return cache_folder() if planned.request.keep_file else temporary_folder()
+
+
+def _with_variable(error: StorageError) -> StorageError:
+    return StorageError(f"{str(error).rstrip('.')}; {CACHE_VARIABLE} names the folder of quantized files.")
 
 
 def _core_reads(checkpoint: Checkpoint) -> bool:

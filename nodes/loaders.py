@@ -13,7 +13,7 @@ from ..host.architecture import check_diffusion_model, check_text_encoder
 from ..host.folders import model_names, model_path
 from ..host.loading import load_diffusion_model, load_model_patch, load_text_encoder
 from ..host.memory_preflight import check_load
-from ..host.preparing import Planned, Request, plan_file, plan_model_patch, prepared_file
+from ..host.preparing import Planned, Request, check_disk, plan_file, plan_model_patch, prepared_file
 from ..host.vae import VAE_PRECISIONS, load_vae, vae_names
 from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS
 from .common import CATEGORY, file_fingerprint, show_text
@@ -71,6 +71,7 @@ def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_
     """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
     if not dry_run:
+        check_disk(planned)
         check_load(planned)
     return io.NodeOutput(ExecutionBlocker(None) if dry_run else load(), planned.report)
 
@@ -201,7 +202,10 @@ class LoadVAE(io.ComfyNode):
                     "precision",
                     options=list(VAE_PRECISIONS),
                     default="auto",
-                    tooltip="auto: what core picks for this GPU. bf16 and fp16 halve a decode's memory against fp32.",
+                    tooltip=(
+                        "auto: what core picks for this GPU. bf16 and fp16 halve a decode's memory against fp32. There are "
+                        "no 8-bit formats, keep rules or dry run here: a VAE is convolutions, which ComfyUI cannot quantize."
+                    ),
                 ),
             ],
             outputs=[io.Vae.Output(tooltip="The VAE.")],

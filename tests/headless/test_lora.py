@@ -67,7 +67,12 @@ def test_lora_under_the_quantizing_node_stays_on_the_model(bench):
     under["core"] = graphs.load_diffusion_model("wan_t2v.safetensors")
     under["lora"]["inputs"]["model"] = ["core", 0]
     under["model"] = graphs.node(
-        "LowbitQuantizeModel", model=["lora", 0], format="int8", keep_rules="auto", keep_quantized_file=True
+        "LowbitQuantizeModel",
+        model=["lora", 0],
+        format="int8",
+        keep_rules="auto",
+        dry_run=False,
+        keep_quantized_file=True,
     )
     under["sample"]["inputs"]["model"] = ["model", 0]
     value = bench.sample(under)["latent"]

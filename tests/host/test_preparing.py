@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(host, t
         with pytest.raises(StorageError, match="LOWBIT_CACHE_DIR") as raised:
             host.preparing.prepared_file(planned)
         assert str(raised.value).count(". ") == 0
+
+
+def test_the_room_on_the_disk_is_asked_for_before_the_work_unless_the_file_is_there(host, monkeypatch):
+    request = host.preparing.Request("fp8_e5m2")
+    planned = host.preparing.plan_file(host.folder / "wan_t2v.safetensors", request)
+    monkeypatch.setattr("lowbit.ops.writer.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    with pytest.raises(StorageError, match="GiB free.*LOWBIT_CACHE_DIR"):
+        host.preparing.check_disk(planned)
+    monkeypatch.undo()
+    host.preparing.prepared_file(planned)
+    monkeypatch.setattr("lowbit.ops.writer.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    host.preparing.check_disk(planned)
+    host.preparing.check_disk(
+        host.preparing.plan_file(host.folder / "wan_t2v.safetensors", host.preparing.Request("none"))
+    )
 
 
 def test_auto_does_not_change_the_product_of_what_a_file_holds_quantized(host, tmp_path):
