@@ -1,0 +1,1 @@
+"""The bundled workflows: made from ComfyUI's official templates, and turned into API-form prompts for headless runs."""

@@ -1,0 +1,46 @@
+"""Every bundled workflow: file name -> the official template it starts from, and the function that designs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import wan
+from .compose import Design
+from .widgets import ObjectInfo
+
+
+@dataclass(frozen=True)
+class Workflow:
+    """A bundled workflow.
+
+    Attributes:
+        title: what its thumbnail says.
+        subtitle: and below that.
+        template: the official template it starts from.
+        design: makes it.
+        varies: how it differs from the template in files and settings, where it is meant to.
+    """
+
+    title: str
+    subtitle: str
+    template: str
+    design: Callable[[ObjectInfo], Design]
+    varies: str = ""
+
+
+WORKFLOWS: dict[str, Workflow] = {
+    "wan2.2_14B_text_to_video": Workflow(
+        "Wan 2.2 14B", "Text to video, two models", wan.TEXT_TO_VIDEO, wan.text_to_video
+    ),
+    "wan2.2_14B_image_to_video": Workflow(
+        "Wan 2.2 14B", "Image to video, two models", wan.IMAGE_TO_VIDEO, wan.image_to_video
+    ),
+    "fit_wan2.2_14B_in_16GB": Workflow(
+        "Wan 2.2 14B in 16 GB",
+        "Text to video, 4-bit weights",
+        wan.TEXT_TO_VIDEO,
+        wan.in_16_gb,
+        varies="16-bit files, stored in 4 bits",
+    ),
+}
