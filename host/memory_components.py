@@ -8,7 +8,6 @@ from typing import Any
 import comfy.memory_management
 import comfy.model_base
 import comfy.model_management
-import comfy_aimdo.control
 import torch
 
 from ..memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
@@ -69,16 +68,24 @@ def component_bytes() -> dict[str, int]:
     return sizes
 
 
-def outside_bytes() -> int:
-    """Bytes of weights that dynamic VRAM holds outside PyTorch's allocator."""
-    return int(comfy_aimdo.control.get_total_vram_usage()) if comfy.memory_management.aimdo_enabled else 0
+def outside_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that dynamic VRAM holds outside PyTorch's allocator: resident pages of weights, and cast buffers.
+
+    Its own total would not do: it has PyTorch's allocations in it, which it sees too.
+    """
+    if not comfy.memory_management.aimdo_enabled:
+        return 0
+    ranges = [getattr(patcher.model, "dynamic_vbars", {}).get(device) for patcher in loaded_patchers()]
+    buffers = [buffer for buffer in list(_cast_buffers().values()) if buffer.device == device.index]
+    return sum(int(found.loaded_size()) for found in ranges if found is not None) + sum(
+        int(buffer.size()) for buffer in buffers
+    )
+
+
+def _cast_buffers() -> dict[Any, Any]:
+    return getattr(comfy.model_management, "STREAM_AIMDO_CAST_BUFFERS", {})
 
 
 def pinned_bytes() -> int:
     """Bytes of main memory that ComfyUI has pinned."""
     return int(comfy.model_management.TOTAL_PINNED_MEMORY)
-
-
-def on_accelerator(device: torch.device) -> bool:
-    """Whether weights there take memory of a GPU."""
-    return device.type != "cpu"

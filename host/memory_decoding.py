@@ -32,6 +32,8 @@ class ManagedVAE:
     def decode(self, samples_in: torch.Tensor, vae_options: dict[str, Any] | None = None) -> torch.Tensor:
         """Core's decode; latent in, (batch, [frames,] height, width, channels) out."""
         options = vae_options or {}
+        if self.latent_dim == 2 and samples_in.ndim == 5:  # type: ignore[attr-defined]
+            samples_in = samples_in[:, :, 0]
         self._begin("decode", self.memory_used_decode(samples_in.shape, self.vae_dtype))  # type: ignore[attr-defined]
         tiles = None if options else self._tiles(samples_in)
         if tiles is None:
@@ -125,8 +127,6 @@ class ManagedVAE:
 
     def _decode_in(self, tiles: Tiles, samples: torch.Tensor) -> torch.Tensor:
         """Decodes in tiles, in smaller ones after running out of memory, until they cannot be smaller."""
-        if self.latent_dim == 2 and samples.ndim == 5:  # type: ignore[attr-defined]
-            samples = samples[:, :, 0]
         current: Tiles | None = tiles
         while current is not None:
             try:

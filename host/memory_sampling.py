@@ -135,9 +135,13 @@ class SamplingHooks:
     def loaded(self, patcher: Any, *details: Any) -> None:
         """After core has prepared a model: with dynamic VRAM, weights past the policy's share are not kept on the GPU."""
         fraction = self.settings.row.resident_fraction
-        vbar = patcher._vbar_get() if patcher.is_dynamic() and fraction < 1 else None
-        if vbar is not None and hasattr(vbar, "set_watermark"):
-            vbar.set_watermark(int(fraction * session().limit.budget))
+        pages = patcher._vbar_get() if patcher.is_dynamic() and fraction < 1 else None
+        if pages is None or not hasattr(pages, "set_watermark"):
+            return
+        share = int(fraction * session().limit.budget)
+        # Pages past the mark that are there from before would stay, and never be used.
+        pages.free_memory(max(0, int(pages.loaded_size()) - share))
+        pages.set_watermark(share)
 
     def _reserved_from_weights(self) -> float:
         fraction = self.settings.row.resident_fraction

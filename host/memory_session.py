@@ -30,7 +30,7 @@ _HOST_SLACK = 256 << 20
 
 def _core_device() -> Device:
     device = comfy.model_management.get_torch_device()
-    return CudaDevice(device, outside_bytes) if device.type == "cuda" else HostDevice()
+    return CudaDevice(device, lambda: outside_bytes(device)) if device.type == "cuda" else HostDevice()
 
 
 class Session(ProgressHandler):
@@ -51,7 +51,8 @@ class Session(ProgressHandler):
     def begin(self) -> Ledger:
         """The ledger of the running prompt; a new one when the prompt is a new one. Cheap to call at every turn."""
         prompt, node = where()
-        if prompt != self.ledger.run.prompt:
+        # Threads of a multi-GPU run do not know their prompt.
+        if prompt and prompt != self.ledger.run.prompt:
             self.ledger.begin(prompt)
             self.manager_node = None
             add_progress_handler(self)
@@ -64,6 +65,8 @@ class Session(ProgressHandler):
         self.manager_node = node_id
         self.limit.apply(limit)
         self.ledger.run.limit = self.limit.nbytes
+        if limit is not None and not self.device.holds_models:
+            self.say("There is no GPU to limit: vram_limit_gib has no effect.")
 
     def observe(self, phase: str, step: int = 0, steps: int = 0, node: str | None = None) -> Sample:
         """Samples, and tells the browser."""

@@ -28,7 +28,8 @@ class Reading:
     Attributes:
         allocated: held by tensors, weights outside PyTorch's allocator included.
         reserved: taken from the driver, what PyTorch keeps unused included.
-        peak: the most that was allocated since the last `reset_peak`.
+        peak: the most that was allocated since the last `reset_peak`; what lies outside PyTorch's allocator counts in
+            it as it is now.
         free: what the driver says nobody holds; None where nobody can say.
     """
 

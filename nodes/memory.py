@@ -63,8 +63,9 @@ class MemoryManager(io.ComfyNode):
                     max=1024.0,
                     step=0.25,
                     tooltip=(
-                        "GiB of GPU memory that this graph may take, to share the card or to try a smaller one. 0: the "
-                        "whole card. Weights that do not fit are streamed from main memory, which costs time."
+                        "GiB of GPU memory that this graph may take, to share the card or to try a smaller one; the driver's "
+                        "own half a GiB comes on top. 0: the whole card. Weights that do not fit are streamed from main "
+                        "memory, which costs time."
                     ),
                 ),
                 io.Combo.Input(
@@ -207,10 +208,6 @@ class MemoryReport(io.ComfyNode):
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, **kwargs: object) -> float:
-        return float("nan")
 
     @classmethod
     def execute(cls, value: object) -> io.NodeOutput:

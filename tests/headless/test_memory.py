@@ -32,8 +32,11 @@ LEFT_BEHIND = 0.1
 POLICIES = ("auto", "speed", "balanced", "lowest")
 
 
-@pytest.mark.parametrize("gpu_mib", [0.0, ROOMY], ids=["cpu", "fake GPU"])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "gpu_mib"),
+    [("auto", 0.0), *((policy, ROOMY) for policy in POLICIES)],
+    ids=["auto on the CPU", *POLICIES],
+)
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_no_policy_changes_the_result(memory, graph, policy, gpu_mib):
     want = memory.run(GRAPHS[graph](seed=3)).tensors

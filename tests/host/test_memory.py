@@ -317,6 +317,18 @@ def test_weights_that_are_not_there_yet_count_as_pressure(host, loaded):
     assert loaded[TEXT_ENCODER].loaded == 0
 
 
+def test_what_dynamic_vram_holds_outside_pytorch_is_counted_once(host, loaded, monkeypatch):
+    gpu = torch.device("cuda", 0)
+    pages = types.SimpleNamespace(loaded_size=lambda: 3 * GIB)
+    for name in (DIFFUSION_MODEL, TEXT_ENCODER):
+        loaded[name].model.dynamic_vbars = {gpu: pages, torch.device("cuda", 1): pages}
+    buffers = {index: types.SimpleNamespace(device=index, size=lambda: GIB) for index in (0, 1)}
+    monkeypatch.setattr(host.core, "STREAM_AIMDO_CAST_BUFFERS", buffers)
+    assert host.components.outside_bytes(gpu) == 0, "dynamic VRAM is off"
+    monkeypatch.setattr(host.core_memory, "aimdo_enabled", True)
+    assert host.components.outside_bytes(gpu) == 7 * GIB
+
+
 # --- after running out
 
 
@@ -376,11 +388,19 @@ def hooks(host, **settings):
 
 @pytest.mark.parametrize(("policy", "share"), [("auto", None), ("speed", None), ("balanced", 0.8), ("lowest", 0.1)])
 def test_dynamic_vram_keeps_no_more_weights_than_the_policys_share(host, device, policy, share):
-    marks = []
-    vbar = types.SimpleNamespace(set_watermark=marks.append)
-    patcher = types.SimpleNamespace(is_dynamic=lambda: True, _vbar_get=lambda: vbar)
+    calls = []
+    pages = types.SimpleNamespace(
+        set_watermark=lambda nbytes: calls.append(("mark", nbytes)),
+        free_memory=lambda nbytes: calls.append(("free", nbytes)),
+        loaded_size=lambda: 20 * GIB,
+    )
+    patcher = types.SimpleNamespace(is_dynamic=lambda: True, _vbar_get=lambda: pages)
     hooks(host, policy=policy).loaded(patcher, None, 0, False, False)
-    assert marks == ([] if share is None else [pytest.approx(share * 24 * GIB, abs=1)])
+    if share is None:
+        assert calls == []
+    else:
+        mark = int(share * 24 * GIB)
+        assert calls == [("free", 20 * GIB - mark), ("mark", mark)]
     legacy = types.SimpleNamespace(is_dynamic=lambda: False, _vbar_get=lambda: pytest.fail("there is no VBAR"))
     hooks(host, policy=policy).loaded(legacy)
     old = types.SimpleNamespace(is_dynamic=lambda: True, _vbar_get=lambda: types.SimpleNamespace())
