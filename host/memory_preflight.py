@@ -25,14 +25,14 @@ def check_sampling(patcher: Any, noise_shape: Any, working: float) -> None:
 
     Args:
         patcher: of the diffusion model.
-        noise_shape: of the latent.
+        noise_shape: of the latent, a picture's or a video's; any other is let through.
         working: core's estimate of the working memory with one prompt at a time, in bytes.
 
     Raises:
         MemoryBudgetError: it cannot; the message has the numbers and the cheapest changes.
     """
     current = session()
-    if not current.device.holds_models:
+    if not current.device.holds_models or len(noise_shape) not in (4, 5):
         return
     sentence = refusal(
         type(patcher.model).__name__,
