@@ -113,9 +113,9 @@ def server(base: Path) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """The running Chromium."""
+    """The running Chromium; for one file, because Playwright keeps an event loop running in the thread of the tests."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -13,7 +13,7 @@ from demo import comfyui
 pytestmark = [pytest.mark.browser, pytest.mark.headless, pytest.mark.slow]
 
 WORKFLOWS = sorted((comfyui.CHECKOUT / "workflows").glob("*.json"))
-HELPERS = (Path(__file__).with_name("graph.js")).read_text(encoding="utf-8")
+HELPERS = Path(__file__).with_name("graph.js").read_text(encoding="utf-8")
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 EVERY = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 
