@@ -39,7 +39,7 @@ class ManagedVAE:
         if tiles is None:
             out = again_after_oom(lambda: self._decode_whole(samples_in, options), self._clear_out, "the decode")
         else:
-            session().say(f"The VAE decodes in tiles of {self._pixels(tiles)} pixels: the whole does not fit.")
+            session().say(f"The VAE decodes in tiles of {self._size(tiles)}: the whole does not fit.")
             out = self._decode_in(tiles, samples_in)
         sample = session().observe("decoded")
         session().passed((type(self).__name__, tuple(samples_in.shape), "decoded"), sample)
@@ -136,7 +136,7 @@ class ManagedVAE:
             clear_out([self.patcher], "the decode")
             current = smaller(current, self._smallest_tile())
             if current is not None:
-                session().say(f"Out of memory in the decode: done again in tiles of {self._pixels(current)} pixels.")
+                session().say(f"Out of memory in the decode: done again in tiles of {self._size(current)}.")
         raise MemoryBudgetError(
             f"The VAE ran out of memory even in tiles of {_SMALLEST_TILE} pixels, with {session().limit.budget / 2**30:.2f} "
             "GiB for it: close what else uses the GPU, raise vram_limit_gib, or load the VAE in bf16."
@@ -148,8 +148,9 @@ class ManagedVAE:
             samples, tile_x=tiles.size, tile_y=tiles.size, overlap=tiles.overlap, **time
         )
 
-    def _pixels(self, tiles: Tiles) -> int:
-        return tiles.size * self.spacial_compression_decode()  # type: ignore[attr-defined]
+    def _size(self, tiles: Tiles) -> str:
+        pixels = f"{tiles.size * self.spacial_compression_decode()} pixels"  # type: ignore[attr-defined]
+        return pixels if tiles.frames is None else f"{pixels} and {tiles.frames} latent frames"
 
 
 def manage_vae(vae: Any, settings: Settings, node_id: str | None) -> Any:

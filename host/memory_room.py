@@ -64,7 +64,7 @@ def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: s
     if first.error is None:
         return first.value
     said = make_room()
-    session().say(f"Out of memory in {what}: {said}, and done again.")
+    session().say(f"Out of memory in {what}. It was done again after this: {said}.")
     second = _attempt(call)
     if second.error is None:
         return second.value

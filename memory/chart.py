@@ -86,6 +86,17 @@ class _Pen:
     def width(self, text: str, size: float) -> float:
         return _font(size).getlength(text) / _FINE
 
+    def wrapped(self, text: str, size: float, room: float) -> list[str]:
+        """The text in lines of at most this width."""
+        lines = [""]
+        for word in text.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if self.width(longer, size) > room and lines[-1]:
+                lines.append(word)
+            else:
+                lines[-1] = longer
+        return lines
+
     def fitted(self, text: str, size: float, room: float) -> str:
         """The text, cut with an ellipsis; empty where not even that fits."""
         if self.width(text, size) <= room:
@@ -186,16 +197,16 @@ def _lines(pen: _Pen, run: Run, scale: _Scale) -> None:
         before = sample.seconds
     pen.line(reserved, _RESERVED, 1.5)
     pen.line(peaks, _PEAK, 2)
+    if run.limit is not None:
+        y = scale.y(run.limit)
+        pen.dashes([(_LEFT, y), (_RIGHT, y)], _LIMIT, 2)
+        pen.text(_RIGHT - 6, y - 6, f"limit {size_text(run.limit)}", 15, _LIMIT, "rs")
     top = max(run.samples, key=lambda sample: sample.peak)
     label = f"peak {size_text(run.peak)}"
     x = min(max(scale.x(top.seconds), _LEFT + 6), _RIGHT - pen.width(label, 15) - 6)
     y = scale.y(run.peak)
     pen.box(x - 4, y - 26, x + pen.width(label, 15) + 4, y - 3, _PANEL, 4)
     pen.text(x, y - 8, label, 15, _PEAK, "ls")
-    if run.limit is not None:
-        y = scale.y(run.limit)
-        pen.dashes([(_LEFT, y), (_RIGHT, y)], _LIMIT, 2)
-        pen.text(_RIGHT - 6, y - 6, f"limit {size_text(run.limit)}", 15, _LIMIT, "rs")
 
 
 def _nodes(pen: _Pen, run: Run, scale: _Scale) -> None:
@@ -261,6 +272,7 @@ def _legend(pen: _Pen, run: Run) -> None:
             pen.line([(x, y + 9), (x + 18, y + 9)], colour, 2.5)
             pen.text(x + 28, y, label, 15, _QUIET)
             y += 30
+    _remarks(pen, run, x, y + 20)
     share = 100 * run.measuring_steps_seconds / max(run.stepping_seconds, 1e-9)
     clearings = f", {run.clearings} clearings" if run.clearings else ""
     skipped = f", {run.skipped} of them not measured" if run.skipped else ""
@@ -272,3 +284,16 @@ def _legend(pen: _Pen, run: Run) -> None:
         _QUIET,
     )
     pen.text(WIDTH - 40, HEIGHT - 46, "Lowbit memory report", 14, _QUIET, "ra")
+
+
+def _remarks(pen: _Pen, run: Run, x: float, y: float) -> None:
+    """What was out of the ordinary, as far as there is room for it."""
+    for note in run.notes:
+        lines = pen.wrapped(note, 13, WIDTH - 24 - x)
+        if y + 18 * len(lines) > _BOTTOM + 60:
+            break
+        pen.box(x - 12, y - 2, x - 9, y + 18 * len(lines) - 2, _LIMIT)
+        for line in lines:
+            pen.text(x, y, line, 13)
+            y += 18
+        y += 12

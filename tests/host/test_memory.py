@@ -353,7 +353,9 @@ def test_a_call_is_done_again_once_and_the_first_errors_tensors_are_gone_by_then
 
     count, _ = host.room.again_after_oom(call, make_room, "a test")
     assert count == 1
-    assert host.session.session().ledger.run.notes == ["Out of memory in a test: room was made, and done again."]
+    assert host.session.session().ledger.run.notes == [
+        "Out of memory in a test. It was done again after this: room was made."
+    ]
 
 
 def test_a_second_failure_is_one_sentence_a_person_can_act_on(host, device):

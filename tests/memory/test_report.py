@@ -111,6 +111,18 @@ def test_the_chart_shows_what_there_was_and_nothing_else():
     assert chart._LIMIT not in colours(Report(run_of(*RUN.samples), NAME, GIB).chart)
 
 
+def test_remarks_are_written_beside_the_chart_as_far_as_they_fit():
+    quiet = run_of(*RUN.samples)
+    noted = run_of(*RUN.samples, notes=["Out of memory in step 1 of 2."])
+    flooded = run_of(*RUN.samples, notes=["Out of memory in step 1 of 2." * 4] * 100)
+
+    def inked(run) -> int:
+        corner = Report(run, NAME, GIB).chart.crop((chart._RIGHT + 20, 0, chart.WIDTH, chart.HEIGHT))
+        return sum(count for count, colour in corner.getcolors(1 << 24) if colour != (15, 18, 24))
+
+    assert inked(quiet) < inked(noted) < inked(flooded)
+
+
 def test_areas_are_as_high_as_their_bytes():
     full = run_of(sample(0.0, diffusion_model=4.0), sample(10.0, diffusion_model=4.0))
     half = run_of(sample(0.0, diffusion_model=2.0, peak=4.0), sample(10.0, diffusion_model=2.0, peak=4.0))
