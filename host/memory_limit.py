@@ -85,7 +85,10 @@ class VramLimit:
         self._undo.append(restore)
 
     def _applies_to(self, device: torch.device | None) -> bool:
-        return self.nbytes is not None and (device is None or torch.device(device) == self.device.torch_device)
+        if self.nbytes is None or device is None:
+            return self.nbytes is not None
+        asked, ours = torch.device(device), self.device.torch_device
+        return asked.type == ours.type and asked.index in (None, ours.index)
 
     def _free_memory(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def get_free_memory(dev: torch.device | None = None, torch_free_too: bool = False) -> Any:

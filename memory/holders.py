@@ -96,6 +96,7 @@ def find_growth(holders: Sequence[Holder], before: Snapshot, device_type: str, f
 
 def tensor_bytes(device_type: str) -> tuple[Counter[str], dict[str, torch.Tensor]]:
     """Bytes of the tensors that Python can reach on a kind of device, by shape and dtype, and an example of each."""
+    fake = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ())
     sizes: Counter[str] = Counter()
     examples: dict[str, torch.Tensor] = {}
     seen = set()
@@ -104,7 +105,7 @@ def tensor_bytes(device_type: str) -> tuple[Counter[str], dict[str, torch.Tensor
         if not issubclass(type(item), torch.Tensor):
             continue
         try:
-            if item.device.type != device_type or isinstance(item, torch._subclasses.FakeTensor):
+            if item.device.type != device_type or isinstance(item, fake):
                 continue
             storage = item.untyped_storage()
             address = storage.data_ptr()
@@ -209,12 +210,13 @@ def _kitchen_nbytes() -> int:
 
 
 def _clear_cublas() -> None:
-    if torch.cuda.is_initialized():
+    # A captured graph writes into the workspace it was captured with.
+    if torch.cuda.is_initialized() and not _graph_pools():
         torch._C._cuda_clearCublasWorkspaces()
 
 
 def _cublas_nbytes() -> int:
-    """cuBLAS workspaces have no counter: what clearing them gives back is what they held; they are made anew at once."""
+    """cuBLAS workspaces have no counter: what clearing them gives back is what they held; the next product makes new ones."""
     if not torch.cuda.is_initialized():
         return 0
     before = torch.cuda.memory_allocated()

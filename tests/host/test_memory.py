@@ -111,6 +111,15 @@ def test_other_devices_are_not_limited(host, device):
     limit.apply(GIB // 1024)
     assert host.core.get_free_memory(torch.device("cpu")) > GIB // 1024
     assert host.core.get_total_memory(torch.device("cpu")) > GIB // 1024
+    asked = [
+        None,
+        torch.device("cuda"),
+        torch.device("cuda", 0),
+        "cuda:0",
+        torch.device("cuda", 1),
+        torch.device("cpu"),
+    ]
+    assert [limit._applies_to(device) for device in asked] == [True, True, True, True, False, False]
     limit.remove()
 
 
