@@ -23,10 +23,15 @@ class VramLimit:
     ComfyUI asks `get_free_memory` and `get_total_memory` before it loads, batches or tiles anything: both answer for the
     smaller card. Dynamic VRAM keeps a headroom free instead, and PyTorch's allocator has a cap of its own. What other
     programs hold is not counted twice: each number is computed from what is free at the moment it is set.
+
+    Args:
+        device: what is limited.
+        holds: whether whoever asks now is to be limited; ComfyUI's own display of the whole card, for one, is not.
     """
 
-    def __init__(self, device: Device):
+    def __init__(self, device: Device, holds: Callable[[], bool] = lambda: True):
         self.device = device
+        self._holds = holds
         self.nbytes: int | None = None
         self._lock = threading.Lock()
         self._undo: list[Callable[[], None]] = []
@@ -85,8 +90,10 @@ class VramLimit:
         self._undo.append(restore)
 
     def _applies_to(self, device: torch.device | None) -> bool:
-        if self.nbytes is None or device is None:
-            return self.nbytes is not None
+        if self.nbytes is None or not self._holds():
+            return False
+        if device is None:
+            return True
         asked, ours = torch.device(device), self.device.torch_device
         return asked.type == ours.type and asked.index in (None, ours.index)
 

@@ -148,6 +148,23 @@ def test_another_limit_takes_the_place_of_the_first(host, device):
     assert host.core.get_free_memory is original
 
 
+def test_who_asks_from_outside_the_prompt_sees_the_whole_card(host, device, monkeypatch):
+    """As ComfyUI's display of the system does, from a thread of its own."""
+    from comfy_execution.utils import CurrentNodeContext
+
+    monkeypatch.setattr(host.session, "add_progress_handler", lambda handler: None)
+    current = host.session.session()
+    cpu = device.torch_device
+    whole = host.core.get_total_memory(cpu)
+    with CurrentNodeContext("prompt", "3"):
+        current.manage("7", GIB)
+        assert host.core.get_total_memory(cpu) == host.core.get_free_memory(cpu) == GIB
+    assert host.core.get_total_memory(cpu) == whole
+    assert host.core.get_free_memory(cpu) > GIB
+    with CurrentNodeContext("another prompt", "3"):
+        assert host.core.get_total_memory(cpu) == whole
+
+
 def test_without_a_gpu_nothing_is_limited(host, device):
     device.holds_models = False
     original = host.core.get_free_memory

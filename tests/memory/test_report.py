@@ -136,6 +136,18 @@ def test_areas_are_as_high_as_their_bytes():
     assert height(full) == pytest.approx(2 * height(half), abs=4)
 
 
+def test_areas_stand_on_each_other_in_the_order_of_the_components():
+    both = {"diffusion_model": 3.0, "text_encoder": 1.0}
+    picture = Report(run_of(sample(0.0, **both), sample(10.0, **both)), NAME, GIB).chart
+    column = [picture.getpixel(((chart._LEFT + chart._RIGHT) // 2, y)) for y in range(chart._TOP, chart._BOTTOM)]
+    shown = {}
+    for name in (DIFFUSION_MODEL, TEXT_ENCODER):
+        colour = tuple(int(chart._COLOURS[name][index : index + 2], 16) for index in (1, 3, 5))
+        shown[name] = [index for index, pixel in enumerate(column) if pixel == colour]
+    assert max(shown[TEXT_ENCODER]) < min(shown[DIFFUSION_MODEL])
+    assert len(shown[DIFFUSION_MODEL]) == pytest.approx(3 * len(shown[TEXT_ENCODER]), rel=0.1)
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 100), st.integers(0, 2), *[st.floats(0, 8) for _ in COMPONENTS]),
