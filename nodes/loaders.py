@@ -67,6 +67,17 @@ def report_output() -> io.Output:
     )
 
 
+def loader_schema(*, inputs: list[io.Input], output: io.Output, **names: Any) -> io.Schema:
+    """The schema of a quantizing loader: `names` as in `io.Schema`, and what all of them have."""
+    return io.Schema(
+        category=CATEGORY,
+        inputs=inputs,
+        outputs=[output, report_output()],
+        hidden=[io.Hidden.unique_id],
+        **names,
+    )
+
+
 def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_id: str | None) -> io.NodeOutput:
     """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
@@ -81,10 +92,9 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return loader_schema(
             node_id="LowbitLoadDiffusionModel",
             display_name="Load Diffusion Model (Lowbit)",
-            category=CATEGORY,
             description="Loads a diffusion model (Wan, Qwen-Image, ...) and stores its weights in 8 or 4 bits on the way.",
             search_aliases=["quantize", "fp8", "fp4", "int8", "nvfp4", "unet loader"],
             inputs=[
@@ -95,8 +105,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 ),
                 *format_inputs(),
             ],
-            outputs=[io.Model.Output(tooltip="The diffusion model."), report_output()],
-            hidden=[io.Hidden.unique_id],
+            output=io.Model.Output(tooltip="The diffusion model."),
         )
 
     @classmethod
@@ -120,10 +129,9 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return loader_schema(
             node_id="LowbitLoadTextEncoder",
             display_name="Load Text Encoder (Lowbit)",
-            category=CATEGORY,
             description="Loads a text encoder (UMT5, Qwen2.5-VL, ...) and stores its weights in 8 or 4 bits on the way.",
             search_aliases=["clip loader", "quantize", "umt5", "qwen"],
             inputs=[
@@ -149,8 +157,7 @@ class LoadTextEncoder(io.ComfyNode):
                     ),
                 ),
             ],
-            outputs=[io.Clip.Output(tooltip="The text encoder."), report_output()],
-            hidden=[io.Hidden.unique_id],
+            output=io.Clip.Output(tooltip="The text encoder."),
         )
 
     @classmethod
@@ -221,10 +228,9 @@ class LoadModelPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return loader_schema(
             node_id="LowbitLoadModelPatch",
             display_name="Load Model Patch (Lowbit)",
-            category=CATEGORY,
             description="Loads an InfiniteTalk or MultiTalk patch with 8- or 4-bit weights; other patches load as in core.",
             search_aliases=["infinitetalk", "multitalk", "model patch loader"],
             inputs=[
@@ -235,8 +241,7 @@ class LoadModelPatch(io.ComfyNode):
                 ),
                 *format_inputs(),
             ],
-            outputs=[io.ModelPatch.Output(tooltip="The model patch."), report_output()],
-            hidden=[io.Hidden.unique_id],
+            output=io.ModelPatch.Output(tooltip="The model patch."),
         )
 
     @classmethod

@@ -8,7 +8,7 @@ from ..host.preparing import Request
 from ..host.quantizing import plan_model, quantize_model
 from ..host.saving import save_diffusion_model
 from .common import CATEGORY
-from .loaders import execute_plan, format_inputs, report_output
+from .loaders import execute_plan, format_inputs, loader_schema
 
 
 class QuantizeModel(io.ComfyNode):
@@ -16,15 +16,13 @@ class QuantizeModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return loader_schema(
             node_id="LowbitQuantizeModel",
             display_name="Quantize Model (Lowbit)",
-            category=CATEGORY,
             description="Stores a loaded model's weights in 8 or 4 bits. LoRAs and patches that are on it stay on it.",
             search_aliases=["fp8", "fp4", "int8", "nvfp4"],
             inputs=[io.Model.Input("model", tooltip="A diffusion model from any loader."), *format_inputs()],
-            outputs=[io.Model.Output(tooltip="The model with quantized weights."), report_output()],
-            hidden=[io.Hidden.unique_id],
+            output=io.Model.Output(tooltip="The model with quantized weights."),
         )
 
     @classmethod

@@ -45,8 +45,12 @@ def test_sharded_sets_are_offered_by_their_index_through_links_too(models):
 def test_the_list_is_read_again_only_when_a_folder_changes(models, monkeypatch):
     assert models.names() == []
     listed = []
-    real = os.listdir
-    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or real(folder))
+
+    def noted(real):
+        return lambda *folder: listed.append(folder) or real(*folder)
+
+    for function in ("listdir", "scandir"):
+        monkeypatch.setattr(os, function, noted(getattr(os, function)))
     assert models.names() == []
     assert listed == []
     (models.root / "new.safetensors.index.json").write_text("{}")
