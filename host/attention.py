@@ -177,6 +177,8 @@ def split_heads(
 
 def _heads_in_front(x: torch.Tensor, heads: int, head_dim: int) -> torch.Tensor:
     """(batch, length, heads * head_dim) as (batch, heads, length, head_dim); one view, half the price of two."""
+    if torch.compiler.is_compiling():  # as_strided of a slice loses its storage offset in inductor
+        return x.unflatten(-1, (heads, head_dim)).transpose(1, 2)
     batch, length, _ = x.shape
     strides = x.stride()
     if strides[2] != 1:

@@ -377,6 +377,30 @@ def test_a_compiled_model_is_traced_in_one_piece(host):
     assert counts(target) == {"sdpa_like": 2}
 
 
+@pytest.mark.parametrize("slices", ["fused qkv", "tokens"])
+def test_inductor_reads_a_slice_from_where_it_starts(host, slices):
+    torch._dynamo.reset()
+    target = override(host)
+    x, weight = torch.randn(2, 9, 32), torch.randn(32, 96) * 0.2
+
+    def layer(x, attention):
+        q, k, v = (x @ weight).chunk(3, -1)
+        if slices == "tokens":
+            q, k, v = q[:, 4:].tanh(), k[:, 2:], x[:, 2:]
+        return attention(q, k, v)
+
+    def plain(q, k, v):
+        return host.core.attention_pytorch(q, k, v, 4)
+
+    def ours(q, k, v):
+        return target(host.core.attention_pytorch, q, k, v, 4, _inside_attn_wrapper=True)
+
+    with torch.no_grad():
+        got = torch.compile(lambda x: layer(x, ours), fullgraph=True)(x)
+        torch.testing.assert_close(got, layer(x, plain), rtol=1e-4, atol=1e-4)
+    assert counts(target) == {"sdpa_like": 1}
+
+
 def microseconds(call, rounds=15, calls=1000):
     """The fastest round's time per call."""
     times = []
