@@ -10,6 +10,7 @@ everything on a CPU with tiny checkpoints and no caps, to test the script: its n
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory_rig import GIB, SmallerMachine, Watch, same_file, wait_for_memory, write_checkpoint
+from benchmarks.memory_rig import GIB, SmallerMachine, Watch, same_file, vram_used, wait_for_memory, write_checkpoint
 from benchmarks.timing import environment
 from demo import comfyui, graphs, tiny
 from demo.server import GraphFailedError, Server, ServerDiedError, prepare_base
@@ -316,8 +317,10 @@ def measure(case: Case, contender: Contender, dynamic: bool, cap: int | None, ba
     host = None if case.host is None or scale.tiny else case.host * GIB
     wait_for_memory(vram, host)
     steps, error, report = Steps(), None, None
-    with SmallerMachine(vram, host), run_server(base, contender, dynamic, scale) as server:
-        watch = Watch(server.process.pid)
+    with SmallerMachine(vram, host), contextlib.ExitStack() as stack:
+        baseline = vram_used()
+        server = stack.enter_context(run_server(base, contender, dynamic, scale))
+        watch = Watch(server.process.pid, baseline)
         steps.started = time.monotonic()
         try:
             result = server.run(case.graph(scale, contender), timeout=540, on_event=steps)

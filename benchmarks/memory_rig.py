@@ -174,13 +174,16 @@ class Usage:
 
 @dataclass
 class Watch:
-    """Looks at a server from outside, ten times a second, until it is closed."""
+    """Looks at a server from outside, ten times a second, until it is closed.
+
+    baseline: `vram_used()` before the server was started, so that its CUDA context counts as its own.
+    """
 
     process: int
+    baseline: int | None
     usage: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
-        self._baseline = _vram_used()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()
@@ -190,9 +193,9 @@ class Watch:
             self._note()
 
     def _note(self) -> None:
-        used = _vram_used()
-        if used is not None and self._baseline is not None:
-            self.usage.vram = max(self.usage.vram or 0, used - self._baseline)
+        used = vram_used()
+        if used is not None and self.baseline is not None:
+            self.usage.vram = max(self.usage.vram or 0, used - self.baseline)
         try:
             self.usage.resident = max(self.usage.resident, psutil.Process(self.process).memory_info().rss)
             self.usage.anonymous = max(self.usage.anonymous, _anonymous(self.process))
@@ -207,12 +210,12 @@ class Watch:
         return self.usage
 
 
-def _vram_used() -> int | None:
-    if shutil.which("nvidia-smi") is None:
+def vram_used() -> int | None:
+    """Bytes of the GPU in use, by any process; None without a GPU."""
+    if not torch.cuda.is_available():
         return None
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return int(answer) << 20 if answer.isdigit() else None
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
 
 
 def _anonymous(process: int) -> int:

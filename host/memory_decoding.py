@@ -69,6 +69,11 @@ class ManagedVAE:
             kwargs |= {"tile_x": size, "tile_y": size, "overlap": (1, max(1, size // 4), max(1, size // 4))}
         return super().decode_tiled_3d(samples, *args, **kwargs)  # type: ignore[misc]
 
+    def _decode_tiled_owned(self, samples: torch.Tensor, **kwargs: Any) -> Any:
+        """As above, for a VAE that cuts its tiles itself."""
+        self._after_running_out()
+        return super()._decode_tiled_owned(samples, **kwargs)  # type: ignore[misc]
+
     def _decode_whole(self, samples: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
         self._decoding_whole = True
         try:

@@ -82,9 +82,7 @@ def find_growth(holders: Sequence[Holder], before: Snapshot, device_type: str, f
     for holder in holders:
         amount = _safely(holder.measure) - before.amounts.get(holder.name, 0)
         if amount > (_WORTH_NAMING if holder.unit == BYTES else 0):
-            freed = free and holder.free is not None
-            if freed and holder.free is not None:
-                holder.free()
+            freed = free and holder.free is not None and _freed(holder.free)
             grown.append(Grown(holder.name, holder.unit, amount, "", freed, holder.advice))
     now, examples = tensor_bytes(device_type)
     for kind, amount in (now - before.tensors).most_common(3):
@@ -159,6 +157,15 @@ def _safely(measure: Callable[[], int]) -> int:
         return int(measure())
     except Exception:  # noqa: BLE001
         return 0
+
+
+def _freed(free: Callable[[], Any]) -> bool:
+    """Whether it worked; see `_safely`."""
+    try:
+        free()
+    except Exception:  # noqa: BLE001
+        return False
+    return True
 
 
 def _compiled_graphs() -> int:

@@ -199,10 +199,14 @@ def test_dynamic_vrams_headroom_and_the_allocators_cap_are_set_and_restored(host
     device.torch_device = torch.device("cuda", 0)
     device.allocated = device.reserved = 2 * GIB
     limit = host.limit.VramLimit(device)
-    limit.apply(12 * GIB)
-    assert calls == [("cap", 0.5), ("headroom", 12 * GIB)]
+    limit.apply(6 * GIB)
+    assert calls == [("cap", 0.25), ("headroom", 18 * GIB)], "24 GiB there, 6 of them to use"
     limit.remove()
     assert calls[2:] == [("headroom", 256 << 20), ("cap", 0.9)]
+    calls.clear()
+    limit.apply(24 * GIB)
+    assert calls == [("cap", 1.0), ("headroom", 256 << 20)], "never less than ComfyUI's own headroom"
+    limit.remove()
 
 
 def test_the_headroom_is_read_from_the_library_that_core_uses(host):

@@ -127,13 +127,15 @@ def test_safe_holders_are_freed_and_others_get_advice():
         Holder("workspaces", BYTES, lambda: kept["workspace"], lambda: kept.update(workspace=0)),
         Holder("graphs", ENTRIES, lambda: compiled["count"], None, "compile with dynamic=True"),
         Holder("broken", BYTES, lambda: 1 // 0),
+        Holder("stuck", ENTRIES, lambda: compiled["count"], lambda: 1 // 0, "restart"),
     ]
     before = take_snapshot(holders, "cuda")
     kept["workspace"], compiled["count"] = 32 * MIB, 7
-    workspaces, graphs = find_growth(holders, before, "cuda")
+    workspaces, graphs, stuck = find_growth(holders, before, "cuda")
     assert workspaces.text == "workspaces: 32 MiB more; freed"
     assert graphs.text == "graphs: 7 entries more; compile with dynamic=True"
     assert kept["workspace"] == 0
+    assert stuck.text == "stuck: 7 entries more; restart"
 
 
 def test_block_masks_of_flex_attention_are_counted():
