@@ -1,4 +1,4 @@
-"""Runs Wan in a ComfyUI of this process, on the GPU, in every format: resident, streamed, with and without a LoRA.
+"""Runs Wan and UMT5 in a ComfyUI of this process, on the GPU, in every format: resident, streamed, with a LoRA.
 
     python tests/gpu/comfy_process.py OUT.json [ComfyUI options, e.g. --disable-dynamic-vram --novram]
 
@@ -135,6 +135,37 @@ def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, refe
     return row
 
 
+def run_text_encoder(folder: Path, name: str) -> dict:
+    """UMT5 in one format: how many linears quantize their input, freshly built and loaded by the patcher."""
+    import comfy.model_management
+    import comfy.sd
+
+    from demo import tiny
+    from lowbit.host.loading import load_text_encoder
+    from lowbit.host.operations import QuantizedLinear
+    from lowbit.host.preparing import Request, plan_file, prepared_file
+
+    source = tiny.write("text_encoders/umt5.safetensors", folder)
+
+    def encode(clip) -> torch.Tensor:
+        return clip.encode_from_tokens(clip.tokenize("a red train in the snow")).float().cpu()
+
+    reference = encode(load_text_encoder([str(source)], comfy.sd.CLIPType.WAN))
+    clip = load_text_encoder([str(prepared_file(plan_file(source, Request(name))))], comfy.sd.CLIPType.WAN)
+    linears = [module for module in clip.cond_stage_model.modules() if isinstance(module, QuantizedLinear)]
+    built = sum(module.fast for module in linears)
+    error = relative(encode(clip), reference)
+    row = {
+        "linears": len(linears),
+        "dynamic": clip.patcher.is_dynamic(),
+        "fast_when_built": built,
+        "fast_when_loaded": sum(module.fast for module in linears),
+        "error": error,
+    }
+    comfy.model_management.unload_all_models()
+    return row
+
+
 def main() -> None:
     out, options = Path(sys.argv[1]).resolve(), sys.argv[2:]
     with tempfile.TemporaryDirectory() as folder:
@@ -142,9 +173,11 @@ def main() -> None:
         start_core([*options, "--base-directory", folder])
         import comfy.model_management
 
+        from demo.shims import detection
         from lowbit.host.loading import load_diffusion_model
         from lowbit.ops.formats import FORMATS
 
+        detection.install()
         model, lora = write_models(Path(folder))
         patcher = load_diffusion_model(str(model))
         reference = sample(patcher)
@@ -156,12 +189,14 @@ def main() -> None:
             print(
                 name, {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[name].items()}
             )
+        encoders = {name: run_text_encoder(Path(folder), name) for name in FORMATS}
         device = comfy.model_management.get_torch_device()
         result = {
             "device": str(device),
             "options": options,
             "delta": relative(reference + delta, reference),
             "rows": rows,
+            "text_encoders": encoders,
         }
         out.write_text(json.dumps(result, indent=1))
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbit.ops.formats import FORMATS
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
@@ -73,6 +75,18 @@ def test_every_format_samples_near_bf16_and_multiplies_here(run, name):
     assert row["linears"] == row["expected_linears"]
     assert row["error"] <= ERRORS[name]
     assert row["repeat_error"] <= 1e-3
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_text_encoder_multiplies_in_16_bits_under_every_patcher(run, name):
+    """Core builds text encoders for it; with dynamic VRAM that is the only sign of it."""
+    mode, result = run
+    row = result["text_encoders"][name]
+    assert row["dynamic"] is (mode == "dynamic")
+    assert row["linears"] >= 14
+    assert row["fast_when_built"] == 0
+    assert row["fast_when_loaded"] == 0
+    assert row["error"] <= 2 * ERRORS[name]
 
 
 @pytest.mark.parametrize("name", ERRORS)
