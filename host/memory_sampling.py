@@ -122,14 +122,18 @@ class SamplingHooks:
             clear_out([patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()], what)
             streamed = shrink(patcher, _SHRINK_FRACTION * session().limit.budget)
             self._forced = True
-            together = "; from here on prompts run one at a time" if prompts > 1 else ""
-            return f"other models left the GPU, {streamed / 2**20:,.0f} MiB of weights stream from now on{together}"
+            done = ["other models left the GPU"]
+            done += [f"{streamed / 2**20:,.0f} MiB of weights stream from now on"] if streamed else []
+            done += ["prompts run one at a time from here on"] if prompts > 1 else []
+            return ", ".join(done)
 
         what = f"step {self._step[0] + 1} of {self._step[1]}"
         out = again_after_oom(run, make_room, what)
         if "context_handler" in model_options and session().ledger.may_measure_step():
+            began = time.perf_counter()
             sample = session().observe("window", *self._step)
             session().passed((*where(), tuple(x_in.shape), prompts, "window"), sample)
+            session().ledger.measured(time.perf_counter() - began)
         return out
 
     def loaded(self, patcher: Any, *details: Any) -> None:

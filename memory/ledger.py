@@ -166,7 +166,11 @@ class Ledger:
         run = self.run
         run.step_seconds.append(seconds)
         run.stepping_seconds += seconds
-        run.measuring_steps_seconds += measuring
+        self.measured(measuring)
+
+    def measured(self, seconds: float) -> None:
+        """Adds time that went into measuring a step, or a part of one."""
+        self.run.measuring_steps_seconds += seconds
 
     def released(self, node: str, names: tuple[str, ...], reason: str, freed: int) -> Release:
         """Writes a release down."""

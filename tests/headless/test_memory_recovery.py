@@ -186,3 +186,30 @@ def test_two_queued_prompts_that_share_components(memory):
             assert relative_error(got.tensors[key], want) < NEAR
         assert got.report["limit_bytes"] == (None if seed == 71 else 2**30)
         assert len(got.report["step_seconds"]) == 2
+
+
+def test_context_windows_are_watched_one_by_one(memory):
+    def graph(seed: int) -> graphs.Graph:
+        out = wan(seed=seed, steps=2, decode=False, frames=33)
+        out["windows"] = graphs.node(
+            "WanContextWindowsManual",
+            model=["model", 0],
+            context_length=17,
+            context_overlap=5,
+            context_schedule="standard_static",
+            context_stride=1,
+            closed_loop=False,
+            fuse_method="pyramid",
+            freenoise=False,
+            retain_first_frame=False,
+            split_conds_to_windows=False,
+        )
+        out["sample"]["inputs"]["model"] = ["windows", 0]
+        return out
+
+    want = memory.run(graph(91)).tensors["latent"]
+    got = memory.run(managed(graph(91), gpu_mib=ROOMY, source="windows"))
+    assert relative_error(got.tensors["latent"], want) < NEAR
+    windows = [sample for sample in got.report["samples"] if sample["phase"] == "window"]
+    assert windows, "the first one at least, however slow the machine"
+    assert got.notes == ""
