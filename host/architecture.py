@@ -63,7 +63,7 @@ def check_model_patch(checkpoint: Checkpoint, *, quantizes: bool) -> None:
         )
 
 
-def check_formats(plan: QuantizationPlan) -> None:
+def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
     """Refuse formats that this ComfyUI would not load.
 
     Raises:
@@ -77,8 +77,8 @@ def check_formats(plan: QuantizationPlan) -> None:
         row = comfy.quant_ops.QUANT_ALGOS.get(core_format)
         if row is None or row["comfy_tensor_layout"] not in LAYOUTS:
             raise CapabilityError(
-                f"The layer '{name}' would be loaded as '{core_format}', a format that this ComfyUI and its comfy-kitchen do "
-                "not have: update both, or use another file or format."
+                f"{checkpoint.path.name}: the layer '{name}' would be loaded as '{core_format}', a format that this ComfyUI "
+                "and its comfy-kitchen do not have: update both, or use another file or format."
             )
 
 

@@ -49,6 +49,6 @@ def model_path(folder: str, name: str) -> Path:
     for root in folder_paths.get_folder_paths(folder):
         candidate = Path(root) / name
         inside = candidate.resolve().is_relative_to(Path(root).resolve()) or candidate.is_symlink()
-        if candidate.is_file() and ".." not in Path(name).parts and (inside or not Path(name).is_absolute()):
+        if os.path.isfile(candidate) and ".." not in Path(name).parts and (inside or not Path(name).is_absolute()):
             return candidate
     raise CheckpointError(f"{name} is not in the {folder} folder: refresh the list or check the file's name.")

@@ -165,7 +165,10 @@ def _read(path: str) -> tuple[StateDict, dict[str, str]]:
     open_checkpoint(path)
     state_dict, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     metadata = dict(metadata or {})
-    normalized = normalize_state_dict(state_dict, metadata)
+    try:
+        normalized = normalize_state_dict(state_dict, metadata)
+    except CheckpointError as error:
+        raise CheckpointError(f"{Path(path).name}: {error}") from None
     # Core would apply this a second time, to names that are final by now.
     metadata.pop("_quantization_metadata", None)
     return normalized, metadata

@@ -108,7 +108,7 @@ def plan_checkpoint(checkpoint: Checkpoint, request: Request, device: torch.devi
         name, reason = choose_format(checkpoint, where, rules)
     weight_format = None if name == AS_STORED else find_format(name)
     plan = make_plan(checkpoint, weight_format, rules, named=request.weight_format != AUTO)
-    check_formats(plan)
+    check_formats(checkpoint, plan)
     return Planned(checkpoint, plan, request, where, f"{name}: {reason}")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
 from .keep_rules import KEEP, QUANTIZE, ModelFamily, Rule, detect_family, expand_rules, first_match, unmatched_rules
@@ -81,13 +82,20 @@ class QuantizationPlan:
 
 
 def find_stored(checkpoint: Checkpoint) -> StoredLayers:
-    """`find_stored_layers` on a checkpoint's header."""
-    return find_stored_layers(
-        {name: entry.dtype for name, entry in checkpoint.entries.items()},
-        {name: entry.shape for name, entry in checkpoint.entries.items()},
-        checkpoint.read,
-        checkpoint.metadata,
-    )
+    """`find_stored_layers` on a checkpoint's header.
+
+    Raises:
+        CheckpointError: as there, with the file's name.
+    """
+    try:
+        return find_stored_layers(
+            {name: entry.dtype for name, entry in checkpoint.entries.items()},
+            {name: entry.shape for name, entry in checkpoint.entries.items()},
+            checkpoint.read,
+            checkpoint.metadata,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path.name}: {error}") from None
 
 
 def make_plan(

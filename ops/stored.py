@@ -241,7 +241,7 @@ def _metadata_layers(metadata: Mapping[str, str] | None) -> dict[str, dict[str, 
         return {layer: _with_format(config) for layer, config in layers}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"The file's _quantization_metadata cannot be read ({error}): download it again."
+            f"the header's _quantization_metadata cannot be read ({error}): download it again."
         ) from None
 
 
@@ -288,7 +288,7 @@ def _int8(layer: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> 
     scales = _scales(layer, dtypes)
     if dtype != torch.int8 or "weight_scale" not in scales:
         raise CheckpointError(
-            f"The layer '{layer}' is stored as {str(dtype).removeprefix('torch.')}, and nothing in the file says how it "
+            f"the layer '{layer}' is stored as {str(dtype).removeprefix('torch.')}, and nothing in the file says how it "
             "is scaled: use the 16-bit file, or one in ComfyUI's own quantized format."
         )
     return StoredLayer({"format": "int8_tensorwise"}, scales, origin="scaled INT8")
@@ -308,6 +308,6 @@ def _refuse_unknown_scaling(layer: str, dtypes: Mapping[str, torch.dtype]) -> No
     for suffix in _UNKNOWN_SCALINGS:
         if layer + suffix in dtypes:
             raise CheckpointError(
-                f"The quantized layer '{layer}' is scaled by '{layer + suffix}', a scaling that ComfyUI cannot multiply "
+                f"the quantized layer '{layer}' is scaled by '{layer + suffix}', a scaling that ComfyUI cannot multiply "
                 "with: use the 16-bit file, or one in ComfyUI's own quantized format."
             )

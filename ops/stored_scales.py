@@ -56,11 +56,11 @@ def check_scales(layers: Mapping[str, Layer], shapes: Mapping[str, Shape]) -> No
             if source not in shapes:
                 if rule.needed:
                     raise CheckpointError(
-                        f"The quantized layer '{name}' has no '{rule.suffix}': the file is incomplete."
+                        f"the quantized layer '{name}' has no '{rule.suffix}': the file is incomplete."
                     )
             elif weight is not None and len(weight) == 2 and not rule.fits(shapes[source], weight, layer.config):
                 raise CheckpointError(
-                    f"The scale '{source}' of shape {shapes[source]} does not fit a weight of shape {weight} stored as "
+                    f"the scale '{source}' of shape {shapes[source]} does not fit a weight of shape {weight} stored as "
                     f"{layer.config['format']}: use the 16-bit file, or one in ComfyUI's own quantized format."
                 )
 

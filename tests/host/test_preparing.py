@@ -92,8 +92,15 @@ def test_a_stored_format_that_nobody_knows_is_refused_with_the_layers_name(host,
         "a.comfy_quant": core_config_tensor({"format": "int3"}),
     }
     save_file(tensors, tmp_path / "new.safetensors")
-    with pytest.raises(CapabilityError, match="'a' would be loaded as 'int3'"):
+    with pytest.raises(CapabilityError, match=r"new\.safetensors: the layer 'a' would be loaded as 'int3'"):
         host.preparing.plan_file(tmp_path / "new.safetensors", host.preparing.Request("none"))
+
+
+def test_a_description_that_cannot_be_believed_names_the_file_too(host, tmp_path):
+    tensors = {"a.weight": matrix().to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 2)}
+    save_file(tensors, tmp_path / "deepseek.safetensors")
+    with pytest.raises(CheckpointError, match=r"^deepseek\.safetensors: the quantized layer 'a' is scaled by"):
+        host.preparing.plan_file(tmp_path / "deepseek.safetensors", host.preparing.Request("none"))
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(host, tmp_path, monkeypatch):
