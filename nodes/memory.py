@@ -212,9 +212,9 @@ class MemoryReport(io.ComfyNode):
     @classmethod
     def execute(cls, value: object) -> io.NodeOutput:
         report = memory_report.report()
-        return io.NodeOutput(
-            value, memory_report.image(report), report.text, json.dumps(report.data), ui=ui.PreviewText(report.text)
-        )
+        chart = memory_report.image(report)
+        shown = ui.PreviewImage(chart).as_dict() | ui.PreviewText(report.text).as_dict()
+        return io.NodeOutput(value, chart, report.text, json.dumps(report.data), ui=shown)
 
 
 NODES = [MemoryManager, ReleaseComponent, MemoryReport]

@@ -50,6 +50,8 @@ def test_the_report_says_the_same_as_text_json_and_picture(memory):
     for line in (FAKE_NAME, "limit 2.00 GiB", "4 steps", "KSampler (sample)", "text encoder", "releases"):
         assert line in got.text
     picture = Image.open(io.BytesIO(memory.server.fetch(got.result.outputs["save"]["images"][0])))
+    on_the_node = Image.open(io.BytesIO(memory.server.fetch(got.result.outputs["report"]["images"][0])))
+    assert on_the_node.tobytes() == picture.tobytes()
     assert picture.size == (1600, 900)
     colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
     assert {(79, 140, 255), (160, 107, 255), (46, 196, 182)} <= colours, "diffusion model, text encoder and VAE"
