@@ -41,7 +41,6 @@ class AttentionCall:
     value_dim: int
     mask: str | None = None
     scale: float | None = None
-    causal: bool = False
 
     @classmethod
     def of(
@@ -112,7 +111,6 @@ class Backend:
     masks: tuple[str, ...] = ()
     gqa: bool = True
     scale: bool = True
-    causal: bool = False
     other_value_dim: bool = False
     contiguous: bool = False
     max_elements: int | None = None
@@ -157,8 +155,6 @@ class Backend:
             return Reason(f"{call.heads} query heads over {call.kv_heads} key heads")
         if call.scale is not None and not self.scale and abs(call.scale - call.head_dim**-0.5) > 1e-6 * call.scale:
             return Reason("it takes no softmax scale of its own")
-        if call.causal and not self.causal:
-            return Reason("it is not causal")
         if min(call.batch, call.q_len, call.kv_len) == 0:
             return Reason("an empty input")
         if call.kv_len < self.min_kv_len:
@@ -189,21 +185,6 @@ class Backend:
             for low, high in self.capabilities
         ]
         return " or ".join(filter(None, [", ".join(ranges[:-1]), ranges[-1]])) if ranges else "any"
-
-    def describe(self) -> str:
-        """One sentence: what this backend takes."""
-        head_dims = ", ".join(map(str, self.only_head_dims)) if self.only_head_dims else f"up to {self.head_dims[1]}"
-        takes = [
-            f"compute capability {self.needed_capability}",
-            "/".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes),
-            f"head dim {head_dims}",
-            "masks" if self.masks else "no mask",
-            "grouped heads" if self.gqa else "no grouped heads",
-            "any scale" if self.scale else "no scale of its own",
-        ]
-        where = ", ".join("the CPU" if place == "CPU" else f"cc {place}" for place in self.tested_on)
-        tested = f"run by us on {where}" if where else "never run by us: no such GPU was at hand"
-        return f"{self.title}: {', '.join(takes)}; error class {self.error_class}; {tested}."
 
 
 AMPERE_AND_NEWER = (((8, 0), (99, 0)),)
@@ -419,7 +400,10 @@ BACKENDS: tuple[Backend, ...] = (
     ),
 )
 
-CORE = "core"  # the name under which ComfyUI's own attention, the last resort, is listed and counted
+# The names under which ComfyUI's own attention, the last resort, is listed and counted: the kernel it would pick, and
+# attention_pytorch where that kernel is lossy (--use-sage-attention, --use-ck-attention, a choice on the model).
+CORE = "core"
+CORE_EXACT = "core_pytorch"
 
 
 def backend_names() -> tuple[str, ...]:

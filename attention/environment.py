@@ -9,6 +9,7 @@ import importlib.util
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -29,7 +30,8 @@ class Environment:
     """One device and the software around it.
 
     device_type: "cuda", "cpu" or another torch device type. capability: (major, minor), (0, 0) where there is no GPU.
-    cuda: the CUDA version torch was built with, (0, 0) without. packages: (import name, version) of those installed.
+    cuda: the CUDA version torch was built with, (0, 0) without. cudnn: as torch numbers it, 0 without.
+    packages: (import name, version) of those installed.
     """
 
     device_type: str
@@ -39,6 +41,7 @@ class Environment:
     driver: str = ""
     torch: str = torch.__version__
     packages: tuple[tuple[str, str], ...] = ()
+    cudnn: int = 0
 
     @property
     def compute_capability(self) -> str:
@@ -50,14 +53,35 @@ class Environment:
         return dict(self.packages).get(package)
 
     def fingerprint(self) -> str:
-        """One line naming everything a timing depends on: GPU, driver, torch, CUDA and the packages."""
+        """One line naming everything a timing depends on: GPU, driver, torch, CUDA, cuDNN, the packages and this pack."""
         packages = " ".join(f"{name}={version}" for name, version in self.packages)
         cuda = ".".join(map(str, self.cuda))
-        return f"{self.gpu or self.device_type}; cc {self.compute_capability}; driver {self.driver}; torch {self.torch}; cuda {cuda}; {packages}"
+        return (
+            f"{self.gpu or self.device_type}; cc {self.compute_capability}; driver {self.driver}; torch {self.torch}; "
+            f"cuda {cuda}; cudnn {self.cudnn}; {packages}; lowbit {_pack_version()}"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a package can be found. A bare module that another pack has put in its place has no spec: not installed."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ValueError, ImportError):
+        return False
+
+
+@functools.cache
+def _pack_version() -> str:
+    """This pack's version, from the file beside the code."""
+    try:
+        lines = (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.split('"')[1] for line in lines if line.startswith("version = ")), "unknown")
 
 
 def _package_version(name: str, distribution: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
+    if not _is_installed(name):
         return None
     try:
         return importlib.metadata.version(distribution)
@@ -102,13 +126,14 @@ def detect(device: torch.device) -> Environment:
         cuda=(cuda[0], cuda[1]),
         driver=_driver_version(),
         packages=packages,
+        cudnn=torch.backends.cudnn.version() or 0,
     )
 
 
 @functools.cache
 def load(name: str) -> tuple[ModuleType | None, str]:
     """Imports a package once. Returns it and "", or None and why not."""
-    if importlib.util.find_spec(name.partition(".")[0]) is None:
+    if not _is_installed(name.partition(".")[0]):
         return None, "not installed"
     try:
         return importlib.import_module(name), ""

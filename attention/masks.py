@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-CHECKS_PER_RUN = 64
+CHECKS_PER_MODEL_CALL = 64
 HELD_BYTES = 64 * 2**20
 
 
@@ -33,10 +33,11 @@ def normalized(mask: torch.Tensor) -> torch.Tensor:
 class MaskMemory:
     """Remembers which masks mask nothing. A tensor is recognized by its memory, shape and version counter.
 
-    The tensors seen are held, so their memory cannot be handed to another mask meanwhile. `forget()` starts a new
-    sampling run; `new_model_call()` drops what cannot be trusted any longer: inference tensors count no versions.
-    A mask that does mask something ends the looking at masks of its shape, so that models which build a fresh mask in
-    every block cost one look a run.
+    The tensors seen are held, so their memory cannot be handed to another mask meanwhile: up to HELD_BYTES, and one
+    larger one. `forget()` starts a new sampling run; `new_model_call()` drops what cannot be trusted any longer:
+    inference tensors count no versions, so one that is written to in the middle of a model call is not noticed before
+    the next. A mask that does mask something ends the looking at masks of its shape, so that models which build a fresh
+    mask in every block cost one look a run.
     """
 
     def __init__(self) -> None:
@@ -49,29 +50,40 @@ class MaskMemory:
         self.checks = 0
         self._verdicts.clear()
         self._real_shapes.clear()
-        self._held = 0
 
     def new_model_call(self) -> None:
-        """Forgets the verdicts on tensors that could have been written to without a trace."""
+        """Forgets the verdicts on tensors that could have been written to without a trace, and allows new looks.
+
+        Every model call so drops the same masks, and no backend changes in the middle of a run.
+        """
+        self.checks = 0
         if self._verdicts:
             self._verdicts = {key: entry for key, entry in self._verdicts.items() if entry[1]}
-            self._held = sum(entry[0].nbytes for entry in self._verdicts.values())
 
     def masks_nothing(self, mask: torch.Tensor) -> bool:
-        """Whether the mask can be left out; reads it at most once a run (once a model call for inference tensors)."""
+        """Whether the mask can be left out; reads it at most once a run (once a model call for inference tensors).
+
+        Never while a CUDA graph is recorded: the graph would leave out whatever mask it is replayed with.
+        """
+        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
         versioned = not mask.is_inference()
         key = (mask.data_ptr(), mask.shape, mask.stride(), mask.dtype, mask._version if versioned else -1)
         if key in self._verdicts:
             return True
         kind = (mask.shape, mask.dtype)
-        if kind in self._real_shapes or self.checks >= CHECKS_PER_RUN or self._held + mask.nbytes > HELD_BYTES:
-            return False
-        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        if kind in self._real_shapes or self.checks >= CHECKS_PER_MODEL_CALL or not self._has_room(mask):
             return False
         self.checks += 1
         if not is_trivial(mask):
             self._real_shapes.add(kind)
             return False
         self._verdicts[key] = (mask, versioned)
-        self._held += mask.nbytes
         return True
+
+    def _has_room(self, mask: torch.Tensor) -> bool:
+        """Whether one more mask can be held."""
+        sizes = [held.nbytes for held, _ in self._verdicts.values()]
+        if mask.nbytes > HELD_BYTES:
+            return not any(size > HELD_BYTES for size in sizes)
+        return sum(size for size in sizes if size <= HELD_BYTES) + mask.nbytes <= HELD_BYTES

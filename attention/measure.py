@@ -8,28 +8,37 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-WARMUP = 1
 ROUNDS = 3
+# Rounds end early past this: a call of a second needs no median.
+ENOUGH_MS = 2000.0
 
 
-def milliseconds(calls: Mapping[str, Callable[[], torch.Tensor]], device: torch.device) -> dict[str, float]:
-    """Median time of each call, in interleaved rounds so that a warming GPU hurts all alike. Waits for the GPU.
+def milliseconds(
+    calls: Mapping[str, Callable[[], torch.Tensor]], device: torch.device
+) -> tuple[dict[str, float], dict[str, Exception]]:
+    """Median time of each call, and what those raised that cannot be timed. Waits for the GPU.
 
-    A call that raises is left out.
+    A first round warms up; the others are interleaved so that a warming GPU hurts all alike. A call that raises, in
+    whichever round, has no time.
     """
-    ready = {}
-    for name, call in calls.items():
-        try:
-            for _ in range(WARMUP):
-                call()
-            ready[name] = call
-        except Exception:  # the dispatcher strikes it off when it is its turn
-            continue
-    samples: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(ROUNDS):
-        for name, call in ready.items():
-            samples[name].append(_once(call, device))
-    return {name: statistics.median(values) for name, values in samples.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    failed: dict[str, Exception] = {}
+    spent = 0.0
+    for number in range(ROUNDS + 1):
+        for name, call in calls.items():
+            if name in failed:
+                continue
+            try:
+                taken = _once(call, device)
+            except Exception as error:
+                failed[name] = error
+                continue
+            if number:
+                samples[name].append(taken)
+                spent += taken
+        if spent > ENOUGH_MS:
+            break
+    return {name: statistics.median(samples[name]) for name in calls if name not in failed}, failed
 
 
 def _once(call: Callable[[], torch.Tensor], device: torch.device) -> float:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .backends import AttentionCall, Backend
+from .backends import CORE_EXACT, AttentionCall, Backend
 from .calls import Kernel
 from .checks import prepared
 from .report import Struck, Tally
 
 AUTO, MEASURED = "auto", "measured"
+NEVER = 0
 
 # The last resort: ComfyUI's own attention on its own arguments. True leaves the mask out.
 Core = Callable[[bool], torch.Tensor]
@@ -39,9 +40,11 @@ class Policy:
 
 
 class Request(NamedTuple):
-    """One call as it came: (batch, heads, length, head_dim) tensors, the mask as it was given, and the last resort.
+    """One call as it came: (batch, heads, length, head_dim) tensors, the mask as it was given, and the last resorts.
 
     drop_mask: a mask was given, and left out because it masks nothing. heads_first: the output keeps the heads in front.
+    core_exact: ComfyUI's exact attention, given when `core` is a lossy kernel; None says that `core` is exact.
+    core_name: which function `core` is, for the timing file.
     """
 
     q: torch.Tensor
@@ -53,6 +56,13 @@ class Request(NamedTuple):
     core: Core
     drop_mask: bool
     heads_first: bool
+    core_exact: Core | None
+    core_name: str
+
+    def own(self, name: str) -> torch.Tensor:
+        """ComfyUI's own attention: CORE, or CORE_EXACT where that is another function."""
+        call = self.core if name != CORE_EXACT or self.core_exact is None else self.core_exact
+        return call(self.drop_mask)
 
 
 class Candidate:
@@ -60,38 +70,59 @@ class Candidate:
 
     __slots__ = ("backend", "kernel", "contiguous", "limit", "lossy", "tally", "struck")
 
-    def __init__(self, name: str, kernel: Kernel | None, backend: Backend | None, limit: float, tally: Tally):
+    def __init__(self, name: str, tally: Tally, kernel: Kernel | None, contiguous: bool, lossy: bool, limit: float):
         self.backend = name
-        self.kernel = kernel
-        self.contiguous = backend is not None and backend.contiguous
-        self.lossy = backend is not None and backend.error_class != "exact"
-        self.limit = limit
         self.tally = tally
+        self.kernel = kernel
+        self.contiguous = contiguous
+        self.lossy = lossy
+        self.limit = limit
         self.struck: Struck | None = None
+
+    @classmethod
+    def of(cls, backend: Backend, tally: Tally, kernel: Kernel, limit: float) -> Candidate:
+        """A row of the table, held to `limit`."""
+        return cls(backend.name, tally, kernel, backend.contiguous, backend.error_class != "exact", limit)
+
+    @classmethod
+    def own(cls, name: str, tally: Tally, lossy: bool, limit: float) -> Candidate:
+        """ComfyUI's own attention."""
+        return cls(name, tally, None, False, lossy, limit)
 
     def on(self, request: Request) -> torch.Tensor:
         """The output for a request whose mask has four dimensions, unchecked."""
-        assert self.kernel is not None
+        if self.kernel is None:
+            return request.own(self.backend)
         q, k, v = (prepared(x, self.contiguous) for x in request[:3])
         return self.kernel(q, k, v, request.mask, request.scale)
 
 
 class Plan:
-    """What is done with calls of one shape: candidates in order, and how far the first usable one is known."""
+    """What is done with calls of one shape: candidates in order, and how far the first usable one is known.
 
-    __slots__ = ("call", "candidates", "current", "checked", "settled", "out_shape", "flat_shape", "reference")
+    checked, attempts: calls whose output was judged, and those that could not be judged because their inputs were not
+    finite. left: calls until the next one that is checked, which is then number 1; NEVER for none. since: the model call
+    in which the current candidate took over. references: exact kernels to compare with.
+    """
 
-    def __init__(self, call: AttentionCall, candidates: list[Candidate], reference: Kernel | None):
+    __slots__ = (
+        "call", "candidates", "current", "checked", "attempts", "left", "since", "seen", "out_shape", "flat_shape",
+        "references",
+    )  # fmt: skip
+
+    def __init__(self, call: AttentionCall, candidates: list[Candidate], references: Sequence[Kernel], since: int = 0):
         self.call = call
         self.candidates = candidates
-        self.reference = reference
+        self.references = references
         self.out_shape = torch.Size((call.batch, call.heads, call.q_len, call.value_dim))
         self.flat_shape = (call.batch, call.q_len, call.heads * call.value_dim)
         self.current = candidates[0]
-        self.advance()
+        self.advance(since)
 
-    def advance(self) -> None:
+    def advance(self, since: int) -> None:
         """Makes the first candidate that is not struck off the current one."""
         self.current = next(candidate for candidate in self.candidates if candidate.struck is None)
-        self.checked = 0
-        self.settled = False
+        self.checked = self.attempts = 0
+        self.left = 1
+        self.since = since
+        self.seen = self.current.tally.calls

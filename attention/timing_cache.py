@@ -6,16 +6,20 @@ import json
 import logging
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 FILE_NAME = "attention_timings.json"
-VERSION = 1
+VERSION = 2
 log = logging.getLogger("lowbit.attention")
+# Nodes of one process share the file: reading, merging and replacing it is one act. Two processes may lose an entry to
+# each other, which is timed anew.
+_LOCK = threading.Lock()
 
 
 class TimingCache:
-    """Milliseconds per backend, by environment fingerprint and call. Thread-safe enough: the file is replaced whole."""
+    """Milliseconds per backend, by environment fingerprint and call. The file is replaced whole."""
 
     def __init__(self, folder: Path | None):
         """folder: where `attention_timings.json` lies or will lie; None keeps timings in memory alone."""
@@ -28,12 +32,13 @@ class TimingCache:
 
     def put(self, environment: str, call: str, milliseconds: dict[str, float]) -> None:
         """Keeps the timings of a call, merged with what other processes have written meanwhile."""
-        merged = self._read()
-        for name, entries in self._entries.items():
-            merged.setdefault(name, {}).update(entries)
-        merged.setdefault(environment, {})[call] = milliseconds
-        self._entries = merged
-        self._write()
+        with _LOCK:
+            merged = self._read()
+            for name, entries in self._entries.items():
+                merged.setdefault(name, {}).update(entries)
+            merged.setdefault(environment, {})[call] = milliseconds
+            self._entries = merged
+            self._write()
 
     def _read(self) -> dict[str, dict[str, dict[str, float]]]:
         if self.path is None or not self.path.is_file():

@@ -13,9 +13,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..attention.backends import by_name
-from ..attention.dispatch import Dispatcher, check_named
+from ..attention.dispatch import Dispatcher
 from ..attention.environment import Environment, detect
 from ..attention.plan import AUTO, Policy
+from ..attention.planning import check_named
 from ..attention.report import as_text
 from ..attention.schedule import Schedule
 from ..attention.timing_cache import TimingCache

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from lowbit.attention.backends import BACKENDS, CORE
-from lowbit.attention.dispatch import CHECKED_CALLS, Dispatcher, check_named
+from lowbit.attention.dispatch import CHECKED_CALLS, Dispatcher
 from lowbit.attention.plan import Policy
+from lowbit.attention.planning import check_named
 from lowbit.attention.report import TIMED_CALLS, as_text
-from lowbit.attention.timing_cache import TimingCache
 from lowbit.errors import CapabilityError
 
 _spec = importlib.util.spec_from_file_location("attention_fakes", Path(__file__).with_name("fakes.py"))
@@ -322,79 +322,12 @@ def test_a_mask_that_masks_nothing_is_dropped_and_read_once():
     assert target.masks.checks == 1, "one look in the new run"
 
 
-def test_measured_takes_the_fastest_and_remembers_it(tmp_path):
-    def slow(q, k, v, mask, scale):
-        time.sleep(0.02)
-        return fakes.attend(q, k, v, mask, scale)
-
-    def build():
-        return dispatcher(
-            fakes.backend("slow", slow),
-            fakes.backend("quick"),
-            fakes.backend("wrong", noisy, error_class="fast"),
-            policy=Policy("measured", "fast"),
-            timings=TimingCache(tmp_path),
-        )
-
-    q, k, v = fakes.qkv()
-
-    def slow_core(drop):
-        time.sleep(0.02)
-        return fakes.Core(q, k, v)(drop)
-
-    target = build()
-    target.run(q, k, v, None, None, False, slow_core)
-    run(target, q, k, v, core=slow_core, times=3)
-    assert counts(target) == {"quick": 4}
-    calls = []
-    again = build()
-    again.run(q, k, v, None, None, False, lambda drop: calls.append(drop) or slow_core(drop))
-    assert counts(again) == {"quick": 1}
-    assert not calls, "the shape is known from the file: nothing is timed again"
-    row = report(again)["calls"][0]
-    assert row["ms_per_call"] is not None
-
-
-def test_a_paired_backend_leads_where_nothing_is_measured_and_lifts_balanced_only():
-    paired = fakes.backend("paired", error_class="fast")
-    long = fakes.qkv(heads=1, q_len=1100, kv_len=1100, head_dim=8)
-    for budget, taken in (("balanced", "paired"), ("fast", "paired"), ("exact", CORE)):
-        target = dispatcher(paired, policy=Policy("auto", budget, paired="paired"), ranks=())
-        run(target, *long)
-        assert counts(target) == {taken: 1}
-    lifted = {
-        budget: Policy("auto", budget, paired="paired").effective_budget for budget in ("exact", "balanced", "fast")
-    }
-    assert lifted == {"exact": "exact", "balanced": "fast", "fast": "fast"}
-    target = dispatcher(paired, policy=Policy("auto", "balanced", paired="paired"), ranks=())
-    run(target, *fakes.qkv())
-    assert counts(target) == {CORE: 1}, "a short call gains nothing from quantizing"
-
-
-def test_a_paired_backend_is_held_to_its_own_class():
-    long = fakes.qkv(heads=1, q_len=1100, kv_len=1100, head_dim=8)
-    for error_class, taken in (("fast", CORE), ("unbounded", "paired")):
-        paired = fakes.backend("paired", noisy, error_class=error_class)
-        exact = fakes.backend("exact")
-        target = dispatcher(paired, exact, policy=Policy("auto", "balanced", paired="paired"), ranks=())
-        run(target, *long)
-        assert counts(target) == {taken: 1}
-
-
 def test_what_was_never_run_on_this_gpu_says_so():
     blackwell = fakes.Environment("cuda", (12, 0), "a Blackwell GPU", (13, 0))
     for tested, notes in (((), 1), (("12.0",), 0)):
         target = dispatcher(fakes.backend("new", tested_on=tested), environment=lambda device: blackwell)
         run(target, *fakes.qkv(), times=3)
         assert report(target)["notes"] == ["new was never run by us on cc 12.0."] * notes
-
-
-def test_without_measurements_for_a_gpu_its_default_stays():
-    unmeasured = fakes.Environment("cuda", (8, 6), "an Ampere GPU", (12, 8))
-    target = Dispatcher(Policy("auto", "fast"), environment=lambda device: unmeasured)
-    run(target, *fakes.qkv(dtype=torch.bfloat16))
-    assert counts(target) == {CORE: 1}
-    assert "measured nothing on cc 8.6" in as_text(report(target))
 
 
 def test_barred_backends_stay_out_until_taken_back():
@@ -411,6 +344,7 @@ def test_barred_backends_stay_out_until_taken_back():
 
 
 def test_a_warm_call_costs_less_than_15_microseconds_of_python():
+    """In the thread's own time, each round beside a loop that says how fast this machine runs Python right then."""
     q, k, v = fakes.qkv(heads=1, q_len=1, kv_len=1, head_dim=16)
     ready = fakes.attend(q, k, v)
     target = dispatcher(fakes.backend("instant", lambda q, k, v, mask, scale: ready))
@@ -418,11 +352,12 @@ def test_a_warm_call_costs_less_than_15_microseconds_of_python():
     run(target, q, k, v, core=core, times=SETTLED + 1)
     rounds, calls = [], 2000
     for _ in range(15):
-        start = time.perf_counter()
+        slowness = fakes.slowness(1)
+        start = time.thread_time()
         for _ in range(calls):
             target.run(q, k, v, None, None, False, core)
-        rounds.append((time.perf_counter() - start) / calls * 1e6)
-    assert min(rounds) < 15 * fakes.slowness(), f"{min(rounds):.1f} us a call"
+        rounds.append((time.thread_time() - start) / calls * 1e6 / slowness)
+    assert min(rounds) < 15, f"{min(rounds):.1f} us a call"
 
 
 def test_the_table_of_backends_is_whole():
@@ -430,4 +365,3 @@ def test_the_table_of_backends_is_whole():
     assert len(set(names)) == len(names)
     assert {"sageattn_3_fp4", "sageattn_3_fp8", "sageattn_3", "sageattn"} <= set(names)
     assert {"comfy_kitchen_int8", "flash", "cudnn", "sdpa"} <= set(names)
-    assert all(backend.describe().endswith(".") for backend in BACKENDS)

@@ -248,6 +248,7 @@ def test_weights_are_paired_with_attention_of_their_precision(host, monkeypatch,
     assert host.attention.paired_backend(model, gpu) == paired
 
 
+@torch.no_grad()
 def test_audio_attention_is_routed_while_a_model_call_runs_and_only_then(host):
     import comfy.ldm.wan.model_multitalk as multitalk
 
@@ -377,17 +378,14 @@ def test_a_compiled_model_is_traced_in_one_piece(host):
     assert counts(target) == {"sdpa_like": 2}
 
 
-@pytest.mark.parametrize("slices", ["fused qkv", "tokens"])
-def test_inductor_reads_a_slice_from_where_it_starts(host, slices):
+def test_inductor_reads_a_slice_from_where_it_starts(host):
     torch._dynamo.reset()
     target = override(host)
     x, weight = torch.randn(2, 9, 32), torch.randn(32, 96) * 0.2
 
     def layer(x, attention):
         q, k, v = (x @ weight).chunk(3, -1)
-        if slices == "tokens":
-            q, k, v = q[:, 4:].tanh(), k[:, 2:], x[:, 2:]
-        return attention(q, k, v)
+        return attention(q[:, 4:], k[:, 2:], v[:, 2:])
 
     def plain(q, k, v):
         return host.core.attention_pytorch(q, k, v, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 
 import torch
@@ -30,8 +29,6 @@ class _Fault:
             raise RuntimeError("this backend always raises")
         if self.kind == "wrong shape":
             return out[:, :, 1:]
-        if self.kind == "none":
-            time.sleep(0)
         return out
 
 
@@ -59,8 +56,8 @@ class FaultyAttention:
             bind=lambda environment: _Fault(fault),
         )
         right = replace(sdpa, name="right", bind=lambda environment: _attend)
-        dispatcher._backends = {"faulty": faulty, "right": right}
-        dispatcher._ranks = tuple(
+        dispatcher.planner.backends = {"faulty": faulty, "right": right}
+        dispatcher.planner.ranks = tuple(
             ranking.Rank(((0, 0), (99, 0)), budget, ("faulty", "right", "core"), "a test")
             for budget in backends.BUDGETS
         )

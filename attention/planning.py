@@ -1,0 +1,251 @@
+"""Decides which backends can take calls of one shape, and in which order they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from ..errors import CapabilityError
+from . import checks, measure, ranking
+from .backends import BACKENDS, CORE, CORE_EXACT, ERROR_LIMITS, AttentionCall, Backend, Reason, backend_names, by_name
+from .environment import Environment, detect
+from .masks import normalized
+from .plan import AUTO, MEASURED, Candidate, Plan, Policy, Request
+from .report import Report
+from .timing_cache import TimingCache
+
+
+class Planned(NamedTuple):
+    """A new plan, the candidates that failed while they were timed, and whether it holds for later calls too."""
+
+    plan: Plan
+    failed: dict[str, Exception]
+    keep: bool = True
+
+
+class _Case(NamedTuple):
+    """One call as the planner sees it: its request with a mask of four dimensions, its shape, and where it runs."""
+
+    request: Request
+    call: AttentionCall
+    budget: str
+    environment: Environment
+    capturing: bool
+
+    @property
+    def own(self) -> str:
+        """ComfyUI's own attention that this call may end at: never a lossy kernel when it must be exact."""
+        return CORE_EXACT if self.budget == "exact" and self.request.core_exact is not None else CORE
+
+
+class Planner:
+    """Makes the plan of each shape from the policy, the table of backends, and the timings."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        report: Report,
+        timings: TimingCache | None = None,
+        backends: tuple[Backend, ...] = BACKENDS,
+        environment: Callable[[torch.device], Environment] = detect,
+        ranks: tuple[ranking.Rank, ...] = ranking.RANKS,
+    ):
+        """backends, environment and ranks are the tables and the probe; tests pass their own."""
+        self.policy = policy
+        self.report = report
+        self.barred: dict[str, str] = {}
+        self.backends = by_name(backends)
+        self.environment = environment
+        self.ranks = ranks
+        self._timings = timings or TimingCache(None)
+
+    def plan(self, request: Request, since: int, capturing: bool) -> Planned:
+        """The candidates for calls like this one, fastest first; times them when the policy or an unknown GPU asks."""
+        mask = request.mask if request.mask is None else normalized(request.mask)
+        request = request._replace(mask=mask)
+        case = _Case(
+            request,
+            AttentionCall.of(request.q, request.k, request.v, mask, request.scale),
+            "exact" if request.exact else self.policy.effective_budget,
+            self.environment(request.q.device),
+            capturing,
+        )
+        usable = self._usable(case) if _well_formed(request) else {}
+        failed: dict[str, Exception] = {}
+        times = self._times_here(case, usable)
+        if times and usable and not capturing:
+            names, failed = self._measured_order(case, usable)
+        else:
+            names = self._order(case, usable)
+        candidates = [usable[name] for name in names if name in usable]
+        self._say_if_never_run(case, candidates)
+        references = [candidate.kernel for candidate in usable.values() if not candidate.lossy and candidate.kernel]
+        plan = Plan(case.call, [*candidates, *self._last_resorts(case)], references, since)
+        return Planned(plan, failed, keep=not (times and usable and capturing))
+
+    def _times_here(self, case: _Case, usable: dict[str, Candidate]) -> bool:
+        """Whether the order comes from timing on this graph: asked for, or `auto` on a GPU without measurements.
+
+        What was asked for by name and cannot run falls back on `auto`.
+        """
+        if self.policy.backend == MEASURED:
+            return True
+        if not usable or self.policy.backend in usable or case.environment.device_type != "cuda":
+            return False
+        _, source = ranking.order_for(case.environment.capability, case.budget, case.call, self.ranks)
+        if source != ranking.UNMEASURED:
+            return False
+        self.report.note(
+            f"We have measured nothing on cc {case.environment.compute_capability}, so auto times the backends on this "
+            "graph here, as measured does."
+        )
+        return True
+
+    def _last_resorts(self, case: _Case) -> list[Candidate]:
+        """ComfyUI's own attention: its kernel unless that is lossy and the call exact, then its exact one."""
+        lossy = case.request.core_exact is not None
+        names = [case.own] if case.own == CORE_EXACT or not lossy else [CORE, CORE_EXACT]
+        names = [name for name in names if not (lossy and name in self.barred)]
+        limit = ERROR_LIMITS[case.budget]
+        return [
+            Candidate.own(name, self.report.tally(name, case.call, case.budget), lossy and name == CORE, limit)
+            for name in names
+        ]
+
+    def _say_if_never_run(self, case: _Case, candidates: list[Candidate]) -> None:
+        if candidates and case.environment.device_type == "cuda":
+            first = self.backends[candidates[0].backend]
+            if case.environment.compute_capability not in first.tested_on:
+                self.report.note(f"{first.name} was never run by us on cc {case.environment.compute_capability}.")
+
+    def _usable(self, case: _Case) -> dict[str, Candidate]:
+        """Every backend that can take the call, in the table's order; why the one asked for cannot is noted."""
+        usable: dict[str, Candidate] = {}
+        request, call = case.request, case.call
+        tensors = (checks.prepared(request.q), checks.prepared(request.k), checks.prepared(request.v))
+        for backend in self.backends.values():
+            limit = self._limit(backend, case)
+            reason = self._refusal(backend, case, tensors, limit)
+            if reason is None:
+                try:
+                    kernel = backend.bind(case.environment)
+                except Exception as error:
+                    reason = Reason(f"it cannot be set up ({error})", setup=True)
+            if reason is not None:
+                self._decline(backend, reason)
+                continue
+            tally = self.report.tally(backend.name, call, case.budget)
+            usable[backend.name] = Candidate.of(backend, tally, kernel, limit)
+        return usable
+
+    def _limit(self, backend: Backend, case: _Case) -> float:
+        """The error a backend is held to: none when it was asked for by name, its own class when it is paired."""
+        if not case.request.exact and backend.name == self.policy.backend:
+            return float("inf")
+        if case.budget == "exact":
+            return ERROR_LIMITS["exact"]
+        return ERROR_LIMITS[backend.error_class if backend.name == self.policy.paired else case.budget]
+
+    def _refusal(
+        self, backend: Backend, case: _Case, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], limit: float
+    ) -> Reason | None:
+        """Why a backend cannot take the call, None when it can."""
+        reason = backend.why_not_here(case.environment) or backend.why_not(case.call, case.environment)
+        if reason is not None:
+            return reason
+        if backend.name in self.barred:
+            return Reason(self.barred[backend.name])
+        if not backend.accepts(*tensors, case.request.mask):
+            return Reason("torch has no such kernel for these tensors")
+        if ERROR_LIMITS[backend.error_class] > limit:
+            return Reason(f"its error class is {backend.error_class} and this call must be {case.budget}")
+        return None
+
+    def _decline(self, backend: Backend, reason: Reason) -> None:
+        if self.policy.backend != MEASURED and backend.name not in (self.policy.backend, self.policy.paired):
+            return
+        if backend.name == self.policy.backend and self.policy.stop and reason.setup:
+            raise CapabilityError(cannot_run(backend.name, str(reason)))
+        key = (backend.name, str(reason))
+        self.report.declined[key] = self.report.declined.get(key, 0) + 1
+
+    def _order(self, case: _Case, usable: dict[str, Candidate]) -> tuple[str, ...]:
+        """The `auto` order with the backend asked for by name in front; ComfyUI's own is left out."""
+        names, _ = ranking.order_for(case.environment.capability, case.budget, case.call, self.ranks)
+        front = (self.policy.backend,) if self.policy.backend in usable else ()
+        return tuple(dict.fromkeys((*front, *(name for name in names if name != CORE))))
+
+    def _measured_order(
+        self, case: _Case, usable: dict[str, Candidate]
+    ) -> tuple[tuple[str, ...], dict[str, Exception]]:
+        """Backends faster than ComfyUI's own on this graph's tensors, and those that failed while they were timed.
+
+        Timings are kept on disk when all of them could be taken; a shape known there is not timed again.
+        """
+        request = case.request
+        key, where = _timing_key(case), case.environment.fingerprint()
+        known = self._timings.get(where, key)
+        failed: dict[str, Exception] = {}
+        if known is None or not {case.own, *usable} <= known.keys():
+            timed = {name: partial(candidate.on, request) for name, candidate in usable.items()}
+            timed[case.own] = partial(request.own, case.own)
+            known, failed = measure.milliseconds(timed, request.q.device)
+            if not failed:
+                self._timings.put(where, key, known)
+        for name, candidate in usable.items():
+            candidate.tally.earlier_ms = known.get(name)
+        own_ms = known.get(case.own, float("inf"))
+        ranked = sorted((name for name in known if name in usable and known[name] < own_ms), key=known.__getitem__)
+        return (*ranked, *(name for name in failed if name in usable)), failed
+
+
+def _well_formed(request: Request) -> bool:
+    """Whether these are plain attention inputs at all; whatever is not goes to ComfyUI's own untouched."""
+    q, k, v, mask = request[:4]
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        return False
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        return False
+    if mask is None:
+        return True
+    wanted = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    fits = mask.ndim == 4 and all(have in (1, want) for have, want in zip(mask.shape, wanted, strict=True))
+    return fits and mask.device == q.device and mask.dtype in (torch.bool, q.dtype)
+
+
+def _timing_key(case: _Case) -> str:
+    """Everything about a call that its time depends on; the machine's part is `Environment.fingerprint`."""
+    request = case.request
+    layout = "tokens first" if request.q.stride(1) < request.q.stride(2) else "heads first"
+    out = "heads first" if request.heads_first else "tokens first"
+    mask = "" if request.mask is None else f", mask {tuple(request.mask.shape)}"
+    own = CORE_EXACT if case.own == CORE_EXACT else request.core_name
+    return f"{case.call}, {layout} in, {out} out, scale {request.scale}{mask}, budget {case.budget}, beside {own}"
+
+
+def cannot_run(name: str, reason: str) -> str:
+    """The one sentence for a backend asked for by name that cannot run."""
+    return f"The attention backend {name} cannot run: {reason}. Choose another one, or let it fall back."
+
+
+def check_named(policy: Policy, environment: Environment, backends: tuple[Backend, ...] = BACKENDS) -> str | None:
+    """Why the backend the policy names cannot run on this machine, None when it can or none is named.
+
+    Raises CapabilityError when the policy says stop, and for a name that is no backend.
+    """
+    if policy.backend in (AUTO, MEASURED):
+        return None
+    backend = by_name(backends).get(policy.backend)
+    if backend is None:
+        raise CapabilityError(
+            f"There is no attention backend {policy.backend}; choose one of {', '.join(backend_names())}."
+        )
+    reason = backend.why_not_here(environment)
+    if reason is None:
+        return None
+    if policy.stop:
+        raise CapabilityError(cannot_run(policy.backend, str(reason)))
+    return cannot_run(policy.backend, str(reason))

@@ -1,0 +1,319 @@
+"""Plans: which order timing gives, what a failing candidate does to it, paired backends, GPUs without measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.attention import measure
+from lowbit.attention.backends import CORE, CORE_EXACT
+from lowbit.attention.dispatch import Dispatcher
+from lowbit.attention.plan import Policy
+from lowbit.attention.report import as_text
+from lowbit.attention.timing_cache import FILE_NAME, TimingCache
+
+_spec = importlib.util.spec_from_file_location("attention_fakes", Path(__file__).with_name("fakes.py"))
+fakes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fakes)
+
+CPU = torch.device("cpu")
+# A GPU as the tables see it; the tensors stay on the CPU.
+UNMEASURED = fakes.Environment("cuda", (8, 6), "an Ampere GPU", (12, 8))
+
+
+def dispatcher(*backends, policy=None, **options):
+    return Dispatcher(
+        policy or Policy("measured", "fast"), backends=backends, ranks=options.pop("ranks", ()), **options
+    )
+
+
+def report(target):
+    return target.report.as_dict(target.settings(CPU))
+
+
+def counts(target):
+    return report(target)["calls_by_backend"]
+
+
+def slow(kernel, seconds=0.02):
+    def call(*arguments):
+        time.sleep(seconds)
+        return kernel(*arguments)
+
+    return call
+
+
+def raising(*arguments):
+    raise RuntimeError("no kernel image")
+
+
+def out_of_memory(*arguments):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def noisy(q, k, v, mask, scale):
+    out = fakes.attend(q, k, v, mask, scale)
+    return out + 0.2 * torch.randn_like(out) * out.std()
+
+
+def run(target, tensors=None, core=None, times=1, **options):
+    q, k, v = tensors or fakes.qkv()
+    for _ in range(times):
+        out = target.run(q, k, v, None, None, options.pop("exact", False), core or fakes.Core(q, k, v), **options)
+    return out
+
+
+def slow_core(seconds=0.02):
+    return slow(fakes.Core(*fakes.qkv()), seconds)
+
+
+def test_measured_takes_the_fastest_and_remembers_it(tmp_path):
+    def build():
+        return dispatcher(
+            fakes.backend("slow", slow(fakes.attend)),
+            fakes.backend("quick"),
+            fakes.backend("wrong", noisy, error_class="fast"),
+            timings=TimingCache(tmp_path),
+        )
+
+    target = build()
+    run(target, core=slow_core(), times=4)
+    assert counts(target) == {"quick": 4}
+    calls = []
+    again = build()
+    run(again, core=lambda drop: calls.append(drop) or slow_core()(drop))
+    assert counts(again) == {"quick": 1}
+    assert not calls, "the shape is known from the file: nothing is timed again"
+    row = report(again)["calls"][0]
+    assert row["ms_per_call"] is not None
+    assert row["ms_from"] == "earlier"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("core is broken"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_a_core_that_cannot_be_timed_neither_ends_the_prompt_nor_the_next(tmp_path, error):
+    def failing_core(drop):
+        raise error
+
+    for session in range(2):
+        target = dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path))
+        run(target, core=failing_core if session == 0 else slow_core())
+        assert counts(target) == {"good": 1}
+        assert (tmp_path / FILE_NAME).exists() is (session == 1), "only a complete timing is kept"
+
+
+def test_a_file_without_cores_time_is_not_believed(tmp_path):
+    run(dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path)), core=slow_core())
+    content = json.loads((tmp_path / FILE_NAME).read_text())
+    for entries in content["timings"].values():
+        for entry in entries.values():
+            del entry[CORE]
+    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    target = dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path))
+    run(target, core=slow_core())
+    assert counts(target) == {"good": 1}
+
+
+@pytest.mark.parametrize(("fault", "says"), [(raising, "no kernel image"), (out_of_memory, "ran out of memory")])
+@pytest.mark.parametrize("good_calls", [0, 1, 2])
+def test_a_candidate_that_fails_in_any_round_is_struck_off_and_listed(fault, says, good_calls, tmp_path):
+    calls = []
+
+    def hungry(*arguments):
+        calls.append(1)
+        return (fakes.attend if len(calls) <= good_calls else fault)(*arguments)
+
+    target = dispatcher(fakes.backend("hungry", hungry), fakes.backend("good"), timings=TimingCache(tmp_path))
+    run(target, core=slow_core(), times=3)
+    assert counts(target) == {"good": 3}
+    (struck,) = report(target)["struck_off"]
+    assert struck["backend"] == "hungry"
+    assert says in struck["reason"]
+    assert "while it was timed" in as_text(report(target))
+    assert not (tmp_path / FILE_NAME).exists()
+    assert len(calls) == good_calls + 1
+
+
+def test_timing_stops_early_when_calls_take_seconds(monkeypatch):
+    monkeypatch.setattr(measure, "_once", lambda call, device: call() or 3000.0)
+    calls = []
+    times, failed = measure.milliseconds({"a": lambda: calls.append(1)}, CPU)
+    assert times == {"a": 3000.0}
+    assert not failed
+    assert len(calls) == 2, "once to warm up, once for the clock"
+
+
+def test_nothing_is_timed_where_only_core_can_run(tmp_path):
+    core = fakes.Core(*fakes.qkv())
+    target = dispatcher(fakes.backend("absent", missing="not installed"), timings=TimingCache(tmp_path))
+    run(target, core=core)
+    assert core.calls == 1
+    assert not (tmp_path / FILE_NAME).exists()
+    assert report(target)["declined"][0]["reason"] == "it is not installed; pip install absent"
+
+
+def test_the_timing_key_holds_all_that_a_time_depends_on(tmp_path):
+    """Which of core's kernels was beside it, the memory layout, the scale, cuDNN and this pack's version."""
+    q, k, v = fakes.qkv()
+    token_major = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+
+    def timed(tensors=(q, k, v), scale=None, heads_first=False, core_name=CORE, environment=fakes.CPU):
+        calls = []
+        target = dispatcher(
+            fakes.backend("good"), timings=TimingCache(tmp_path), environment=lambda device: environment
+        )
+
+        def core(drop):
+            calls.append(drop)
+            return fakes.Core(*tensors, None, scale, heads_first)(drop)
+
+        target.run(*tensors, None, scale, False, core, heads_first, core_name=core_name)
+        return len(calls) > 1
+
+    assert timed()
+    assert not timed()
+    assert timed(token_major)
+    assert timed(scale=0.1)
+    assert timed(heads_first=True)
+    assert timed(core_name="attention_sage")
+    assert timed(environment=dataclasses.replace(fakes.CPU, cudnn=91002))
+    assert not timed(environment=dataclasses.replace(fakes.CPU, cudnn=91002))
+    (first, *_) = json.loads((tmp_path / FILE_NAME).read_text())["timings"]
+    assert first.rpartition("lowbit ")[2][0].isdigit(), "this pack's version"
+
+
+def test_auto_times_on_a_gpu_without_measurements_and_says_so(tmp_path):
+    for timed in (True, False):
+        target = dispatcher(
+            fakes.backend("slow", slow(fakes.attend)),
+            fakes.backend("quick", tested_on=("8.6",)),
+            policy=Policy("auto", "balanced"),
+            environment=lambda device: UNMEASURED,
+            timings=TimingCache(tmp_path),
+        )
+        core = fakes.Core(*fakes.qkv())
+        run(target, core=slow(core), times=3)
+        assert counts(target) == {"quick": 3}
+        assert bool(core.calls) is timed, "known from the file the second time"
+        assert "measured nothing on cc 8.6, so auto times the backends" in as_text(report(target))
+
+
+def test_auto_trusts_the_table_where_there_is_one_and_never_times_on_a_cpu():
+    core = fakes.Core(*fakes.qkv())
+    for environment, ranks in ((fakes.CPU, ()), (fakes.HOPPER, fakes.rank("good", budget=None))):
+        recorder = fakes.Recorder()
+        target = dispatcher(
+            fakes.backend("good", recorder),
+            policy=Policy("auto", "fast"),
+            ranks=ranks,
+            environment=lambda device, environment=environment: environment,
+        )
+        run(target, core=core)
+        assert counts(target) == ({"good": 1} if ranks else {CORE: 1})
+        assert len(recorder.calls) == bool(ranks)
+    assert core.calls == 1
+
+
+def test_a_named_backend_that_cannot_run_falls_back_to_the_fastest():
+    target = dispatcher(
+        fakes.backend("mine", missing="not installed"),
+        fakes.backend("quick"),
+        policy=Policy("mine", "fast"),
+        environment=lambda device: UNMEASURED,
+    )
+    run(target, core=slow_core())
+    assert counts(target) == {"quick": 1}
+
+
+def test_a_backend_paired_with_the_weights_is_admitted_and_taken_where_it_is_the_fastest():
+    def build(budget, kernel=fakes.attend, error_class="unbounded"):
+        return dispatcher(
+            fakes.backend("paired", kernel, error_class=error_class),
+            fakes.backend("other", slow(fakes.attend, 0.005)),
+            policy=Policy("auto", budget, paired="paired"),
+            environment=lambda device: UNMEASURED,
+        )
+
+    for budget, kernel, taken in (
+        ("balanced", fakes.attend, "paired"),
+        ("fast", fakes.attend, "paired"),
+        ("exact", fakes.attend, "other"),
+        ("balanced", slow(fakes.attend), "other"),
+    ):
+        target = build(budget, kernel)
+        run(target, core=slow_core(0.05))
+        assert counts(target) == {taken: 1}
+        run(target, fakes.qkv(q_len=5), core=fakes.Core(*fakes.qkv(q_len=5)), exact=True)
+        assert "paired" not in [row["backend"] for row in report(target)["calls"] if row["q_len"] == 5]
+    lifted = {b: Policy("auto", b, paired="paired").effective_budget for b in ("exact", "balanced", "fast")}
+    assert lifted == {"exact": "exact", "balanced": "fast", "fast": "fast"}
+
+
+def test_a_paired_backend_is_held_to_its_own_class():
+    for error_class, taken in (("fast", "exact"), ("unbounded", "paired")):
+        target = dispatcher(
+            fakes.backend("paired", noisy, error_class=error_class),
+            fakes.backend("exact", slow(fakes.attend, 0.005)),
+            policy=Policy("auto", "balanced", paired="paired"),
+            environment=lambda device: UNMEASURED,
+        )
+        run(target, core=slow_core(0.05))
+        assert counts(target) == {taken: 1}
+
+
+def lossy_core(q, k, v, heads_first=False, off=100.0):
+    def core(drop):
+        return fakes.Core(q, k, v, heads_first=heads_first)(drop) + off
+
+    return core
+
+
+@pytest.mark.parametrize("policy", [Policy("auto", "fast"), Policy("auto", "exact"), Policy("measured", "exact")])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_an_exact_call_never_ends_at_a_lossy_core(policy, heads_first):
+    q, k, v = fakes.qkv()
+    exact = fakes.Core(q, k, v, heads_first=heads_first)
+    for backends in ((), (fakes.backend("slow", slow(fakes.attend)),)):
+        target = dispatcher(*backends, policy=policy)
+        for _ in range(3):
+            out = target.run(q, k, v, None, None, True, lossy_core(q, k, v, heads_first), heads_first, exact, "sage")
+            torch.testing.assert_close(out, fakes.Core(q, k, v, heads_first=heads_first)(False))
+        assert counts(target) == {CORE_EXACT: 3}
+        assert target.lossy_calls == 0
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_a_lossy_core_is_held_to_the_budget_and_counted_as_lossy(heads_first):
+    q, k, v = fakes.qkv()
+    exact = fakes.Core(q, k, v, heads_first=heads_first)
+    for off, taken in ((1e-4, {CORE: 8}), (100.0, {CORE_EXACT: 8}), (torch.nan, {CORE_EXACT: 8})):
+        target = dispatcher(fakes.backend("slow"), policy=Policy("auto", "balanced"))
+        for _ in range(8):
+            core = lossy_core(q, k, v, heads_first, off)
+            out = target.run(q, k, v, None, None, False, core, heads_first, exact, "sage")
+            torch.testing.assert_close(out, exact(False), atol=1e-3, rtol=0)
+        assert counts(target) == taken
+        assert target.lossy_calls == (8 if CORE in taken else 0)
+        assert [item["backend"] for item in report(target)["struck_off"]] == ([] if CORE in taken else [CORE])
+
+
+def test_a_lossy_core_that_raises_or_is_barred_gives_way_to_the_exact_one():
+    q, k, v = fakes.qkv()
+    exact = fakes.Core(q, k, v)
+    target = dispatcher(policy=Policy("auto", "fast"))
+    target.run(q, k, v, None, None, False, raising, False, exact, "sage")
+    assert counts(target) == {CORE_EXACT: 1}
+    target = dispatcher(policy=Policy("auto", "fast"))
+    target.run(q, k, v, None, None, False, fakes.Core(q, k, v), False, exact, "sage")
+    assert target.bar_lossy("the output was not finite") == [CORE]
+    for tensors in ((q, k, v), fakes.qkv(q_len=5)):
+        target.run(*tensors, None, None, False, raising, False, fakes.Core(*tensors), "sage")
+    assert counts(target) == {CORE: 1, CORE_EXACT: 2}
+    target.unbar([CORE])
+    target.run(q, k, v, None, None, False, fakes.Core(q, k, v), False, exact, "sage")
+    assert counts(target) == {CORE: 2, CORE_EXACT: 2}
