@@ -31,12 +31,14 @@ class Reading:
         peak: the most that was allocated since the last `reset_peak`; what lies outside PyTorch's allocator counts in
             it as it is now.
         free: what the driver says nobody holds; None where nobody can say.
+        outside: the part of `allocated` that lies outside PyTorch's allocator, such as dynamic VRAM's pages of weights.
     """
 
     allocated: int
     reserved: int
     peak: int
     free: int | None
+    outside: int = 0
 
     @property
     def idle(self) -> int:
@@ -82,7 +84,11 @@ class CudaDevice:
         outside = self._outside()
         free, _ = torch.cuda.mem_get_info(self.index)
         return Reading(
-            allocated["current"] + outside, reserved["current"] + outside, allocated["peak"] + outside, int(free)
+            allocated["current"] + outside,
+            reserved["current"] + outside,
+            allocated["peak"] + outside,
+            int(free),
+            outside,
         )
 
     def reset_peak(self) -> None:

@@ -28,6 +28,7 @@ class Sample:
         node: id of the ComfyUI node at work.
         step, steps: of a sampling run; 0 and 0 elsewhere.
         peak: the most allocated since the sample before.
+        outside: the part of `allocated` outside PyTorch's allocator: dynamic VRAM's pages.
         components: resident bytes by name; they add up to `allocated`.
     """
 
@@ -40,6 +41,7 @@ class Sample:
     reserved: int
     peak: int
     free: int | None
+    outside: int
     host_resident: int
     host_pinned: int
     components: Mapping[str, int]
@@ -144,6 +146,7 @@ class Ledger:
             reserved=reading.reserved,
             peak=max(reading.peak, reading.allocated),
             free=reading.free,
+            outside=reading.outside,
             host_resident=resident_bytes(),
             host_pinned=self._pinned(),
             components=components,

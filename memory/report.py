@@ -91,6 +91,8 @@ def _peak_line(run: Run) -> str:
     top = max(run.samples, key=lambda sample: sample.peak)
     where = f"in step {top.step} of {top.steps}" if top.steps else f"at {run.nodes.get(top.node) or top.phase}"
     line = f"Peak {size_text(top.peak)} {where}; reserved up to {size_text(_most(run, lambda sample: sample.reserved))}"
+    outside = _most(run, lambda sample: sample.outside)
+    line += f", {size_text(outside)} of it dynamic VRAM's pages" if outside else ""
     free = [sample.free for sample in run.samples if sample.free is not None]
     return line + (f"; at least {size_text(min(free))} free" if free else "")
 

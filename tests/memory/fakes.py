@@ -16,12 +16,14 @@ class FakeDevice:
 
     def __init__(self, total: int = 1000):
         self._total = total
-        self.allocated, self.reserved, self.peak = 0, 0, 0
+        self.allocated, self.reserved, self.peak, self.outside = 0, 0, 0, 0
         self.cleared = 0
 
     def read(self) -> Reading:
         self.peak = max(self.peak, self.allocated)
-        return Reading(self.allocated, max(self.allocated, self.reserved), self.peak, self._total - self.reserved)
+        return Reading(
+            self.allocated, max(self.allocated, self.reserved), self.peak, self._total - self.reserved, self.outside
+        )
 
     def reset_peak(self) -> None:
         self.peak = 0

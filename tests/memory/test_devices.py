@@ -48,3 +48,27 @@ def test_without_a_limit_the_machine_counts(container, limit):
     container(limit, GIB)
     assert devices.total_host_bytes() == 64 * GIB
     assert devices.available_host_bytes() == 50 * GIB
+
+
+def test_a_gpu_is_read_through_pytorchs_counters_and_the_driver(monkeypatch):
+    """The counters have the form that torch.cuda.memory_stats_as_nested_dict gives them."""
+    counters = {
+        "allocated_bytes": {"all": {"current": 3 * GIB, "peak": 5 * GIB}, "large_pool": {"current": 1, "peak": 1}},
+        "reserved_bytes": {"all": {"current": 4 * GIB, "peak": 6 * GIB}},
+    }
+    calls = []
+    cuda = devices.torch.cuda
+    monkeypatch.setattr(cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(cuda, "memory_stats_as_nested_dict", lambda index: counters if index == 1 else {})
+    monkeypatch.setattr(cuda, "mem_get_info", lambda index: (7 * GIB, 24 * GIB) if index == 1 else (0, 0))
+    monkeypatch.setattr(cuda, "reset_peak_memory_stats", lambda index: calls.append(("peak", index)))
+    monkeypatch.setattr(cuda, "synchronize", lambda index: calls.append(("wait", index)))
+    monkeypatch.setattr(cuda, "empty_cache", lambda: calls.append(("empty",)))
+    device = devices.CudaDevice(devices.torch.device("cuda"), lambda: 8 * GIB)
+    reading = device.read()
+    assert (device.name, device.holds_models) == ("cuda:1", True)
+    assert reading == devices.Reading(11 * GIB, 12 * GIB, 13 * GIB, 7 * GIB, 8 * GIB)
+    assert reading.idle == GIB
+    device.reset_peak()
+    device.clear()
+    assert calls == [("peak", 1), ("wait", 1), ("empty",)]

@@ -14,9 +14,10 @@ from .fakes import Clock, FakeDevice
 
 def test_components_and_the_rest_add_up_to_what_is_allocated():
     device = FakeDevice()
-    device.allocated = 700
+    device.allocated, device.outside = 700, 400
     ledger = Ledger(device, lambda: {DIFFUSION_MODEL: 500, SCRATCH: 50}, lambda: 33)
     sample = ledger.sample("sampling", "3", 2, 20)
+    assert sample.outside == 400
     assert sample.components == {DIFFUSION_MODEL: 500, SCRATCH: 50, OTHER: 150}
     assert (sample.allocated, sample.host_pinned, sample.step, sample.steps, sample.node) == (700, 33, 2, 20, "3")
     assert ledger.run.samples == [sample]

@@ -31,6 +31,7 @@ def sample(seconds, node="3", step=0, steps=0, peak=None, reserved=None, **compo
         int((reserved or allocated / GIB) * GIB),
         int((peak or allocated / GIB) * GIB),
         2 * GIB,
+        3 * GIB if node == "3" else 0,
         20 * GIB,
         GIB,
         sizes,
@@ -65,7 +66,7 @@ def test_the_text_has_every_number():
     text = Report(RUN, NAME, 24 * GIB).text
     for part in (
         "cuda:0 (a test), 24.00 GiB in all, limit 16.00 GiB",
-        "Peak 13.25 GiB in step 1 of 2; reserved up to 14.00 GiB; at least 2.00 GiB free",
+        "Peak 13.25 GiB in step 1 of 2; reserved up to 14.00 GiB, 3.00 GiB of it dynamic VRAM's pages; at least 2.00 GiB free",
         "8.0 s; 2 steps, 3.00 s a step, measuring took 0.20% of a step",
         "up to 20.00 GiB resident, 1.00 GiB of it pinned",
         "2.6 s  text encoder: 6.00 GiB freed (room for QwenImage)",
