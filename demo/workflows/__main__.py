@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import comfyui
 from ..server import Server, prepare_base
-from . import thumbnail, tidy
+from . import edit, thumbnail, tidy
 from .bundle import WORKFLOWS
 from .compose import saved_graph
 from .widgets import ObjectInfo
@@ -26,7 +26,9 @@ FOLDER = comfyui.CHECKOUT / "workflows"
 
 def text(name: str, info: ObjectInfo) -> str:
     """The file of a bundled workflow. Raises KeyError on an unknown name."""
-    return json.dumps(saved_graph(WORKFLOWS[name].design(info), info), indent=1, ensure_ascii=False) + "\n"
+    saved = saved_graph(WORKFLOWS[name].design(info), info)
+    saved["extra"]["lowbit"] = edit.versions(WORKFLOWS[name].template)
+    return json.dumps(saved, indent=1, ensure_ascii=False) + "\n"
 
 
 def object_info() -> ObjectInfo:
@@ -39,13 +41,13 @@ def object_info() -> ObjectInfo:
 
 
 def untidy(saved: Mapping[str, Any]) -> list[str]:
-    """What a person would find hard to read, level by level; inside subgraphs links may cross."""
+    """What a person would find hard to read, level by level; inside subgraphs links may cross, as there every switch is set by one."""
     found: list[str] = []
     for level, graph in tidy.levels(saved):
         where = level or "root"
         found += [f"{where}: nodes {one} and {other} overlap" for one, other in tidy.overlaps(graph)]
+        found += [f"{where}: link {link} runs behind node {node}" for link, node in tidy.links_behind_nodes(graph)]
         if not level:
-            found += [f"{where}: link {link} runs behind node {node}" for link, node in tidy.links_behind_nodes(graph)]
             found += [f"{where}: links {one} and {other} cross" for one, other in tidy.crossings(graph)]
     return found
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import wan
+from . import infinitetalk, qwen_image, wan
 from .compose import Design
+from .unfold import Flat
 from .widgets import ObjectInfo
 
 
@@ -20,6 +21,7 @@ class Workflow:
         template: the official template it starts from.
         design: makes it.
         varies: how it differs from the template in files and settings, where it is meant to.
+        adapt: makes the variant of the template that it is to be compared with.
     """
 
     title: str
@@ -27,6 +29,7 @@ class Workflow:
     template: str
     design: Callable[[ObjectInfo], Design]
     varies: str = ""
+    adapt: Callable[[Flat], None] | None = None
 
 
 WORKFLOWS: dict[str, Workflow] = {
@@ -42,5 +45,26 @@ WORKFLOWS: dict[str, Workflow] = {
         wan.TEXT_TO_VIDEO,
         wan.in_16_gb,
         varies="16-bit files, stored in 4 bits",
+    ),
+    "qwen_image_text_to_image": Workflow(
+        "Qwen-Image", "Text to image", qwen_image.TEXT_TO_IMAGE, qwen_image.text_to_image
+    ),
+    "qwen_image_edit": Workflow("Qwen-Image-Edit", "Edit an image", qwen_image.EDIT, qwen_image.image_edit),
+    "quantize_qwen_image_once_and_save": Workflow(
+        "Quantize once and save",
+        "Qwen-Image in 8 bits",
+        qwen_image.TEXT_TO_IMAGE,
+        qwen_image.quantize_and_save,
+        varies="the 16-bit file, quantized and saved",
+    ),
+    "infinitetalk_single_speaker": Workflow(
+        "InfiniteTalk",
+        "One speaker",
+        infinitetalk.TEMPLATE,
+        infinitetalk.single_speaker,
+        adapt=infinitetalk.one_speaker,
+    ),
+    "infinitetalk_two_speakers": Workflow(
+        "InfiniteTalk", "Two speakers", infinitetalk.TEMPLATE, infinitetalk.two_speakers
     ),
 }

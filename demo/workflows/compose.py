@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from .layout import Box, Placement, node_height, place
+from .layout import Box, Placement, node_height, place, text_width
 from .unfold import NOTES, Flat, Node, Source
 from .widgets import ObjectInfo, inputs_of, is_widget, list_values, options_of, walk
 
@@ -14,7 +14,7 @@ _INPUT, _OUTPUT = -10, -20
 _MATCH = "COMFY_MATCHTYPE_V3"
 _NAMESPACE = uuid.UUID("7c1d7f0a-5d0e-4d5c-9a39-6d1f6f0c2b11")
 _KEPT_PROPERTIES = ("Node name for S&R", "cnr_id", "ver", "models")
-WIDTH, HOST_WIDTH, TEXT_HEIGHT = 320, 380, 54
+WIDTH, TEXT_WIDTH, HOST_WIDTH, NOTE_WIDTH, TEXT_HEIGHT = 280, 400, 360, 480, 54
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Design:
         nodes: the flat graph, with notes.
         box: layout of the root graph.
         subgraphs: host name -> what is folded.
-        routes: (node, input) -> the ways its link takes, "under NODE ...", "over NODE ..." or "before NODE ...".
-        widths: widths of one's own.
+        routes: (node, input) -> the ways its link takes, "under NODE ...", "over NODE ...", "before NODE ..."
+            or "near NODE ...".
         extra_heights: heights beyond sockets and widgets: notes, texts, previews.
     """
 
@@ -65,7 +65,6 @@ class Design:
     box: Box
     subgraphs: dict[str, Subgraph] = field(default_factory=dict)
     routes: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-    widths: dict[str, int] = field(default_factory=dict)
     extra_heights: dict[str, int] = field(default_factory=dict)
 
 
@@ -314,14 +313,31 @@ class _Level:
             graph = design.subgraphs[name]
             texts = sum(1 for widget in graph.widgets if self._is_text(*widget.targets[0]))
             height = node_height(sockets, len(graph.outputs), len(graph.widgets), extra + texts * 120)
-            return design.widths.get(name, HOST_WIDTH), height
+            rows = [(exposed.label, self._shown(*exposed.targets[0])) for exposed in graph.widgets]
+            return max(HOST_WIDTH, text_width(graph.title, rows)), height
         node = design.nodes[name]
         if node.type in NOTES:
-            return design.widths.get(name, HOST_WIDTH), extra
+            return NOTE_WIDTH, extra
         widgets = [widget for widget, _ in walk(self.writer.info[node.type], lambda widget, _: node.values[widget])]
         texts = sum(1 for widget in widgets if self._is_text(name, widget))
         height = node_height(sockets, len(self._outputs(name)), len(widgets), extra + texts * (TEXT_HEIGHT - 24))
-        return design.widths.get(name, WIDTH), height
+        rows = [(widget, self._shown(name, widget)) for widget in widgets]
+        title = node.title or self.writer.info[node.type]["display_name"] or node.type
+        return max(TEXT_WIDTH if texts else WIDTH, text_width(title, rows)), height
+
+    def _shown(self, name: str, widget: str) -> str:
+        """The text that a widget of one line shows; nothing for several lines."""
+        if self._is_text(name, widget):
+            return ""
+        node = self.writer.design.nodes[name]
+        named = dict(
+            zip(
+                (found for found, _ in walk(self.writer.info[node.type], lambda key, _: node.values[key])),
+                list_values(self.writer.info[node.type], node.values),
+                strict=False,
+            )
+        )
+        return str(named.get(widget, ""))
 
     def _is_text(self, name: str, widget: str) -> bool:
         node = self.writer.design.nodes[name]
@@ -440,13 +456,14 @@ class _Level:
 def _bend(placement: Placement, way: str) -> list[tuple[int, int]]:
     """Two points, before and behind some nodes, below all of them for "under A B" and above for "over A B".
 
-    "before A B" is the first of the two below, alone.
+    "before A B" is the first of the two below, alone; "near A B" is closer to the nodes.
     """
     side, *names = way.split()
     corners = [(*placement.positions[name], *placement.sizes[name]) for name in names]
     left, right = min(x for x, *_ in corners), max(x + width for x, _, width, _ in corners)
     level = min(y for _, y, *_ in corners) - 60 if side == "over" else max(y + high for _, y, _, high in corners) + 20
-    return [(left - 80, level)] if side == "before" else [(left - 80, level), (right + 20, level)]
+    first = left - (14 if side == "near" else 80)
+    return [(first, level)] if side in ("before", "near") else [(first, level), (right + 20, level)]
 
 
 def _has(entries: list[dict[str, Any]], name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
+from importlib import metadata, resources
 from typing import Any
 
 from .unfold import Flat, Node, Source, unfold
@@ -15,6 +15,11 @@ TEMPLATES = "comfyui_workflow_templates_json"
 def official(name: str) -> dict[str, Any]:
     """An official template as saved. Raises FileNotFoundError when the installed package has none of this name."""
     return json.loads((resources.files(TEMPLATES) / "templates" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def versions(name: str) -> dict[str, str]:
+    """The template and the version of the package it is in: kept in the file that is made from it."""
+    return {"template": name, TEMPLATES.replace("_", "-"): metadata.version(TEMPLATES)}
 
 
 def official_nodes(name: str, info: ObjectInfo) -> Flat:

@@ -27,6 +27,7 @@ class Box:
         title: it is drawn as a group of this name.
         gap: space between children.
         above: space left free above the box.
+        left: space left free on its left.
         color: of the group.
     """
 
@@ -35,6 +36,7 @@ class Box:
     title: str = ""
     gap: int = GAP
     above: int = 0
+    left: int = 0
     color: str = "#3f789e"
 
     def names(self) -> Iterator[str]:
@@ -46,14 +48,14 @@ class Box:
                 yield from child.names()
 
 
-def row(*children: Box | str, title: str = "", gap: int = LINK_GAP, above: int = 0) -> Box:
+def row(*children: Box | str, title: str = "", gap: int = LINK_GAP, above: int = 0, left: int = 0) -> Box:
     """Boxes side by side, tops aligned."""
-    return Box(children, True, title, gap, above)
+    return Box(children, True, title, gap, above, left)
 
 
-def column(*children: Box | str, title: str = "", gap: int = GAP, above: int = 0) -> Box:
+def column(*children: Box | str, title: str = "", gap: int = GAP, above: int = 0, left: int = 0) -> Box:
     """Boxes one below the other, left sides aligned."""
-    return Box(children, False, title, gap, above)
+    return Box(children, False, title, gap, above, left)
 
 
 @dataclass
@@ -66,10 +68,25 @@ class Placement:
 
 
 def place(box: Box, sizes: Mapping[str, Size], x: int = 0, y: int = 0) -> Placement:
-    """Positions for every node of the box, its top left corner at (x, y). Raises KeyError for a node without a size."""
+    """Positions for every node of the box, its top left corner at (x, y), nodes of a column equally wide.
+
+    Raises KeyError for a node without a size.
+    """
     placement = Placement(sizes={name: sizes[name] for name in box.names()})
+    _align(box, placement.sizes)
     _place(box, x, y, placement)
     return placement
+
+
+def _align(box: Box, sizes: dict[str, Size]) -> None:
+    """Nodes of one column become equally wide."""
+    names = [child for child in box.children if isinstance(child, str)]
+    widest = max((sizes[name][0] for name in names), default=0)
+    for name in names if not box.across else ():
+        sizes[name] = widest, sizes[name][1]
+    for child in box.children:
+        if isinstance(child, Box):
+            _align(child, sizes)
 
 
 def _place(box: Box | str, x: int, y: int, placement: Placement) -> Size:
@@ -77,7 +94,7 @@ def _place(box: Box | str, x: int, y: int, placement: Placement) -> Size:
         placement.positions[box] = (x, y + TITLE)
         width, height = placement.sizes[box]
         return width, height + TITLE
-    y += box.above
+    x, y = x + box.left, y + box.above
     index = len(placement.groups)
     left, top = (x + GROUP_PADDING, y + GROUP_TITLE) if box.title else (x, y)
     width = height = 0
@@ -90,13 +107,22 @@ def _place(box: Box | str, x: int, y: int, placement: Placement) -> Size:
             wide, high = _place(child, left, top + height + gap, placement)
             width, height = max(width, wide), height + gap + high
     if not box.title:
-        return width, height + box.above
+        return width + box.left, height + box.above
     whole = width + 2 * GROUP_PADDING, height + GROUP_TITLE + GROUP_PADDING
     placement.groups.insert(index, (box.title, (x, y, *whole), box.color))
-    return whole[0], whole[1] + box.above
+    return whole[0] + box.left, whole[1] + box.above
 
 
 def node_height(sockets_in: int, sockets_out: int, widgets: int, extra: int = 0) -> int:
     """The height that the frontend gives a node with these rows; `extra` for texts and previews."""
     height = SLOT * max(sockets_in, sockets_out, 1) + 6 + extra
     return height + WIDGET * widgets + 8 if widgets else height
+
+
+def text_width(title: str, rows: list[tuple[str, str]]) -> int:
+    """The width in which a title and the widgets' labels and values are not cut, in tens.
+
+    From the mean width of a character at the frontend's 14 and 12 pixels, and what it draws around them.
+    """
+    needed = [46 + 7.8 * len(title), *(78 + 6.7 * (len(label) + len(value)) for label, value in rows)]
+    return -(-int(max(needed)) // 10) * 10

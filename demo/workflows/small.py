@@ -26,13 +26,14 @@ INPUTS: Mapping[tuple[str, str], Any] = {
 TITLES: Mapping[str, Any] = {
     "width": SIZE,
     "height": SIZE,
-    "steps": STEPS,
+    "steps": 1,
     "int (steps)": STEPS,
     "int (split steps)": 1,
     "int (split_step)": 1,
     "float (duration)": 0.25,
 }
-"""Title of a primitive, in lower case -> its value."""
+"""Title of a primitive, in lower case -> its value. "Steps" is Qwen-Image's: when it edits, a step sees a whole megapixel
+whatever the sizes say."""
 
 MASKS: Mapping[str, str] = {"1": "mask_left.png", "2": "mask_right.png"}
 """Last figure in a mask painter's title -> the mask drawn."""

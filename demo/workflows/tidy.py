@@ -46,7 +46,7 @@ def curves(graph: Mapping[str, Any]) -> dict[int, list[Point]]:
     last = {entry["id"]: entry["parentId"] for entry in extra.get("linkExtensions", [])}
     found = {}
     for entry in graph["links"]:
-        link = list(entry.values()) if isinstance(entry, Mapping) else entry
+        link = _listed(entry)
         number, origin, origin_slot, target, target_slot = link[:5]
         way, parent = [], last.get(number)
         while parent is not None:
@@ -58,6 +58,11 @@ def curves(graph: Mapping[str, Any]) -> dict[int, list[Point]]:
             points += _spline(start, end)
         found[number] = points
     return found
+
+
+def _listed(link: Any) -> list[Any]:
+    """A link as the root graph lists it: id, origin, its slot, target, its slot, type."""
+    return list(link.values()) if isinstance(link, Mapping) else link
 
 
 def _output(graph: Mapping[str, Any], nodes: Mapping[int, Any], number: int, slot: int) -> Point:
@@ -97,9 +102,12 @@ def _spline(start: Point, end: Point) -> list[Point]:
 
 
 def links_behind_nodes(graph: Mapping[str, Any], slack: int = 4) -> list[tuple[int, int]]:
-    """(link, node) where a link runs behind a node."""
+    """(link, node) where a link between two nodes runs behind a node."""
     found = []
+    ends = {link[0]: (link[1], link[3]) for link in map(_listed, graph["links"])}
     for link, points in curves(graph).items():
+        if _INPUT in ends[link] or _OUTPUT in ends[link]:
+            continue
         for node in graph["nodes"]:
             left, top, right, bottom = body(node)
             inside = (left + slack < x < right - slack and top + slack < y < bottom - slack for x, y in points)

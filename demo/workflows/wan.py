@@ -85,7 +85,7 @@ _HEIGHTS = {
     "report_low": 160, "memory_report": 220,
 }  # fmt: skip
 
-_BESIDE_THE_PROMPTS = column("release", "size", above=90)
+_BESIDE_THE_PROMPTS = column("release", column("size"), above=90)
 
 
 def text_to_video(info: ObjectInfo) -> Design:
@@ -148,13 +148,14 @@ def image_to_video(info: ObjectInfo) -> Design:
         widgets=_length_widgets(n),
     )
     sampler = _sampler(n, (start, 0), negative, (start, 2))
-    root = _root(row(column(start, above=20), column("release", above=160)), image=image)
+    root = _root(row(column(start, above=60), column("release", above=160)), image=image)
     design = _design(
         "wan2.2_14B_image_to_video", flat, n, root, {"size": size, "sampler": sampler},
         ABOUT.format(template=f"*{IMAGE_TO_VIDEO}*"), (f"before {n.negative}", f"under {n.negative} size {start} release"),
     )  # fmt: skip
     design.routes |= {
         (start, "vae"): (f"under {n.negative}",),
+        (start, "length"): (f"near {start}",),
         ("sampler", "low noise model"): (f"over {n.positive} release",),
         ("sampler", "latent"): ("under release",),
     }
@@ -195,7 +196,7 @@ def _design(
 def _root(conditions: Box, before_decode: tuple[str, ...] = (), image: str | None = None) -> Box:
     """The root graph from left to right; `conditions` stands between the prompts and the sampler."""
     n = _IMAGE if image else _TEXT
-    below = (image, "size") if image else ()
+    below = (image, column("size")) if image else ()
     height = 620 if image else 400
     return row(
         column("about", "files"),
@@ -203,11 +204,10 @@ def _root(conditions: Box, before_decode: tuple[str, ...] = (), image: str | Non
         column(
             row("attention_high", "memory_high"),
             "attention_low",
-            row(n.clip, "memory_low"),
-            n.vae,
+            row(column(n.clip, n.vae), "memory_low"),
             title="Faster, in less memory",
         ),
-        row(column(n.positive, n.negative, *below), conditions, title="Prompt and size", gap=150, above=700),
+        row(column(n.positive, n.negative, *below), conditions, title="Prompt and size", gap=190, above=700),
         column("sampler", above=height),
         row(
             "report_high",
@@ -244,19 +244,27 @@ def _report(flat: Flat, n: _Numbers) -> None:
 
 def _sampler(n: _Numbers, positive: Source, negative: Source, latent: Source) -> Subgraph:
     """Both samplers, with the choice between all steps and the four of the Lightning LoRAs."""
-    models = column(
-        *(row(*keys) for keys in zip(n.lora, n.switch, n.sampling, strict=True)), title="Models: normal, Lightning"
-    )
-    settings = column(
-        *(row(column(normal, fast), switch) for normal, fast, switch in (n.steps, n.split, n.cfg)),
-        n.lightning,
-        title="Steps and CFG: normal, Lightning",
+    triples = (n.steps, n.split, n.cfg)
+    loras = column(*n.lora, title="Lightning LoRAs")
+    numbers = column(*(key for triple in triples for key in triple[:2]), title="Normal, Lightning")
+    switches = column(
+        *n.switch,
+        *(column(triple[2], above=above) for triple, above in zip(triples, (200, 156, 156), strict=True)),
+        title="Normal or Lightning",
     )
     first, second = n.sample
-    sampling = row(first, column(second, above=380), title="Sampling", above=_CHANNEL - 60)
+    box = row(
+        column(loras, numbers, gap=_CHANNEL - 280),
+        column(n.lightning, above=1260),
+        switches,
+        n.sampling[0],
+        column(first, above=_CHANNEL - 60),
+        column(n.sampling[1], above=160),
+        column(second, above=_CHANNEL + 460),
+    )
     return Subgraph(
         "Sample: high noise, then low noise",
-        row(column(models, settings, gap=160), sampling),
+        box,
         inputs={
             "high noise model": ("memory_high", 0),
             "low noise model": ("memory_low", 0),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -15,18 +16,33 @@ from safetensors.torch import load_file
 from demo import comfyui, graphs
 from demo.measure import relative_error
 from demo.tiny import official
-from demo.workflows import edit, tidy
+from demo.workflows import edit, infinitetalk, tidy
 from demo.workflows.__main__ import FOLDER, text, untidy
-from demo.workflows.bundle import WORKFLOWS
+from demo.workflows.bundle import WORKFLOWS, Workflow
 from demo.workflows.small import scale_down
-from demo.workflows.unfold import api_form, unfold
+from demo.workflows.unfold import Flat, api_form, unfold
 
 pytest.importorskip("comfyui_workflow_templates_json")
 
-TEMPLATES = sorted({workflow.template for workflow in WORKFLOWS.values()})
-LOADERS = {"LowbitLoadDiffusionModel", "LowbitLoadTextEncoder", "LowbitLoadVAE", "LowbitLoadModelPatch"}
 LIGHTNING = {"enable lightning lora", "enable 4steps lora?", "enable 4steps lora"}
-LARGEST_ERROR = {"int8": 0.05, "4 bits": 0.15}
+RUNS = [
+    # Qwen-Image-Edit encodes and attends to a megapixel, however small the picture. InfiniteTalk always has its LoRA on.
+    pytest.param(name, lightning, marks=[pytest.mark.slow] if name == "qwen_image_edit" else [])
+    for name in WORKFLOWS
+    for lightning in (False, True)
+    if not (lightning and name.startswith("infinitetalk"))
+]
+
+
+def largest_error(name: str, key: str) -> float:
+    """How far a bundled workflow's result may be from its template's: of 8 bits, of 4 bits, of a second part.
+
+    InfiniteTalk's second part goes on from the decoded and again encoded pictures of the first: the random VAE makes an
+    error of 2% in them one of 12%.
+    """
+    if name.startswith("infinitetalk") and key.endswith("1"):
+        return 0.3
+    return 0.15 if "16GB" in name else 0.05
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +51,26 @@ def info(bench):
 
 
 @pytest.fixture(scope="module")
-def run(bench, info):
-    """Runs a saved graph scaled down; gives every decoded latent and picture, and the texts that nodes showed."""
+def official_flat(info):
+    """Workflow -> the flat graph of its template, adapted where there is no template of the very kind."""
+
+    def official_flat(workflow: Workflow) -> Flat:
+        flat = edit.official_nodes(workflow.template, info)
+        if workflow.adapt is not None:
+            workflow.adapt(flat)
+        return flat
+
+    return official_flat
+
+
+@pytest.fixture(scope="module")
+def run(bench):
+    """Runs a flat graph scaled down; gives every decoded latent and picture, and the texts that nodes showed."""
     official.write_all(bench.base)
     count = itertools.count()
 
-    def run(saved: dict[str, Any], lightning: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
-        prompt = scale_down(api_form(unfold(saved, info)))
+    def run(flat: Flat, lightning: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+        prompt = scale_down(api_form(flat))
         for node in prompt.values():
             if node["_meta"]["title"].lower() in LIGHTNING:
                 node["inputs"]["value"] = lightning
@@ -62,15 +91,23 @@ def run(bench, info):
 
 
 @pytest.fixture(scope="module")
-def references(run):
-    """(template, Lightning LoRA or not) -> what the official template makes, run when first asked for."""
+def references(run, official_flat):
+    """(bundled workflow, Lightning LoRA or not) -> what its template makes, run when first asked for."""
 
     class References(dict):
         def __missing__(self, key):
-            self[key] = run(edit.official(key[0]), key[1])[0]
-            return self[key]
+            workflow = WORKFLOWS[key[0]]
+            same = [name for name in WORKFLOWS if origin(name) == origin(key[0])]
+            made = run(official_flat(workflow), key[1])[0]
+            self.update({(name, key[1]): made for name in same})
+            return made
 
     return References()
+
+
+def origin(name: str) -> tuple[str, bool]:
+    """Workflows of one origin are compared with the same run."""
+    return WORKFLOWS[name].template, WORKFLOWS[name].adapt is not None
 
 
 def bundled(name: str) -> dict[str, Any]:
@@ -85,6 +122,9 @@ def test_every_bundled_file_is_one_of_the_table_with_a_small_thumbnail():
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_bundled_file_is_what_the_generator_makes_with_these_nodes(info, name):
+    made_from = bundled(name)["extra"]["lowbit"]
+    if made_from != edit.versions(WORKFLOWS[name].template):
+        pytest.skip(f"made from {made_from}, not from what is installed")
     assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == text(name, info)
 
 
@@ -93,52 +133,82 @@ def test_bundled_file_is_tidy(name):
     assert untidy(bundled(name)) == []
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("lightning", [False, True])
-def test_official_template_runs_on_the_tiny_checkpoints(references, template, lightning):
-    for key, tensor in references[template, lightning].items():
+@pytest.mark.parametrize(("name", "lightning"), RUNS)
+def test_official_template_runs_on_the_tiny_checkpoints(references, name, lightning):
+    for key, tensor in references[name, lightning].items():
         assert tensor.isfinite().all(), key
         assert tensor.std() > 0.02, key
 
 
-@pytest.mark.parametrize("lightning", [False, True])
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_bundled_workflow_is_near_its_template_in_16_bits(run, references, name, lightning):
-    workflow = WORKFLOWS[name]
-    tensors, texts = run(bundled(name), lightning)
-    reference = references[workflow.template, lightning]
-    bound = LARGEST_ERROR["4 bits" if "16GB" in name else "int8"]
+@pytest.mark.parametrize(("name", "lightning"), RUNS)
+def test_bundled_workflow_is_near_its_template_in_16_bits(run, references, info, name, lightning):
+    tensors, texts = run(unfold(bundled(name), info), lightning)
+    reference = references[name, lightning]
     for key, tensor in tensors.items():
         assert tensor.isfinite().all(), key
         # Zero would mean that nothing was quantized.
-        assert 1e-4 < relative_error(tensor, reference[key]) < bound, key
+        assert 1e-4 < relative_error(tensor, reference[key]) < largest_error(name, key), key
     assert "calls of" in texts["LowbitAttentionReport"]
     assert "Peak" in texts["LowbitMemoryReport"]
 
 
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name.startswith(("wan", "qwen_image_text"))])
+def test_lightning_lora_changes_the_result(references, name):
+    fast, normal = (references[name, lightning]["latent0"] for lightning in (True, False))
+    assert relative_error(fast, normal) > 0.05
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_bundled_workflow_has_the_nodes_files_and_settings_of_its_template(info, name):
+def test_bundled_workflow_has_the_nodes_files_and_settings_of_its_template(info, official_flat, name):
     """Beside the pack's own nodes nothing is added, nothing is lost, and no setting differs."""
-    ours, theirs = (unfold(graph, info) for graph in (bundled(name), edit.official(WORKFLOWS[name].template)))
+    workflow = WORKFLOWS[name]
+    ours, theirs = unfold(bundled(name), info), official_flat(workflow)
+    if name.startswith("infinitetalk"):
+        infinitetalk.share_models(theirs)
     stock = {"UNETLoader", "CLIPLoader", "VAELoader", "ModelPatchLoader"}
 
-    def settings(flat) -> list[tuple[str, str]]:
+    def settings(flat: Flat) -> list[tuple[str, str]]:
+        used = {source for node in flat.values() for source, _ in node.links.values()}
         return sorted(
             (node.type, json.dumps(node.values, sort_keys=True))
-            for node in flat.values()
-            if not node.type.startswith("Lowbit") and node.type not in stock | {"PreviewImage", "PreviewAny"}
+            for key, node in flat.items()
+            if not node.type.startswith("Lowbit")
+            and node.type not in stock | {"PreviewImage", "PreviewAny"}
+            and (key in used or info[node.type]["output_node"])
         )
 
-    def files(flat) -> set[str]:
+    def files(flat: Flat) -> set[str]:
         names = (value for node in flat.values() for value in node.values.values())
         return {value for value in names if isinstance(value, str) and value.endswith(".safetensors")}
 
-    workflow = WORKFLOWS[name]
-    if not workflow.varies:
-        assert settings(ours) == settings(theirs)
-        assert files(ours) == files(theirs)
+    assert settings(ours) == settings(theirs)
+    assert (files(ours) == files(theirs)) == (not workflow.varies)
     assert not {node.type for node in ours.values()} & stock
-    assert {node.type for node in ours.values()} & LOADERS
+    assert {node.type for node in ours.values()} >= {
+        "LowbitLoadDiffusionModel",
+        "LowbitLoadTextEncoder",
+        "LowbitLoadVAE",
+        "LowbitAttention",
+        "LowbitMemoryManager",
+        "LowbitReleaseComponent",
+        "LowbitAttentionReport",
+        "LowbitMemoryReport",
+    }
+
+
+def test_saved_model_loads_in_core_and_gives_what_was_tried(bench, run, official_flat, info):
+    """What "quantize once and save" leaves in the output folder is a model file like any other."""
+    name = "quantize_qwen_image_once_and_save"
+    flat = unfold(bundled(name), info)
+    next(node for node in flat.values() if node.type == "LowbitSaveQuantizedModel").values["filename_prefix"] = "tried"
+    tried = run(flat)[0]
+    (saved,) = bench.output.glob("tried*.safetensors")
+    shutil.copy(saved, bench.models / "diffusion_models" / "qwen_image_saved.safetensors")
+    flat = official_flat(WORKFLOWS[name])
+    loader = next(node for node in flat.values() if node.type == "UNETLoader")
+    loader.values["unet_name"] = "qwen_image_saved.safetensors"
+    loaded = run(flat)[0]
+    assert relative_error(loaded["latent0"], tried["latent0"]) < 0.02
 
 
 def test_links_are_looked_at_on_every_level():

@@ -1,0 +1,219 @@
+"""The Qwen-Image workflows: text to image, image editing, and quantizing once to save the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import edit
+from .compose import Design, Exposed, Subgraph
+from .layout import Box, column, row
+from .unfold import Flat, Source
+from .widgets import ObjectInfo
+
+TEXT_TO_IMAGE = "image_qwen_image"
+EDIT = "image_qwen_image_edit"
+
+ABOUT = """\
+{template} of ComfyUI's own templates, with the same files and settings.
+
+- **Load ...**: `format` quantizes a 16-bit file while it loads. A file that holds 8 bits already is taken as it is.
+- **Attention**: the fastest backend that is accurate enough for each shape.
+- **Memory Manager**: keeps model, text encoder and VAE within the card, and shows it live.
+- **Release Component**: the text encoder leaves the GPU once both prompts are encoded.
+- **Reports**: which attention ran, and where the memory went.
+
+Inside *Sample*: the sampler, and the Lightning LoRA for {fast} steps instead of 20."""
+
+ABOUT_SAVE = """\
+Quantizes Qwen-Image once, tries it on a picture and saves it. The file is in ComfyUI's own quantized format: its \
+*Load Diffusion Model* reads it without this pack.
+
+1. Choose the `format`. `dry_run` lists first what would be quantized, and what it would save.
+2. *8 steps* on: the Lightning LoRA is merged into the saved file.
+3. Run. The file is in the output folder: move it to models/diffusion_models.
+
+Quantizing needs a few layers' worth of main memory, not the whole model."""
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What the nodes are called in a template; `sampling` are the patches between the model's switch and the sampler."""
+
+    model: str
+    clip: str
+    vae: str
+    lora: str
+    switch: str
+    sampling: tuple[str, ...]
+    steps: tuple[str, str, str]
+    cfg: tuple[str, str, str]
+    lightning: str
+    sample: str
+    decode: str
+    save: str
+
+
+_TEXT = _Numbers(
+    model="37", clip="38", vae="39", lora="73", switch="78", sampling=("66",), steps=("84", "79", "82"),
+    cfg=("85", "81", "83"), lightning="86", sample="3", decode="8", save="60",
+)  # fmt: skip
+_EDIT = _Numbers(
+    model="37", clip="38", vae="39", lora="89", switch="108", sampling=("66", "75"), steps=("106", "103", "110"),
+    cfg=("107", "105", "109"), lightning="111", sample="3", decode="8", save="60",
+)  # fmt: skip
+_POSITIVE, _NEGATIVE, _LATENT, _IMAGE, _ENCODE, _UNLINKED = "6", "7", "58", "78", "88", "93"
+_EDIT_POSITIVE, _EDIT_NEGATIVE = "76", "77"
+
+_HEIGHTS = {"about": 400, "files": 320, "60": 320, "chart": 240, "report": 160, "memory_report": 220}
+
+
+def text_to_image(info: ObjectInfo) -> Design:
+    """Qwen-Image text to image."""
+    flat = edit.official_nodes(TEXT_TO_IMAGE, info)
+    return _text_to_image("qwen_image_text_to_image", flat, ABOUT.format(template=f"*{TEXT_TO_IMAGE}*", fast=8))
+
+
+def quantize_and_save(info: ObjectInfo) -> Design:
+    """Qwen-Image quantized from the 16-bit file, tried and saved."""
+    flat = edit.official_nodes(TEXT_TO_IMAGE, info)
+    n = _TEXT
+    edit.rename_file(flat, n.model, "unet_name", "qwen_image_bf16.safetensors")
+    design = _text_to_image("quantize_qwen_image_once_and_save", flat, ABOUT_SAVE)
+    flat[n.model].values["format"] = "int8_convrot_fast"
+    flat["save_model"] = edit.own(
+        "LowbitSaveQuantizedModel", None, {"model": (n.switch, 0)}, filename_prefix="diffusion_models/qwen_image"
+    )
+    flat["quantized"] = edit.own("PreviewAny", "What is quantized, and why", {"source": (n.model, 1)})
+    design.subgraphs["sampler"].outputs = {
+        "model to save": (n.switch, 0),
+        **design.subgraphs["sampler"].outputs,
+    }
+    design.box = _root(_prompts(), models=("quantized",), beside="save_model")
+    design.routes[("report", "model")] = ()
+    design.extra_heights |= {"quantized": 220}
+    return design
+
+
+def _prompts() -> Box:
+    return row(
+        column(_POSITIVE, _NEGATIVE),
+        column("release", above=90),
+        column(_LATENT, above=320),
+        title="Prompt and size",
+        above=410,
+    )
+
+
+def _text_to_image(name: str, flat: Flat, about: str) -> Design:
+    n = _TEXT
+    edit.retitle(flat, n6="Prompt", n7="Negative prompt")
+    _manage(flat, n)
+    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
+    negative = edit.insert(flat, "release", release, "value", (_NEGATIVE, 0))
+    sampler = _sampler(n, "8 steps (Lightning LoRA)", (_POSITIVE, 0), negative, (_LATENT, 0))
+    design = _design(name, flat, n, _root(_prompts()), {"sampler": sampler}, about)
+    design.routes[(n.decode, "vae")] = (f"under {_NEGATIVE} {_LATENT}",)
+    design.extra_heights |= {_POSITIVE: 150, _NEGATIVE: 60}
+    return design
+
+
+def image_edit(info: ObjectInfo) -> Design:
+    """Qwen-Image-Edit."""
+    flat, n = edit.official_nodes(EDIT, info), _EDIT
+    del flat[_UNLINKED]  # the template leaves its output unlinked
+    edit.retitle(flat, n76="Prompt", n77="Negative prompt", n78="Image to edit")
+    _manage(flat, n)
+    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
+    negative = edit.insert(flat, "release", release, "value", (_EDIT_NEGATIVE, 0))
+    encode = Subgraph(
+        "Prompts and image",
+        column(_EDIT_POSITIVE, _EDIT_NEGATIVE, _ENCODE),
+        inputs={"clip": ("memory", 1), "vae": ("memory", 2), "image": (_IMAGE, 0)},
+        outputs={"positive": (_EDIT_POSITIVE, 0), "negative": (_EDIT_NEGATIVE, 0), "latent": (_ENCODE, 0)},
+        widgets=[
+            Exposed("prompt", ((_EDIT_POSITIVE, "prompt"),)),
+            Exposed("negative prompt", ((_EDIT_NEGATIVE, "prompt"),)),
+        ],
+    )
+    sampler = _sampler(n, "4 steps (Lightning LoRA)", (_EDIT_POSITIVE, 0), negative, (_ENCODE, 0))
+    conditions = row(
+        column(_IMAGE, above=180), "encode", column("release", above=130), title="Prompt and image", gap=190, above=410
+    )
+    about = ABOUT.format(template=f"*{EDIT}*", fast=4)
+    design = _design(
+        "qwen_image_edit", flat, n, _root(conditions, height=300), {"encode": encode, "sampler": sampler}, about
+    )
+    design.routes |= {
+        ("sampler", "latent"): ("under release",),
+        (n.decode, "vae"): (f"under {_IMAGE} encode release",),
+    }
+    design.extra_heights |= {_IMAGE: 240}
+    return design
+
+
+def _design(name: str, flat: Flat, n: _Numbers, root: Box, subgraphs: dict[str, Subgraph], about: str) -> Design:
+    """Reports, notes and titles, which every Qwen-Image workflow has."""
+    report = edit.own("LowbitAttentionReport", None, {"model": (n.sampling[-1], 0)})
+    edit.insert(flat, "report", report, "after", (n.sample, 0))
+    edit.insert(flat, "memory_report", edit.own("LowbitMemoryReport"), "value", (n.decode, 0))
+    flat["chart"] = edit.own("PreviewImage", "Memory over the run", {"images": ("memory_report", 1)})
+    for key, title in {n.model: "Diffusion model", n.clip: "Text encoder", n.vae: "VAE"}.items():
+        flat[key].title = title
+    flat["about"] = edit.note("About", about)
+    flat["files"] = edit.note("Model files", edit.model_list(flat))
+    return Design(name, flat, root, subgraphs, extra_heights=dict(_HEIGHTS))
+
+
+def _root(conditions: Box, models: tuple[str, ...] = (), beside: str | None = None, height: int = 120) -> Box:
+    """The root graph from left to right; `conditions` stands between the memory manager and the sampler."""
+    n = _TEXT
+    pictures = row(
+        "report", column(n.decode, above=250), "memory_report", column(n.save, "chart"), title="Image and reports"
+    )
+    return row(
+        column("about", "files"),
+        row(n.model, *(column(name, above=120) for name in models), title="Model"),
+        column("attention", row(column(n.clip, n.vae), "memory"), title="Faster, in less memory"),
+        conditions,
+        column("sampler", above=height),
+        column(*([row(beside, title="Saved for later runs")] if beside else []), pictures, above=height),
+    )
+
+
+def _manage(flat: Flat, n: _Numbers) -> None:
+    """The pack's loaders, with attention and memory nodes behind the model."""
+    edit.lowbit_loaders(flat)
+    attention = edit.insert(flat, "attention", edit.own("LowbitAttention"), "model", (n.model, 0))
+    edit.insert(flat, "memory", edit.own("LowbitMemoryManager"), "model", attention)
+    edit.relink(flat, (n.clip, 0), ("memory", 1))
+    edit.relink(flat, (n.vae, 0), ("memory", 2))
+    flat["memory"].links |= {"clip": (n.clip, 0), "vae": (n.vae, 0)}
+
+
+def _sampler(n: _Numbers, lightning: str, positive: Source, negative: Source, latent: Source) -> Subgraph:
+    """The sampler, with the choice between all steps and the few of the Lightning LoRA."""
+    pairs = (n.steps, n.cfg)
+    numbers = column(*(key for triple in pairs for key in triple[:2]), title="Normal, Lightning")
+    switches = column(
+        n.switch,
+        *(column(triple[2], above=above) for triple, above in zip(pairs, (300, 156), strict=True)),
+        title="Normal or Lightning",
+    )
+    return Subgraph(
+        "Sample",
+        row(
+            column(column(n.lora, title="Lightning LoRA"), numbers, gap=160),
+            column(n.lightning, above=880),
+            switches,
+            *n.sampling,
+            column(n.sample, above=220),
+        ),
+        inputs={"model": ("memory", 0), "positive": positive, "negative": negative, "latent": latent},
+        outputs={"model": (n.sampling[-1], 0), "latent": (n.sample, 0)},
+        widgets=[
+            Exposed("seed", ((n.sample, "seed"),)),
+            Exposed(lightning, ((n.lightning, "value"),)),
+            Exposed("Lightning LoRA", ((n.lora, "lora_name"),)),
+        ],
+        level=260,
+    )
