@@ -93,6 +93,8 @@ class ManagedVAE:
     def _begin(self, phase: str, working: float) -> None:
         settings, node_id = self._lowbit_memory
         session().manage(node_id, settings.limit_bytes)
+        if self.device.type == "cpu" and session().device.torch_device.type != "cpu":
+            session().say("The VAE works on the CPU, where --cpu-vae or a node has put it: that takes minutes.")
         make_way(settings.row.release_before_decode, self.patcher, working, what=f"the VAE to {phase}")
         session().observe(phase)
 

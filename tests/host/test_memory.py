@@ -555,6 +555,18 @@ def test_pixels_are_estimated_in_the_shape_that_core_gives_them(host):
     assert vae._pixel_shape(pixels[None]) == (1, 3, 5, 64, 32)
 
 
+@pytest.mark.parametrize(
+    ("where", "gpu", "said"), [("cpu", "cuda", True), ("cuda", "cuda", False), ("cpu", "cpu", False)]
+)
+def test_a_vae_that_was_put_on_the_cpu_is_told_of(host, device, where, gpu, said):
+    device.torch_device = torch.device(gpu, 0) if gpu == "cuda" else torch.device(gpu)
+    vae = type("V", (host.decoding.ManagedVAE,), {})()
+    vae.device, vae.patcher = torch.device(where), FakePatcher(None, torch.device(where))
+    vae._lowbit_memory = (Settings("speed"), "7")
+    vae._begin("decode", 0)
+    assert any("on the CPU" in note for note in host.session.session().ledger.run.notes) is said
+
+
 def test_a_managed_class_is_made_once_and_is_still_cores(host):
     class Core:
         pass
