@@ -30,21 +30,25 @@ def _attention(
     handle: int,
     scale: float | None,
     exact: bool,
+    precision: torch.dtype | None,
+    block: int | None,
     heads_first: bool,
 ) -> torch.Tensor:
-    out = _OVERRIDES[handle].run_compiled(q, k, v, mask, scale, exact, heads_first)
+    out = _OVERRIDES[handle].run_compiled(q, k, v, mask, scale, exact, precision, block, heads_first)
     return out.contiguous()
 
 
-def _attention_shape(q, k, v, mask, handle, scale, exact, heads_first):
+def _attention_shape(q, k, v, mask, handle, scale, exact, precision, block, heads_first):
     batch, heads, length, _ = q.shape
     if heads_first:
         return q.new_empty(batch, heads, length, v.shape[-1])
     return q.new_empty(batch, length, heads * v.shape[-1])
 
 
+# block is a SymInt: as an int, every block of a model compiled block by block would be compiled anew.
 _SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor? mask, int handle, float? scale, bool exact, bool heads_first) -> Tensor"
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, int handle, float? scale, bool exact, ScalarType? precision, "
+    "SymInt? block, bool heads_first) -> Tensor"
 )
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import logging
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from comfy_execution.utils import get_executing_context
 
 from ..attention.checks import is_finite
+from ..attention.schedule import CALLS_AHEAD, StepCounter
+from .attention_routes import ROUTES
 
 if TYPE_CHECKING:
     from .attention import AttentionOverride
@@ -23,56 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("lowbit.attention")
 
 KEY = "lowbit_attention"
-# Models that build an attention mask from a text mask in every block -> the argument of their forward that holds it.
+# Models that build an attention mask from a text mask in every block -> the name of that mask among the model's inputs.
 TEXT_MASKS = {"QwenImageTransformer2DModel": "attention_mask"}
-# Modules that call attention without transformer_options, which is how core's override passes them by.
-BYPASSING_MODULES = ("comfy.ldm.wan.model_multitalk", "comfy.ldm.wan.model_animate")
-# The transformer_options of the model call this thread is in.
-_OPTIONS: ContextVar[dict[str, Any] | None] = ContextVar("lowbit_attention_options", default=None)
-
-
-class _Routes:
-    """Gives the attention function of the bypassing modules the current transformer_options while a model call runs."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._users = 0
-        self._originals: dict[str, Callable[..., torch.Tensor]] = {}
-
-    @contextlib.contextmanager
-    def open(self, options: dict[str, Any] | None) -> Iterator[None]:
-        """For the length of one model call in this thread."""
-        token = _OPTIONS.set(options)
-        with self._lock:
-            self._users += 1
-            for name in BYPASSING_MODULES:
-                module: Any = sys.modules.get(name)
-                if module is not None and name not in self._originals:
-                    self._originals[name] = module.optimized_attention
-                    module.optimized_attention = _with_options(module.optimized_attention)
-        try:
-            yield
-        finally:
-            _OPTIONS.reset(token)
-            with self._lock:
-                self._users -= 1
-                if not self._users:
-                    for name, original in self._originals.items():
-                        setattr(sys.modules[name], "optimized_attention", original)  # noqa: B010
-                    self._originals.clear()
-
-
-def _with_options(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def optimized_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
-        options = _OPTIONS.get()
-        if options is not None:
-            kwargs.setdefault("transformer_options", options)
-        return original(*args, **kwargs)
-
-    return optimized_attention
-
-
-_ROUTES = _Routes()
 
 
 class SamplingHooks:
@@ -81,7 +31,7 @@ class SamplingHooks:
     def __init__(self, override: AttentionOverride):
         self.override = override
         self._prompt: str | None = None
-        self._sigmas: list[float] = []
+        self._steps = StepCounter(())
         self._trivial_text_masks: set[Any] = set()
         self._check_outputs = True
 
@@ -94,52 +44,86 @@ class SamplingHooks:
             dispatcher.report.clear()
         dispatcher.begin_run()
         self._check_outputs = True
+        before = dispatcher.report.calls
         try:
-            return executor(*args, **kwargs)
+            out = executor(*args, **kwargs)
         finally:
             dispatcher.end_run()
             self._trivial_text_masks.clear()
-            self._sigmas = []
+            self._steps = StepCounter(())
             self.override.exact_model_call = False
+        if dispatcher.report.calls == before:
+            self.override.say_unreached(getattr(getattr(executor, "class_obj", None), "model_options", {}))
+        return out
 
     def sampler_sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Once a run: which conditionings have a text mask that masks nothing, and the run's sigmas."""
+        """Once a run: which conditionings have a text mask that masks nothing, and the run's steps."""
         guider, sigmas = args[0], args[1]
         for conds in getattr(guider, "conds", {}).values():
             for cond in conds or ():
                 if _text_mask_masks_nothing(cond):
                     self._trivial_text_masks.add(cond.get("uuid"))
         if self.override.schedule.needs_sigma:
-            self._sigmas = [float(sigma) for sigma in sigmas.tolist()]
+            sampler = getattr(executor, "class_obj", None)
+            name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+            churns = (getattr(sampler, "extra_options", None) or {}).get("s_churn", 0) > 0
+            self._steps = StepCounter(sigmas.tolist(), CALLS_AHEAD.get(name, 0), churns)
+            if len(args) > 3:
+                args = (*args[:3], self._reporting(args[3]), *args[4:])
         return executor(*args, **kwargs)
+
+    def _reporting(self, callback: Callable[..., Any] | None) -> Callable[..., Any]:
+        """The sampler's callback, which also tells the counter of steps."""
+        steps = self._steps
+
+        def report(step: int, *args: Any, **kwargs: Any) -> Any:
+            steps.reported(step)
+            return None if callback is None else callback(step, *args, **kwargs)
+
+        return report
 
     def predict_noise(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Once a model call with a schedule: whether it is an exact one. Reads the sigma, which waits for the GPU."""
         if self.override.schedule.needs_sigma:
             sigma = float(args[1].max())
-            self.override.exact_model_call = self.override.schedule.exact_at(sigma, self._sigmas)
+            self.override.exact_model_call = self.override.schedule.exact_at(sigma, self._steps)
         return executor(*args, **kwargs)
 
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """One forward of the model: drops an idle text mask, routes the audio attention, and looks at the result.
+        """One forward: the options it works on, which say the block, go to the attention calls that pass none.
+
+        A compiled forward is left alone: it uses the options of `apply_model`, and is traced in one piece.
+        """
+        if torch.compiler.is_compiling():
+            return executor(*args, **kwargs)
+        names = _parameters(getattr(executor.original, "__func__", executor.original))
+        with ROUTES.open(_argument(names, args, kwargs, "transformer_options")):
+            return executor(*args, **kwargs)
+
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """One model call, of every kind of model: drops an idle text mask, routes the audio attention, checks the result.
 
         A result with NaN or Inf in it that lossy backends had a part in is thrown away: they are struck off and the
-        forward is done again. The look waits for the GPU once a forward.
+        call is made again, with what the first one used up put back. The look waits for the GPU once a model call.
         """
         names = _parameters(getattr(executor.original, "__func__", executor.original))
         options = _argument(names, args, kwargs, "transformer_options")
-        arguments = self._without_idle_text_mask(executor.class_obj, names, list(args), kwargs, options)
+        self._drop_idle_text_mask(executor.class_obj, kwargs, options)
+        control = _copied_lists(_argument(names, args, kwargs, "control"))
+        caches = _copied_caches(options)
         dispatcher = self.override.dispatcher
-        dispatcher.masks.new_model_call()
-        with _ROUTES.open(options):
+        dispatcher.begin_model_call()
+        with ROUTES.open(options):
             before = dispatcher.lossy_calls
-            out = executor(*arguments, **kwargs)
+            out = executor(*args, **kwargs)
             if dispatcher.lossy_calls == before or not self._check_outputs or _finite(out):
                 return out
             barred = dispatcher.bar_lossy("the model's output had NaN or Inf in it")
             log.warning("The model's output was not finite; doing the step again without %s.", ", ".join(barred))
             dispatcher.report.model_calls_repeated += 1
-            out = executor(*arguments, **kwargs)
+            for cache, before_call in caches:
+                cache.update(before_call)
+            out = executor(*_with(names, args, kwargs, "control", control), **kwargs)
             if not _finite(out):
                 dispatcher.unbar(barred)
                 self._check_outputs = False
@@ -148,22 +132,15 @@ class SamplingHooks:
                 )
             return out
 
-    def _without_idle_text_mask(
-        self, model: Any, names: tuple[str, ...], args: list[Any], kwargs: dict[str, Any], options: dict | None
-    ) -> list[Any]:
-        """The arguments with the text mask replaced by None, when every conditioning in the batch has an idle one."""
-        name = TEXT_MASKS.get(type(model).__name__)
+    def _drop_idle_text_mask(self, model: Any, kwargs: dict[str, Any], options: dict[str, Any] | None) -> None:
+        """Takes the text mask out of the inputs, when every conditioning in the batch has an idle one."""
+        network = getattr(model, "diffusion_model", None)
+        name = TEXT_MASKS.get(type(getattr(network, "_orig_mod", network)).__name__)
         uuids = options.get("uuids") if options else None
-        if name is None or not uuids or not self._trivial_text_masks.issuperset(uuids):
-            return args
-        if _argument(names, args, kwargs, name) is None:
-            return args
-        self.override.dispatcher.report.masks_dropped += 1
-        if name in kwargs:
-            kwargs[name] = None
-            return args
-        index = names.index(name)
-        return [*args[:index], None, *args[index + 1 :]]
+        if name is None or not uuids or not self._trivial_text_masks.issuperset(uuids) or kwargs.get(name) is None:
+            return
+        del kwargs[name]
+        self.override.dispatcher.report.text_masks_dropped += 1
 
 
 @functools.cache
@@ -181,6 +158,29 @@ def _argument(names: tuple[str, ...], args: Any, kwargs: dict[str, Any], name: s
     return args[index] if index < len(args) else None
 
 
+def _with(names: tuple[str, ...], args: Any, kwargs: dict[str, Any], name: str, value: Any) -> tuple[Any, ...]:
+    """The positional arguments with another value for `name`; a keyword is changed in place."""
+    if name in kwargs:
+        kwargs[name] = value
+        return tuple(args)
+    index = names.index(name) if name in names else len(args)
+    return tuple(value if number == index else arg for number, arg in enumerate(args))
+
+
+def _copied_lists(control: Any) -> Any:
+    """ControlNet's outputs as they are now: UNet models pop them from their lists as they go."""
+    if not isinstance(control, dict):
+        return control
+    return {name: list(value) if isinstance(value, list) else value for name, value in control.items()}
+
+
+def _copied_caches(options: dict[str, Any] | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The key and value caches of autoregressive Wan, each with what it says now: a forward moves their ends on."""
+    state = (options or {}).get("ar_state") or {}
+    caches = [cache for name in ("kv_caches", "crossattn_caches") for cache in state.get(name) or ()]
+    return [(cache, dict(cache)) for cache in caches if isinstance(cache, dict)]
+
+
 def _text_mask_masks_nothing(cond: dict[str, Any]) -> bool:
     """Whether a conditioning's attention mask keeps every token: ones where it counts, zeros where it is added."""
     mask = getattr(cond.get("model_conds", {}).get("attention_mask"), "cond", None)
@@ -190,6 +190,9 @@ def _text_mask_masks_nothing(cond: dict[str, Any]) -> bool:
 
 
 def _finite(out: Any) -> bool:
+    """Whether a model's output, a tensor or a list of them (one a modality), is finite."""
+    if isinstance(out, (list, tuple)):
+        return all(map(_finite, out))
     if not isinstance(out, torch.Tensor) or (out.is_cuda and torch.cuda.is_current_stream_capturing()):
         return True
     return is_finite(out)

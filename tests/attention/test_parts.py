@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lowbit.attention import checks, masks
 from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS, AttentionCall
 from lowbit.attention.ranking import RANKS, order_for
-from lowbit.attention.schedule import Schedule, parse_blocks, step_of
+from lowbit.attention.schedule import CALLS_AHEAD, Schedule, StepCounter, parse_blocks, step_of
 from lowbit.attention.timing_cache import FILE_NAME, TimingCache
 from lowbit.errors import LowbitError
 
@@ -197,6 +197,44 @@ def test_steps_are_found_by_sigma():
     assert step_of(0.0, sigmas) == 3
 
 
+FALLING = [1.0, 0.8, 0.6, 0.4, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("calls_ahead", "churns", "calls"),
+    [
+        (0, False, [(1.0, 0), "r0", (0.8, 1), "r1", (0.6, 2), "r2", (0.4, 3), "r3"]),
+        # dpm_2: between the steps' sigmas
+        (0, False, [(1.0, 0), "r0", (0.9, 0), (0.8, 1), "r1", (0.7, 1), (0.6, 2), "r2", (0.5, 2), (0.4, 3), "r3"]),
+        # heun: once more at the next step's sigma
+        (1, False, [(1.0, 0), "r0", (0.8, 0), (0.8, 1), "r1", (0.6, 1), (0.6, 2), "r2", (0.4, 2), (0.4, 3), "r3"]),
+        # heunpp2: at the next two, but at one before the last
+        (2, False, [(1.0, 0), "r0", (0.8, 0), (0.6, 0), (0.8, 1), "r1", (0.6, 1), (0.4, 1), (0.6, 2), "r2", (0.4, 2),
+                    (0.4, 3), "r3"]),
+        # euler with s_churn: above the step's sigma
+        (0, True, [(1.05, 0), "r0", (0.84, 1), "r1", (0.63, 2), "r2", (0.42, 3), "r3"]),
+    ],
+)  # fmt: skip
+def test_model_calls_are_counted_with_their_step(calls_ahead, churns, calls):
+    counter = StepCounter(FALLING, calls_ahead, churns)
+    for call in calls:
+        if isinstance(call, str):
+            counter.reported(int(call[1:]))
+        else:
+            assert counter.step(call[0]) == call[1], call
+
+
+def test_rising_sigmas_count_up_too():
+    rising = [0.001, 0.25, 0.5, 0.75, 1.0]
+    assert [step_of(sigma, rising) for sigma in rising[:-1]] == [0, 1, 2, 3]
+    assert step_of(0.5, [0.5, 0.0]) == 0
+    assert step_of(0.1, [0.1, 1.0]) == 0
+
+
+def test_the_samplers_that_call_ahead_are_cores_names():
+    assert all(name.startswith("sample_") and "heun" in name for name in CALLS_AHEAD)
+
+
 @pytest.mark.parametrize(
     ("schedule", "exact"),
     [
@@ -210,7 +248,8 @@ def test_steps_are_found_by_sigma():
 )
 def test_schedules(schedule, exact):
     sigmas = [14.6, 8.0, 3.0, 1.0, 0.0]
-    assert [schedule.exact_at(sigma, sigmas) for sigma in sigmas[:-1]] == [bool(x) for x in exact]
+    counter = StepCounter(sigmas)
+    assert [schedule.exact_at(sigma, counter) for sigma in sigmas[:-1]] == [bool(x) for x in exact]
     assert schedule.needs_sigma is any(exact)
 
 

@@ -157,7 +157,7 @@ def test_qwens_text_mask_is_dropped_when_idle_and_honoured_when_not(attention, d
     assert relative_error(got, want) < NEAR
     masked = [row for row in report["calls"] if row["mask"]]
     assert bool(masked) is bool(dropped)
-    assert (report["masks_dropped"] > 0) is (dropped == 0)
+    assert (report["text_masks_dropped"] > 0) is (dropped == 0)
     assert (relative_error(want, plain) > 10 * NEAR) is bool(dropped), "a real mask must show, an idle one must not"
 
 

@@ -1,76 +1,32 @@
-"""The override on a model: it honours everything core passes, chains, routes the audio attention, and repeats a broken step."""
+"""The override on a model: it honours everything core passes, chains with other overrides, and never gets in the way."""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
-import time
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from demo import comfyui
-from lowbit.attention.dispatch import Dispatcher
 from lowbit.attention.environment import Environment
 from lowbit.attention.plan import Policy
 from lowbit.attention.schedule import Schedule
 
 _spec = importlib.util.spec_from_file_location(
-    "attention_fakes", Path(__file__).parent.parent / "attention" / "fakes.py"
+    "attention_host_support", Path(__file__).parent.parent / "attention" / "host_support.py"
 )
-fakes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fakes)
+support = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(support)
+fakes, counts, layouts, options, override = (
+    support.fakes, support.counts, support.layouts, support.options, support.override,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def host():
-    """The host modules, with ComfyUI on its CPU setting."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
-    if str(path) not in sys.path:
-        sys.path.append(str(path))
-    from comfy.cli_args import args
-
-    args.cpu = True
-    import comfy.ldm.modules.attention
-    import comfy.model_patcher
-
-    from lowbit.host import attention, attention_hooks
-
-    return types.SimpleNamespace(
-        attention=attention,
-        hooks=attention_hooks,
-        core=comfy.ldm.modules.attention,
-        patcher=comfy.model_patcher.ModelPatcher,
-    )
-
-
-def override(host, *backends, policy=None, schedule=None, previous=None):
-    backends = backends or (fakes.backend("sdpa_like"),)
-    dispatcher = Dispatcher(
-        policy or Policy("auto", "fast"),
-        backends=backends,
-        ranks=fakes.rank(*(b.name for b in backends), budget=None),
-    )
-    return host.attention.AttentionOverride(dispatcher, schedule or Schedule(), previous)
-
-
-def counts(target):
-    return target.report()["calls_by_backend"]
-
-
-def options(target, **more):
-    return {"optimized_attention_override": target, **more}
-
-
-def layouts(q, k, v):
-    """The two input layouts of core: heads first, and merged."""
-    merged = [x.transpose(1, 2).flatten(2) for x in (q, k, v)]
-    return {True: (q, k, v), False: merged}
+    """The host modules."""
+    return support.load()
 
 
 @pytest.mark.parametrize("gqa", [False, True])
@@ -203,6 +159,65 @@ def test_cores_own_choice_becomes_the_last_resort(host):
     assert len(chosen) == 1, "nothing is measured on a CPU, so the call ends at the kernel the user chose"
 
 
+@pytest.mark.parametrize("request_exact", ["budget", "low_precision", "precision", "step"])
+@pytest.mark.parametrize("backend", ["auto", "measured"])
+def test_what_must_be_exact_never_ends_at_a_lossy_kernel_chosen_before(host, backend, request_exact):
+    """As with --use-sage-attention or the INT8 choice of ModelAttentionBackend."""
+
+    def lossy(*args, **kwargs):
+        return host.core.attention_pytorch(*args, **kwargs) + 100
+
+    model = patcher(host)
+    model.set_model_optimized_attention(lossy)
+    patched = install(host, model, backend, "exact" if request_exact == "budget" else "fast")
+    target = host.attention.find(patched)
+    target.exact_model_call = request_exact == "step"
+    keywords = {
+        "low_precision": {"low_precision_attention": False},
+        "precision": {"attn_precision": torch.float32},
+    }.get(request_exact, {})
+    q, k, v = layouts(*fakes.qkv())[False]
+    keywords |= {"transformer_options": patched.model_options["transformer_options"]}
+    want = host.core.attention_pytorch(q, k, v, 2)
+    for _ in range(3):
+        torch.testing.assert_close(host.core.attention_pytorch(q, k, v, 2, **keywords), want, rtol=1e-3, atol=1e-4)
+    assert counts(target).keys() <= {"core_pytorch", "sdpa"}
+
+
+def test_cores_exact_functions_are_known_wrapped_and_bare(host):
+    core = host.core
+    for function in (core.attention_pytorch, core.attention_sub_quad, core.attention_split, core.attention_basic):
+        assert function in host.attention.EXACT_FUNCTIONS
+        assert function.__wrapped__ in host.attention.EXACT_FUNCTIONS, "what core hands to an override"
+    for function in (core.attention_sage, core.attention3_sage, core.attention_comfy_kitchen_int8):
+        assert function not in host.attention.EXACT_FUNCTIONS
+        assert function.__wrapped__ not in host.attention.EXACT_FUNCTIONS
+    model = patcher(host)
+    model.set_model_optimized_attention(core.attention_pytorch)
+    assert host.attention.find(install(host, model))._chosen is core.attention_pytorch
+
+
+def test_calls_that_cannot_be_taken_are_counted_and_stay_exact(host):
+    def lossy(*args, **kwargs):
+        kwargs.pop("unheard_of", None)
+        return host.core.attention_pytorch(*args, **kwargs) + 100
+
+    q, k, v = layouts(*fakes.qkv())[False]
+    target = override(host)
+    keywords = {"heads": 2, "_inside_attn_wrapper": True, "unheard_of": 1}
+    assert target(lossy, q, k, v, **keywords).mean() > 50
+    out = target(lossy, q, k, v, **keywords, low_precision_attention=False)
+    torch.testing.assert_close(out, host.core.attention_pytorch(q, k, v, 2))
+    flat = k.transpose(1, 2)
+    target(lambda *args, **kwargs: torch.zeros(1), q, flat, flat, heads=2)
+    assert target.report()["unhandled"] == [
+        {"reason": host.attention.UNKNOWN_ARGUMENTS, "calls": 2},
+        {"reason": host.attention.UNKNOWN_SHAPES, "calls": 1},
+    ]
+    assert "core: 2 calls as they came" in target.text()
+    assert counts(target) == {}
+
+
 def test_install_leaves_the_model_alone_and_replaces_its_own(host):
     model = patcher(host)
     first = install(host, model)
@@ -248,168 +263,6 @@ def test_weights_are_paired_with_attention_of_their_precision(host, monkeypatch,
     assert host.attention.paired_backend(model, gpu) == paired
 
 
-@torch.no_grad()
-def test_audio_attention_is_routed_while_a_model_call_runs_and_only_then(host):
-    import comfy.ldm.wan.model_multitalk as multitalk
-
-    original = multitalk.optimized_attention
-    attention = multitalk.SingleStreamAttention(32, 8, 4, True, operations=torch.nn)
-    x, audio = torch.randn(1, 2 * 6, 32), torch.randn(2, 5, 8)
-    want = attention(x, audio, (2, 2, 3))
-    target = override(host)
-    with host.hooks._ROUTES.open(options(target)):
-        out = attention(x, audio, (2, 2, 3))
-        with host.hooks._ROUTES.open(None):
-            attention(x, audio, (2, 2, 3))
-    torch.testing.assert_close(out, want)
-    assert target.report()["calls"][0]["kv_len"] == 5
-    assert multitalk.optimized_attention is original
-    attention(x, audio, (2, 2, 3))
-    assert sum(counts(target).values()) == 1
-
-
-class Forward:
-    """A diffusion model whose forward is one attention call; optionally broken whatever the attention."""
-
-    def __init__(self, target, host, broken=False):
-        self.target, self.host, self.broken = target, host, broken
-        self.masks = []
-
-    def __call__(self, x, timestep, context, attention_mask=None, transformer_options={}, **kwargs):  # noqa: B006
-        self.masks.append(attention_mask)
-        q, k, v = layouts(*fakes.qkv())[False]
-        out = self.host.core.attention_pytorch(q, k, v, 2, transformer_options=options(self.target))
-        return out / 0 if self.broken else out
-
-
-def executor(forward, name="SomeModel"):
-    def call(*args, **kwargs):
-        return forward(*args, **kwargs)
-
-    call.original = lambda x, timestep, context, attention_mask=None, transformer_options={}: None  # noqa: B006
-    call.class_obj = type(name, (), {})()
-    return call
-
-
-def test_a_step_that_ends_in_nan_is_done_again_exactly(host):
-    broken_later = iter([False] * 6)
-
-    def late_nan(q, k, v, mask, scale):
-        out = fakes.attend(q, k, v, mask, scale)
-        return out if next(broken_later, True) is False else out * torch.nan
-
-    target = override(host, fakes.backend("lossy", late_nan, error_class="fast"), fakes.backend("good"))
-    hooks = host.hooks.SamplingHooks(target)
-    run = executor(Forward(target, host))
-    for _ in range(6):
-        assert torch.isfinite(hooks.diffusion_model(run, None, None, None)).all()
-    assert torch.isfinite(hooks.diffusion_model(run, None, None, None)).all()
-    assert target.report()["model_calls_repeated"] == 1
-    assert target.report()["struck_off"][0]["backend"] == "lossy"
-    assert "repeated" in target.text()
-
-
-def test_a_model_that_is_broken_itself_is_not_blamed_on_attention(host):
-    target = override(host, fakes.backend("lossy", error_class="fast"), fakes.backend("good"))
-    hooks = host.hooks.SamplingHooks(target)
-    run = executor(Forward(target, host, broken=True))
-    for _ in range(3):
-        hooks.diffusion_model(run, None, None, None)
-    assert target.report()["struck_off"] == []
-    assert target.report()["model_calls_repeated"] == 1
-
-
-@pytest.mark.parametrize("by_keyword", [False, True])
-@pytest.mark.parametrize("idle", [False, True])
-def test_qwens_text_mask_is_looked_at_once_a_run_and_dropped_when_idle(host, idle, by_keyword):
-    target = override(host)
-    hooks = host.hooks.SamplingHooks(target)
-    forward = Forward(target, host)
-    run = executor(forward, "QwenImageTransformer2DModel")
-    text_mask = torch.ones(1, 7, dtype=torch.int64)
-    text_mask[0, 0] = idle
-    cond = {"uuid": "a", "model_conds": {"attention_mask": types.SimpleNamespace(cond=text_mask)}}
-    guider = types.SimpleNamespace(conds={"positive": [cond]})
-    transformer_options = options(target, uuids=["a"])
-    given = {"attention_mask": text_mask} if by_keyword else {}
-    positional = () if by_keyword else (text_mask,)
-
-    def steps(*args, **kwargs):
-        for _ in range(3):
-            hooks.diffusion_model(run, None, None, None, *positional, transformer_options=transformer_options, **given)
-
-    def sampling(*args, **kwargs):
-        return hooks.sampler_sample(steps, guider, torch.tensor([1.0, 0.5, 0.0]))
-
-    hooks.outer_sample(sampling)
-    assert all((mask is None) is idle for mask in forward.masks)
-    assert len(forward.masks) == 3
-    other = executor(Forward(target, host), "AnotherModel")
-    hooks.diffusion_model(other, None, None, None, text_mask, transformer_options=transformer_options)
-
-
-def test_the_schedule_makes_the_right_steps_exact(host):
-    target = override(host, schedule=Schedule(first_steps=1, last_steps=2))
-    hooks = host.hooks.SamplingHooks(target)
-    sigmas = torch.tensor([1.0, 0.9, 0.7, 0.4, 0.2, 0.0])
-    exact = []
-
-    def sampler(*args, **kwargs):
-        for sigma in sigmas[:-1]:
-            hooks.predict_noise(lambda *a, **k: exact.append(target.exact_model_call), None, sigma[None])
-
-    hooks.outer_sample(lambda: hooks.sampler_sample(sampler, types.SimpleNamespace(conds={}), sigmas))
-    assert exact == [True, False, False, True, True]
-    assert target.exact_model_call is False
-
-
-def test_a_compiled_model_is_traced_in_one_piece(host):
-    torch._dynamo.reset()
-    target = override(host)
-    q, k, v = layouts(*fakes.qkv(heads=4))[False]
-
-    def layer(q, k, v):
-        return target(host.core.attention_pytorch, q * 1, k, v, 4, _inside_attn_wrapper=True) + 1
-
-    want = host.core.attention_pytorch(q, k, v, 4) + 1
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    for _ in range(2):
-        torch.testing.assert_close(compiled(q, k, v), want, rtol=1e-4, atol=1e-5)
-    assert counts(target) == {"sdpa_like": 2}
-
-
-def test_inductor_reads_a_slice_from_where_it_starts(host):
-    torch._dynamo.reset()
-    target = override(host)
-    x, weight = torch.randn(2, 9, 32), torch.randn(32, 96) * 0.2
-
-    def layer(x, attention):
-        q, k, v = (x @ weight).chunk(3, -1)
-        return attention(q[:, 4:], k[:, 2:], v[:, 2:])
-
-    def plain(q, k, v):
-        return host.core.attention_pytorch(q, k, v, 4)
-
-    def ours(q, k, v):
-        return target(host.core.attention_pytorch, q, k, v, 4, _inside_attn_wrapper=True)
-
-    with torch.no_grad():
-        got = torch.compile(lambda x: layer(x, ours), fullgraph=True)(x)
-        torch.testing.assert_close(got, layer(x, plain), rtol=1e-4, atol=1e-4)
-    assert counts(target) == {"sdpa_like": 1}
-
-
-def microseconds(call, rounds=15, calls=1000):
-    """The fastest round's time per call."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return min(times)
-
-
 def test_a_warm_call_through_the_override_adds_less_than_15_microseconds(host):
     """Against a bare kernel on the same views: splitting and merging heads is core's work too."""
     q, k, v = layouts(*fakes.qkv(heads=2, q_len=1, kv_len=1))[False]
@@ -427,5 +280,5 @@ def test_a_warm_call_through_the_override_adds_less_than_15_microseconds(host):
 
     for _ in range(10):
         through()
-    added = microseconds(through) - microseconds(bare)
-    assert added < 15 * fakes.slowness(), f"{added:.1f} us a call"
+    added = support.microseconds(through) - support.microseconds(bare)
+    assert added < 15, f"{added:.1f} us a call"
