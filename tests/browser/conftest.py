@@ -23,6 +23,14 @@ from demo.server import Server, prepare_base
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 READY = """() => window.app?.rootGraph && window.app.extensionManager?.command
     && window.LiteGraph?.registered_node_types?.LowbitMemoryManager"""
+# Resolves with the event that ends the next run, or with what is known after a while.
+ENDED = """(seconds) => {
+    window.lowbitEnded = new Promise((resolve) => {
+        for (const name of ["execution_success", "execution_error", "execution_interrupted"])
+            app.api.addEventListener(name, ({ detail }) => resolve([name, detail.exception_message ?? ""]));
+        setTimeout(() => resolve(["timeout", ""]), 1000 * seconds);
+    });
+}"""
 VIEWPORT = {"width": 1600, "height": 1000}
 
 
@@ -80,6 +88,16 @@ class Tab:
     def command(self, name: str) -> None:
         """Runs one of ComfyUI's commands."""
         self.evaluate("(name) => window.app.extensionManager.command.execute(name)", name)
+
+    def run(self, seconds: float = 240) -> None:
+        """Presses Run and waits for the end of the run, which must be a good one."""
+        self.evaluate(ENDED, seconds)
+        with self.page.expect_response(
+            lambda answer: answer.url.endswith("/prompt") and answer.request.method == "POST"
+        ) as queued:
+            self.page.get_by_test_id("queue-button").click()
+        assert queued.value.ok, queued.value.text()
+        assert self.evaluate("() => window.lowbitEnded") == ["execution_success", ""]
 
     def shot(self, name: str) -> Path:
         """Keeps a screenshot."""

@@ -20,6 +20,9 @@
       value: widget.value,
       options: widget.type === "combo" ? optionsOf(widget, node) : null,
     })),
+    linked: (node.widgets ?? [])
+      .filter((widget) => widget.serialize !== false)
+      .map((widget) => node.inputs?.some((slot) => slot.widget?.name === widget.name && slot.link != null) ?? false),
     unlinked: Object.values(node.constructor.nodeData?.inputs ?? {})
       .filter((input) => !input.isOptional && !FRONTEND_ONLY.has(node.type))
       .map((input) => node.inputs?.find((slot) => slot.name === input.name))
@@ -74,38 +77,61 @@
       .filter(([, element]) => element && element.clientHeight > 0 && element.scrollHeight > element.clientHeight + 4)
       .map(([node]) => `the text of note ${node.id} is longer than the note`);
 
-  /** Nodes that a link runs behind, from the points of the curve as LiteGraph draws it. */
+  /** The points that a link goes through: its ends, and its reroutes between. */
+  const pointsOf = (graph, link, from, to) => {
+    const between = [];
+    for (let next = graph.reroutes.get(link.parentId); next; next = graph.reroutes.get(next.parentId))
+      between.unshift(next.pos);
+    return [from.getOutputPos(link.origin_slot), ...between, to.getInputPos(link.target_slot)];
+  };
+
+  /** Points of the curve between two of them, as LiteGraph draws it. */
+  const curve = ([x0, y0], [x1, y1]) => {
+    const reach = Math.hypot(x1 - x0, y1 - y0) / 4;
+    return Array.from({ length: 99 }, (_, index) => {
+      const t = (index + 1) / 100;
+      const s = 1 - t;
+      const [a, b, c, d] = [s * s * s, 3 * s * s * t, 3 * s * t * t, t * t * t];
+      return [a * x0 + b * (x0 + reach) + c * (x1 - reach) + d * x1, (a + b) * y0 + (c + d) * y1];
+    });
+  };
+
+  const isInside = ([x, y], box) => x > box.left + 2 && x < box.right - 2 && y > box.top + 2 && y < box.bottom - 2;
+
+  /** Links that run behind a node they have nothing to do with. */
   const hidden = (graph) => {
     const found = [];
     for (const link of graph.links.values()) {
-      const from = graph.getNodeById(link.origin_id);
-      const to = graph.getNodeById(link.target_id);
+      const [from, to] = [graph.getNodeById(link.origin_id), graph.getNodeById(link.target_id)];
       if (!from || !to) continue;
-      const [x0, y0] = from.getOutputPos(link.origin_slot);
-      const [x1, y1] = to.getInputPos(link.target_slot);
-      const reach = Math.hypot(x1 - x0, y1 - y0) / 4;
-      const at = (t) => {
-        const s = 1 - t;
-        const [a, b, c, d] = [s * s * s, 3 * s * s * t, 3 * s * t * t, t * t * t];
-        return [a * x0 + b * (x0 + reach) + c * (x1 - reach) + d * x1, (a + b) * y0 + (c + d) * y1];
-      };
-      for (const node of graph.nodes) {
-        if (node === from || node === to) continue;
-        const box = boxOf(node);
-        const inside = Array.from({ length: 99 }, (_, index) => at((index + 1) / 100)).filter(
-          ([x, y]) => x > box.left + 2 && x < box.right - 2 && y > box.top + 2 && y < box.bottom - 2,
-        );
-        if (inside.length > 0)
+      const points = pointsOf(graph, link, from, to);
+      const path = points.slice(1).flatMap((point, index) => curve(points[index], point));
+      for (const node of graph.nodes)
+        if (node !== from && node !== to && path.some((point) => isInside(point, boxOf(node))))
           found.push(`the link from ${from.title} ${from.id} to ${to.title} ${to.id} runs behind ${node.title} ${node.id}`);
-      }
     }
     return found;
+  };
+
+  /** Nodes that lie on each other as Nodes 2.0 draws them, which is taller than the canvas does. */
+  const overlapsInVue = () => {
+    const boxes = [...document.querySelectorAll("[data-node-id]")].map((element) => [element, element.getBoundingClientRect()]);
+    return boxes.flatMap(([a, first], index) =>
+      boxes
+        .slice(index + 1)
+        .filter(([, second]) => overlap(first, second))
+        .map(([b, second]) => {
+          const deep = Math.round((Math.min(first.bottom, second.bottom) - Math.max(first.top, second.top)) / app.canvas.ds.scale);
+          return `node ${a.dataset.nodeId} lies on node ${b.dataset.nodeId} by ${deep}`;
+        }),
+    );
   };
 
   window.lowbitTest = {
     nodes: () => graphs().flatMap((graph) => graph.nodes.map((node) => describe(graph, node))),
     problems: () =>
       graphs().flatMap((graph) => [overlaps, cutTitles, cutValues, cutText, hidden].flatMap((check) => check(graph))),
+    overlapsInVue,
     dialogs: () => [...document.querySelectorAll("[role=dialog]")].map((dialog) => dialog.innerText.slice(0, 200)),
   };
 })();
