@@ -8,14 +8,14 @@ from .backends import CORE, AttentionCall
 
 ANY = (0, 2**62)
 MEASURED = "benchmarks/results/attention.json"
-UNMEASURED = "nothing measured on this compute capability: ComfyUI's own pick"
+UNMEASURED = "nothing measured on this compute capability"
 
 
 @dataclass(frozen=True)
 class Rank:
     """One row: where it applies, and the backends in order of speed there, the fastest first.
 
-    capability: inclusive range. q_len, kv_len, head_dim: inclusive ranges. masked: None for both.
+    capability: inclusive range. q_len, kv_len, head_dim: inclusive ranges.
     source: where the order comes from.
     """
 
@@ -26,7 +26,6 @@ class Rank:
     q_len: tuple[int, int] = ANY
     kv_len: tuple[int, int] = ANY
     head_dim: tuple[int, int] = ANY
-    masked: bool | None = None
 
     def applies(self, capability: tuple[int, int], budget: str, call: AttentionCall) -> bool:
         """Whether this row is the one for the call."""
@@ -36,14 +35,13 @@ class Rank:
             and self.q_len[0] <= call.q_len <= self.q_len[1]
             and self.kv_len[0] <= call.kv_len <= self.kv_len[1]
             and self.head_dim[0] <= call.head_dim <= self.head_dim[1]
-            and self.masked in (None, call.mask is not None)
         )
 
 
 HOPPER = ((9, 0), (9, 0))
 SAGE_FIRST = ("sageattn_3_fp8", "cudnn", CORE)
 
-# The first row that applies decides. Where none does, ComfyUI's own attention stays: nothing is known to be faster.
+# The first row that applies decides. Where none does, the planner times the backends.
 RANKS: tuple[Rank, ...] = (
     Rank(HOPPER, "exact", ("cudnn", CORE), MEASURED),
     Rank(HOPPER, "balanced", ("cudnn", CORE), MEASURED),

@@ -80,6 +80,7 @@ SHAPES = (
     Shape("head dim 64", 16, 8192, 8192, head_dim=64),
     Shape("head dim 80", 16, 8192, 8192, head_dim=80),
     Shape("head dim 96", 16, 8192, 8192, head_dim=96),
+    Shape("head dim 256", 16, 8192, 8192, head_dim=256),
     Shape("grouped heads 32/8", 32, 8192, 8192, kv_heads=8, flat=False),
     Shape("short 24 x 1024", 24, 1024, 1024, flat=False),
 )
@@ -250,7 +251,11 @@ def kernel_ms(row: dict) -> dict[str, float]:
 
 
 def judge(row: dict) -> None:
-    """What `auto` chose under each budget, against the best backend present under it and against core."""
+    """What `auto` chose under each budget, against the best backend present under it and against core.
+
+    over_best: the chosen kernel's time over the best kernel's, samples of one kernel pooled: whether the choice was right.
+    auto_over_best: the time of `auto` itself over the best time of a backend called by name: what the user gets.
+    """
     pooled = kernel_ms(row) | {CORE: row["core_ms"]}
     for budget, entry in row["budgets"].items():
         limit = ERROR_LIMITS[budget]
@@ -260,8 +265,8 @@ def judge(row: dict) -> None:
         best = min(allowed, key=pooled.__getitem__)
         entry["best"], entry["best_ms"] = best, pooled[best]
         entry["over_best"] = pooled[entry["chosen"]] / pooled[best]
-        alone = {name: row["core_ms"] if name == CORE else row["backends"][name]["ms"] for name in allowed}
-        entry["over_best_by_name"] = alone[entry["chosen"]] / min(alone.values())
+        alone = [row["core_ms"] if name == CORE else row["backends"][name]["ms"] for name in allowed]
+        entry["auto_over_best"] = entry["auto_ms"] / min(alone)
         entry["speedup_over_core"] = row["core_ms"] / entry["auto_ms"]
 
 
@@ -306,11 +311,11 @@ def targets(rows: list[dict]) -> list[dict]:
 
     slowest = min(b["speedup_over_core"] for r in rows for b in r["budgets"].values())
     over = max(b["over_best"] for r in rows for b in r["budgets"].values())
-    by_name = max(b["over_best_by_name"] for r in rows for b in r["budgets"].values())
+    by_name = max(b["auto_over_best"] for r in rows for b in r["budgets"].values())
     excess = max(e / ERROR_LIMITS[n] for r in rows for n, b in r["budgets"].items() for e in b["errors"].values())
     checks = [
-        ("chosen at most 1.03 x the best present, samples of one kernel pooled", over, over <= 1.03),
-        ("the same, each name's own samples (noise between names of one kernel)", by_name, by_name <= 1.03),
+        ("auto at most 1.03 x the best present called by name", by_name, by_name <= 1.03),
+        ("the kernel chosen at most 1.03 x the best kernel, samples of one kernel pooled", over, over <= 1.03),
         ("never slower than core (0.97 allows for noise)", slowest, slowest >= 0.97),
         ("error within the budget, all data", excess, excess <= 1),
     ]

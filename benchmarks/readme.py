@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lowbit.attention.backends import BACKENDS, ERROR_LIMITS
+from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS
 from lowbit.ops.formats import FORMATS, STORAGES
 from lowbit.ops.linear_describe import describe_linear
 
@@ -250,20 +250,43 @@ def rate(rows: int, row: dict[str, Any]) -> str:
 
 
 def attention() -> str:
-    """What `auto` chose per shape and budget, and how much faster than core it was."""
+    """What `auto` chose per shape and budget, how much faster than core it was, and what it chose on other data."""
     result = read("attention.json")
     if result is None:
         return ""
-    rows = []
-    for shape in result["shapes"]:
-        cells = [shape["name"], f"{shape['core_ms']:.3f}"]
-        for budget in ("exact", "balanced", "fast"):
-            choice = shape["budgets"][budget]
-            worst = max(choice["errors"].values())
-            cells.append(f"{choice['speedup_over_core']:.2f} x {choice['chosen']} ({percent(worst)})")
-        rows.append(tuple(cells))
-    caption = f"{result['gpu']}, torch {result['torch']}: times core's default, the backend chosen, its worst error."
-    return caption + "\n\n" + table(("shape", "core, ms", "exact", "balanced", "fast"), rows)
+    rows = [
+        (shape["name"], f"{shape['core_ms']:.3f}", *(attention_choice(shape, budget) for budget in BUDGETS))
+        for shape in result["shapes"]
+    ]
+    slowest = max(attention_over_best(shape, budget) for shape in result["shapes"] for budget in BUDGETS)
+    caption = (
+        f"{result['gpu']}, torch {result['torch']}, {result['date'][:10]}: times core's default, the backend chosen, its "
+        "worst error. Timed on Gaussian data; where outliers in K and V make another backend take over, that one follows. "
+        f"`auto` took at most {slowest:.2f} times as long as the fastest backend within the budget called by name."
+    )
+    return caption + "\n\n" + table(("shape", "core, ms", *BUDGETS), rows)
+
+
+def attention_choice(shape: dict[str, Any], budget: str) -> str:
+    """Speed, backend and worst error of each backend that a budget chose, with the data it was chosen on."""
+    choice = shape["budgets"][budget]
+    cells = []
+    for name in dict.fromkeys(choice["picks"].values()):
+        data = [kind for kind, pick in choice["picks"].items() if pick == name]
+        times = choice["speedup_over_core"]
+        if name != choice["chosen"]:
+            times = 1.0 if name == CORE else shape["core_ms"] / shape["backends"][name]["ms"]
+        where = "" if "gaussian" in data else f"{' and '.join(data)}: "
+        cells.append(f"{where}{times:.2f} x {name} ({percent(max(choice['errors'][kind] for kind in data))})")
+    return "; ".join(cells)
+
+
+def attention_over_best(shape: dict[str, Any], budget: str) -> float:
+    """The time of `auto` over that of the fastest backend of the budget's error classes, core's among them."""
+    limit = ERROR_LIMITS[budget]
+    ran = [entry for entry in shape["backends"].values() if "ms" in entry]
+    allowed = [entry["ms"] for entry in ran if ERROR_LIMITS[entry["error_class"]] <= limit]
+    return shape["budgets"][budget]["auto_ms"] / min([*allowed, shape["core_ms"]])
 
 
 def support() -> str:
@@ -277,18 +300,30 @@ def support() -> str:
 
 
 def attention_support() -> str:
-    """The attention backends' own words on where they run and what was tested."""
+    """The attention backends' own words on where they run, the error they are allowed, what was measured and where."""
+    shapes = (read("attention.json") or {"shapes": []})["shapes"]
     rows = [
         (
             f"`{backend.name}`",
             backend.title,
             f"compute capability {backend.needed_capability}" if backend.capabilities else "any",
             bound(ERROR_LIMITS[backend.error_class]),
+            worst_errors([shape["backends"][backend.name] for shape in shapes if backend.name in shape["backends"]]),
             ", ".join(backend.tested_on) or "not run",
         )
         for backend in BACKENDS
     ]
-    return table(("attention backend", "", "needs", "error", "run by us on"), rows)
+    header = ("attention backend", "", "needs", "allowed error", "worst measured, plain / outliers", "run by us on")
+    return table(header, rows)
+
+
+def worst_errors(entries: list[dict[str, Any]]) -> str:
+    """The largest error over all shapes, on data without outliers and with."""
+    errors = [entry["error"] for entry in entries if entry.get("error")]
+    if not errors:
+        return ""
+    plain = max(value for error in errors for kind, value in error.items() if kind != "outliers")
+    return f"{percent(plain)} / {percent(max(error['outliers'] for error in errors))}"
 
 
 def bound(limit: float) -> str:

@@ -28,7 +28,8 @@ class Attention(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Runs each attention call on the fastest backend that takes its shape within the error budget. The first "
-                "calls of every shape are checked; a backend that makes NaN or fails is replaced and the call done again."
+                "calls of every shape and some of every step are checked; a backend that makes NaN, errs too much or fails "
+                "is replaced and the call done again."
             ),
             search_aliases=["sage attention", "sageattention", "flash attention", "cudnn", "sdpa", "attention backend"],
             inputs=[
@@ -38,8 +39,9 @@ class Attention(io.ComfyNode):
                     options=[AUTO, MEASURED, *backend_names()],
                     default=AUTO,
                     tooltip=(
-                        "auto: a table by GPU and shape. measured: times the candidates on this graph when a shape first "
-                        "appears and remembers the winner on disk. A name: that one wherever it can run."
+                        "auto: a table by GPU and shape; on a GPU that is not in it, the same as measured. measured: times "
+                        "the candidates on this graph when a shape first appears and remembers the times on disk. A name: "
+                        "that one wherever it can run."
                     ),
                 ),
                 io.Combo.Input(
@@ -61,8 +63,8 @@ class Attention(io.ComfyNode):
                     "pair_with_weights",
                     default=True,
                     tooltip=(
-                        "With auto: FP4 weights go with sageattn_3_fp4 and FP8 weights with sageattn_3_fp8 where the GPU "
-                        "has them, and a balanced budget counts as fast."
+                        "With auto: FP4 weights admit sageattn_3_fp4 and FP8 weights sageattn_3_fp8 where the GPU has them "
+                        "and they are the fastest, and a balanced budget counts as fast."
                     ),
                 ),
                 io.Int.Input(
