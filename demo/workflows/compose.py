@@ -230,11 +230,22 @@ class _Level:
         for slot, (label, source) in enumerate(graph.inputs.items()):
             kind = writer.output_type(source)
             link = self._link(self._origin(source), (writer.numbers[key], slot), kind)
-            entries.append({"name": label, "type": kind, "link": link})
+            widget = {"widget": {"name": label}} if self._fed_widget(graph, source) else {}
+            entries.append({"name": label, "type": kind, **widget, "link": link})
         for exposed in graph.widgets:
             kind = self._widget_type(*exposed.targets[0])
             entries.append({"name": exposed.label, "type": kind, "widget": {"name": exposed.label}, "link": None})
         return entries
+
+    def _fed_widget(self, graph: Subgraph, source: Source) -> tuple[str, str] | None:
+        """The (node, widget) inside that an input sets, when it ends in a widget: its host then has one too."""
+        for name in graph.box.names():
+            for entry, found in self.writer.design.nodes[name].links.items():
+                if found == source and not _has(
+                    [e for e in self._sockets(self.writer.design.nodes[name]) if "widget" not in e], entry
+                ):
+                    return name, entry
+        return None
 
     def _widget_type(self, name: str, widget: str) -> str:
         node = self.writer.design.nodes[name]
@@ -411,7 +422,9 @@ class _Level:
         design = self.writer.design
         if name in design.subgraphs:
             graph = design.subgraphs[name]
-            values = [design.nodes[node].values[widget] for node, widget in (w.targets[0] for w in graph.widgets)]
+            fed = [self._fed_widget(graph, source) for source in graph.inputs.values()]
+            targets = [*filter(None, fed), *(exposed.targets[0] for exposed in graph.widgets)]
+            values = [design.nodes[node].values[widget] for node, widget in targets]
             return {"title": graph.title, "properties": {}, "widgets_values": values}
         node = design.nodes[name]
         title = {"title": node.title} if node.title else {}
@@ -463,7 +476,7 @@ def _bend(placement: Placement, way: str) -> list[tuple[int, int]]:
     left, right = min(x for x, *_ in corners), max(x + width for x, _, width, _ in corners)
     level = min(y for _, y, *_ in corners) - 60 if side == "over" else max(y + high for _, y, _, high in corners) + 20
     first = left - (14 if side == "near" else 80)
-    return [(first, level)] if side in ("before", "near") else [(first, level), (right + 20, level)]
+    return [(first, level)] if side in ("before", "near") else [(first, level), (right + 60, level)]
 
 
 def _has(entries: list[dict[str, Any]], name: str) -> bool:

@@ -174,8 +174,7 @@ def _root(conditions: Box, models: tuple[str, ...] = (), beside: str | None = No
         column("about", "files"),
         row(n.model, *(column(name, above=120) for name in models), title="Model"),
         column("attention", row(column(n.clip, n.vae), "memory"), title="Faster, in less memory"),
-        conditions,
-        column("sampler", above=height),
+        row(conditions, column("sampler", above=height), gap=160),
         column(*([row(beside, title="Saved for later runs")] if beside else []), pictures, above=height),
     )
 

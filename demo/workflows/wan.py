@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from . import edit
 from .compose import Design, Exposed, Subgraph
 from .layout import Box, column, row
-from .unfold import Flat, Source
+from .unfold import Flat
 from .widgets import ObjectInfo
 
 TEXT_TO_VIDEO = "video_wan2_2_14B_t2v"
@@ -80,12 +80,12 @@ _IMAGE = _Numbers(
     save="108",
 )  # fmt: skip
 
+_LATENT, _START, _PICTURE = "74", "98", "97"
+
 _HEIGHTS = {
     "about": 400, "files": 400, "positive": 150, "negative": 60, "save": 340, "chart": 240, "report_high": 160,
     "report_low": 160, "memory_report": 220,
 }  # fmt: skip
-
-_BESIDE_THE_PROMPTS = column("release", column("size"), above=90)
 
 
 def text_to_video(info: ObjectInfo) -> Design:
@@ -101,66 +101,38 @@ def in_16_gb(info: ObjectInfo) -> Design:
     for key in (n.high, n.low):
         name = flat[key].values["unet_name"]
         edit.rename_file(flat, key, "unet_name", name.replace("fp8_scaled", "fp16"))
+    release = edit.own("LowbitReleaseComponent", "Release the models", text_encoder=True, diffusion_model=True)
+    edit.insert(flat, "release_models", release, "value", (n.sample[1], 0))
     design = _text_to_video("fit_wan2.2_14B_in_16GB", flat, ABOUT_16GB)
     for key in (n.high, n.low):
         flat[key].values["format"] = "int4_asym_fast"
     flat[n.vae].values["precision"] = "bf16"
     for key in ("memory_high", "memory_low"):
         flat[key].values |= {"policy": "balanced", "vram_limit_gib": 15.0}
-    release = edit.own("LowbitReleaseComponent", "Release the models", text_encoder=True, diffusion_model=True)
-    edit.insert(flat, "release_models", release, "value", ("report_low", 0))
-    design.subgraphs["decode"].inputs["latent"] = ("release_models", 0)
-    design.box = _root(_BESIDE_THE_PROMPTS, ("release_models",))
     return design
 
 
 def _text_to_video(name: str, flat: Flat, about: str) -> Design:
-    n, latent = _TEXT, flat[_TEXT.sample[0]].links["latent_image"][0]
-    edit.lowbit_loaders(flat)
-    _manage(flat, n)
-    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
-    negative = edit.insert(flat, "release", release, "value", (n.negative, 0))
-    size = Subgraph(
-        "Size and length",
-        row(column(n.duration, n.fps), n.length, column(latent, above=120)),
-        inputs={},
-        outputs={"latent": (latent, 0), "fps": (n.fps, 0)},
-        widgets=[*_length_widgets(n), Exposed("width", ((latent, "width"),)), Exposed("height", ((latent, "height"),))],
-    )
-    sampler = _sampler(n, (n.positive, 0), negative, (latent, 0))
-    root = _root(_BESIDE_THE_PROMPTS)
-    return _design(name, flat, n, root, {"size": size, "sampler": sampler}, about, (f"under {n.negative} size",))
+    n, latent = _TEXT, _LATENT
+    size = [
+        *_length_widgets(n),
+        Exposed("width", ((latent, "width"),)),
+        Exposed("height", ((latent, "height"),)),
+    ]
+    return _design(name, flat, n, latent, size, about)
 
 
 def image_to_video(info: ObjectInfo) -> Design:
     """Wan 2.2 14B image to video."""
-    flat, n, image, start = edit.official_nodes(IMAGE_TO_VIDEO, info), _IMAGE, "97", "98"
-    edit.lowbit_loaders(flat)
+    flat, n = edit.official_nodes(IMAGE_TO_VIDEO, info), _IMAGE
     edit.retitle(flat, n97="First frame")
-    _manage(flat, n)
-    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
-    negative = edit.insert(flat, "release", release, "value", (start, 1))
-    size = Subgraph(
-        "Length",
-        row(column(n.duration, n.fps), n.length),
-        inputs={},
-        outputs={"length": (n.length, 1), "fps": (n.fps, 0)},
-        widgets=_length_widgets(n),
-    )
-    sampler = _sampler(n, (start, 0), negative, (start, 2))
-    root = _root(row(column(start, above=60), column("release", above=160)), image=image)
-    design = _design(
-        "wan2.2_14B_image_to_video", flat, n, root, {"size": size, "sampler": sampler},
-        ABOUT.format(template=f"*{IMAGE_TO_VIDEO}*"), (f"before {n.negative}", f"under {n.negative} size {start} release"),
-    )  # fmt: skip
-    design.routes |= {
-        (start, "vae"): (f"under {n.negative}",),
-        (start, "length"): (f"near {start}",),
-        ("sampler", "low noise model"): (f"over {n.positive} release",),
-        ("sampler", "latent"): ("under release",),
-    }
-    design.extra_heights[image] = 240
-    return design
+    size = [
+        *_length_widgets(n),
+        Exposed("width", ((_START, "width"),)),
+        Exposed("height", ((_START, "height"),)),
+    ]
+    about = ABOUT.format(template=f"*{IMAGE_TO_VIDEO}*")
+    return _design("wan2.2_14B_image_to_video", flat, n, _START, size, about, image=_PICTURE)
 
 
 def _length_widgets(n: _Numbers) -> list[Exposed]:
@@ -171,33 +143,60 @@ def _length_widgets(n: _Numbers) -> list[Exposed]:
 
 
 def _design(
-    name: str, flat: Flat, n: _Numbers, root: Box, subgraphs: dict[str, Subgraph], about: str, around: tuple[str, ...]
+    name: str, flat: Flat, n: _Numbers, latent: str, size: list[Exposed], about: str, image: str | None = None
 ) -> Design:
-    """Reports, notes, titles and the decode, which every Wan workflow has."""
+    """The whole workflow; `latent` makes the first latent, `image` loads the first frame."""
+    edit.lowbit_loaders(flat)
+    _manage(flat, n)
+    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
+    negative = edit.insert(flat, "release", release, "value", (n.negative, 0))
     _report(flat, n)
-    subgraphs["decode"] = Subgraph(
-        "Decode to video",
-        row(n.decode, n.video),
-        inputs={"latent": ("report_low", 0), "fps": (n.fps, 0), "vae": ("memory_low", 2)},
-        outputs={"video": (n.video, 0)},
-    )
     titles = {n.high: "High noise model", n.low: "Low noise model", n.clip: "Text encoder", n.vae: "VAE"}
     titles |= {n.positive: "Prompt", n.negative: "Negative prompt"}
     for key, title in titles.items():
         flat[key].title = title
     flat["about"] = edit.note("About", about)
     flat["files"] = edit.note("Model files", edit.model_list(flat))
+    before_decode = [key for key in ("release_models",) if key in flat]
+    generate = Subgraph(
+        "Sample: high noise, then low noise",
+        _inside(n, latent, before_decode),
+        inputs={
+            "high noise model": ("memory_high", 0),
+            "low noise model": ("memory_low", 0),
+            "positive": (n.positive, 0),
+            "negative": negative,
+            **({"first frame": (image, 0)} if image else {}),
+            "vae": ("memory_low", 2),
+        },
+        outputs={
+            "low noise model": (n.sampling[1], 0),
+            "high noise model": (n.sampling[0], 0),
+            "video": (n.video, 0),
+        },
+        widgets=[
+            *size,
+            Exposed("noise_seed", ((n.sample[0], "noise_seed"),)),
+            Exposed("4 steps (Lightning LoRA)", ((n.lightning, "value"),)),
+            Exposed("high noise LoRA", ((n.lora[0], "lora_name"),)),
+            Exposed("low noise LoRA", ((n.lora[1], "lora_name"),)),
+        ],
+        level=_CHANNEL,
+    )
+    below = ("release", *((image,) if image else ()))
+    routes = {
+        ("generate", "vae"): (f"before {n.negative}", f"under {n.negative} {' '.join(below)}"),
+        ("report_low", "model"): ("over report_high",),
+    }
     names = {"positive": n.positive, "negative": n.negative, "save": n.save}
-    routes = {("decode", "vae"): around, ("report_low", "model"): ("over report_high",)}
     heights = {names.get(key, key): height for key, height in _HEIGHTS.items()}
-    return Design(name, flat, root, subgraphs, routes, extra_heights=heights)
+    heights |= {image: 240} if image else {}
+    return Design(name, flat, _root(n, below), {"generate": generate}, routes, extra_heights=heights)
 
 
-def _root(conditions: Box, before_decode: tuple[str, ...] = (), image: str | None = None) -> Box:
-    """The root graph from left to right; `conditions` stands between the prompts and the sampler."""
-    n = _IMAGE if image else _TEXT
-    below = (image, column("size")) if image else ()
-    height = 620 if image else 400
+def _root(n: _Numbers, below: tuple[str, ...]) -> Box:
+    """The root graph from left to right; `below` stands between the prompts and the sampler."""
+    height = 480
     return row(
         column("about", "files"),
         column(n.high, n.low, title="Models"),
@@ -207,13 +206,14 @@ def _root(conditions: Box, before_decode: tuple[str, ...] = (), image: str | Non
             row(column(n.clip, n.vae), "memory_low"),
             title="Faster, in less memory",
         ),
-        row(column(n.positive, n.negative, *below), conditions, title="Prompt and size", gap=190, above=700),
-        column("sampler", above=height),
+        row(
+            row(column(n.positive, n.negative), column(*below, above=90), title="Prompt", gap=150, above=700),
+            column("generate", above=height),
+            gap=280,
+        ),
         row(
             "report_high",
             "report_low",
-            *before_decode,
-            column("decode", above=280),
             "memory_report",
             column(n.save, "chart"),
             title="Video and reports",
@@ -233,17 +233,17 @@ def _manage(flat: Flat, n: _Numbers) -> None:
 
 
 def _report(flat: Flat, n: _Numbers) -> None:
-    """Attention reports on the latent's way, the memory report on the video's."""
-    latent = (n.sample[1], 0)
+    """Attention and memory reports on the video's way to its file."""
+    video = (n.video, 0)
     for name, sampling in zip(("high", "low"), n.sampling, strict=True):
         report = edit.own("LowbitAttentionReport", f"Attention Report: {name} noise", {"model": (sampling, 0)})
-        latent = edit.insert(flat, f"report_{name}", report, "after", latent)
-    edit.insert(flat, "memory_report", edit.own("LowbitMemoryReport"), "value", (n.video, 0))
+        video = edit.insert(flat, f"report_{name}", report, "after", video)
+    edit.insert(flat, "memory_report", edit.own("LowbitMemoryReport"), "value", video)
     flat["chart"] = edit.own("PreviewImage", "Memory over the run", {"images": ("memory_report", 1)})
 
 
-def _sampler(n: _Numbers, positive: Source, negative: Source, latent: Source) -> Subgraph:
-    """Both samplers, with the choice between all steps and the four of the Lightning LoRAs."""
+def _inside(n: _Numbers, latent: str, before_decode: list[str]) -> Box:
+    """Both samplers, the choice between all steps and the four of the Lightning LoRAs, size and decode."""
     triples = (n.steps, n.split, n.cfg)
     loras = column(*n.lora, title="Lightning LoRAs")
     numbers = column(*(key for triple in triples for key in triple[:2]), title="Normal, Lightning")
@@ -252,36 +252,20 @@ def _sampler(n: _Numbers, positive: Source, negative: Source, latent: Source) ->
         *(column(triple[2], above=above) for triple, above in zip(triples, (200, 156, 156), strict=True)),
         title="Normal or Lightning",
     )
+    size = column(row(n.duration, n.length, latent), column(n.fps, above=200), title="Size and length")
     first, second = n.sample
-    box = row(
-        column(loras, numbers, gap=_CHANNEL - 280),
-        column(n.lightning, above=1260),
-        switches,
+    choice = row(column(loras, numbers, gap=_CHANNEL - 280), column(n.lightning, above=1260), switches)
+    return row(
+        column(choice, size, gap=80),
         n.sampling[0],
         column(first, above=_CHANNEL - 60),
         column(n.sampling[1], above=160),
         column(second, above=_CHANNEL + 460),
-    )
-    return Subgraph(
-        "Sample: high noise, then low noise",
-        box,
-        inputs={
-            "high noise model": ("memory_high", 0),
-            "low noise model": ("memory_low", 0),
-            "positive": positive,
-            "negative": negative,
-            "latent": latent,
-        },
-        outputs={
-            "low noise model": (n.sampling[1], 0),
-            "high noise model": (n.sampling[0], 0),
-            "latent": (second, 0),
-        },
-        widgets=[
-            Exposed("noise_seed", ((first, "noise_seed"),)),
-            Exposed("4 steps (Lightning LoRA)", ((n.lightning, "value"),)),
-            Exposed("high noise LoRA", ((n.lora[0], "lora_name"),)),
-            Exposed("low noise LoRA", ((n.lora[1], "lora_name"),)),
-        ],
-        level=_CHANNEL,
+        row(
+            *before_decode,
+            n.decode,
+            column(n.video, above=240 if before_decode else 0),
+            title="Decode",
+            above=_CHANNEL + 860,
+        ),
     )
