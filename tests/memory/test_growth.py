@@ -73,6 +73,14 @@ def test_growth_is_what_passes_tolerance_and_slack(reference, later):
     assert grown is (later > reference + max(16 * MIB, 0.01 * reference))
 
 
+@pytest.mark.parametrize(("percent", "grown"), [(0.9, False), (1.1, True)])
+def test_one_percent_of_a_large_use_is_noise(percent, grown):
+    sentinel = Sentinel(slack=16 * MIB)
+    for _ in range(3):
+        sentinel.mark("x", 10_000 * MIB, 10_000 * MIB)
+    assert (sentinel.mark("x", int(10_000 * MIB * (1 + 2 * percent / 100)), 10_000 * MIB) is not None) is grown
+
+
 class Keeper:
     """Holds tensors, as a pack with a leak does."""
 
