@@ -65,8 +65,9 @@ class Dispatcher:
         """A sampling run starts: masks are looked at anew, and what ran out of memory gets another chance."""
         self.masks.forget()
         self.report.runs += 1
-        while len(self._plans) > MAX_PLANS:
-            del self._plans[next(iter(self._plans))]
+        if len(self._plans) > MAX_PLANS:
+            self._plans.clear()
+            self.report.forget_unused()
         for plan in self._plans.values():
             temporary = [c for c in plan.candidates if c.struck and c.struck.temporary]
             for candidate in temporary:

@@ -79,6 +79,10 @@ class Report:
         self.unhandled.clear()
         self.runs = self.masks_dropped = self.text_masks_dropped = self.model_calls_repeated = 0
 
+    def forget_unused(self) -> None:
+        """Drops the tallies without calls, when no plan counts on them any more."""
+        self.tallies = {key: tally for key, tally in self.tallies.items() if tally.calls}
+
     @property
     def calls(self) -> int:
         """Every attention call seen, whoever took it."""

@@ -200,10 +200,16 @@ def test_plans_and_the_list_of_what_was_struck_stay_bounded(monkeypatch):
     for q_len in range(1, 9):
         tensors = fakes.qkv(q_len=q_len)
         target.run(*tensors, None, None, False, fakes.Core(*tensors))
+    target.report.clear()
     target.begin_run()
-    assert len(target._plans) == 4
+    assert not target._plans
+    assert not target.report.tallies
+    tensors = fakes.qkv(q_len=3)
+    target.run(*tensors, None, None, False, fakes.Core(*tensors))
+    assert counts(target) == {"fake": 1}
     found = Report()
-    struck = Struck("a", next(iter(target.report.tallies))[1], "it ran out of memory", temporary=True)
+    (tally, *_) = target.report.tallies.values()
+    struck = Struck("a", tally.call, "it ran out of memory", temporary=True)
     for _ in range(3):
         found.strike(struck)
     assert found.struck == [struck]

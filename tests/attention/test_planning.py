@@ -108,15 +108,18 @@ def test_a_core_that_cannot_be_timed_neither_ends_the_prompt_nor_the_next(tmp_pa
 
 
 def test_a_file_without_cores_time_is_not_believed(tmp_path):
-    run(dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path)), core=slow_core())
+    def build():
+        return dispatcher(fakes.backend("slow", slow(fakes.attend)), timings=TimingCache(tmp_path))
+
+    run(build())
     content = json.loads((tmp_path / FILE_NAME).read_text())
     for entries in content["timings"].values():
         for entry in entries.values():
             del entry[CORE]
     (tmp_path / FILE_NAME).write_text(json.dumps(content))
-    target = dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path))
-    run(target, core=slow_core())
-    assert counts(target) == {"good": 1}
+    target = build()
+    run(target)
+    assert counts(target) == {CORE: 1}, "core is the faster one, which the damaged file does not say"
 
 
 @pytest.mark.parametrize(("fault", "says"), [(raising, "no kernel image"), (out_of_memory, "ran out of memory")])

@@ -10,8 +10,12 @@ from lowbit.attention.backends import BACKENDS, ERROR_LIMITS, AttentionCall
 from lowbit.attention.dispatch import Dispatcher
 from lowbit.attention.environment import detect
 from lowbit.attention.plan import Policy
+from lowbit.attention.ranking import Rank
+from lowbit.attention.timing_cache import TimingCache
 
 NAMES = [backend.name for backend in BACKENDS]
+# A table in which core is the pick everywhere.
+CORE_EVERYWHERE = Rank(((0, 0), (99, 0)), "balanced", ("core",), "a test")
 
 
 def reference(q, k, v, mask=None, scale=None):
@@ -173,3 +177,76 @@ def test_attention_can_be_captured_in_a_graph():
     want = reference(q, k, v).transpose(1, 2).flatten(2)
     close(known, want, 6e-3)
     close(unknown, want, 6e-3)
+
+
+def torch_sdpa(q, k, v):
+    """What stands for core: SDPA with the heads merged."""
+    return lambda drop: torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def test_auto_on_a_gpu_without_measurements_times_the_backends_and_keeps_the_budget(tmp_path):
+    """As on every GPU but those of the table: here with an empty one."""
+    q, k, v = make(heads=8, q_len=4096, kv_len=4096)
+    for _ in range(2):
+        dispatcher = Dispatcher(Policy("auto", "fast"), TimingCache(tmp_path), ranks=())
+        for _ in range(7):
+            out = dispatcher.run(q, k, v, None, None, False, torch_sdpa(q, k, v))
+        close(out, reference(q, k, v).transpose(1, 2).flatten(2), ERROR_LIMITS["fast"])
+    report = dispatcher.report.as_dict(dispatcher.settings(q.device))
+    assert any("auto times the backends" in note for note in report["notes"])
+    assert not report["struck_off"]
+
+
+@pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.error_class in ("balanced", "fast")])
+def test_a_lossy_backend_is_compared_in_every_block_and_then_once_a_model_call(name):
+    q, k, v = make(heads=8, q_len=2048, kv_len=2048)
+    bound(name, q, k, v)
+    backends = tuple(backend for backend in BACKENDS if backend.name in (name, "sdpa"))
+    capability = torch.cuda.get_device_capability()
+    rank = Rank((capability, capability), "fast", (name, "core"), "a test")
+    dispatcher = Dispatcher(Policy("auto", "fast"), backends=backends, ranks=(rank,))
+    compared = []
+    plain = dispatcher._error
+    dispatcher._error = lambda *args: compared.append(1) or plain(*args)
+    for _ in range(4):
+        dispatcher.begin_model_call()
+        for _ in range(10):
+            dispatcher.run(q, k, v, None, None, False, torch_sdpa(q, k, v))
+    assert len(compared) == 10 + 3
+    (row,) = dispatcher.report.as_dict(dispatcher.settings(q.device))["calls"]
+    assert row["backend"] == name
+    assert 0 < row["error"] <= ERROR_LIMITS["fast"]
+
+
+def test_a_mask_that_was_idle_before_is_kept_in_a_captured_graph():
+    q, k, v = make()
+    mask = torch.zeros(1, 1, 1, 700, device="cuda", dtype=q.dtype)
+    dispatcher = Dispatcher(Policy("sdpa"))
+
+    def core(drop):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None if drop else mask)
+
+    for _ in range(7):
+        dispatcher.run(q, k, v, mask, None, False, core)
+    assert dispatcher.report.masks_dropped == 7
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = dispatcher.run(q, k, v, mask, None, False, core)
+    mask[..., :300] = -torch.inf
+    graph.replay()
+    close(out, reference(q, k, v, mask).transpose(1, 2).flatten(2), 6e-3)
+
+
+def test_a_lossy_core_on_the_gpu_is_held_to_the_budget():
+    q, k, v = make(q_len=1024, kv_len=1024)
+    exact = torch_sdpa(q, k, v)
+    for error, taken in ((1e-3, "core"), (0.3, "core_pytorch")):
+        dispatcher = Dispatcher(Policy("auto", "balanced"), backends=(BACKENDS[-1],), ranks=(CORE_EVERYWHERE,))
+
+        def lossy(drop, error=error):
+            out = exact(drop)
+            return out + error * out.std() * torch.randn_like(out)
+
+        for _ in range(7):
+            dispatcher.run(q, k, v, None, None, False, lossy, core_exact=exact, core_name="attention_sage")
+        assert dispatcher.report.as_dict(dispatcher.settings(q.device))["calls_by_backend"] == {taken: 7}
