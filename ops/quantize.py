@@ -103,7 +103,7 @@ def absolute_maximum(weight: torch.Tensor, name: str) -> torch.Tensor:
         # amax propagates NaN, so one test at the end sees every element.
         largest = torch.maximum(largest, chunk.abs().amax().float())
     if not torch.isfinite(largest):
-        raise CheckpointError(f"'{name}' holds NaN or Inf: the file is damaged or was saved from a broken model.")
+        raise CheckpointError(f"{name} holds NaN or Inf: the file is damaged or was saved from a broken model.")
     return largest
 
 

@@ -141,7 +141,8 @@ def _write_entry(
         writer.add(target.name, target.convert(tensor))
         return
     if tensor.dtype in _FLOATS and tensor.numel():
-        absolute_maximum(tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1), entry.name)
+        flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
+        absolute_maximum(flat, _called(checkpoint, entry.name))
     writer.add(entry.name, tensor)
 
 
@@ -151,10 +152,16 @@ def _write_quantized(
     layer = plan.layers[name.removesuffix(".weight")]
     row = FORMATS[layer.weight_format]
     weight = checkpoint.read(name).to(device)
-    parts = quantize_weight(weight, layer.storage, unit_scale=row.unit_scale, fast=row.fast, name=name)
+    called = _called(checkpoint, name)
+    parts = quantize_weight(weight, layer.storage, unit_scale=row.unit_scale, fast=row.fast, name=called)
     del weight
     for suffix in list(parts):
         writer.add(f"{layer.name}.{suffix}", parts.pop(suffix))
+
+
+def _called(checkpoint: Checkpoint, name: str) -> str:
+    """What an error calls a tensor."""
+    return f"{checkpoint.path.name}: {name}"
 
 
 def _write_configs(writer: CheckpointWriter, plan: QuantizationPlan) -> None:
