@@ -234,9 +234,10 @@ class Dispatcher:
         return plan.checked >= CHECKED_CALLS + TIMED_CALLS or plan.attempts >= UNJUDGED_CALLS
 
     def _compares_all(self, plan: Plan) -> bool:
-        """Whether this is the model call in which a lossy backend held to a budget took over this shape."""
+        """Whether every call is compared: of a lossy backend held to a budget, in the model call in which it took over
+        this shape, and until its first calls are behind it."""
         bounded = plan.current.lossy and plan.current.limit < float("inf")
-        return bounded and self._model_calls > 0 and plan.since == self._model_calls
+        return bounded and self._model_calls > 0 and (plan.since == self._model_calls or not self._known(plan))
 
     def _next_check(self, plan: Plan) -> int:
         """Calls until the next one that is checked; `begin_model_call` sets it for the calls of later model calls."""

@@ -98,6 +98,14 @@ def test_an_error_that_starts_in_a_later_step_is_noticed_within_a_step():
     assert report(target)["struck_off"][0]["backend"] == "lossy"
 
 
+@pytest.mark.parametrize("call", range(6))
+def test_a_shape_with_one_call_a_model_call_is_compared_from_the_first_on(call):
+    lossy = fakes.backend("lossy", Lossy(lambda n: n == call), error_class="fast")
+    target = dispatcher(lossy, fakes.backend("right"))
+    model_calls(target, call + 1, blocks=1)
+    assert counts(target) == {key: n for key, n in (("lossy", call), ("right", 1)) if n}
+
+
 def test_without_model_calls_a_few_are_compared_now_and_then():
     lossy = fakes.backend("lossy", Lossy(lambda n: n > SETTLED), error_class="fast")
     target = dispatcher(lossy, fakes.backend("right"))
