@@ -70,6 +70,7 @@ class Tab:
         self.address = address
         self.folder = folder
         self.errors: list[str] = []
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, **settings: Any) -> None:
@@ -142,6 +143,18 @@ def browser() -> Iterator[Any]:
         )
         yield running
         running.close()
+
+
+@pytest.fixture(scope="session")
+def open_tab(server: Server, screenshots: Path) -> Callable[..., Tab]:
+    """Opens ComfyUI in a new tab of a browser context, with these settings of ComfyUI."""
+
+    def opened(context: Any, **settings: Any) -> Tab:
+        tab = Tab(context.new_page(), server.address, screenshots)
+        tab.open(**settings)
+        return tab
+
+    return opened
 
 
 @pytest.fixture

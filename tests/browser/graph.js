@@ -131,6 +131,7 @@
     nodes: () => graphs().flatMap((graph) => graph.nodes.map((node) => describe(graph, node))),
     problems: () =>
       graphs().flatMap((graph) => [overlaps, cutTitles, cutValues, cutText, hidden].flatMap((check) => check(graph))),
+    overlaps: () => graphs().flatMap(overlaps),
     overlapsInVue,
     dialogs: () => [...document.querySelectorAll("[role=dialog]")].map((dialog) => dialog.innerText.slice(0, 200)),
   };
