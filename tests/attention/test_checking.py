@@ -136,10 +136,20 @@ def test_a_reference_that_is_not_finite_is_not_believed_and_the_next_is_asked():
     assert {item["backend"] for item in report(target)["struck_off"]} == {"lossy", "broken"}
 
 
+def test_a_right_backend_is_not_blamed_for_a_broken_reference():
+    target = dispatcher(
+        fakes.backend("lossy", error_class="fast"), fakes.backend("broken", nan_reference), fakes.backend("right")
+    )
+    model_calls(target, 1, 4)
+    assert counts(target) == {"lossy": 4}
+    assert report(target)["calls"][0]["error"] < 1e-5
+
+
 def test_where_no_reference_is_finite_nothing_is_claimed_and_the_report_is_json():
     target = dispatcher(fakes.backend("lossy", error_class="fast"), fakes.backend("broken", nan_reference))
     model_calls(target, 1, 3)
     found = report(target)
+    assert counts(target) == {"lossy": 3}
     assert found["calls"][0]["error"] is None
     json.dumps(found, allow_nan=False)
     (tally,) = (t for t in target.report.tallies.values() if t.calls)
