@@ -168,7 +168,9 @@ def test_a_leak_is_named_with_its_holder(memory):
         del graph["device"]
         graph["leak"] = graphs.node("TestLeak", value=["latent", 0], mib=40.0)
         graph["sample"]["inputs"]["latent_image"] = ["leak", 0]
-        notes.append(memory.run(graph).notes)
+        got = memory.run(graph)
+        assert len(got.report["step_seconds"]) == 2, "each prompt has a ledger of its own"
+        notes.append(got.notes)
     assert notes[:3] == ["", "", ""], "the third passing is the reference"
     assert all("40 MiB more" in note for note in notes[3:])
     assert all("tensors of (41943040,) uint8, held by list in" in note for note in notes[3:])
