@@ -6,7 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from .layout import Box, Placement, node_height, place, text_width
+from .layout import Box, Placement, node_height, note_height, place, text_width
 from .unfold import NOTES, Flat, Node, Source
 from .widgets import ObjectInfo, inputs_of, is_widget, list_values, options_of, walk
 
@@ -15,6 +15,10 @@ _MATCH = "COMFY_MATCHTYPE_V3"
 _NAMESPACE = uuid.UUID("7c1d7f0a-5d0e-4d5c-9a39-6d1f6f0c2b11")
 _KEPT_PROPERTIES = ("Node name for S&R", "cnr_id", "ver", "models")
 WIDTH, TEXT_WIDTH, HOST_WIDTH, NOTE_WIDTH, TEXT_HEIGHT = 280, 400, 360, 480, 54
+SHOWING = frozenset(
+    {"LowbitAttentionReport", "LowbitMemoryReport", "PreviewAny", "PreviewImage", "SaveImage", "SaveVideo"}
+)
+"""Nodes that show a text or a picture once they have run."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class Design:
         nodes: the flat graph, with notes.
         box: layout of the root graph.
         subgraphs: host name -> what is folded.
-        routes: (node, input) -> the ways its link takes, "under NODE ...", "over NODE ...", "before NODE ..."
-            or "near NODE ...".
-        extra_heights: heights beyond sockets and widgets: notes, texts, previews.
+        routes: (node, input) -> the ways its link takes, "under NODE ...", "over NODE ...", "before NODE ...",
+            "near NODE ..." or "around NODE ...".
+        extra_heights: heights beyond sockets and widgets: texts and previews.
     """
 
     name: str
@@ -328,13 +332,14 @@ class _Level:
             return max(HOST_WIDTH, text_width(graph.title, rows)), height
         node = design.nodes[name]
         if node.type in NOTES:
-            return NOTE_WIDTH, extra
+            return NOTE_WIDTH, note_height(node.values["text"])
         widgets = [widget for widget, _ in walk(self.writer.info[node.type], lambda widget, _: node.values[widget])]
         texts = sum(1 for widget in widgets if self._is_text(name, widget))
         height = node_height(sockets, len(self._outputs(name)), len(widgets), extra + texts * (TEXT_HEIGHT - 24))
         rows = [(widget, self._shown(name, widget)) for widget in widgets]
         title = node.title or self.writer.info[node.type]["display_name"] or node.type
-        return max(TEXT_WIDTH if texts else WIDTH, text_width(title, rows)), height
+        least = TEXT_WIDTH if texts or node.type in SHOWING else WIDTH
+        return max(least, text_width(title, rows)), height
 
     def _shown(self, name: str, widget: str) -> str:
         """The text that a widget of one line shows; nothing for several lines."""
@@ -469,14 +474,19 @@ class _Level:
 def _bend(placement: Placement, way: str) -> list[tuple[int, int]]:
     """Two points, before and behind some nodes, below all of them for "under A B" and above for "over A B".
 
-    "before A B" is the first of the two below, alone; "near A B" is closer to the nodes.
+    "before A B" is the first of the two below, alone; "near A B" is closer to the nodes. "around A B" is below, and
+    comes up further to the right.
     """
     side, *names = way.split()
     corners = [(*placement.positions[name], *placement.sizes[name]) for name in names]
     left, right = min(x for x, *_ in corners), max(x + width for x, _, width, _ in corners)
-    level = min(y for _, y, *_ in corners) - 60 if side == "over" else max(y + high for _, y, _, high in corners) + 20
+    level = min(y for _, y, *_ in corners) - 92 if side == "over" else max(y + high for _, y, _, high in corners) + 20
     first = left - (14 if side == "near" else 80)
-    return [(first, level)] if side in ("before", "near") else [(first, level), (right + 60, level)]
+    return (
+        [(first, level)]
+        if side in ("before", "near")
+        else [(first, level), (right + (200 if side == "around" else 60), level)]
+    )
 
 
 def _has(entries: list[dict[str, Any]], name: str) -> bool:

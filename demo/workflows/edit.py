@@ -102,7 +102,7 @@ def model_list(flat: Flat) -> str:
         for model in node.look.get("properties", {}).get("models", []):
             folders.setdefault(model["directory"], {})[model["name"]] = model["url"]
     parts = []
-    for folder, files in folders.items():
+    for folder, files in sorted(folders.items(), key=lambda item: item[0] != "diffusion_models"):
         lines = [f"- [{name}]({url})" for name, url in files.items()]
         parts.append("\n".join([f"**models/{folder}**", *lines]))
     return "\n\n".join(parts)

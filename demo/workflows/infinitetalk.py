@@ -17,13 +17,16 @@ each part of the video; here both parts share them.
 - **Load ...**: `format` quantizes a 16-bit file while it loads, InfiniteTalk's patch too.
 - **Attention**: the fastest backend that is accurate enough for each shape.
 - **Memory Manager**: keeps model, text encoder and VAE within the card, and shows it live.
-- **Release Component**: text encoder and audio encoder leave the GPU once they have done their work.
+- **Release Component**: the text encoder leaves the GPU once the prompt is encoded, and inside *Talk* the audio encoder.
 - **Reports**: which attention ran, and where the memory went.
 
-{masks}Each part is 81 frames, 3.2 seconds. For a longer video open *Talk*, copy the lower row, link it like the one \
-above, and add its images to *Batch Images*."""
+{masks}Each part is 81 frames, 3.2 seconds. For a longer video open *Talk*, copy *Second part*, link the copy \
+like it, with *Second part*'s images as its previous frames, and add its images to *Batch Images*."""
 
-MASKS = "Draw each speaker's mask on the pictures in *Who speaks*.\n\n"
+MASKS = """\
+Draw each speaker's mask on the pictures in *Who speaks*: the painter needs Nodes 2.0, in ComfyUI's settings.
+
+"""
 
 _TWINS = {
     "307": "13", "308": "16", "309": "29", "312": "14", "313": "25", "314": "93", "315": "112", "316": "26",
@@ -42,7 +45,7 @@ _PARTS = (
 _BATCH, _FIRST_VIDEO, _FIRST_SAVE, _VIDEO, _SAVE = "172", "138", "162", "140", "141"
 
 _HEIGHTS = {
-    "about": 480, "files": 520, _AUDIO_1: 40, _AUDIO_2: 40, _IMAGE: 260, _MASK_1: 260, _MASK_2: 260, _PROMPT: 80,
+    _AUDIO_1: 40, _AUDIO_2: 40, _IMAGE: 260, _MASK_1: 260, _MASK_2: 260, _PROMPT: 80,
     "report": 160, "memory_report": 220, "chart": 240, _SAVE: 300, _FIRST_SAVE: 300,
 }  # fmt: skip
 
@@ -95,8 +98,10 @@ def _design(name: str, flat: Flat, about: str) -> Design:
     share_models(flat)
     edit.lowbit_loaders(flat)
     _manage(flat)
-    release = edit.own("LowbitReleaseComponent", "Release the encoders", text_encoder=True, audio_encoder=True)
+    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
     positive = edit.insert(flat, "release", release, "value", (_PROMPT, 0))
+    release = edit.own("LowbitReleaseComponent", "Release the audio encoder", text_encoder=False, audio_encoder=True)
+    edit.insert(flat, "release_voice", release, "value", (_PARTS[0][0], 3))
     _report(flat)
     titles = {
         _MODEL: "Diffusion model", _PATCH: "InfiniteTalk patch", _CLIP: "Text encoder", _VAE: "VAE",
@@ -116,7 +121,10 @@ def _design(name: str, flat: Flat, about: str) -> Design:
         ("talk", "vae"): (f"under {_PROMPT} release {_NEGATIVE}",),
         ("talk", "picture"): (f"over {_MASK_1}",) if two else (),
         (_FIRST_VIDEO, "audio"): () if two else (f"under {_VOICE_1}",),
-        (_VIDEO, "audio"): (*(() if two else (f"under {_VOICE_1}",)), f"under {_FIRST_VIDEO} {_FIRST_SAVE}"),
+        (_VIDEO, "audio"): (
+            *(() if two else (f"under {_VOICE_1}",)),
+            f"under {_FIRST_VIDEO} {_FIRST_SAVE}",
+        ),
     }
     return design
 
@@ -148,9 +156,17 @@ def _voices() -> Subgraph:
 def _talk(flat: Flat, positive: Source, two: bool) -> Subgraph:
     """Both parts of the video: the second goes on from the last frames of the first."""
     parts = (
-        row(talk, column(*settings, above=160), sampling, column(decode, above=40), title=title, gap=120, above=above)
+        row(
+            talk,
+            column(*(["release_voice"] if talk == _PARTS[0][0] else []), *settings, above=160),
+            sampling,
+            column(decode, above=40),
+            title=title,
+            gap=120,
+            above=above,
+        )
         for (talk, *settings, sampling, decode), title, above in zip(
-            _PARTS, ("First part", "Second part"), (0, 860), strict=True
+            _PARTS, ("First part", "Second part"), (0, 1110), strict=True
         )
     )
     inputs: dict[str, Source] = {
@@ -162,12 +178,11 @@ def _talk(flat: Flat, positive: Source, two: bool) -> Subgraph:
         "picture": (_IMAGE, 0),
     }
     inputs |= {"mask 1": (_MASK_1, 1), "mask 2": (_MASK_2, 1)} if two else {}
-    inputs |= {"voice 1": (_VOICE_1, 0)}
-    inputs |= {"voice 2": (_VOICE_2, 0)} if two else {}
+    inputs |= {"voice 1": (_VOICE_1, 0), "voice 2": (_VOICE_2, 0)} if two else {"voice": (_VOICE_1, 0)}
     talks = [part[0] for part in _PARTS]
     return Subgraph(
         "Talk: first part, second part",
-        row(column(_WIDTH, _HEIGHT, above=900), *parts, column(_BATCH, above=40), gap=160),
+        row(column(_WIDTH, _HEIGHT, above=1150), *parts, column(_BATCH, above=40), gap=160),
         inputs=inputs,
         outputs={"model": (talks[1], 0), "images": (_BATCH, 0), "first part": (_PARTS[0][-1], 0)},
         widgets=[

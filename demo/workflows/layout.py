@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -126,3 +127,9 @@ def text_width(title: str, rows: list[tuple[str, str]]) -> int:
     """
     needed = [46 + 7.8 * len(title), *(78 + 6.7 * (len(label) + len(value)) for label, value in rows)]
     return -(-int(max(needed)) // 10) * 10
+
+
+def note_height(text: str, characters: int = 76) -> int:
+    """The height in which a Markdown note of the usual width is not cut; `characters` are those of one line."""
+    lines = sum(max(1, -(-len(re.sub(r"\(http[^)]*\)", "", line)) // characters)) for line in text.splitlines())
+    return 60 + 15 * lines

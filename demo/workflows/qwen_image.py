@@ -19,7 +19,7 @@ ABOUT = """\
 - **Load ...**: `format` quantizes a 16-bit file while it loads. A file that holds 8 bits already is taken as it is.
 - **Attention**: the fastest backend that is accurate enough for each shape.
 - **Memory Manager**: keeps model, text encoder and VAE within the card, and shows it live.
-- **Release Component**: the text encoder leaves the GPU once both prompts are encoded.
+- **Release Component**: the text encoder leaves the GPU before the decode.
 - **Reports**: which attention ran, and where the memory went.
 
 Inside *Sample*: the sampler, and the Lightning LoRA for {fast} steps instead of 20."""
@@ -64,7 +64,7 @@ _EDIT = _Numbers(
 _POSITIVE, _NEGATIVE, _LATENT, _IMAGE, _ENCODE, _UNLINKED = "6", "7", "58", "78", "88", "93"
 _EDIT_POSITIVE, _EDIT_NEGATIVE = "76", "77"
 
-_HEIGHTS = {"about": 400, "files": 320, "60": 320, "chart": 240, "report": 160, "memory_report": 220}
+_HEIGHTS = {"60": 320, "chart": 240, "report": 160, "memory_report": 220}
 
 
 def text_to_image(info: ObjectInfo) -> Design:
@@ -97,7 +97,6 @@ def quantize_and_save(info: ObjectInfo) -> Design:
 def _prompts() -> Box:
     return row(
         column(_POSITIVE, _NEGATIVE),
-        column("release", above=90),
         column(_LATENT, above=320),
         title="Prompt and size",
         above=410,
@@ -108,9 +107,7 @@ def _text_to_image(name: str, flat: Flat, about: str) -> Design:
     n = _TEXT
     edit.retitle(flat, n6="Prompt", n7="Negative prompt")
     _manage(flat, n)
-    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
-    negative = edit.insert(flat, "release", release, "value", (_NEGATIVE, 0))
-    sampler = _sampler(n, "8 steps (Lightning LoRA)", (_POSITIVE, 0), negative, (_LATENT, 0))
+    sampler = _sampler(n, "8 steps (Lightning LoRA)", (_POSITIVE, 0), (_NEGATIVE, 0), (_LATENT, 0))
     design = _design(name, flat, n, _root(_prompts()), {"sampler": sampler}, about)
     design.routes[(n.decode, "vae")] = (f"under {_NEGATIVE} {_LATENT}",)
     design.extra_heights |= {_POSITIVE: 150, _NEGATIVE: 60}
@@ -123,8 +120,6 @@ def image_edit(info: ObjectInfo) -> Design:
     del flat[_UNLINKED]  # the template leaves its output unlinked
     edit.retitle(flat, n76="Prompt", n77="Negative prompt", n78="Image to edit")
     _manage(flat, n)
-    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
-    negative = edit.insert(flat, "release", release, "value", (_EDIT_NEGATIVE, 0))
     encode = Subgraph(
         "Prompts and image",
         column(_EDIT_POSITIVE, _EDIT_NEGATIVE, _ENCODE),
@@ -135,17 +130,14 @@ def image_edit(info: ObjectInfo) -> Design:
             Exposed("negative prompt", ((_EDIT_NEGATIVE, "prompt"),)),
         ],
     )
-    sampler = _sampler(n, "4 steps (Lightning LoRA)", (_EDIT_POSITIVE, 0), negative, (_ENCODE, 0))
-    conditions = row(
-        column(_IMAGE, above=180), "encode", column("release", above=130), title="Prompt and image", gap=190, above=410
-    )
+    sampler = _sampler(n, "4 steps (Lightning LoRA)", (_EDIT_POSITIVE, 0), (_EDIT_NEGATIVE, 0), (_ENCODE, 0))
+    conditions = row(column(_IMAGE, above=180), "encode", title="Prompt and image", gap=190, above=410)
     about = ABOUT.format(template=f"*{EDIT}*", fast=4)
     design = _design(
         "qwen_image_edit", flat, n, _root(conditions, height=300), {"encode": encode, "sampler": sampler}, about
     )
     design.routes |= {
-        ("sampler", "latent"): ("under release",),
-        (n.decode, "vae"): (f"under {_IMAGE} encode release",),
+        (n.decode, "vae"): (f"under {_IMAGE} encode",),
     }
     design.extra_heights |= {_IMAGE: 240}
     return design
@@ -154,7 +146,9 @@ def image_edit(info: ObjectInfo) -> Design:
 def _design(name: str, flat: Flat, n: _Numbers, root: Box, subgraphs: dict[str, Subgraph], about: str) -> Design:
     """Reports, notes and titles, which every Qwen-Image workflow has."""
     report = edit.own("LowbitAttentionReport", None, {"model": (n.sampling[-1], 0)})
-    edit.insert(flat, "report", report, "after", (n.sample, 0))
+    latent = edit.insert(flat, "report", report, "after", (n.sample, 0))
+    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
+    edit.insert(flat, "release", release, "value", latent)
     edit.insert(flat, "memory_report", edit.own("LowbitMemoryReport"), "value", (n.decode, 0))
     flat["chart"] = edit.own("PreviewImage", "Memory over the run", {"images": ("memory_report", 1)})
     for key, title in {n.model: "Diffusion model", n.clip: "Text encoder", n.vae: "VAE"}.items():
@@ -168,7 +162,12 @@ def _root(conditions: Box, models: tuple[str, ...] = (), beside: str | None = No
     """The root graph from left to right; `conditions` stands between the memory manager and the sampler."""
     n = _TEXT
     pictures = row(
-        "report", column(n.decode, above=250), "memory_report", column(n.save, "chart"), title="Image and reports"
+        "report",
+        "release",
+        column(n.decode, above=250),
+        "memory_report",
+        column(n.save, "chart"),
+        title="Image and reports",
     )
     return row(
         column("about", "files"),

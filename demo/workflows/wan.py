@@ -20,7 +20,7 @@ noise, one for low.
 - **Load ...**: `format` quantizes a 16-bit file while it loads. An FP8 file is taken as it is.
 - **Attention**: the fastest backend that is accurate enough for each shape.
 - **Memory Manager**: keeps models, text encoder and VAE within the card, and shows it live.
-- **Release Component**: the text encoder leaves the GPU once both prompts are encoded.
+- **Release Component**, inside *Sample*: between the two models the text encoder leaves the GPU.
 - **Reports**: which attention ran, and where the memory went.
 
 Inside *Sample*: the samplers, and the Lightning LoRAs for 4 steps instead of 20."""
@@ -33,7 +33,7 @@ Wan 2.2 14B text to video for cards with 16 GB. What differs from *wan2.2_14B_te
 - **Memory Manager**: `balanced`, at most 15 GiB: only the model at work is on the GPU. Set the limit to 0 for the \
 whole card.
 - **VAE** in bf16.
-- **Release Component** before the decode: the models make room for it.
+- **Release Component**, inside *Sample*: the first model makes room for the second, and both for the decode.
 
 The first run writes the 4-bit files to models/lowbit_cache; later runs load them."""
 
@@ -83,7 +83,7 @@ _IMAGE = _Numbers(
 _LATENT, _START, _PICTURE = "74", "98", "97"
 
 _HEIGHTS = {
-    "about": 400, "files": 400, "positive": 150, "negative": 60, "save": 340, "chart": 240, "report_high": 160,
+    "positive": 150, "negative": 60, "save": 340, "chart": 240, "report_high": 160,
     "report_low": 160, "memory_report": 220,
 }  # fmt: skip
 
@@ -109,6 +109,8 @@ def in_16_gb(info: ObjectInfo) -> Design:
     flat[n.vae].values["precision"] = "bf16"
     for key in ("memory_high", "memory_low"):
         flat[key].values |= {"policy": "balanced", "vram_limit_gib": 15.0}
+    flat["release"].title = "Release the first model"
+    flat["release"].values["diffusion_model"] = True
     return design
 
 
@@ -149,7 +151,7 @@ def _design(
     edit.lowbit_loaders(flat)
     _manage(flat, n)
     release = edit.own("LowbitReleaseComponent", "Release the text encoder")
-    negative = edit.insert(flat, "release", release, "value", (n.negative, 0))
+    edit.insert(flat, "release", release, "value", (n.sample[0], 0))
     _report(flat, n)
     titles = {n.high: "High noise model", n.low: "Low noise model", n.clip: "Text encoder", n.vae: "VAE"}
     titles |= {n.positive: "Prompt", n.negative: "Negative prompt"}
@@ -165,7 +167,7 @@ def _design(
             "high noise model": ("memory_high", 0),
             "low noise model": ("memory_low", 0),
             "positive": (n.positive, 0),
-            "negative": negative,
+            "negative": (n.negative, 0),
             **({"first frame": (image, 0)} if image else {}),
             "vae": ("memory_low", 2),
         },
@@ -183,9 +185,9 @@ def _design(
         ],
         level=_CHANNEL,
     )
-    below = ("release", *((image,) if image else ()))
+    below = (image,) if image else ()
     routes = {
-        ("generate", "vae"): (f"before {n.negative}", f"under {n.negative} {' '.join(below)}"),
+        ("generate", "vae"): (f"before {n.negative}", f"around {n.negative} {' '.join(below)}"),
         ("report_low", "model"): ("over report_high",),
     }
     names = {"positive": n.positive, "negative": n.negative, "save": n.save}
@@ -207,7 +209,7 @@ def _root(n: _Numbers, below: tuple[str, ...]) -> Box:
             title="Faster, in less memory",
         ),
         row(
-            row(column(n.positive, n.negative), column(*below, above=90), title="Prompt", gap=150, above=700),
+            row(column(n.positive, n.negative, *below), title="Prompt", above=700),
             column("generate", above=height),
             gap=280,
         ),
@@ -259,7 +261,7 @@ def _inside(n: _Numbers, latent: str, before_decode: list[str]) -> Box:
         column(choice, size, gap=80),
         n.sampling[0],
         column(first, above=_CHANNEL - 60),
-        column(n.sampling[1], above=160),
+        column(n.sampling[1], column("release", above=_CHANNEL - 180), above=160),
         column(second, above=_CHANNEL + 460),
         row(
             *before_decode,

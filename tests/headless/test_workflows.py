@@ -65,11 +65,11 @@ def official_flat(info):
 
 @pytest.fixture(scope="module")
 def run(bench):
-    """Runs a flat graph scaled down; gives every decoded latent and picture, and the texts that nodes showed."""
+    """Runs a flat graph scaled down; gives every decoded latent and picture, the texts that nodes showed, and the order."""
     official.write_all(bench.base)
     count = itertools.count()
 
-    def run(flat: Flat, lightning: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+    def run(flat: Flat, lightning: bool = False) -> tuple[dict[str, Any], dict[str, str], list[str]]:
         prompt = scale_down(api_form(flat))
         for node in prompt.values():
             if node["_meta"]["title"].lower() in LIGHTNING:
@@ -85,7 +85,8 @@ def run(bench):
             for key, output in result.outputs.items()
             if "text" in output
         }
-        return tensors, texts
+        order = [event["data"]["node"] for event in result.events if event["type"] == "executing"]
+        return tensors, texts, order
 
     return run
 
@@ -142,7 +143,8 @@ def test_official_template_runs_on_the_tiny_checkpoints(references, name, lightn
 
 @pytest.mark.parametrize(("name", "lightning"), RUNS)
 def test_bundled_workflow_is_near_its_template_in_16_bits(run, references, info, name, lightning):
-    tensors, texts = run(unfold(bundled(name), info), lightning)
+    flat = unfold(bundled(name), info)
+    tensors, texts, order = run(flat, lightning)
     reference = references[name, lightning]
     for key, tensor in tensors.items():
         assert tensor.isfinite().all(), key
@@ -150,6 +152,17 @@ def test_bundled_workflow_is_near_its_template_in_16_bits(run, references, info,
         assert 1e-4 < relative_error(tensor, reference[key]) < largest_error(name, key), key
     assert "calls of" in texts["LowbitAttentionReport"]
     assert "Peak" in texts["LowbitMemoryReport"]
+    assert_released_after_its_work(flat, order, "text_encoder", ("CLIPTextEncode", "TextEncodeQwenImageEdit"))
+    assert_released_after_its_work(flat, order, "audio_encoder", ("AudioEncoderEncode",))
+    assert_released_after_its_work(flat, order, "diffusion_model", ("KSampler", "KSamplerAdvanced"))
+
+
+def assert_released_after_its_work(flat: Flat, order: list[str], component: str, users: tuple[str, ...]) -> None:
+    """The release node lets a component go after all that use it have run; a node answered from the cache did not."""
+    releases = [order.index(key) for key, node in flat.items() if node.values.get(component) is True and key in order]
+    used = [order.index(key) for key, node in flat.items() if node.type in users and key in order]
+    if releases and used:
+        assert max(releases) > max(used)
 
 
 @pytest.mark.parametrize("name", [name for name in WORKFLOWS if name.startswith(("wan", "qwen_image_text"))])
