@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from demo import comfyui, graphs
+from demo import comfyui, graphs, tiny
 from demo.measure import relative_error
 from demo.tiny import official
 from demo.workflows import edit, infinitetalk, tidy
@@ -222,6 +222,25 @@ def test_saved_model_loads_in_core_and_gives_what_was_tried(bench, run, official
     loader.values["unet_name"] = "qwen_image_saved.safetensors"
     loaded = run(flat)[0]
     assert relative_error(loaded["latent0"], tried["latent0"]) < 0.02
+
+
+def test_fp8_files_are_taken_as_they_are(bench, run, official_flat, info):
+    """What the templates' links really lead to: FP8 files with scales. The pack then stores nothing of its own."""
+    name = "wan2.2_14B_text_to_video"
+    folder = bench.models / "diffusion_models"
+    graphs_of = {"ours": unfold(bundled(name), info), "theirs": official_flat(WORKFLOWS[name])}
+    for flat in graphs_of.values():
+        for node in flat.values():
+            if "unet_name" in node.values:
+                source = node.values["unet_name"]
+                node.values["unet_name"] = f"real_{source}"
+                if not (folder / f"real_{source}").exists():
+                    scaled = tiny.quantized.scaled_fp8(load_file(folder / source))
+                    tiny.write_file(folder / f"real_{source}", scaled, tiny.WAN.metadata())
+    ours, theirs = (run(flat)[0] for flat in (graphs_of["ours"], graphs_of["theirs"]))
+    assert relative_error(ours["latent0"], theirs["latent0"]) < 0.05
+    cached = [path.name for path in (bench.models / "lowbit_cache").glob("*") if "real_wan" in path.name]
+    assert cached == []
 
 
 def test_links_are_looked_at_on_every_level():
