@@ -140,9 +140,9 @@ class ReleaseComponent(io.ComfyNode):
             display_name="Release Component (Lowbit)",
             category=CATEGORY,
             description=(
-                "Passes a value on and moves the chosen components off the GPU at that moment: the text encoder on the "
-                "conditioning's edge, the diffusion model on the latent's edge before the decode. They stay in main "
-                "memory, pinned as they were, so that they come back fast."
+                "Passes a value on and moves the chosen components off the GPU at that moment: the diffusion model on the "
+                "latent's edge before the decode, the text encoder where every prompt is encoded already (on one prompt's "
+                "edge the other may still have to run). They stay in main memory, pinned as they were, and come back fast."
             ),
             search_aliases=["unload model", "free memory", "clear vram", "purge vram", "offload"],
             inputs=[
