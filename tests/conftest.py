@@ -17,7 +17,7 @@ sys.path.append(str(TESTS.parent))  # for the scripts in demo/, which are not pa
 from demo import comfyui  # noqa: E402
 
 MARK_OF_FOLDER = {"headless": pytest.mark.headless, "gpu": pytest.mark.gpu}
-LEFT_OUT: pytest.StashKey[Counter[str]] = pytest.StashKey()
+LEFT_OUT = "left_out"
 
 
 def comfyui_required() -> bool:
@@ -43,8 +43,18 @@ def missing_gpu() -> str | None:
 MISSING = {"headless": missing_comfyui, "gpu": missing_gpu}
 
 
+class LeftOut:
+    """Counts the tests that were left out, by what they were missing, from the reports of every worker process."""
+
+    def __init__(self) -> None:
+        self.subjects: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.subjects.update(value for name, value in report.user_properties if name == LEFT_OUT)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[LEFT_OUT] = Counter()
+    config.pluginmanager.register(LeftOut(), LEFT_OUT)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,13 +90,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
             report.outcome = "failed"
             report.longrepr = f"LOWBIT_REQUIRE_COMFYUI is set, but tests {missing_comfyui()}"
         else:
-            item.config.stash[LEFT_OUT][_subject(reason)] += 1
+            report.user_properties.append((LEFT_OUT, _subject(reason)))
     return report
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    left_out = config.stash.get(LEFT_OUT, Counter())
+    left_out = config.pluginmanager.get_plugin(LEFT_OUT).subjects
     if reporter is not None and left_out:
         parts = [f"{count} test{'s' if count > 1 else ''} that {reason}" for reason, count in left_out.items()]
         reporter.write_line("Left out: " + ", and ".join(parts) + ".")
