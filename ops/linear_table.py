@@ -97,7 +97,8 @@ RULES = (
     Rule(FEW_ROWS, (FP8, INT8, INT4, MXFP8, NVFP4), None, rows=(1, 32), cc=(AMPERE, NO_CC), dtypes=HALF),
     Rule(FEW_ROWS, (FP8, INT8, MXFP8, NVFP4, INT4), None, rows=(1, 2), cc=(AMPERE, NO_CC)),
     Rule(KITCHEN, (INT4_CODEBOOK,), True, rows=(1, 2), cc=(HOPPER, BLACKWELL), triton=False, kitchen=True, multiple=16),
-    # Block formats where the tensor cores take them as they are.
+    # Block formats where the tensor cores take them as they are. comfy-kitchen's NVFP4 quantizer checks no bounds: it
+    # writes past its output unless (rows, padded to 16) x K is a multiple of 512, hence K by 32.
     Rule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False, multiple=32),
     # 8-bit products. comfy-kitchen's INT8 kernel is tuned for every GPU but Hopper.
     Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(TURING, HOPPER), triton=False, kitchen=True, multiple=16),

@@ -38,7 +38,10 @@ ROWS = (0, 1, 2, 15, 17, 33, 65, 300)
 
 def _weight(name: str, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
     layout, options, *_ = FORMATS[name]
-    return QuantizedTensor.from_float(torch.randn(n, k, device="cuda", dtype=dtype) * 0.05, layout, **options)
+    # comfy-kitchen's CUDA quantizer writes past the end of nvfp4 codes of odd sizes (memcheck); its plain one does not.
+    device = "cpu" if name == "nvfp4" else "cuda"
+    values = torch.randn(n, k, device=device, dtype=dtype) * 0.05
+    return QuantizedTensor.from_float(values, layout, **options).to("cuda")
 
 
 def _error(out: torch.Tensor, reference: torch.Tensor) -> float:
