@@ -78,8 +78,8 @@ def test_the_live_meter_sends_the_agreed_event_at_most_four_times_a_second(memor
         if event["type"] == "lowbit.memory":
             seen.append((time.monotonic(), event["data"]))
 
-    steps = 40
-    graph = managed(wan(seed=84, steps=steps, frames=17, decode=False), gpu_mib=ROOMY, vram_limit_gib=2.0)
+    steps = 100
+    graph = managed(wan(seed=84, steps=steps, frames=81, decode=False), gpu_mib=ROOMY, vram_limit_gib=2.0)
     got = memory.run(graph, on_event=note)
     assert 2 <= len(seen) <= 4 * got.result.seconds + 2
     for _, data in seen:
