@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 
 from ..memory.devices import Device, Reading
 
+log = logging.getLogger("lowbit.memory")
+
 _HEADROOM = "simple_vram_headroom"
 
 
@@ -21,8 +24,8 @@ class VramLimit:
     """A limit on the bytes that this process may take of a device; none until `apply`.
 
     ComfyUI asks `get_free_memory` and `get_total_memory` before it loads, batches or tiles anything: both answer for the
-    smaller card. Dynamic VRAM keeps a headroom free instead, and PyTorch's allocator has a cap of its own. What other
-    programs hold is not counted twice: each number is computed from what is free at the moment it is set.
+    smaller card. Dynamic VRAM keeps a headroom free instead, one for all GPUs, and PyTorch's allocator has a cap of its
+    own. All of them count what this process holds, so that other programs on the card make no difference.
 
     Args:
         device: what is limited.
@@ -45,11 +48,15 @@ class VramLimit:
             if nbytes is None or not self.device.holds_models:
                 return
             self.nbytes = nbytes
-            self._hook("get_free_memory", self._free_memory)
-            self._hook("get_total_memory", self._total_memory)
-            if self.device.torch_device.type == "cuda":
-                self._cap_allocator(nbytes)
-                self._cap_dynamic_vram(nbytes)
+            try:
+                self._hook("get_free_memory", self._free_memory)
+                self._hook("get_total_memory", self._total_memory)
+                if self.device.torch_device.type == "cuda":
+                    self._cap_allocator(nbytes)
+                    self._cap_dynamic_vram(nbytes)
+            except BaseException:
+                self._restore()
+                raise
 
     def remove(self) -> None:
         """Everything as it was before."""
@@ -73,9 +80,13 @@ class VramLimit:
         return there if self.nbytes is None else min(self.nbytes, there)
 
     def _restore(self) -> None:
+        """Undoes everything; what cannot be undone is no reason to leave the rest, or to fail the next prompt."""
         self.nbytes = None
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except Exception as error:  # noqa: BLE001
+                log.warning("A part of the VRAM limit could not be removed: %s", error)
 
     def _hook(self, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         original = getattr(comfy.model_management, name)
@@ -133,15 +144,15 @@ class VramLimit:
         before = _headroom(library)
         if before is None:
             return
-        reading = self.device.read()
-        past = reading.reserved + (reading.free or 0) - nbytes
-        library.set_simple_vram_headroom(max(before, past))
+        # It subtracts the headroom from the card's capacity and compares the rest with what this process holds.
+        library.set_simple_vram_headroom(max(before, self.device.total() - nbytes))
         self._undo.append(lambda: library.set_simple_vram_headroom(before))
 
 
 def _allocator_fraction(index: int) -> float:
+    """The allocator's cap now, as it can be set again: cudaMallocAsync says some hundred millions for none."""
     get = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    return 1.0 if get is None else float(get(index))
+    return 1.0 if get is None else min(1.0, float(get(index)))
 
 
 def _headroom(library: Any) -> int | None:

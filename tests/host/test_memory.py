@@ -9,72 +9,14 @@ import types
 import pytest
 import torch
 
-from demo import comfyui
 from lowbit.errors import MemoryBudgetError
 from lowbit.memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
 from lowbit.memory.policies import ALWAYS, NEVER, UNDER_PRESSURE, Settings
 
-from ..memory.fakes import Clock, FakeDevice
+from ..memory.fakes import Clock
+from .memory_host import GIB, FakePatcher, device, hooks, host, loaded
 
-GIB = 1 << 30
-
-
-@pytest.fixture(scope="module")
-def host():
-    """The host modules, with ComfyUI on its CPU setting."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
-    import sys
-
-    if str(path) not in sys.path:
-        sys.path.append(str(path))
-    from comfy.cli_args import args
-
-    args.cpu = True
-    import comfy.memory_management
-    import comfy.model_base
-    import comfy.model_management
-
-    from lowbit.host import (
-        memory_components,
-        memory_decoding,
-        memory_encoding,
-        memory_limit,
-        memory_meter,
-        memory_preflight,
-        memory_release,
-        memory_room,
-        memory_sampling,
-        memory_session,
-    )
-
-    return types.SimpleNamespace(
-        core=comfy.model_management,
-        core_memory=comfy.memory_management,
-        base_model=comfy.model_base.BaseModel,
-        components=memory_components,
-        decoding=memory_decoding,
-        encoding=memory_encoding,
-        limit=memory_limit,
-        meter=memory_meter,
-        preflight=memory_preflight,
-        release=memory_release,
-        room=memory_room,
-        sampling=memory_sampling,
-        session=memory_session,
-    )
-
-
-@pytest.fixture
-def device(host):
-    """A fake device that the session measures."""
-    fake = FakeDevice(24 * GIB)
-    current = host.session.use_device(fake)
-    yield fake
-    current.limit.remove()
-    host.session._SESSIONS.clear()
+__all__ = ["device", "host", "loaded"]
 
 
 # --- the limit
@@ -185,30 +127,6 @@ def test_budget_and_room(host, device):
     limit.remove()
 
 
-def test_dynamic_vrams_headroom_and_the_allocators_cap_are_set_and_restored(host, device, monkeypatch):
-    """As on a GPU, with stand-ins for dynamic VRAM's library and PyTorch's allocator."""
-    calls = []
-    library = types.SimpleNamespace(set_simple_vram_headroom=lambda nbytes: calls.append(("headroom", nbytes)))
-    monkeypatch.setattr(host.core_memory, "aimdo_enabled", True)
-    monkeypatch.setattr(host.limit.comfy_aimdo.control, "lib", library)
-    monkeypatch.setattr(host.limit, "_headroom", lambda found: 256 << 20 if found is library else None)
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda index: 0.9, raising=False)
-    monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda fraction, index: calls.append(("cap", fraction))
-    )
-    device.torch_device = torch.device("cuda", 0)
-    device.allocated = device.reserved = 2 * GIB
-    limit = host.limit.VramLimit(device)
-    limit.apply(6 * GIB)
-    assert calls == [("cap", 0.25), ("headroom", 18 * GIB)], "24 GiB there, 6 of them to use"
-    limit.remove()
-    assert calls[2:] == [("headroom", 256 << 20), ("cap", 0.9)]
-    calls.clear()
-    limit.apply(24 * GIB)
-    assert calls == [("cap", 1.0), ("headroom", 256 << 20)], "never less than ComfyUI's own headroom"
-    limit.remove()
-
-
 def test_the_headroom_is_read_from_the_library_that_core_uses(host):
     if not hasattr(host.limit.comfy_aimdo.control, "init"):
         pytest.skip("need comfy-aimdo")
@@ -229,67 +147,6 @@ def test_the_headroom_is_read_from_the_library_that_core_uses(host):
 
 
 # --- releasing
-
-
-class FakePatcher:
-    """A patcher with 2 GiB of weights on its device, pinned in main memory; its calls are written down."""
-
-    def __init__(self, model, load_device, size=2 * GIB, dynamic=True):
-        self.model, self.load_device, self.offload_device = model, load_device, torch.device("cpu")
-        self.size, self.loaded, self.pinned, self.calls, self.dynamic = size, size, size, [], dynamic
-
-    def model_size(self):
-        return self.size
-
-    def loaded_size(self):
-        return self.loaded
-
-    def is_dynamic(self):
-        return self.dynamic
-
-    def partially_unload(self, device, nbytes):
-        self.calls.append((device, nbytes))
-        freed = min(self.loaded, nbytes)
-        self.loaded -= freed
-        return freed
-
-    def partially_unload_ram(self, nbytes):
-        raise AssertionError("pinned memory must stay")
-
-    def detach(self, *args):
-        raise AssertionError("a release keeps the model in core's list")
-
-
-def model_of(host, component):
-    """An object of a class that core would make for this component."""
-    homes = {
-        TEXT_ENCODER: ("comfy.text_encoders.wan", "WanT5Model"),
-        AUDIO_ENCODER: ("comfy.audio_encoders.wav2vec2", "Wav2Vec2Model"),
-        MODEL_PATCH: ("comfy_extras.nodes_model_patch", "MultiTalkModelPatch"),
-        VAE: ("comfy.ldm.wan.vae", "WanVAE"),
-    }
-    if component == DIFFUSION_MODEL:
-        return object.__new__(host.base_model)
-    module, name = homes[component]
-    return type(name, (), {"__module__": module})()
-
-
-@pytest.fixture
-def loaded(host, device, monkeypatch):
-    """One loaded model of each component on the device."""
-    patchers = {
-        name: FakePatcher(model_of(host, name), device.torch_device)
-        for name in (DIFFUSION_MODEL, TEXT_ENCODER, AUDIO_ENCODER, MODEL_PATCH, VAE)
-    }
-    books = [types.SimpleNamespace(model=patcher) for patcher in patchers.values()]
-    monkeypatch.setattr(host.core, "current_loaded_models", books)
-
-    def count():
-        device.allocated = device.reserved = sum(patcher.loaded for patcher in patchers.values())
-        return FakeDevice.read(device)
-
-    monkeypatch.setattr(device, "read", count)
-    return patchers
 
 
 def test_components_are_known_by_their_class(host, loaded):
@@ -412,10 +269,6 @@ def test_other_errors_pass_and_make_no_room(host, device, error):
 
 
 # --- sampling
-
-
-def hooks(host, **settings):
-    return host.sampling.SamplingHooks(Settings(**settings), "7")
 
 
 @pytest.mark.parametrize(("policy", "share"), [("auto", None), ("speed", None), ("balanced", 0.8), ("lowest", 0.1)])
