@@ -10,8 +10,10 @@ import comfy.model_management
 from ..errors import MemoryBudgetError
 from ..memory.components import MODELS, SCRATCH
 from ..memory.policies import ALWAYS, NEVER
+from .memory_components import loaded_patchers
 from .memory_release import Released, evict, release
 from .memory_session import Session, session
+from .memory_streaming import forget_queues, forget_transfers, give_up_pages
 
 T = TypeVar("T")
 _GIB = 1 << 30
@@ -36,7 +38,10 @@ def make_way(when: str, patcher: Any, working: float, keep: Collection[Any] = ()
 
 
 def clear_out(keep: Collection[Any], what: str) -> Released:
-    """Release everything but `keep`, our scratch included, and give all idle memory back."""
+    """After an out-of-memory error: release everything but `keep`, our scratch included, and give all idle memory back."""
+    forget_queues()
+    for patcher in loaded_patchers():
+        forget_transfers(patcher)
     released = release((*MODELS, SCRATCH), f"out of memory in {what}", keep)
     session().device.clear()
     return released
@@ -46,7 +51,7 @@ def shrink(patcher: Any, nbytes: float) -> int:
     """Move part of a running model's weights to main memory, from where they stream; returns the bytes."""
     if not session().device.holds_models or patcher.load_device != session().device.torch_device:
         return 0
-    return evict(patcher, int(nbytes))
+    return give_up_pages(patcher, int(nbytes)) if patcher.is_dynamic() else evict(patcher, int(nbytes))
 
 
 def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: str) -> T:

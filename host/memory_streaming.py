@@ -1,0 +1,45 @@
+"""Dynamic VRAM's streaming of weights, seen from outside: parts of a running model given up, cut transfers forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_prefetch
+import comfy_aimdo.model_vbar
+
+_PARAMETERS = ("weight", "bias")
+
+
+def give_up_pages(patcher: Any, nbytes: int) -> int:
+    """Free pages of a running model's weights; returns the bytes. Those layers stream from then on.
+
+    Not by core's `partially_unload`: where the pages are fewer than asked for, which is the rule after the driver has
+    refused memory, it also takes the parameters away that core moves as a whole and whose layers cannot stream.
+    """
+    pages = patcher._vbar_get()
+    return 0 if pages is None else int(pages.free_memory(nbytes))
+
+
+def forget_transfers(patcher: Any) -> None:
+    """Forget what a call that ran out of memory left half done, so that the next one transfers each weight anew.
+
+    A layer takes a transfer that was begun for it for a finished one. By then other layers have been through the same
+    buffer, or its page lacks the LoRA that was to be applied, and the picture is wrong without an error.
+    """
+    if not patcher.is_dynamic():
+        return
+    for module in patcher.model.modules():
+        begun = vars(module).pop("_prefetch", None)
+        if begun is not None and begun["signature"] is not None:
+            comfy_aimdo.model_vbar.vbar_unpin(module._v)
+        if getattr(module, "_v_signature", None) is not None:
+            module._v_signature = None
+        for name in _PARAMETERS:
+            patch = getattr(module, f"{name}_lowvram_function", None)
+            if patch is not None:
+                patch.clear_prepared()
+
+
+def forget_queues() -> None:
+    """Forget what was fetched ahead for layers that did not get their turn."""
+    comfy.model_prefetch.cleanup_prefetch_queues()

@@ -1,0 +1,161 @@
+"""After an out-of-memory error in mid-run under dynamic VRAM: core's own patcher and streaming, with aimdo's calls stood in for."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+
+import pytest
+import torch
+
+from .memory_host import GIB, device, host
+
+__all__ = ["device", "host"]
+
+PAGE = 32 << 20
+
+
+class Pages:
+    """A VBAR whose pages are numbers."""
+
+    def __init__(self, size, index):
+        self.loaded, self.marks = 4 * PAGE, []
+
+    def prioritize(self):
+        self.watermark = None
+
+    def alloc(self, nbytes):
+        return (self, 0, nbytes)
+
+    def loaded_size(self):
+        return self.loaded
+
+    def free_memory(self, nbytes):
+        freed = min(self.loaded, -(-int(nbytes) // PAGE) * PAGE)
+        self.loaded -= freed
+        return freed
+
+    def set_watermark(self, nbytes):
+        self.marks.append(nbytes)
+
+
+class HostBuffer:
+    size = 0
+
+    def __init__(self, *sizes):
+        pass
+
+    def truncate(self, offset, do_unregister=True):
+        pass
+
+
+@pytest.fixture
+def streaming(host, device, monkeypatch):
+    """Core's dynamic patcher of a model with a streamed Linear and parameters that core moves as a whole; its `GPU` is meta."""
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy_aimdo.host_buffer
+    import comfy_aimdo.model_vbar
+
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", HostBuffer)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", Pages, raising=False)
+    unpinned = []
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", unpinned.append)
+
+    class Model(host.base_model):
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.first = comfy.ops.manual_cast.Linear(256, 256, dtype=torch.bfloat16)
+            self.second = comfy.ops.manual_cast.Linear(256, 256, dtype=torch.bfloat16)
+            self.norm = torch.nn.LayerNorm(256)
+            self.register_buffer("frequencies", torch.ones(64))
+            self.model_loaded_weight_memory, self.current_weight_patches_uuid = 0, None
+
+    device.torch_device = torch.device("meta")
+    model = Model()
+    patcher = comfy.model_patcher.ModelPatcherDynamic(model, torch.device("meta"), torch.device("cpu"))
+    patcher.load(torch.device("meta"))
+    monkeypatch.setattr(host.core, "current_loaded_models", [types.SimpleNamespace(model=patcher)])
+    yield types.SimpleNamespace(patcher=patcher, model=model, unpinned=unpinned)
+    patcher.model.dynamic_patchers.clear()
+
+
+@pytest.mark.parametrize("nbytes", [PAGE, 8 * GIB], ids=["less than is there", "more than is there"])
+def test_a_running_model_gives_up_pages_and_nothing_that_it_needs_where_it_is(host, streaming, nbytes):
+    """After a real out-of-memory error the driver has taken the pages already: asking for more must not take the rest."""
+    model = streaming.model
+    assert model.norm.weight.device.type == model.frequencies.device.type == "meta"
+    freed = host.room.shrink(streaming.patcher, nbytes)
+    assert freed == min(nbytes, 4 * PAGE)
+    assert model.norm.weight.device.type == model.frequencies.device.type == "meta"
+    assert streaming.patcher.loaded_size() == 4 * PAGE - freed + model.model_loaded_weight_memory
+
+
+def test_a_transfer_that_was_cut_short_is_forgotten(host, streaming):
+    first, second = streaming.model.first, streaming.model.second
+    first._v, second._v = ("pages", 0, 1), ("pages", 1, 1)
+    first._prefetch = {"signature": (1,), "resident": False}
+    second._prefetch = {"signature": None, "resident": False}
+    first._v_signature, second._v_signature = (1,), None
+    host.room.clear_out([streaming.patcher], "a test")
+    assert not hasattr(first, "_prefetch")
+    assert not hasattr(second, "_prefetch")
+    assert streaming.unpinned == [("pages", 0, 1)], "a page that was faulted in is pinned once, and let go once"
+    assert first._v_signature is None, "what was only half done to the page is done again"
+
+
+class CastBuffer:
+    """The one buffer that all streamed weights go through."""
+
+    def __init__(self):
+        self.bytes = torch.zeros(1 << 20, dtype=torch.uint8)
+
+    def size(self):
+        return len(self.bytes)
+
+    def get(self, nbytes, offset):
+        return self.bytes[offset : offset + nbytes]
+
+
+def test_a_layer_whose_cast_ran_out_of_memory_gets_its_own_weights_when_the_step_is_done_again(
+    host, streaming, monkeypatch
+):
+    """Core keeps what it began for a layer and takes it for ready; by then other layers have been through the buffer."""
+    import comfy.ops
+    import comfy_aimdo.model_vbar
+    import comfy_aimdo.torch
+    from comfy.cli_args import args
+
+    buffer = CastBuffer()
+    stream = types.SimpleNamespace(as_context=lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(args, "disable_pinned_memory", True)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda allocation: None)
+    monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda allocation, device: allocation)
+    monkeypatch.setattr(host.core, "get_offload_stream", lambda device: stream)
+    monkeypatch.setattr(host.core, "get_aimdo_cast_buffer", lambda stream, device: buffer)
+    monkeypatch.setattr(host.core, "sync_stream", lambda device, stream: None)
+    monkeypatch.setattr(host.core, "is_device_cpu", lambda device: False)
+    elsewhere = torch.device("cpu", 0)
+
+    def weight_of(layer):
+        cast = comfy.ops.cast_bias_weight(layer, None, torch.float32, elsewhere, torch.float32, offloadable=True)
+        return cast[0].clone()
+
+    first, second = streaming.model.first, streaming.model.second
+    for layer in (first, second):
+        layer._v, layer._v_signature = ("pages", 0, 1), None
+        torch.nn.init.normal_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    assert weight_of(first).equal(first.weight.float())
+
+    def runs_out(weight):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    first.weight_function = [runs_out]
+    with pytest.raises(torch.OutOfMemoryError):
+        weight_of(first)
+    first.weight_function = []
+    host.room.clear_out([streaming.patcher], "a test")
+    for _ in range(2):
+        assert weight_of(second).equal(second.weight.float())
+        assert weight_of(first).equal(first.weight.float())
