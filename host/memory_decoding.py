@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import comfy.model_management
 import torch
 
 from ..errors import MemoryBudgetError
 from ..memory.decisions import Tiles, plan_tiles, smaller
 from ..memory.policies import Settings
 from .memory_encoding import managed_class
-from .memory_room import again_after_oom, clear_out, make_way
+from .memory_room import again_after_oom, clear_out, make_way, raise_other
 from .memory_session import session
 
 _SETTINGS = "_lowbit_memory"
@@ -139,7 +138,7 @@ class ManagedVAE:
             try:
                 return self._decode_tiles(current, samples)
             except Exception as error:  # noqa: BLE001
-                comfy.model_management.raise_non_oom(error)
+                raise_other(error)
             clear_out([self.patcher], "the decode")
             current = smaller(current, self._smallest_tile())
             if current is not None:

@@ -17,6 +17,8 @@ from .memory_streaming import forget_queues, forget_transfers, give_up_pages
 
 T = TypeVar("T")
 _GIB = 1 << 30
+_DYNAMIC_VRAM_ERRORS = ("VRAM grow failed", "Fault failed")
+"""Beginnings of what comfy-aimdo raises, as a RuntimeError, when the driver has no memory for a buffer or a page."""
 
 
 def make_way(when: str, patcher: Any, working: float, keep: Collection[Any] = (), what: str = "") -> Released | None:
@@ -87,6 +89,12 @@ def give_up_text(current: Session, what: str, said: str, error: str) -> str:
     )
 
 
+def raise_other(error: Exception) -> None:
+    """Raise an error again unless it means that GPU memory ran out."""
+    if not (isinstance(error, RuntimeError) and str(error).startswith(_DYNAMIC_VRAM_ERRORS)):
+        comfy.model_management.raise_non_oom(error)
+
+
 class _Outcome:
     """A call's value, or the first line of its out-of-memory error. The error itself would keep all tensors alive."""
 
@@ -99,5 +107,5 @@ def _attempt(call: Callable[[], Any]) -> _Outcome:
     try:
         return _Outcome(call())
     except Exception as error:  # noqa: BLE001
-        comfy.model_management.raise_non_oom(error)
+        raise_other(error)
         return _Outcome(error=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)

@@ -159,3 +159,34 @@ def test_a_layer_whose_cast_ran_out_of_memory_gets_its_own_weights_when_the_step
     for _ in range(2):
         assert weight_of(second).equal(second.weight.float())
         assert weight_of(first).equal(first.weight.float())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("VRAM grow failed: 283115520 bytes"),
+        RuntimeError("Fault failed: 2"),
+    ],
+    ids=str,
+)
+def test_dynamic_vrams_own_errors_are_out_of_memory_errors_too(host, device, error):
+    """While weights stream, most of what is asked of the driver is asked by comfy-aimdo, which raises errors of its own."""
+    calls = []
+
+    def call():
+        calls.append(len(calls))
+        if len(calls) == 1:
+            raise error
+        return "done"
+
+    assert host.room.again_after_oom(call, lambda: "room was made", "a test") == "done"
+    assert "Out of memory in a test" in host.session.session().ledger.run.notes[0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), MemoryError()], ids=str)
+def test_no_other_error_of_these_kinds_is_taken_for_one(host, device, error):
+    def call():
+        raise error
+
+    with pytest.raises(type(error)):
+        host.room.again_after_oom(call, lambda: pytest.fail("no room is needed"), "a test")
