@@ -57,13 +57,14 @@ def resident(patcher: Any) -> int:
     return int(patcher.loaded_size())
 
 
-def component_bytes() -> dict[str, int]:
-    """Resident bytes by component; models of one kind are added up, unknown ones are left to `other`."""
+def component_bytes(device: torch.device) -> dict[str, int]:
+    """Resident bytes on a device by component; models of one kind are added up, unknown ones are left to `other`."""
     sizes: dict[str, int] = {}
     for patcher in loaded_patchers():
         component = component_of(patcher.model)
         if component is not None:
-            sizes[component] = sizes.get(component, 0) + resident(patcher)
+            here = resident(patcher) if patcher.load_device == device else 0
+            sizes[component] = sizes.get(component, 0) + here
     sizes[SCRATCH] = scratch_nbytes()
     return sizes
 

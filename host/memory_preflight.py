@@ -12,7 +12,7 @@ from ..memory.budget import Demand, host_refusal, refusal
 from ..memory.components import MODELS, TEXT_ENCODER
 from ..memory.devices import available_host_bytes, resident_bytes
 from .memory_components import component_of, loaded_patchers, resident
-from .memory_release import can_leave
+from .memory_release import can_leave, runs_here
 from .memory_session import session
 from .preparing import Planned
 
@@ -32,7 +32,7 @@ def check_sampling(patcher: Any, noise_shape: Any, working: float) -> None:
         MemoryBudgetError: it cannot; the message has the numbers and the cheapest changes.
     """
     current = session()
-    if not current.device.holds_models or len(noise_shape) not in (4, 5):
+    if not runs_here(patcher) or len(noise_shape) not in (4, 5):
         return
     sentence = refusal(
         type(patcher.model).__name__,

@@ -70,14 +70,15 @@ def release(names: Collection[str], reason: str = "asked for", keep: Collection[
     return released
 
 
+def runs_here(patcher: Any) -> bool:
+    """Whether a model runs on the measured device, and that one holds models: not a text encoder that was put on the CPU."""
+    device = session().device
+    return device.holds_models and patcher.load_device == device.torch_device
+
+
 def can_leave(patcher: Any) -> bool:
     """Whether a model lies on the measured device and has a place to go."""
-    device = session().device
-    return (
-        device.holds_models
-        and patcher.load_device == device.torch_device
-        and (patcher.offload_device != patcher.load_device or patcher.load_device.type == "cpu")
-    )
+    return runs_here(patcher) and (patcher.offload_device != patcher.load_device or patcher.load_device.type == "cpu")
 
 
 def evict(patcher: Any, nbytes: int = EVERYTHING) -> int:

@@ -11,7 +11,7 @@ from ..errors import MemoryBudgetError
 from ..memory.components import MODELS, SCRATCH
 from ..memory.policies import ALWAYS, NEVER
 from .memory_components import loaded_patchers
-from .memory_release import Released, evict, release
+from .memory_release import Released, evict, release, runs_here
 from .memory_session import Session, session
 from .memory_streaming import forget_queues, forget_transfers, give_up_pages
 
@@ -31,7 +31,7 @@ def make_way(when: str, patcher: Any, working: float, keep: Collection[Any] = ()
         keep: further patchers that it runs with.
         what: its name, for the report.
     """
-    if when == NEVER or not session().device.holds_models:
+    if when == NEVER or not runs_here(patcher):
         return None
     missing = max(0, int(patcher.model_size()) - int(patcher.loaded_size()))
     if when == ALWAYS or missing + working > session().limit.room:
@@ -51,7 +51,7 @@ def clear_out(keep: Collection[Any], what: str) -> Released:
 
 def shrink(patcher: Any, nbytes: float) -> int:
     """Move part of a running model's weights to main memory, from where they stream; returns the bytes."""
-    if not session().device.holds_models or patcher.load_device != session().device.torch_device:
+    if not runs_here(patcher):
         return 0
     return give_up_pages(patcher, int(nbytes)) if patcher.is_dynamic() else evict(patcher, int(nbytes))
 

@@ -40,7 +40,7 @@ class Session(ProgressHandler):
         super().__init__(_HANDLER)
         device = device or _core_device()
         self.device = device
-        self.ledger = Ledger(device, component_bytes, pinned_bytes)
+        self.ledger = Ledger(device, lambda: component_bytes(device.torch_device), pinned_bytes)
         self.limit = VramLimit(device, lambda: where()[0] == self.ledger.run.prompt)
         self.sentinel = Sentinel() if device.holds_models else Sentinel(slack=_HOST_SLACK)
         self.meter = Meter()

@@ -153,7 +153,16 @@ def test_components_are_known_by_their_class(host, loaded):
     for name, patcher in loaded.items():
         assert host.components.component_of(patcher.model) == name
     assert host.components.component_of(object()) is None
-    assert host.components.component_bytes() == dict.fromkeys(loaded, 2 * GIB) | {SCRATCH: 0}
+    assert host.components.component_bytes(torch.device("cpu")) == dict.fromkeys(loaded, 2 * GIB) | {SCRATCH: 0}
+
+
+def test_a_model_on_another_device_is_not_on_this_one(host, loaded, device):
+    """A text encoder that was put on the CPU counts as loaded there; a model on a second GPU as loaded there."""
+    loaded[TEXT_ENCODER].load_device = torch.device("cuda", 1)
+    assert host.components.component_bytes(device.torch_device)[TEXT_ENCODER] == 0
+    sample = host.session.session().ledger.sample("a test")
+    assert sample.components[TEXT_ENCODER] == 0
+    assert sample.components[DIFFUSION_MODEL] == 2 * GIB
 
 
 def test_a_release_moves_weights_keeps_pins_and_measures_what_it_freed(host, loaded):
@@ -192,6 +201,24 @@ def test_way_is_made_by_policy(host, loaded, when, working, others_leave):
     host.room.make_way(when, loaded[DIFFUSION_MODEL], working, [loaded[MODEL_PATCH]], "a test")
     assert loaded[DIFFUSION_MODEL].loaded == loaded[MODEL_PATCH].loaded == 2 * GIB
     assert {loaded[name].loaded == 0 for name in (TEXT_ENCODER, VAE, AUDIO_ENCODER)} == {others_leave}
+
+
+@pytest.mark.parametrize("when", [ALWAYS, UNDER_PRESSURE])
+def test_no_way_is_made_for_what_runs_elsewhere(host, loaded, when):
+    """A text encoder on the CPU needs nothing of the GPU, however large it is."""
+    encoder = loaded[TEXT_ENCODER]
+    encoder.load_device, encoder.loaded, encoder.size = torch.device("cuda", 1), 0, 100 * GIB
+    assert host.room.make_way(when, encoder, 0, what="the text encoder") is None
+    assert loaded[DIFFUSION_MODEL].loaded == 2 * GIB
+
+
+def test_what_runs_elsewhere_is_not_refused_for_this_device(host, loaded):
+    model = loaded[DIFFUSION_MODEL]
+    model.model = types.SimpleNamespace(parameters=lambda: iter(()), latent_format=None)
+    with pytest.raises(MemoryBudgetError, match="needs at least"):
+        host.preflight.check_sampling(model, (1, 16, 21, 60, 104), 100 * GIB)
+    model.load_device = torch.device("cuda", 1)
+    host.preflight.check_sampling(model, (1, 16, 21, 60, 104), 100 * GIB)
 
 
 def test_weights_that_are_not_there_yet_count_as_pressure(host, loaded):

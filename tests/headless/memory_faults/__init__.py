@@ -49,7 +49,7 @@ class FakeGpu:
 
     def read(self):
         module = pack_module("host.memory_components")
-        weights = sum(module.component_bytes().values())
+        weights = sum(module.component_bytes(self.torch_device).values())
         allocated = weights + self.working + sum(tensor.nbytes for tensor in self.kept)
         self._peak = max(self._peak, allocated)
         reserved = allocated + self.idle
@@ -270,7 +270,7 @@ class TestMemoryState:
             "free": management.get_free_memory(torch.device("cpu")),
             "reserve": management.EXTRA_RESERVED_VRAM,
             "limit": session.limit.nbytes,
-            "loaded": components.component_bytes(),
+            "loaded": components.component_bytes(session.device.torch_device),
             "resident": psutil.Process().memory_info().rss,
             "objects": kinds,
             "batches": {key: faults.batches for key, faults in TestOutOfMemory.made.items()},
