@@ -11,7 +11,7 @@ from ..errors import MemoryBudgetError
 from ..memory.decisions import Tiles, plan_tiles, smaller
 from ..memory.policies import Settings
 from .memory_encoding import managed_class
-from .memory_room import again_after_oom, clear_out, make_way, raise_other
+from .memory_room import again_after_oom, clear_out, make_way, raise_other, reachable_room
 from .memory_session import session
 
 _SETTINGS = "_lowbit_memory"
@@ -124,8 +124,7 @@ class ManagedVAE:
             shape += [min(size, side) for side in samples.shape[-2:]]
             return float(self.memory_used_decode(tuple(shape), self.vae_dtype))  # type: ignore[attr-defined]
 
-        missing = max(0, int(self.patcher.model_size()) - int(self.patcher.loaded_size()))
-        room = session().limit.room - missing
+        room = reachable_room(self.patcher)
         return plan_tiles(estimate, samples.shape[-2], samples.shape[-1], frames, self._smallest_tile(), room)
 
     def _smallest_tile(self) -> int:

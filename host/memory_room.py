@@ -10,8 +10,8 @@ import comfy.model_management
 from ..errors import MemoryBudgetError
 from ..memory.components import MODELS, SCRATCH
 from ..memory.policies import ALWAYS, NEVER
-from .memory_components import loaded_patchers
-from .memory_release import Released, evict, release, runs_here
+from .memory_components import loaded_patchers, resident
+from .memory_release import Released, can_leave, evict, release, runs_here
 from .memory_session import Session, session
 from .memory_streaming import forget_queues, forget_transfers, give_up_pages
 
@@ -37,6 +37,13 @@ def make_way(when: str, patcher: Any, working: float, keep: Collection[Any] = ()
     if when == ALWAYS or missing + working > session().limit.room:
         return release(MODELS, f"room for {what}", [patcher, *keep])
     return None
+
+
+def reachable_room(patcher: Any) -> int:
+    """Bytes there are for what `patcher`'s model is about to do: ComfyUI moves other models out of its way by itself."""
+    others = [other for other in loaded_patchers() if other.model is not patcher.model and can_leave(other)]
+    missing = max(0, int(patcher.model_size()) - int(patcher.loaded_size()))
+    return session().limit.room + sum(resident(other) for other in others) - missing
 
 
 def clear_out(keep: Collection[Any], what: str) -> Released:

@@ -435,6 +435,15 @@ def test_pixels_are_estimated_in_the_shape_that_core_gives_them(host):
     assert vae._pixel_shape(pixels[None]) == (1, 3, 5, 64, 32)
 
 
+@pytest.mark.parametrize(("needed", "whole"), [(13, True), (21, True), (23, False)])
+def test_a_decode_is_tiled_only_if_it_does_not_fit_with_all_else_gone(host, device, loaded, needed, whole):
+    """Of 24 GiB other models hold 8 and the VAE 2. Core moves the others out of the way by itself, whatever the policy."""
+    vae = type("V", (host.decoding.ManagedVAE,), {"spacial_compression_decode": lambda self: 8})()
+    vae.latent_dim, vae.vae_dtype, vae.device, vae.patcher = 3, torch.bfloat16, device.torch_device, loaded[VAE]
+    vae.memory_used_decode = lambda shape, dtype: needed * GIB * shape[2] * shape[3] * shape[4] / (21 * 60 * 104)
+    assert (vae._tiles(torch.zeros(1, 16, 21, 60, 104)) is None) is whole
+
+
 @pytest.mark.parametrize(
     ("where", "gpu", "said"), [("cpu", "cuda", True), ("cuda", "cuda", False), ("cpu", "cpu", False)]
 )
