@@ -69,6 +69,16 @@ def component_bytes(device: torch.device) -> dict[str, int]:
     return sizes
 
 
+def weight_tensors() -> Iterator[torch.Tensor]:
+    """The tensors of all loaded models, those that dynamic VRAM has put into its pages included."""
+    for patcher in loaded_patchers():
+        for module in patcher.model.modules():
+            yield from module.parameters(recurse=False)
+            yield from module.buffers(recurse=False)
+            paged = (vars(module).get(name) for name in ("_v_weight", "_v_bias"))
+            yield from (tensor for tensor in paged if tensor is not None)
+
+
 def outside_bytes(device: torch.device) -> int:
     """Bytes of a GPU that dynamic VRAM holds outside PyTorch's allocator: resident pages of weights, and cast buffers.
 

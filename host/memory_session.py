@@ -16,7 +16,7 @@ from ..memory.growth import Sentinel
 from ..memory.holders import BYTES, HOLDERS, Holder, Snapshot, find_growth, take_snapshot
 from ..memory.ledger import Ledger, Sample
 from ..ops.linear import release_scratch, scratch_nbytes
-from .memory_components import component_bytes, outside_bytes, pinned_bytes
+from .memory_components import component_bytes, outside_bytes, pinned_bytes, weight_tensors
 from .memory_limit import VramLimit
 from .memory_meter import Meter
 
@@ -46,15 +46,17 @@ class Session(ProgressHandler):
         self.meter = Meter()
         self.registry: Any = None
         self.manager_node: str | None = None
+        self._started: set[str] = set()
         self._reference: Snapshot | None = None
 
     def begin(self) -> Ledger:
         """The ledger of the running prompt; a new one when the prompt is a new one. Cheap to call at every turn."""
         prompt, node = where()
-        # Threads of a multi-GPU run do not know their prompt.
-        if prompt and prompt != self.ledger.run.prompt:
+        # Threads of a multi-GPU run do not know their prompt. Whoever queues a prompt may give it the id of another.
+        if prompt and (self.registry is None or prompt != self.ledger.run.prompt):
             self.ledger.begin(prompt)
             self.manager_node = None
+            self._started = {node}
             add_progress_handler(self)
             self.observe("start", node=node)
         return self.ledger
@@ -93,17 +95,18 @@ class Session(ProgressHandler):
         growth = self.sentinel.mark(phase, used, max(0, sample.reserved - sample.allocated))
         kind = self.device.torch_device.type
         if thorough and self.sentinel.is_reference(phase):
-            self._reference = take_snapshot(_HOLDERS, kind)
+            self._reference = take_snapshot(_HOLDERS, kind, weight_tensors)
         if growth is None:
             return
-        found = [] if self._reference is None else find_growth(_HOLDERS, self._reference, kind)
-        self._reference = take_snapshot(_HOLDERS, kind)
+        before = self._reference
+        found = [] if before is None else find_growth(_HOLDERS, before, kind, weights=weight_tensors)
+        self._reference = take_snapshot(_HOLDERS, kind, weight_tensors)
         if growth.idle:
             self.device.clear()
         names = "; ".join(item.text for item in found) or "no known holder"
         self.say(
-            f"{sample.phase}: {growth.nbytes / 2**20:,.0f} MiB more than before the last {growth.times} passings, "
-            f"{growth.idle / 2**20:,.0f} MiB of it idle ({names})"
+            f"{sample.phase}: {growth.nbytes / 2**20:,.0f} MiB more at passing {growth.times} than at passing "
+            f"{growth.since}, {growth.idle / 2**20:,.0f} MiB of it idle ({names})"
         )
 
     def set_registry(self, registry: Any) -> None:
@@ -112,11 +115,20 @@ class Session(ProgressHandler):
 
     def start_handler(self, node_id: str, state: Any, prompt_id: str) -> None:
         """A node starts."""
-        self.observe(self.node_class(node_id), node=node_id)
+        self._started.add(node_id)
+        self._at_node(node_id)
 
     def finish_handler(self, node_id: str, state: Any, prompt_id: str) -> None:
-        """A node ends."""
-        self.observe(self.node_class(node_id), node=node_id)
+        """A node ends, or was not run because its outputs are there from an earlier prompt."""
+        if node_id in self._started:
+            self._at_node(node_id)
+
+    def _at_node(self, node_id: str) -> None:
+        """Samples; core calls this where an error would end its worker, and every prompt with it."""
+        try:
+            self.observe(self.node_class(node_id), node=node_id)
+        except Exception as error:  # noqa: BLE001
+            log.warning("Memory could not be measured at node %s: %s", node_id, error)
 
     def reset(self) -> None:
         """The next prompt begins: what this one changed in ComfyUI is as before."""

@@ -19,13 +19,15 @@ class Growth:
     Attributes:
         phase: which.
         times: how often it was passed.
-        before: bytes when it first counted, or when growth was last reported.
+        since: the passing it is compared with: the one that first counted, or that growth was last reported at.
+        before: bytes at that passing.
         now: bytes now.
         idle: how much of the difference is reserved and not used.
     """
 
     phase: Hashable
     times: int
+    since: int
     before: int
     now: int
     idle: int
@@ -39,6 +41,7 @@ class Growth:
 @dataclass
 class _Passed:
     times: int = 0
+    counted: int = 0
     used: int = 0
     idle: int = 0
 
@@ -73,13 +76,14 @@ class Sentinel:
             del self._phases[next(iter(self._phases))]
         passed.times += 1
         if passed.times <= WARM_UP + 1:
-            passed.used, passed.idle = used, idle
+            passed.counted, passed.used, passed.idle = passed.times, used, idle
             return None
         allowed = max(self.slack, TOLERANCE * (passed.used + passed.idle))
         if used + idle <= passed.used + passed.idle + allowed:
             return None
-        growth = Growth(phase, passed.times, passed.used + passed.idle, used + idle, max(0, idle - passed.idle))
-        passed.used, passed.idle = used, idle
+        before = passed.used + passed.idle
+        growth = Growth(phase, passed.times, passed.counted, before, used + idle, max(0, idle - passed.idle))
+        passed.counted, passed.used, passed.idle = passed.times, used, idle
         return growth
 
     def is_reference(self, phase: Hashable) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType, ModuleType
 from typing import Any
@@ -64,12 +64,23 @@ class Snapshot:
     tensors: Counter[str]
 
 
-def take_snapshot(holders: Sequence[Holder], device_type: str) -> Snapshot:
+Weights = Callable[[], Iterable[torch.Tensor]]
+"""Yields the tensors of models that are known to be loaded: they come and go with their models, and are no growth."""
+
+
+def _no_weights() -> Iterable[torch.Tensor]:
+    return ()
+
+
+def take_snapshot(holders: Sequence[Holder], device_type: str, weights: Weights = _no_weights) -> Snapshot:
     """Measures every holder and walks all of Python's objects once: some tenths of a second."""
-    return Snapshot({holder.name: _safely(holder.measure) for holder in holders}, tensor_bytes(device_type)[0])
+    tensors = tensor_bytes(device_type, _addresses(weights()))[0]
+    return Snapshot({holder.name: _safely(holder.measure) for holder in holders}, tensors)
 
 
-def find_growth(holders: Sequence[Holder], before: Snapshot, device_type: str, free: bool = True) -> list[Grown]:
+def find_growth(
+    holders: Sequence[Holder], before: Snapshot, device_type: str, free: bool = True, weights: Weights = _no_weights
+) -> list[Grown]:
     """Which holders have more than at `before`, the largest first; the safe ones are freed.
 
     Args:
@@ -77,6 +88,7 @@ def find_growth(holders: Sequence[Holder], before: Snapshot, device_type: str, f
         before: an earlier snapshot.
         device_type: of the tensors to look for: `cuda` or `cpu`.
         free: whether to free what is safe to free.
+        weights: of the models that are loaded now.
     """
     grown = []
     for holder in holders:
@@ -84,7 +96,7 @@ def find_growth(holders: Sequence[Holder], before: Snapshot, device_type: str, f
         if amount > (_WORTH_NAMING if holder.unit == BYTES else 0):
             freed = free and holder.free is not None and _freed(holder.free)
             grown.append(Grown(holder.name, holder.unit, amount, "", freed, holder.advice))
-    now, examples = tensor_bytes(device_type)
+    now, examples = tensor_bytes(device_type, _addresses(weights()))
     for kind, amount in (now - before.tensors).most_common(3):
         if amount > _WORTH_NAMING:
             detail = f" in tensors of {kind}, held by {held_by(examples.pop(kind))}"
@@ -92,12 +104,15 @@ def find_growth(holders: Sequence[Holder], before: Snapshot, device_type: str, f
     return sorted(grown, key=lambda item: -item.amount if item.unit == BYTES else 0)
 
 
-def tensor_bytes(device_type: str) -> tuple[Counter[str], dict[str, torch.Tensor]]:
-    """Bytes of the tensors that Python can reach on a kind of device, by shape and dtype, and an example of each."""
+def tensor_bytes(device_type: str, ignored: Collection[int] = ()) -> tuple[Counter[str], dict[str, torch.Tensor]]:
+    """Bytes of the tensors that Python can reach on a kind of device, by shape and dtype, and an example of each.
+
+    ignored: addresses of memory that does not count.
+    """
     fake = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ())
     sizes: Counter[str] = Counter()
     examples: dict[str, torch.Tensor] = {}
-    seen = set()
+    seen = set(ignored)
     for item in gc.get_objects():
         # Not isinstance: it would run the code of objects that pretend to be of another class.
         if not issubclass(type(item), torch.Tensor):
@@ -116,6 +131,16 @@ def tensor_bytes(device_type: str) -> tuple[Counter[str], dict[str, torch.Tensor
         sizes[kind] += storage.nbytes()
         examples[kind] = item
     return sizes, examples
+
+
+def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
+    found = set()
+    for tensor in tensors:
+        # A quantized tensor has no memory of its own: its parts have.
+        flatten = getattr(tensor, "__tensor_flatten__", None)
+        parts = [tensor] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
+        found |= {_safely(lambda part=part: part.untyped_storage().data_ptr()) for part in parts}
+    return found
 
 
 def held_by(item: Any, depth: int = 6) -> str:
@@ -212,13 +237,23 @@ def _kitchen_workspaces() -> dict[int, torch.Tensor]:
     return getattr(module, "_cublas_workspaces", {})
 
 
+def _clear_kitchen() -> None:
+    if _may_be_captured():
+        raise RuntimeError("a captured CUDA graph may use comfy-kitchen's workspaces")
+    _kitchen_workspaces().clear()
+
+
 def _kitchen_nbytes() -> int:
     return sum(tensor.nbytes for tensor in _kitchen_workspaces().values())
 
 
+def _may_be_captured() -> bool:
+    """Whether there are CUDA graphs: a replay writes into the workspaces that the graph was captured with."""
+    return any(issubclass(type(item), torch.cuda.CUDAGraph) for item in gc.get_objects())
+
+
 def _clear_cublas() -> None:
-    # A captured graph writes into the workspace it was captured with.
-    if torch.cuda.is_initialized() and not _graph_pools():
+    if torch.cuda.is_initialized() and not _may_be_captured():
         torch._C._cuda_clearCublasWorkspaces()
 
 
@@ -247,6 +282,6 @@ HOLDERS = (
     Holder("flex_attention block masks", BYTES, _block_masks, advice="a pack keeps one for each shape it saw"),
     Holder("cuBLAS workspaces", BYTES, _cublas_nbytes, _clear_cublas),
     Holder("Triton's compiled kernels", ENTRIES, _triton_kernels, advice="kernels are compiled anew for new shapes"),
-    Holder("comfy-kitchen's workspaces", BYTES, _kitchen_nbytes, lambda: _kitchen_workspaces().clear()),
+    Holder("comfy-kitchen's workspaces", BYTES, _kitchen_nbytes, _clear_kitchen),
 )
 """What is known to keep memory from one prompt to the next. What they do not explain is a Python reference."""
