@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ HOST_NAME = "cpu (host memory)"
 
 _PROCESS = psutil.Process()
 _STATM = Path("/proc/self/statm")
-_PAGE = 4096
 _CGROUP_FOLDERS = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
 _LIMIT_FILES = ("memory.max", "memory.limit_in_bytes")
 _USE_FILES = ("memory.current", "memory.usage_in_bytes")
@@ -136,7 +136,7 @@ class HostDevice:
 def resident_bytes() -> int:
     """Main memory of this process: a read of /proc where there is one, some 10 microseconds."""
     try:
-        return int(_STATM.read_text().split()[1]) * _PAGE
+        return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
     except (OSError, IndexError, ValueError):
         return int(_PROCESS.memory_info().rss)
 

@@ -72,3 +72,11 @@ def test_a_gpu_is_read_through_pytorchs_counters_and_the_driver(monkeypatch):
     device.reset_peak()
     device.clear()
     assert calls == [("peak", 1), ("wait", 1), ("empty",)]
+
+
+def test_resident_memory_is_counted_in_the_machines_own_pages(tmp_path, monkeypatch):
+    """64 KiB on many ARM machines."""
+    (tmp_path / "statm").write_text("900 300 20 1 0 80 0\n")
+    monkeypatch.setattr(devices, "_STATM", tmp_path / "statm")
+    monkeypatch.setattr(devices.mmap, "PAGESIZE", 65536)
+    assert devices.resident_bytes() == 300 * 65536
