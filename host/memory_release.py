@@ -38,13 +38,16 @@ class Released:
         return f"Released {', '.join(self.names)}: {self.freed / 2**20:,.0f} MiB freed"
 
 
-def release(names: Collection[str], reason: str = "asked for", keep: Collection[Any] = ()) -> Released:
+def release(
+    names: Collection[str], reason: str = "asked for", keep: Collection[Any] = (), running: bool = False
+) -> Released:
     """Evict every loaded model of these components.
 
     Args:
         names: of `memory.components`.
         reason: for the report.
         keep: patchers whose models stay.
+        running: whether models leave that sample now; theirs is a run that has failed.
     """
     current = session()
     ledger, before = current.begin(), current.device.read()
@@ -52,7 +55,8 @@ def release(names: Collection[str], reason: str = "asked for", keep: Collection[
     gone: dict[str, int] = {}
     for patcher in list(loaded_patchers()):
         name = component_of(patcher.model)
-        if name is not None and name in names and id(patcher.model) not in kept and can_leave(patcher):
+        stays = id(patcher.model) in kept or (samples_now(patcher) and not running)
+        if name is not None and name in names and not stays and can_leave(patcher):
             weights = evict(patcher)
             if weights:
                 gone[name] = gone.get(name, 0) + weights
@@ -79,6 +83,11 @@ def runs_here(patcher: Any) -> bool:
 def can_leave(patcher: Any) -> bool:
     """Whether a model lies on the measured device and has a place to go."""
     return runs_here(patcher) and (patcher.offload_device != patcher.load_device or patcher.load_device.type == "cpu")
+
+
+def samples_now(patcher: Any) -> bool:
+    """Whether a sampling run that is under way uses this model: it will not be loaded again before its next call."""
+    return getattr(patcher.model, "current_patcher", None) is not None
 
 
 def evict(patcher: Any, nbytes: int = EVERYTHING) -> int:

@@ -46,12 +46,12 @@ def reachable_room(patcher: Any) -> int:
     return session().limit.room + sum(resident(other) for other in others) - missing
 
 
-def clear_out(keep: Collection[Any], what: str) -> Released:
+def clear_out(keep: Collection[Any], what: str, running: bool = False) -> Released:
     """After an out-of-memory error: release everything but `keep`, our scratch included, and give all idle memory back."""
     forget_queues()
     for patcher in loaded_patchers():
         forget_transfers(patcher)
-    released = release((*MODELS, SCRATCH), f"out of memory in {what}", keep)
+    released = release((*MODELS, SCRATCH), f"out of memory in {what}", keep, running)
     session().device.clear()
     return released
 
@@ -82,7 +82,7 @@ def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: s
     second = _attempt(call)
     if second.error is None:
         return second.value
-    clear_out((), what)
+    clear_out((), what, running=True)
     raise MemoryBudgetError(give_up_text(session(), what, said, second.error))
 
 

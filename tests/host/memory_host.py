@@ -113,9 +113,11 @@ def model_of(host, component):
         VAE: ("comfy.ldm.wan.vae", "WanVAE"),
     }
     if component == DIFFUSION_MODEL:
-        return object.__new__(host.base_model)
+        model = object.__new__(host.base_model)
+        torch.nn.Module.__init__(model)
+        return model
     module, name = homes[component]
-    return type(name, (), {"__module__": module})()
+    return type(name, (torch.nn.Module,), {"__module__": module})()
 
 
 @pytest.fixture

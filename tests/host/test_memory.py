@@ -14,7 +14,7 @@ from lowbit.memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH
 from lowbit.memory.policies import ALWAYS, NEVER, UNDER_PRESSURE, Settings
 
 from ..memory.fakes import Clock
-from .memory_host import GIB, FakePatcher, device, hooks, host, loaded
+from .memory_host import GIB, FakePatcher, device, hooks, host, loaded, model_of
 
 __all__ = ["device", "host", "loaded"]
 
@@ -182,6 +182,28 @@ def test_what_a_run_needs_stays(host, loaded):
     host.release.release([DIFFUSION_MODEL, MODEL_PATCH], keep=[loaded[MODEL_PATCH]])
     assert loaded[DIFFUSION_MODEL].loaded == 0
     assert loaded[MODEL_PATCH].loaded == 2 * GIB
+
+
+def test_a_model_that_samples_now_stays_until_its_run_has_failed(host, loaded):
+    """Core's Dual Model CFG Guider loads one model, then the other, and runs them in turns; neither is loaded again."""
+    other = loaded[DIFFUSION_MODEL]
+    other.model.current_patcher = other
+    main = FakePatcher(model_of(host, DIFFUSION_MODEL), other.load_device, 30 * GIB)
+    host.room.make_way(ALWAYS, main, GIB, what="the second model")
+    host.room.clear_out([main], "a step")
+    assert loaded[TEXT_ENCODER].loaded == 0
+    assert other.loaded == 2 * GIB
+    demand = host.preflight.sampling_demand
+    other.model.parameters = lambda: iter(())
+    other.model.latent_format = None
+    assert demand(other, (1, 16, 21, 60, 104), 0).fixed == 0, "it can stream, so it need not be there"
+
+    def call():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(MemoryBudgetError):
+        host.room.again_after_oom(call, lambda: "room was made", "a step")
+    assert other.loaded == 0
 
 
 def test_a_model_elsewhere_or_with_no_place_to_go_is_left_alone(host, loaded, device):
