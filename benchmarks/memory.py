@@ -1,16 +1,17 @@
 """ComfyUI on a smaller machine, with and without the memory manager: does it finish, in what memory, how fast, does it grow.
 
-    python -m benchmarks.memory --out benchmarks/results/memory.json [--only CASE ...] [--steps N] [--work FOLDER]
+    python -m benchmarks.memory --out benchmarks/results/memory.json [--only CASE ...] [--steps N] [--work FOLDER] [--seconds N]
 
 Checkpoints have the real dimensions and random weights; they are written into --work and stay there for the next call.
-Every row is written as soon as it is measured, so that a run that is cut short can be continued with --only. --tiny runs
-everything on a CPU with tiny checkpoints and no caps, to test the script: its numbers mean nothing.
+Every row is written as soon as it is measured, and what fails or takes longer than --seconds is a row with its error, so that
+a run that is cut short can be continued with --only. --tiny runs everything on a CPU with tiny checkpoints and no caps, to test the script: its numbers mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import statistics
 import sys
@@ -21,12 +22,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import torch
 
-from benchmarks.memory_rig import GIB, SmallerMachine, Watch, same_file, vram_used, wait_for_memory, write_checkpoint
+from benchmarks.memory_rig import (
+    GIB,
+    SmallerMachine,
+    Usage,
+    Watch,
+    same_file,
+    vram_used,
+    wait_for_memory,
+    write_checkpoint,
+)
 from benchmarks.timing import environment
 from demo import comfyui, graphs, tiny
-from demo.server import GraphFailedError, Server, ServerDiedError, prepare_base
+from demo.server import GraphFailedError, GraphRejectedError, Server, ServerDiedError, prepare_base
 from demo.tiny import infinitetalk, qwen_image, text_encoders, vae, wan
 
 QWEN_IMAGE = qwen_image.QwenImageConfig(heads=24, layers=60, joint=3584)
@@ -36,6 +47,9 @@ WAN_TALK = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=40, text=4096, in
 UMT5 = text_encoders.Umt5Config(4096, 10240, 64, 64, 24, 256384)
 TALK = infinitetalk.InfiniteTalkConfig(dim=5120, intermediate=512, out=768)
 SAMPLERS = ("sample", "sample_high")
+FAILURES = (GraphFailedError, GraphRejectedError, ServerDiedError, TimeoutError, aiohttp.ClientError)
+"""What a graph on too small a machine may end with, and its row says."""
+
 MANAGER = {
     "policy": "auto",
     "step_clearing": "auto",
@@ -47,12 +61,13 @@ MANAGER = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is: the real thing, or tiny for a test of the script."""
+    """How large everything is: the real thing, or tiny for a test of the script. `seconds`: the most a graph may take."""
 
     tiny: bool
     steps: int | None
     prompts: int
     windows: int
+    seconds: float = 540
 
     def pick(self, real: Any, small: Any) -> Any:
         """One of two sizes."""
@@ -311,24 +326,30 @@ def run_server(base: Path, contender: Contender, dynamic: bool, scale: Scale) ->
     )
 
 
+def reason(failure: BaseException) -> str:
+    """A failure's kind and the line that says most: the last one of a log, the first one of anything else."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [""]
+    return f"{type(failure).__name__}: {lines[-1 if isinstance(failure, ServerDiedError) else 0]}"[:400]
+
+
 def measure(case: Case, contender: Contender, dynamic: bool, cap: int | None, base: Path, scale: Scale) -> Row:
     """Runs one case once on a machine of that size."""
     vram = None if cap is None or scale.tiny else cap * GIB
     host = None if case.host is None or scale.tiny else case.host * GIB
     wait_for_memory(vram, host)
-    steps, error, report = Steps(), None, None
+    steps, error, report, usage = Steps(), None, None, Usage()
     with SmallerMachine(vram, host), contextlib.ExitStack() as stack:
         baseline = vram_used()
-        server = stack.enter_context(run_server(base, contender, dynamic, scale))
-        watch = Watch(server.process.pid, baseline)
-        steps.started = time.monotonic()
         try:
-            result = server.run(case.graph(scale, contender), timeout=540, on_event=steps)
+            server = stack.enter_context(run_server(base, contender, dynamic, scale))
+            watch = Watch(server.process.pid, baseline, usage)
+            stack.callback(watch.close)
+            steps.started = time.monotonic()
+            result = server.run(case.graph(scale, contender), timeout=scale.seconds, on_event=steps)
             report = json.loads(result.outputs["json"]["text"][0]) if contender.managed else None
-        except (GraphFailedError, ServerDiedError, TimeoutError) as failure:
-            error = str(failure).splitlines()[0][:400]
+        except FAILURES as failure:
+            error = reason(failure)
         total = time.monotonic() - steps.started
-        usage = watch.close()
     if report is not None:
         report.pop("samples")
     return Row(
@@ -350,42 +371,71 @@ def measure(case: Case, contender: Contender, dynamic: bool, cap: int | None, ba
 
 
 def measure_growth(name: str, base: Path, scale: Scale) -> dict[str, Any]:
-    """Allocated and reserved bytes at the end of each sampling run, beside the third one."""
+    """Allocated and reserved bytes at the end of each sampling run, beside the third one, as far as time allows."""
     graph = LONG[name][1](scale, MANAGED)
     marks: list[dict[str, int]] = []
     notes: list[str] = []
-    with run_server(base, MANAGED, True, scale) as server:
-        for seed in range(scale.prompts if name == "50_generations" else 1):
-            graph["sample"]["inputs"]["seed"] = seed
-            result = server.run(graph, timeout=3600)
-            report = json.loads(result.outputs["json"]["text"][0])
-            notes += report["notes"]
-            marks += [
-                {key: sample[key] for key in ("allocated", "reserved", "host_resident")}
-                for sample in report["samples"]
-                if sample["phase"] == "sampled"
-            ]
-    third = marks[min(2, len(marks) - 1)]
-    most = {key: max(mark[key] / max(1, third[key]) - 1 for mark in marks[3:] or [third]) for key in third}
-    return {"case": name, "runs": len(marks), "growth_over_third": most, "marks": marks, "notes": notes}
+    error = None
+    deadline = time.monotonic() + scale.seconds
+    try:
+        with run_server(base, MANAGED, True, scale) as server:
+            for seed in range(scale.prompts if name == "50_generations" else 1):
+                graph["sample"]["inputs"]["seed"] = seed
+                result = server.run(graph, timeout=max(1.0, deadline - time.monotonic()))
+                report = json.loads(result.outputs["json"]["text"][0])
+                notes += report["notes"]
+                marks += [
+                    {key: sample[key] for key in ("allocated", "reserved", "host_resident")}
+                    for sample in report["samples"]
+                    if sample["phase"] == "sampled"
+                ]
+    except FAILURES as failure:
+        error = reason(failure)
+    found = {
+        "case": name,
+        "runs": len(marks),
+        "error": error,
+        "growth_over_third": None,
+        "marks": marks,
+        "notes": notes,
+    }
+    if len(marks) > 3:
+        third = marks[2]
+        found["growth_over_third"] = {
+            key: max(mark[key] / max(1, third[key]) - 1 for mark in marks[3:]) for key in third
+        }
+    return found
 
 
 def measure_overhead(base: Path, scale: Scale) -> dict[str, Any]:
     """Seconds per step with the manager on `auto` and without it, in turns, with memory to spare."""
     names = {"no manager": Contender("plain"), "manager, auto": MANAGED}
     found: dict[str, list[float]] = {name: [] for name in names}
-    with run_server(base, MANAGED, True, scale) as server:
-        for turn in range(1 + scale.pick(4, 2)):
-            for name, contender in names.items():
-                graph = qwen_graph(scale, contender)
-                graph["sample"]["inputs"]["seed"] = turn
-                steps = Steps()
-                server.run(graph, timeout=600, on_event=steps)
-                if turn and steps.seconds_per_step is not None:  # the first turn loads and compiles
-                    found[name].append(steps.seconds_per_step)
-    best = {name: min(values) for name, values in found.items()}
-    slower = best["manager, auto"] / best["no manager"] - 1
-    return {"case": "overhead", "seconds_per_step": found, "slower_by": slower}
+    error = None
+    deadline = time.monotonic() + scale.seconds
+    try:
+        with run_server(base, MANAGED, True, scale) as server:
+            for turn in range(1 + scale.pick(4, 2)):
+                for name, contender in names.items():
+                    graph = qwen_graph(scale, contender)
+                    graph["sample"]["inputs"]["seed"] = turn
+                    steps = Steps()
+                    server.run(graph, timeout=max(1.0, deadline - time.monotonic()), on_event=steps)
+                    if turn and steps.seconds_per_step is not None:  # the first turn loads and compiles
+                        found[name].append(steps.seconds_per_step)
+    except FAILURES as failure:
+        error = reason(failure)
+    best = {name: min(values) for name, values in found.items() if values}
+    slower = best["manager, auto"] / best["no manager"] - 1 if len(best) == len(found) else None
+    return {"case": "overhead", "error": error, "seconds_per_step": found, "slower_by": slower}
+
+
+def versions() -> dict[str, str]:
+    """Of what the results depend on beside the GPU and PyTorch."""
+    return {
+        "comfyui": comfyui.version(comfyui.find()),
+        "comfy-aimdo": importlib.metadata.version("comfy-aimdo"),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -399,6 +449,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--prompts", type=int, help="of 50_generations")
     parser.add_argument("--windows", type=int, help="of infinitetalk")
+    parser.add_argument(
+        "--seconds", type=float, default=Scale.seconds, help="the most that one graph, or one growth run, may take"
+    )
     parser.add_argument("--work", type=Path)
     parser.add_argument("--tiny", action="store_true", help="test the script on a CPU; the numbers mean nothing")
     options = parser.parse_args(arguments)
@@ -410,12 +463,13 @@ def main(arguments: list[str] | None = None) -> int:
         options.steps,
         options.prompts or (5 if options.tiny else 50),
         options.windows or (3 if options.tiny else 20),
+        options.seconds,
     )
-    base = prepare_base(options.work or Path(tempfile.mkdtemp(prefix="lowbit-memory-")))
+    base = prepare_base((options.work or Path(tempfile.mkdtemp(prefix="lowbit-memory-"))).resolve())
     results = (
         json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "growth": [], "overhead": []}
     )
-    results["environment"] = environment() | {"tiny": options.tiny}
+    results["environment"] = environment() | versions() | {"tiny": options.tiny}
     models = base / "models"
 
     def keep(kind: str, entry: dict[str, Any]) -> None:

@@ -139,7 +139,11 @@ def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
         # A quantized tensor has no memory of its own: its parts have.
         flatten = getattr(tensor, "__tensor_flatten__", None)
         parts = [tensor] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
-        found |= {_safely(lambda part=part: part.untyped_storage().data_ptr()) for part in parts}
+        for part in parts:
+            try:
+                found.add(part.untyped_storage().data_ptr())
+            except Exception:  # noqa: BLE001  # as in `tensor_bytes`
+                continue
     return found
 
 

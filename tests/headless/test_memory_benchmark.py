@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import psutil
 import pytest
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 from benchmarks import memory, memory_rig
 from benchmarks.memory_rig import SmallerMachine, write_checkpoint
+from demo.server import ServerDiedError
 from demo.tiny import infinitetalk, qwen_image, text_encoders, wan
 
 
@@ -92,3 +94,91 @@ def test_a_smaller_machine_has_less_main_memory_while_it_lasts(monkeypatch):
         taken = psutil.Process(holder.pid).memory_info().rss
         assert held <= taken < 2 * held
     assert holder.poll() is not None
+
+
+def test_a_server_that_does_not_come_up_is_a_row_with_the_reason(monkeypatch, tmp_path):
+    """On a machine made small stock ComfyUI may not even start; the cases after it still count."""
+
+    def dies(*arguments, **options):
+        raise ServerDiedError("ComfyUI did not come up; the end of its log:\nTotal VRAM 16384 MB\nMemoryError: no room")
+
+    monkeypatch.setattr(memory, "Server", dies)
+    scale = memory.Scale(True, None, 1, 1)
+    row = memory.measure(memory.CASES["qwen_image"], memory.STOCK, True, None, tmp_path, scale)
+    assert not row.completed
+    assert row.error == "ServerDiedError: MemoryError: no room"
+    assert row.seconds_per_step is None
+
+
+def test_a_growth_run_that_is_cut_short_keeps_what_it_measured(monkeypatch, tmp_path):
+    """Fifty generations take long: what was measured before the time was over is written down."""
+
+    class Server:
+        def __init__(self, *arguments, **options):
+            self.runs = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def run(self, graph, timeout, on_event=None):
+            self.runs += 1
+            if self.runs > 5:
+                raise TimeoutError(f"prompt was not done after {timeout} s")
+            sample = {"phase": "sampled", "allocated": 100 + self.runs, "reserved": 200, "host_resident": 300}
+            return types.SimpleNamespace(outputs={"json": {"text": [json.dumps({"notes": [], "samples": [sample]})]}})
+
+    monkeypatch.setattr(memory, "Server", Server)
+    found = memory.measure_growth("50_generations", tmp_path, memory.Scale(True, None, 50, 1))
+    assert found["runs"] == 5
+    assert found["growth_over_third"]["allocated"] == pytest.approx(105 / 103 - 1)
+    assert "TimeoutError" in found["error"]
+
+
+def test_the_work_folder_may_be_a_relative_path(monkeypatch, tmp_path):
+    """The server runs in ComfyUI's own folder and must find it all the same."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def measure(case, contender, dynamic, cap, base, scale):
+        seen.append(base)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        memory.main(["--tiny", "--out", "out.json", "--work", "work", "--only", "qwen_image"])
+    assert seen == [tmp_path / "work"]
+
+
+def test_time_that_is_left_for_a_graph_can_be_chosen(monkeypatch, tmp_path):
+    """A machine that is lent for ten minutes a command leaves less than that for a graph."""
+    seen = []
+
+    class Server:
+        process = types.SimpleNamespace(pid=1)
+
+        def __init__(self, *arguments, **options):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def run(self, graph, timeout, on_event=None):
+            seen.append(timeout)
+            raise TimeoutError("not done")
+
+    monkeypatch.setattr(memory, "Server", Server)
+    out = tmp_path / "out.json"
+    common = ["--tiny", "--out", str(out), "--work", str(tmp_path / "work"), "--seconds", "77"]
+    assert memory.main([*common, "--only", "qwen_image", "overhead", "--contenders", memory.STOCK.name]) == 0
+    assert seen == [pytest.approx(77, abs=1)] * 2
+    results = json.loads(out.read_text())
+    assert results["rows"][0]["error"] == "TimeoutError: not done"
+    assert "TimeoutError" in results["overhead"][0]["error"]
+    assert results["environment"]["comfyui"] == "0.33.0"
+    assert results["environment"]["comfy-aimdo"]
