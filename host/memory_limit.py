@@ -76,8 +76,12 @@ class VramLimit:
 
     def budget_at(self, reading: Reading) -> int:
         """`budget`, from a reading that is there already."""
-        there = self.device.total() if reading.free is None else reading.reserved + reading.free
+        there = self.there(reading)
         return there if self.nbytes is None else min(self.nbytes, there)
+
+    def there(self, reading: Reading) -> int:
+        """Bytes that this process might hold without a limit: what it holds and what is free."""
+        return self.device.total() if reading.free is None else reading.reserved + reading.free
 
     def _restore(self) -> None:
         """Undoes everything; what cannot be undone is no reason to leave the rest, or to fail the next prompt."""

@@ -34,11 +34,13 @@ def check_sampling(patcher: Any, noise_shape: Any, working: float) -> None:
     current = session()
     if not runs_here(patcher) or len(noise_shape) not in (4, 5):
         return
+    reading = current.device.read()
     sentence = refusal(
         type(patcher.model).__name__,
         sampling_demand(patcher, noise_shape, working),
-        current.limit.budget,
+        current.limit.budget_at(reading),
         current.limit.nbytes is not None,
+        current.limit.there(reading),
     )
     if sentence is not None:
         raise MemoryBudgetError(sentence)

@@ -71,7 +71,7 @@ def cheapest_changes(demand: Demand, budget: int, count: int = 3) -> list[Change
     return [change for _, change in changes[:count]]
 
 
-def refusal(what: str, demand: Demand, budget: int, limited: bool) -> str | None:
+def refusal(what: str, demand: Demand, budget: int, limited: bool, card: int | None = None) -> str | None:
     """The sentence that refuses a run before it starts; None when it fits.
 
     Args:
@@ -79,21 +79,22 @@ def refusal(what: str, demand: Demand, budget: int, limited: bool) -> str | None
         demand: what it needs.
         budget: what it may take.
         limited: whether the budget is the node's limit and not the card.
+        card: what it might take without the limit; None if that is not known.
     """
     if demand.least <= budget:
         return None
     changes = cheapest_changes(demand, budget)
-    if limited:
+    if limited and (card is None or demand.least <= card):
         changes = [Change(f"raise vram_limit_gib to {math.ceil(demand.least / GIB * 4) / 4:g}", 0), *changes][:3]
     options = "; or ".join(
         change.text if change.least <= budget else f"{change.text} (brings it to {size_text(change.least)})"
-        for change in changes
+        for change in changes or [Change("close what else uses the GPU", 0)]
     )
-    limit = "the limit" if limited else "the GPU"
+    there = f"the limit is {size_text(budget)}" if limited else f"the GPU has {size_text(budget)} for it"
     return (
         f"{what} at {demand.width}x{demand.height}{_frames(demand)} needs at least {size_text(demand.least)} of GPU memory "
         f"({size_text(demand.working)} to work in, {size_text(BUFFERS * demand.largest_layer)} to stream weights through, "
-        f"{size_text(demand.fixed)} that cannot leave) and {limit} is {size_text(budget)}: {options}."
+        f"{size_text(demand.fixed)} that cannot leave) and {there}: {options}."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,7 +66,7 @@ def test_a_proposed_picture_really_fits(budget):
 def test_the_sentence_has_the_numbers_and_three_ways_out():
     sentence = refusal("WAN21", WAN, 5 * GIB, limited=False)
     assert "WAN21 at 1280x720, 81 frames, needs at least 7.27 GiB" in sentence
-    assert "the GPU is 5.00 GiB" in sentence
+    assert "and the GPU has 5.00 GiB for it: " in sentence, "the card may be larger, with other programs on it"
     assert sentence.count("; or ") == 2
     assert "make 49 frames" in sentence
     assert sentence.count(".") - len(re.findall(r"\d\.\d", sentence)) == 1, "one sentence"
@@ -74,6 +75,20 @@ def test_the_sentence_has_the_numbers_and_three_ways_out():
 def test_with_a_limit_the_first_way_out_is_to_raise_it():
     sentence = refusal("WAN21", WAN, 5 * GIB, limited=True)
     assert "the limit is 5.00 GiB: raise vram_limit_gib to 7.5; or" in sentence
+
+
+def test_a_limit_is_not_to_be_raised_past_the_card():
+    assert "raise vram_limit_gib" in refusal("WAN21", WAN, 5 * GIB, limited=True, card=WAN.least)
+    sentence = refusal("WAN21", WAN, 5 * GIB, limited=True, card=WAN.least - 1)
+    assert "raise vram_limit_gib" not in sentence
+    assert "the limit is 5.00 GiB" in sentence
+
+
+def test_where_nothing_helps_the_sentence_still_says_what_is_in_the_way():
+    stuck = replace(WAN, bits=4.5, frames=1, text_encoder=0)
+    assert cheapest_changes(stuck, GIB // 2) == []
+    sentence = refusal("WAN21", stuck, GIB // 2, limited=False)
+    assert sentence.endswith("the GPU has 0.50 GiB for it: close what else uses the GPU.")
 
 
 def test_a_text_encoder_that_stays_on_the_gpu_is_the_cheapest_to_move():
