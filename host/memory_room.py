@@ -58,9 +58,9 @@ def clear_out(keep: Collection[Any], what: str, running: bool = False) -> Releas
 
 def shrink(patcher: Any, nbytes: float) -> int:
     """Move part of a running model's weights to main memory, from where they stream; returns the bytes."""
-    if not runs_here(patcher):
-        return 0
-    return give_up_pages(patcher, int(nbytes)) if patcher.is_dynamic() else evict(patcher, int(nbytes))
+    if patcher.is_dynamic():
+        return give_up_pages(patcher, int(nbytes)) if runs_here(patcher) else 0
+    return evict(patcher, int(nbytes)) if can_leave(patcher) else 0
 
 
 def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: str) -> T:

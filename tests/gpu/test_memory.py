@@ -122,6 +122,18 @@ def test_an_out_of_memory_error_in_a_step_is_survived(memory):
     assert "Out of memory in step 2 of 3" in got.notes
 
 
+@pytest.mark.parametrize("policy", ["auto", "lowest"])
+def test_a_call_that_really_runs_out_half_way_is_done_again_with_the_right_weights(memory, policy):
+    """Its transfers are half done by then; the third step shows whether any layer has kept something wrong."""
+    want = memory.run(wan(14)).tensors["latent"]
+    fault = {"at": "real", "call": 2, "name": f"half way {policy}"}
+    got = memory.run(bench.managed(wan(14), policy=policy, fault=fault))
+    assert "Out of memory in step" in got.notes
+    assert relative_error(got.tensors["latent"], want) < NEAR
+    again = memory.run(wan(15)).tensors["latent"]
+    assert relative_error(memory.run(bench.managed(wan(15))).tensors["latent"], again) < NEAR
+
+
 def test_what_cannot_fit_is_refused(memory):
     with pytest.raises(GraphFailedError, match="needs at least") as failed:
         memory.run(bench.managed(wan(11, size=2048, frames=81), vram_limit_gib=0.3))

@@ -243,6 +243,17 @@ def test_what_runs_elsewhere_is_not_refused_for_this_device(host, loaded):
     host.preflight.check_sampling(model, (1, 16, 21, 60, 104), 100 * GIB)
 
 
+def test_a_model_with_no_place_to_go_is_not_said_to_stream(host, loaded, device):
+    """With --gpu-only or --highvram the legacy patcher would move weights from the GPU to the GPU and count them as gone."""
+    model = loaded[DIFFUSION_MODEL]
+    device.torch_device = model.load_device = model.offload_device = torch.device("cuda", 0)
+    model.dynamic = False
+    assert host.room.shrink(model, GIB) == 0
+    assert model.calls == []
+    model.offload_device = torch.device("cpu")
+    assert host.room.shrink(model, GIB) == GIB
+
+
 def test_weights_that_are_not_there_yet_count_as_pressure(host, loaded):
     model = loaded[DIFFUSION_MODEL]
     model.loaded, model.size = 0, 15 * GIB

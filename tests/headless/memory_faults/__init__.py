@@ -6,6 +6,7 @@ so does working memory while a model runs. Its name in reports says what it is.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -90,19 +91,35 @@ class TestDevice:
         return (value,)
 
 
-class _Faults:
-    """Raises while it has errors left, once its call number has come."""
+@contextlib.contextmanager
+def _little_memory(nbytes):
+    """PyTorch may take no more than this of the GPU beside what it holds, so that it runs out by itself."""
+    torch.cuda.empty_cache()
+    most = torch.cuda.memory_reserved() + nbytes
+    torch.cuda.set_per_process_memory_fraction(min(1.0, most / torch.cuda.mem_get_info()[1]))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
-    def __init__(self, at, times):
-        self.at, self.left, self.calls, self.batches = at, times, 0, []
+
+class _Faults:
+    """Raises while it has errors left, once its call number has come; with `real`, lets the call run out by itself."""
+
+    def __init__(self, at, times, real=False):
+        self.at, self.left, self.calls, self.batches, self.real = at, times, 0, [], real
 
     def __deepcopy__(self, memo):
         return self
 
-    def maybe(self):
+    def is_due(self):
         self.calls += 1
-        if self.calls >= self.at and self.left > 0:
-            self.left -= 1
+        due = self.calls >= self.at and self.left > 0
+        self.left -= due
+        return due
+
+    def maybe(self):
+        if self.is_due():
             raise torch.OutOfMemoryError("CUDA out of memory. (injected by a test)")
 
     def apply_model(self, executor, x, *args, **kwargs):
@@ -113,7 +130,11 @@ class _Faults:
             device.working += working
             device.read()
         try:
-            self.maybe()
+            if self.real and self.is_due():
+                with _little_memory(96 * MIB):
+                    return executor(x, *args, **kwargs)
+            if not self.real:
+                self.maybe()
             return executor(x, *args, **kwargs)
         finally:
             if isinstance(device, FakeGpu):
@@ -124,14 +145,17 @@ class _Faults:
 
 
 class TestOutOfMemory:
-    """The model runs out of memory `times` times: when it loads, or from model call `call` on. Counts batch sizes."""
+    """The model runs out of memory `times` times: when it loads, or from model call `call` on. Counts batch sizes.
+
+    `real` (needs a GPU): not by an error that is raised, but in the middle of the call, by too little memory.
+    """
 
     CATEGORY, FUNCTION, RETURN_TYPES = "lowbit/test", "patch", ("MODEL",)
     made: dict = {}
 
     @classmethod
     def INPUT_TYPES(cls):  # noqa: N802
-        at = ("load", "call", "nowhere")
+        at = ("load", "call", "real", "nowhere")
         return {
             "required": {
                 "model": ("MODEL",),
@@ -147,7 +171,7 @@ class TestOutOfMemory:
         return float("nan")
 
     def patch(self, model, at, call, times, name):
-        faults = _Faults(call if at == "call" else 1, times if at != "nowhere" else 0)
+        faults = _Faults(call if at in ("call", "real") else 1, times if at != "nowhere" else 0, at == "real")
         self.made[name] = faults
         model = model.clone()
         if at == "load":
