@@ -13,7 +13,7 @@ from ..memory.policies import ALWAYS, NEVER
 from .memory_components import loaded_patchers, resident
 from .memory_release import Released, can_leave, evict, release, runs_here
 from .memory_session import Session, session
-from .memory_streaming import forget_queues, forget_transfers, give_up_pages
+from .memory_streaming import forget_queues, forget_transfers, give_up_pages, only_what_can_stream
 
 T = TypeVar("T")
 _GIB = 1 << 30
@@ -60,7 +60,10 @@ def shrink(patcher: Any, nbytes: float) -> int:
     """Move part of a running model's weights to main memory, from where they stream; returns the bytes."""
     if patcher.is_dynamic():
         return give_up_pages(patcher, int(nbytes)) if runs_here(patcher) else 0
-    return evict(patcher, int(nbytes)) if can_leave(patcher) else 0
+    if not can_leave(patcher):
+        return 0
+    with only_what_can_stream(patcher):
+        return evict(patcher, int(nbytes))
 
 
 def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: str) -> T:

@@ -1,7 +1,9 @@
-"""Dynamic VRAM's streaming of weights, seen from outside: parts of a running model given up, cut transfers forgotten."""
+"""Streaming of weights, seen from outside: parts of a running model given up, transfers that were cut short forgotten."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_prefetch
@@ -18,6 +20,26 @@ def give_up_pages(patcher: Any, nbytes: int) -> int:
     """
     pages = patcher._vbar_get()
     return 0 if pages is None else int(pages.free_memory(nbytes))
+
+
+@contextlib.contextmanager
+def only_what_can_stream(patcher: Any) -> Iterator[None]:
+    """For the length of a legacy patcher's unload: layers that do not cast their weights for each call are left alone.
+
+    Core moves them too, which is right for a model that is loaded again before its next call, and not for a running one.
+    """
+    held = [
+        module
+        for module in patcher.model.modules()
+        if getattr(module, "comfy_patched_weights", False) and not hasattr(module, "comfy_cast_weights")
+    ]
+    for module in held:
+        module.comfy_patched_weights = False
+    try:
+        yield
+    finally:
+        for module in held:
+            module.comfy_patched_weights = True
 
 
 def forget_transfers(patcher: Any) -> None:

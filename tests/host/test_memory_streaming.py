@@ -91,6 +91,25 @@ def test_a_running_model_gives_up_pages_and_nothing_that_it_needs_where_it_is(ho
     assert streaming.patcher.loaded_size() == 4 * PAGE - freed + model.model_loaded_weight_memory
 
 
+def test_without_dynamic_vram_too_what_cannot_stream_stays_where_it_runs(host, streaming, monkeypatch):
+    """Core moves the smallest layers first, among them those that do not cast their weights for each call."""
+    import comfy.model_patcher
+
+    model = type(streaming.model)()
+    model.model_lowvram, model.lowvram_patch_counter, model.model_offload_buffer_memory = False, 0, 0
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("meta"), torch.device("cpu"))
+    monkeypatch.setattr(patcher, "pin_weight_to_device", lambda key: None)
+    moved = []
+    monkeypatch.setattr(torch.nn.Linear, "to", lambda self, device: moved.append(device))
+    model.norm.to("meta")
+    for module in (model.first, model.second, model.norm):
+        module.comfy_patched_weights = True
+    model.model_loaded_weight_memory = patcher.model_size()
+    assert host.room.shrink(patcher, 200 << 10) > 128 << 10
+    assert moved, "the layers that can stream have left"
+    assert model.norm.weight.device.type == model.norm.bias.device.type == "meta"
+
+
 def test_a_transfer_that_was_cut_short_is_forgotten(host, streaming):
     first, second = streaming.model.first, streaming.model.second
     first._v, second._v = ("pages", 0, 1), ("pages", 1, 1)
