@@ -64,8 +64,9 @@ class MemoryManager(io.ComfyNode):
                     step=0.25,
                     tooltip=(
                         "GiB of GPU memory that this graph may take, to share the card or to try a smaller one; the driver's "
-                        "own half a GiB comes on top. 0: the whole card. Weights that do not fit are streamed from main "
-                        "memory, which costs time."
+                        "own half a GiB comes on top. It holds from where the model, clip or VAE of this node is used: "
+                        "connect clip, so that the text encoder keeps to it too. 0: the whole card. Weights that do not "
+                        "fit are streamed from main memory, which costs time."
                     ),
                 ),
                 io.Combo.Input(
