@@ -191,6 +191,5 @@ class Ledger:
     def _thin_out(self) -> None:
         """Halves the samples, keeping each pair's higher peak."""
         samples = self.run.samples
-        self.run.samples = [
-            max(pair, key=lambda sample: sample.peak) for pair in zip(samples[::2], samples[1::2], strict=False)
-        ]
+        pairs = (samples[index : index + 2] for index in range(0, len(samples), 2))
+        self.run.samples = [max(pair, key=lambda sample: sample.peak) for pair in pairs]

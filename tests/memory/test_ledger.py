@@ -60,12 +60,13 @@ def test_a_remark_is_written_down_once():
     assert ledger.run.notes == ["full"]
 
 
-def test_a_long_run_keeps_its_peaks_in_fewer_samples(monkeypatch):
+@pytest.mark.parametrize("spike", [333, 64, 999])
+def test_a_long_run_keeps_its_peaks_in_fewer_samples(monkeypatch, spike):
     monkeypatch.setattr(ledgers, "MOST_SAMPLES", 64)
     device = FakeDevice()
     ledger = Ledger(device, dict)
     for index in range(1000):
-        device.peak = 10_000 if index == 333 else 10
+        device.peak = 10_000 if index == spike else 10
         ledger.sample("sampling", step=index + 1, steps=1000)
     assert len(ledger.run.samples) <= 64
     assert max(sample.peak for sample in ledger.run.samples) == ledger.run.peak == 10_000
