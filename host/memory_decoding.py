@@ -117,7 +117,6 @@ class ManagedVAE:
             return None
         if self.device != session().device.torch_device or getattr(self, "extra_1d_channel", None) is not None:
             return None
-        frames = samples.shape[2] if samples.ndim == 5 and self.latent_dim == 3 else 1  # type: ignore[attr-defined]
 
         def estimate(size: int, length: int | None) -> float:
             shape = list(samples.shape[:2]) + ([length or samples.shape[2]] if samples.ndim == 5 else [])
@@ -125,7 +124,11 @@ class ManagedVAE:
             return float(self.memory_used_decode(tuple(shape), self.vae_dtype))  # type: ignore[attr-defined]
 
         room = reachable_room(self.patcher)
-        return plan_tiles(estimate, samples.shape[-2], samples.shape[-1], frames, self._smallest_tile(), room)
+        height, width = samples.shape[-2:]
+        return plan_tiles(estimate, height, width, self._frames(samples), self._smallest_tile(), room)
+
+    def _frames(self, samples: torch.Tensor) -> int:
+        return samples.shape[2] if samples.ndim == 5 and self.latent_dim == 3 else 1  # type: ignore[attr-defined]
 
     def _smallest_tile(self) -> int:
         return max(1, _SMALLEST_TILE // self.spacial_compression_decode())  # type: ignore[attr-defined]
@@ -139,7 +142,7 @@ class ManagedVAE:
             except Exception as error:  # noqa: BLE001
                 raise_other(error)
             clear_out([self.patcher], "the decode")
-            current = smaller(current, self._smallest_tile())
+            current = smaller(current, self._smallest_tile(), self._frames(samples))
             if current is not None:
                 session().say(f"Out of memory in the decode: done again in tiles of {self._size(current)}.")
         raise MemoryBudgetError(

@@ -105,9 +105,19 @@ def plan_tiles(
     return Tiles(size, overlap, length, max(1, length // 4))
 
 
-def smaller(tiles: Tiles, smallest: int) -> Tiles | None:
-    """Tiles of half the size, for after an out-of-memory error; None when they cannot be smaller."""
-    if tiles.size <= smallest:
+def smaller(tiles: Tiles, smallest: int, frames: int) -> Tiles | None:
+    """Tiles of half the size, for after an out-of-memory error, then of half the time; None when they cannot be smaller.
+
+    Args:
+        tiles: that did not fit.
+        smallest: the least tile size that gives a sound picture.
+        frames: of the latent; 1 for an image.
+    """
+    if tiles.size > smallest:
+        size = max(smallest, -(-tiles.size // 2))
+        return Tiles(size, max(1, size // 4), tiles.frames, tiles.overlap_frames)
+    length = frames if tiles.frames is None else tiles.frames
+    if length <= 2:
         return None
-    size = max(smallest, -(-tiles.size // 2))
-    return Tiles(size, max(1, size // 4), tiles.frames, tiles.overlap_frames)
+    length = -(-length // 2)
+    return Tiles(tiles.size, tiles.overlap, length, max(1, length // 4))

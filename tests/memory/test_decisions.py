@@ -112,13 +112,22 @@ def test_tiles_are_as_large_as_fits(height, width, frames, smallest, room, count
         assert 1 <= tiles.overlap_frames < tiles.frames
 
 
-def test_smaller_tiles_end_at_the_smallest():
-    sizes, tiles = [], Tiles(120, 30, 5, 1)
+@pytest.mark.parametrize(
+    ("start", "frames", "tried"),
+    [
+        (Tiles(120, 30, None, None), 1, [(120, None), (60, None), (32, None)]),
+        (Tiles(120, 30, None, None), 9, [(120, None), (60, None), (32, None), (32, 5), (32, 3), (32, 2)]),
+        (Tiles(120, 30, 5, 1), 9, [(120, 5), (60, 5), (32, 5), (32, 3), (32, 2)]),
+        (Tiles(32, 8, None, None), 2, [(32, None)]),
+    ],
+)
+def test_after_running_out_tiles_get_smaller_along_the_sides_first_and_then_in_time(start, frames, tried):
+    seen, tiles = [], start
     while tiles is not None:
-        sizes.append(tiles.size)
-        assert (tiles.frames, tiles.overlap_frames) == (5, 1)
-        tiles = smaller(tiles, 32)
-    assert sizes == [120, 60, 32]
+        seen.append((tiles.size, tiles.frames))
+        assert (tiles.overlap_frames is None) is (tiles.frames is None)
+        tiles = smaller(tiles, 32, frames)
+    assert seen == tried
 
 
 def test_every_policy_is_a_whole_row_and_settings_find_it():
