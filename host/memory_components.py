@@ -69,6 +69,15 @@ def component_bytes(device: torch.device) -> dict[str, int]:
     return sizes
 
 
+def unnamed_bytes(device: torch.device) -> int:
+    """Resident bytes on a device of loaded models that are no component: ControlNets, CLIP vision, upscalers."""
+    return sum(
+        resident(patcher)
+        for patcher in loaded_patchers()
+        if patcher.load_device == device and component_of(patcher.model) is None
+    )
+
+
 def weight_tensors() -> Iterator[torch.Tensor]:
     """The tensors of all loaded models, those that dynamic VRAM has put into its pages included."""
     for patcher in loaded_patchers():

@@ -119,10 +119,11 @@ class SamplingHooks:
 
         def make_room() -> str:
             patcher = model.current_patcher
-            clear_out([patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()], what)
+            keep = [patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]
+            left = clear_out(keep, what).names
             streamed = shrink(patcher, _SHRINK_FRACTION * session().limit.budget)
             self._forced = True
-            done = ["other models left the GPU"]
+            done = [f"{', '.join(left)} left the GPU" if left else "idle memory was given back"]
             done += [f"{streamed / 2**20:,.0f} MiB of weights stream from now on"] if streamed else []
             done += ["prompts run one at a time from here on"] if prompts > 1 else []
             return ", ".join(done)

@@ -16,7 +16,7 @@ from ..memory.growth import Sentinel
 from ..memory.holders import BYTES, HOLDERS, Holder, Snapshot, find_growth, take_snapshot
 from ..memory.ledger import Ledger, Sample
 from ..ops.linear import release_scratch, scratch_nbytes
-from .memory_components import component_bytes, outside_bytes, pinned_bytes, weight_tensors
+from .memory_components import component_bytes, outside_bytes, pinned_bytes, unnamed_bytes, weight_tensors
 from .memory_limit import VramLimit
 from .memory_meter import Meter
 
@@ -91,7 +91,8 @@ class Session(ProgressHandler):
             sample: the measurement there.
             thorough: whether there is time to walk all objects, which takes some tenths of a second.
         """
-        used = sample.components.get(OTHER, 0) + sample.components.get(SCRATCH, 0)
+        unnamed = unnamed_bytes(self.device.torch_device)
+        used = max(0, sample.components.get(OTHER, 0) - unnamed) + sample.components.get(SCRATCH, 0)
         growth = self.sentinel.mark(phase, used, max(0, sample.reserved - sample.allocated))
         kind = self.device.torch_device.type
         if thorough and self.sentinel.is_reference(phase):

@@ -9,7 +9,7 @@ import torch
 
 from lowbit.memory.components import DIFFUSION_MODEL
 
-from .memory_host import GIB, device, host, loaded
+from .memory_host import GIB, FakePatcher, device, host, loaded
 
 __all__ = ["device", "host", "loaded"]
 
@@ -86,6 +86,22 @@ def test_growth_names_the_passings_it_lies_between(host, device):
     assert fourth.startswith("sampled: 40 MiB more at passing 4 than at passing 3")
     assert fifth.startswith("sampled: 40 MiB more at passing 5 than at passing 4")
     assert sixth.startswith("sampled: 40 MiB more at passing 6 than at passing 5")
+
+
+def test_a_model_without_a_name_here_is_no_growth(host, device, monkeypatch):
+    """A ControlNet or a CLIP vision model that is loaded from one prompt to the next is not what creeps up."""
+    current = host.session.session()
+    control = FakePatcher(torch.nn.Sequential(), device.torch_device)
+    monkeypatch.setattr(host.core, "current_loaded_models", [])
+    for index in range(5):
+        if index == 3:
+            host.core.current_loaded_models.append(types.SimpleNamespace(model=control))
+        device.allocated = (100 << 20) + (control.loaded if index >= 3 else 0)
+        current.passed("a phase", current.ledger.sample("sampled"))
+    assert current.ledger.run.notes == []
+    device.allocated += 40 << 20
+    current.passed("a phase", current.ledger.sample("sampled"))
+    assert current.ledger.run.notes[0].startswith("sampled: 40 MiB more at passing 6")
 
 
 def test_weights_in_dynamic_vrams_pages_are_known_as_weights(host, loaded):
