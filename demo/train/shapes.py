@@ -71,8 +71,7 @@ def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> to
     if shape == "square":
         return torch.maximum(x.abs().expand_as(x + y), y.abs().expand_as(x + y)) - 0.88 * radius
     slope = math.sqrt(3) / 2
-    sides = torch.maximum(slope * x.abs() - y / 2 - radius / 2, (y - radius / 2).expand_as(x + y))
-    return sides
+    return torch.maximum(slope * x.abs() - y / 2 - radius / 2, (y - radius / 2).expand_as(x + y))
 
 
 def batch(count: int, generator: torch.Generator) -> tuple[torch.Tensor, list[Scene]]:
