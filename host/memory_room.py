@@ -13,7 +13,7 @@ from ..memory.policies import ALWAYS, NEVER
 from .memory_components import loaded_patchers, resident
 from .memory_release import Released, can_leave, evict, release, runs_here
 from .memory_session import Session, session
-from .memory_streaming import forget_queues, forget_transfers, give_up_pages, only_what_can_stream
+from .memory_streaming import forget_leftovers, forget_queues, forget_transfers, give_up_pages, only_what_can_stream
 
 T = TypeVar("T")
 _GIB = 1 << 30
@@ -31,6 +31,8 @@ def make_way(when: str, patcher: Any, working: float, keep: Collection[Any] = ()
         keep: further patchers that it runs with.
         what: its name, for the report.
     """
+    # Core leaves them after an out-of-memory error in whatever prompt was the last.
+    forget_leftovers(patcher)
     if when == NEVER or not runs_here(patcher):
         return None
     missing = max(0, int(patcher.model_size()) - int(patcher.loaded_size()))

@@ -62,6 +62,12 @@ def forget_transfers(patcher: Any) -> None:
                 patch.clear_prepared()
 
 
+def forget_leftovers(patcher: Any) -> None:
+    """`forget_transfers` if there is a transfer that was begun and not used, as there never is between two calls."""
+    if patcher.is_dynamic() and any("_prefetch" in vars(module) for module in patcher.model.modules()):
+        forget_transfers(patcher)
+
+
 def forget_queues() -> None:
     """Forget what was fetched ahead for layers that did not get their turn."""
     comfy.model_prefetch.cleanup_prefetch_queues()

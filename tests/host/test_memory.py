@@ -483,7 +483,7 @@ def test_a_decode_is_tiled_only_if_it_does_not_fit_with_all_else_gone(host, devi
 def test_a_vae_that_was_put_on_the_cpu_is_told_of(host, device, where, gpu, said):
     device.torch_device = torch.device(gpu, 0) if gpu == "cuda" else torch.device(gpu)
     vae = type("V", (host.decoding.ManagedVAE,), {})()
-    vae.device, vae.patcher = torch.device(where), FakePatcher(None, torch.device(where))
+    vae.device, vae.patcher = torch.device(where), FakePatcher(torch.nn.Module(), torch.device(where))
     vae._lowbit_memory = (Settings("speed"), "7")
     vae._begin("decode", 0)
     assert any("on the CPU" in note for note in host.session.session().ledger.run.notes) is said

@@ -8,6 +8,8 @@ import types
 import pytest
 import torch
 
+from lowbit.memory.policies import NEVER
+
 from .memory_host import GIB, device, host
 
 __all__ = ["device", "host"]
@@ -121,6 +123,19 @@ def test_a_transfer_that_was_cut_short_is_forgotten(host, streaming):
     assert not hasattr(second, "_prefetch")
     assert streaming.unpinned == [("pages", 0, 1)], "a page that was faulted in is pinned once, and let go once"
     assert first._v_signature is None, "what was only half done to the page is done again"
+
+
+def test_what_an_unmanaged_prompt_left_half_done_is_forgotten_before_the_model_runs_managed(host, streaming):
+    """Core leaves it there after an out-of-memory error, whoever ran the model; without leftovers nothing is sent twice."""
+    first, second = streaming.model.first, streaming.model.second
+    first._v, second._v = ("pages", 0, 1), ("pages", 1, 1)
+    first._v_signature, second._v_signature = (1,), (1,)
+    host.room.make_way(NEVER, streaming.patcher, 0)
+    assert first._v_signature == second._v_signature == (1,)
+    second._prefetch = {"signature": None, "resident": False}
+    host.room.make_way(NEVER, streaming.patcher, 0)
+    assert not hasattr(second, "_prefetch")
+    assert second._v_signature is None
 
 
 class CastBuffer:
