@@ -32,7 +32,8 @@ def make_way(when: str, patcher: Any, working: float, keep: Collection[Any] = ()
         what: its name, for the report.
     """
     # Core leaves them after an out-of-memory error in whatever prompt was the last.
-    forget_leftovers(patcher)
+    for runs in (patcher, *keep):
+        forget_leftovers(runs)
     if when == NEVER or not runs_here(patcher):
         return None
     missing = max(0, int(patcher.model_size()) - int(patcher.loaded_size()))
