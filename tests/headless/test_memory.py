@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from safetensors.torch import load_file
 
 from demo import graphs
 from demo.measure import relative_error
@@ -183,3 +184,26 @@ def test_a_decode_that_does_not_fit_is_tiled_on_the_device(memory):
     assert "tiles of 256 pixels" in got.notes
     assert got.tensors["image"].shape == want.shape
     assert relative_error(got.tensors["image"], want) < 0.05
+
+
+@pytest.mark.parametrize("policy", ["auto", "lowest"])
+def test_a_managed_and_an_unmanaged_sampler_share_all_components(memory, policy):
+    """As of two samplers in one graph: the same model, text encoder and VAE, once behind the manager and once not."""
+    want = memory.run(wan(seed=37, conditioning=UMT5)).tensors
+    graph = managed(wan(seed=37, conditioning=UMT5), gpu_mib=ROOMY, policy=policy, vram_limit_gib=1.0)
+    plain = wan(seed=37, conditioning=UMT5)
+    for name in ("positive", "negative", "sample", "images"):
+        inputs = {
+            key: [f"plain_{link[0]}", 0]
+            if isinstance(link, list) and link[0] in ("positive", "negative", "sample")
+            else link
+            for key, link in plain[name]["inputs"].items()
+        }
+        graph[f"plain_{name}"] = plain[name] | {"inputs": inputs}
+    graph = graphs.dump(graph, f"plain-{policy}", plain_image=["plain_images", 0])
+    got = memory.run(graph)
+    for name in want:
+        assert relative_error(got.tensors[name], want[name]) < NEAR
+    (image,) = (memory.server.base / "output" / f"plain-{policy}").glob("plain_image*.safetensors")
+    assert relative_error(next(iter(load_file(image).values())), want["image"]) < NEAR
+    assert got.state["overridden"] == []
