@@ -6,7 +6,9 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from .layout import Box, Placement, node_height, note_height, place, text_width
+from .layout import Box, Placement, place
+from .room import ROOM
+from .size import host_size, node_size
 from .unfold import NOTES, Flat, Node, Source
 from .widgets import ObjectInfo, inputs_of, is_widget, list_values, options_of, walk
 
@@ -14,11 +16,6 @@ _INPUT, _OUTPUT = -10, -20
 _MATCH = "COMFY_MATCHTYPE_V3"
 _NAMESPACE = uuid.UUID("7c1d7f0a-5d0e-4d5c-9a39-6d1f6f0c2b11")
 _KEPT_PROPERTIES = ("Node name for S&R", "cnr_id", "ver", "models")
-WIDTH, TEXT_WIDTH, HOST_WIDTH, NOTE_WIDTH, TEXT_HEIGHT = 280, 400, 360, 480, 54
-SHOWING = frozenset(
-    {"LowbitAttentionReport", "LowbitMemoryReport", "PreviewAny", "PreviewImage", "SaveImage", "SaveVideo"}
-)
-"""Nodes that show a text or a picture once they have run."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Design:
         box: layout of the root graph.
         subgraphs: host name -> what is folded.
         routes: (node, input) -> the ways its link takes, "under NODE ...", "over NODE ...", "before NODE ...",
-            "near NODE ..." or "around NODE ...".
+            "near NODE ...", "past NODE ..." or "around NODE ...".
         extra_heights: heights beyond sockets and widgets: texts and previews.
     """
 
@@ -321,46 +318,20 @@ class _Level:
         return {name: self._size(name) for name in self.names}
 
     def _size(self, name: str) -> tuple[int, int]:
-        design = self.writer.design
+        """Width and height, with the room that the node needs once it has run."""
+        design, info = self.writer.design, self.writer.info
         extra = design.extra_heights.get(name, 0)
-        sockets = len([entry for entry in self.inputs[name] if "widget" not in entry])
+        rows = len([entry for entry in self.inputs[name] if "widget" not in entry]), len(self._outputs(name))
         if name in design.subgraphs:
             graph = design.subgraphs[name]
-            texts = sum(1 for widget in graph.widgets if self._is_text(*widget.targets[0]))
-            height = node_height(sockets, len(graph.outputs), len(graph.widgets), extra + texts * 120)
-            rows = [(exposed.label, self._shown(*exposed.targets[0])) for exposed in graph.widgets]
-            return max(HOST_WIDTH, text_width(graph.title, rows)), height
-        node = design.nodes[name]
-        if node.type in NOTES:
-            return NOTE_WIDTH, note_height(node.values["text"])
-        widgets = [widget for widget, _ in walk(self.writer.info[node.type], lambda widget, _: node.values[widget])]
-        texts = sum(1 for widget in widgets if self._is_text(name, widget))
-        height = node_height(sockets, len(self._outputs(name)), len(widgets), extra + texts * (TEXT_HEIGHT - 24))
-        rows = [(widget, self._shown(name, widget)) for widget in widgets]
-        title = node.title or self.writer.info[node.type]["display_name"] or node.type
-        least = TEXT_WIDTH if texts or node.type in SHOWING else WIDTH
-        return max(least, text_width(title, rows)), height
+            shown = [(exposed.label, *exposed.targets[0]) for exposed in graph.widgets]
+            widgets = [(label, design.nodes[node], widget) for label, node, widget in shown]
+            return host_size(graph.title, rows, widgets, info, extra)
+        return node_size(design.nodes[name], rows, info, extra + self._room(name))
 
-    def _shown(self, name: str, widget: str) -> str:
-        """The text that a widget of one line shows; nothing for several lines."""
-        if self._is_text(name, widget):
-            return ""
-        node = self.writer.design.nodes[name]
-        named = dict(
-            zip(
-                (found for found, _ in walk(self.writer.info[node.type], lambda key, _: node.values[key])),
-                list_values(self.writer.info[node.type], node.values),
-                strict=False,
-            )
-        )
-        return str(named.get(widget, ""))
-
-    def _is_text(self, name: str, widget: str) -> bool:
-        node = self.writer.design.nodes[name]
-        for found, specification in walk(self.writer.info[node.type], lambda key, _: node.values[key]):
-            if found == widget and specification is not None:
-                return bool(options_of(specification).get("multiline"))
-        return False
+    def _room(self, name: str) -> int:
+        node = self.writer.design.nodes.get(name)
+        return ROOM.get(node.type, 0) if node else 0
 
     def _outputs(self, name: str) -> list[tuple[str, str]]:
         design, info = self.writer.design, self.writer.info
@@ -379,11 +350,12 @@ class _Level:
         nodes = []
         for name in self.names:
             number = self.writer.numbers[name]
+            width, height = placement.sizes[name]
             entry = {
                 "id": number,
                 "type": self._type(name),
                 "pos": list(placement.positions[name]),
-                "size": list(placement.sizes[name]),
+                "size": [width, height - self._room(name)],
                 "flags": {},
                 "order": order[name],
                 "mode": 0,
@@ -474,17 +446,17 @@ class _Level:
 def _bend(placement: Placement, way: str) -> list[tuple[int, int]]:
     """Two points, before and behind some nodes, below all of them for "under A B" and above for "over A B".
 
-    "before A B" is the first of the two below, alone; "near A B" is closer to the nodes. "around A B" is below, and
-    comes up further to the right.
+    "before A B" is the first of the two below, alone; "near A B" is closer to the nodes, "past A B" on their right.
+    "around A B" is below, and comes up further to the right.
     """
     side, *names = way.split()
     corners = [(*placement.positions[name], *placement.sizes[name]) for name in names]
     left, right = min(x for x, *_ in corners), max(x + width for x, _, width, _ in corners)
     level = min(y for _, y, *_ in corners) - 92 if side == "over" else max(y + high for _, y, _, high in corners) + 20
-    first = left - (14 if side == "near" else 80)
+    first = {"near": left - 14, "past": right + 40}.get(side, left - 80)
     return (
         [(first, level)]
-        if side in ("before", "near")
+        if side in ("before", "near", "past")
         else [(first, level), (right + (200 if side == "around" else 60), level)]
     )
 

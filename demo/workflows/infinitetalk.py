@@ -46,7 +46,7 @@ _BATCH, _FIRST_VIDEO, _FIRST_SAVE, _VIDEO, _SAVE = "172", "138", "162", "140", "
 
 _HEIGHTS = {
     _AUDIO_1: 40, _AUDIO_2: 40, _IMAGE: 260, _MASK_1: 260, _MASK_2: 260, _PROMPT: 80,
-    "report": 160, "memory_report": 220, "chart": 240, _SAVE: 300, _FIRST_SAVE: 300,
+    "report": 160, "memory_report": 220, "chart": 240,
 }  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def _design(name: str, flat: Flat, about: str) -> Design:
     heights = {key: height for key, height in _HEIGHTS.items() if key in flat}
     design = Design(name, flat, _root(two), subgraphs, extra_heights=heights)
     design.routes = {
-        ("talk", "vae"): (f"under {_PROMPT} release {_NEGATIVE}",),
+        ("talk", "vae"): ("past memory", f"under {_PROMPT} release {_NEGATIVE}"),
         ("talk", "picture"): (f"over {_MASK_1}",) if two else (),
         (_FIRST_VIDEO, "audio"): () if two else (f"under {_VOICE_1}",),
         (_VIDEO, "audio"): (
@@ -166,7 +166,7 @@ def _talk(flat: Flat, positive: Source, two: bool) -> Subgraph:
             above=above,
         )
         for (talk, *settings, sampling, decode), title, above in zip(
-            _PARTS, ("First part", "Second part"), (0, 1110), strict=True
+            _PARTS, ("First part", "Second part"), (0, 1240), strict=True
         )
     )
     inputs: dict[str, Source] = {
@@ -182,7 +182,7 @@ def _talk(flat: Flat, positive: Source, two: bool) -> Subgraph:
     talks = [part[0] for part in _PARTS]
     return Subgraph(
         "Talk: first part, second part",
-        row(column(_WIDTH, _HEIGHT, above=1150), *parts, column(_BATCH, above=40), gap=160),
+        row(column(_WIDTH, _HEIGHT, above=1500), *parts, column(_BATCH, above=40), gap=160),
         inputs=inputs,
         outputs={"model": (talks[1], 0), "images": (_BATCH, 0), "first part": (_PARTS[0][-1], 0)},
         widgets=[
@@ -193,6 +193,7 @@ def _talk(flat: Flat, positive: Source, two: bool) -> Subgraph:
             Exposed("noise_seed, first part", ((_PARTS[0][1], "noise_seed"),)),
             Exposed("noise_seed, second part", ((_PARTS[1][1], "noise_seed"),)),
         ],
+        level=1270,
     )
 
 
@@ -214,7 +215,7 @@ def _root(two: bool) -> Box:
     return row(
         column("about", "files"),
         models,
-        row(column(patch, prompt, picture, sound, gap=110, above=520), column("talk", above=height), gap=400),
+        row(column(patch, prompt, picture, sound, gap=110, above=520, left=60), column("talk", above=height), gap=620 if two else 480),
         row(
             column("report", row(_FIRST_VIDEO, _FIRST_SAVE), gap=120),
             _VIDEO,

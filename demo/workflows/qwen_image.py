@@ -164,7 +164,7 @@ def _root(conditions: Box, models: tuple[str, ...] = (), beside: str | None = No
     pictures = row(
         "report",
         "release",
-        column(n.decode, above=250),
+        column(n.decode, above=400),
         "memory_report",
         column(n.save, "chart"),
         title="Image and reports",
@@ -194,7 +194,7 @@ def _sampler(n: _Numbers, lightning: str, positive: Source, negative: Source, la
     numbers = column(*(key for triple in pairs for key in triple[:2]), title="Normal, Lightning")
     switches = column(
         n.switch,
-        *(column(triple[2], above=above) for triple, above in zip(pairs, (300, 156), strict=True)),
+        *(column(triple[2], above=above) for triple, above in zip(pairs, (270, 126), strict=True)),
         title="Normal or Lightning",
     )
     return Subgraph(

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
+from .room import room_below
+
 TITLE = 30
 _SAMPLES = 48
 _INPUT, _OUTPUT = -10, -20
@@ -28,11 +30,17 @@ def body(node: Mapping[str, Any]) -> Rectangle:
     return x, y - TITLE, x + width, y + height
 
 
+def full(node: Mapping[str, Any]) -> Rectangle:
+    """Left, top, right and bottom of a node with its title and all that it grows by."""
+    left, top, right, bottom = body(node)
+    return left, top, right, bottom + room_below(node)
+
+
 def overlaps(graph: Mapping[str, Any], margin: int = 10) -> list[tuple[int, int]]:
-    """Pairs of nodes that overlap or nearly touch."""
+    """Pairs of nodes that overlap or nearly touch, at the latest when they have grown."""
     found = []
     for one, other in combinations(graph["nodes"], 2):
-        a, b = body(one), body(other)
+        a, b = full(one), full(other)
         if a[0] < b[2] + margin and b[0] < a[2] + margin and a[1] < b[3] + margin and b[1] < a[3] + margin:
             found.append((one["id"], other["id"]))
     return found
@@ -102,14 +110,14 @@ def _spline(start: Point, end: Point) -> list[Point]:
 
 
 def links_behind_nodes(graph: Mapping[str, Any], slack: int = 4) -> list[tuple[int, int]]:
-    """(link, node) where a link between two nodes runs behind a node."""
+    """(link, node) where a link between two nodes runs behind a node, as it is or as it will be."""
     found = []
     ends = {link[0]: (link[1], link[3]) for link in map(_listed, graph["links"])}
     for link, points in curves(graph).items():
         if _INPUT in ends[link] or _OUTPUT in ends[link]:
             continue
         for node in graph["nodes"]:
-            left, top, right, bottom = body(node)
+            left, top, right, bottom = full(node)
             inside = (left + slack < x < right - slack and top + slack < y < bottom - slack for x, y in points)
             if any(inside):
                 found.append((link, node["id"]))

@@ -83,7 +83,7 @@ _IMAGE = _Numbers(
 _LATENT, _START, _PICTURE = "74", "98", "97"
 
 _HEIGHTS = {
-    "positive": 150, "negative": 60, "save": 340, "chart": 240, "report_high": 160,
+    "positive": 150, "negative": 60, "chart": 240, "report_high": 160,
     "report_low": 160, "memory_report": 220,
 }  # fmt: skip
 
@@ -187,10 +187,13 @@ def _design(
     )
     below = (image,) if image else ()
     routes = {
-        ("generate", "vae"): (f"before {n.negative}", f"around {n.negative} {' '.join(below)}"),
+        ("generate", "vae"): (
+            *([f"before {n.negative}"] if below else []),
+            f"around {n.negative} {' '.join(below)}",
+        ),
         ("report_low", "model"): ("over report_high",),
     }
-    names = {"positive": n.positive, "negative": n.negative, "save": n.save}
+    names = {"positive": n.positive, "negative": n.negative}
     heights = {names.get(key, key): height for key, height in _HEIGHTS.items()}
     heights |= {image: 240} if image else {}
     return Design(name, flat, _root(n, below), {"generate": generate}, routes, extra_heights=heights)
@@ -209,7 +212,7 @@ def _root(n: _Numbers, below: tuple[str, ...]) -> Box:
             title="Faster, in less memory",
         ),
         row(
-            row(column(n.positive, n.negative, *below), title="Prompt", above=700),
+            row(column(n.positive, n.negative, *below), title="Prompt", above=900),
             column("generate", above=height),
             gap=280,
         ),
@@ -251,7 +254,7 @@ def _inside(n: _Numbers, latent: str, before_decode: list[str]) -> Box:
     numbers = column(*(key for triple in triples for key in triple[:2]), title="Normal, Lightning")
     switches = column(
         *n.switch,
-        *(column(triple[2], above=above) for triple, above in zip(triples, (200, 156, 156), strict=True)),
+        *(column(triple[2], above=above) for triple, above in zip(triples, (140, 126, 126), strict=True)),
         title="Normal or Lightning",
     )
     size = column(row(n.duration, n.length, latent), column(n.fps, above=200), title="Size and length")
@@ -265,8 +268,7 @@ def _inside(n: _Numbers, latent: str, before_decode: list[str]) -> Box:
         column(second, above=_CHANNEL + 460),
         row(
             *before_decode,
-            n.decode,
-            column(n.video, above=240 if before_decode else 0),
+            column(row(n.decode, n.video), above=350 if before_decode else 0),
             title="Decode",
             above=_CHANNEL + 860,
         ),

@@ -5,7 +5,9 @@ import { MemoryMeterView } from "./memory_meter_view.js";
 
 const EVENT = "lowbit.memory";
 const NODE_TYPE = "LowbitMemoryManager";
-const WIDGET = "lowbit_memory_meter";
+// ComfyUI writes a node's lines of progress into the widget of this name, or makes one. The meter says the same as those
+// lines, so it takes their place.
+const WIDGET = "$$node-text-preview";
 const WIDTH = 340;
 const MARGIN = 6;
 
@@ -30,7 +32,8 @@ async function loadTexts() {
 /** The node's meter. It is made with the first reading, so that a node that never ran looks like any other. */
 function meterOf(node, say) {
   const found = node.widgets?.find((widget) => widget.name === WIDGET);
-  if (found) return found.view;
+  if (found?.view) return found.view;
+  if (found) node.removeWidget(found);
   const view = new MemoryMeterView(say);
   const widget = node.addDOMWidget(WIDGET, "lowbit_memory_meter", view.element, {
     serialize: false,
@@ -74,6 +77,7 @@ app.registerExtension({
     api.addEventListener(EVENT, ({ detail }) => {
       const node = findNode(detail?.node_id ?? "");
       if ((node?.comfyClass ?? node?.type) !== NODE_TYPE) return;
+      meterOf(node, say); // at once: the line of progress is on its way
       if (waiting.size === 0) requestAnimationFrame(draw);
       waiting.set(node, [...(waiting.get(node) ?? []), detail]);
     });

@@ -1,4 +1,5 @@
 // Draws readings of memory into an element: a bar by component, a legend, and the time of each step.
+import { addStyle } from "./style.js";
 
 const MIB = 2 ** 20;
 const GIB = 2 ** 30;
@@ -32,16 +33,6 @@ function make(className, ...children) {
   element.className = className;
   element.append(...children);
   return element;
-}
-
-function addStyle() {
-  const id = "lowbit-memory-meter-style";
-  if (document.getElementById(id)) return;
-  const link = document.createElement("link");
-  link.id = id;
-  link.rel = "stylesheet";
-  link.href = new URL("./memory_meter.css", import.meta.url).href;
-  document.head.append(link);
 }
 
 /** One node's meter. `element` goes into the page, `height` is what it needs in pixels. */
