@@ -8,6 +8,7 @@ from demo.workflows import tidy
 from demo.workflows.compose import Design, Exposed, Subgraph, saved_graph
 from demo.workflows.edit import insert, note, own
 from demo.workflows.layout import TITLE, column, place, row
+from demo.workflows.room import ROOM
 from demo.workflows.small import scale_down
 from demo.workflows.unfold import Node, UnknownNodeError, api_form, unfold
 from demo.workflows.widgets import list_values, read_values
@@ -279,6 +280,28 @@ def test_overlap_link_behind_a_node_and_crossing_are_found():
     square = [(1, 0, 0), (2, 0, 300), (3, 500, 0), (4, 500, 300)]
     assert tidy.crossings(drawn(square, [(1, 4, 0), (2, 3, 0)])) == [(1, 2)]
     assert tidy.crossings(drawn(square, [(1, 3, 0), (2, 4, 0)])) == []
+
+
+def test_room_that_a_node_grows_into_is_kept_free():
+    """A saver of videos becomes taller when it has run: what is below it then, or behind it, is found before."""
+    below = drawn([(1, 0, 0), (2, 0, 200)], [])
+    assert tidy.overlaps(below) == []
+    below["nodes"][0]["type"] = "SaveVideo"
+    assert tidy.overlaps(below) == [(1, 2)]
+    past = drawn([(1, 0, 250), (2, 200, 0), (3, 400, 250)], [(1, 3, 0)])
+    assert tidy.links_behind_nodes(past) == []
+    past["nodes"][1]["type"] = "SaveVideo"
+    assert tidy.links_behind_nodes(past) == [(1, 2)]
+
+
+def test_written_node_is_as_small_as_its_rows_and_has_its_room_below(monkeypatch):
+    made = design()
+    made.box = column("about", "1", "sub", "pass", "4")
+    before = {node["type"]: node for node in saved_graph(made, INFO)["nodes"]}
+    monkeypatch.setitem(ROOM, "Load", 70)
+    after = {node["type"]: node for node in saved_graph(made, INFO)["nodes"]}
+    assert after["Load"]["size"] == before["Load"]["size"]
+    assert after["Pass"]["pos"][1] == before["Pass"]["pos"][1] + 70
 
 
 def test_only_what_is_listed_is_scaled_down():

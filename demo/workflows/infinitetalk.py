@@ -215,7 +215,11 @@ def _root(two: bool) -> Box:
     return row(
         column("about", "files"),
         models,
-        row(column(patch, prompt, picture, sound, gap=110, above=520, left=60), column("talk", above=height), gap=620 if two else 480),
+        row(
+            column(patch, prompt, picture, sound, gap=110, above=520, left=60),
+            column("talk", above=height),
+            gap=620 if two else 480,
+        ),
         row(
             column("report", row(_FIRST_VIDEO, _FIRST_SAVE), gap=120),
             _VIDEO,

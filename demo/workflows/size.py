@@ -28,9 +28,7 @@ def node_size(node: Node, rows: Rows, info: ObjectInfo, extra: int = 0) -> Size:
     return max(least, text_width(title, [(widget, shown(node, widget, info)) for widget in widgets])), height
 
 
-def host_size(
-    title: str, rows: Rows, widgets: list[tuple[str, Node, str]], info: ObjectInfo, extra: int = 0
-) -> Size:
+def host_size(title: str, rows: Rows, widgets: list[tuple[str, Node, str]], info: ObjectInfo, extra: int = 0) -> Size:
     """Width and height of a subgraph's node, which shows `widgets`: label, and the node and widget inside."""
     texts = sum(is_text(node, widget, info) for _, node, widget in widgets)
     height = node_height(*rows, len(widgets), extra + texts * (HOST_TEXT_HEIGHT - 24))
