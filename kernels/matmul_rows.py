@@ -146,6 +146,7 @@ def _matmul_rows_pointer_kernel(
     N,
     stride_c,
     K: tl.constexpr,
+    STRIDE_B: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -162,7 +163,7 @@ def _matmul_rows_pointer_kernel(
     lane = tl.arange(0, BLOCK_K)
     # Rows past the end read row 0: their results are never stored, and the loads need no row mask.
     a_row = a_ptr + tl.where(row < M, row, 0).to(tl.int64)[:, None] * K + lane[None, :]
-    b_row = b_ptr + tl.where(column < N, column, 0).to(tl.int64)[None, :] * K + lane[:, None]
+    b_row = b_ptr + tl.where(column < N, column, 0).to(tl.int64)[None, :] * STRIDE_B + lane[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACCUMULATOR)
     for start in range(0, K, BLOCK_K):
         if K % BLOCK_K == 0:
@@ -234,7 +235,7 @@ def matmul_rows(
 
     Args:
         a: (M, K) int8 or float8, row-major.
-        b: (N, K) of the same dtype, row-major.
+        b: (N, K) of the same dtype, last stride 1.
         row_scale: (M,) float32.
         column_scale: (N,) or (1,) float32.
         bias: (N,) of any float dtype, or None.
@@ -297,7 +298,15 @@ def matmul_rows(
             columns,
             out.stride(0),
         ),
-        {"K": depth, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64, "GROUP_M": 8, **flags},
+        {
+            "K": depth,
+            "STRIDE_B": b.stride(0),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": 64,
+            "GROUP_M": 8,
+            **flags,
+        },
         warps=4 if small else 8,
         stages=3,
     )

@@ -193,10 +193,11 @@ def _matmul_split_kernel(
     m = tl.arange(0, BLOCK_M)
     base = _INTEGER_TERM if INTEGER else _FLOAT8_TERM
     weight = tl.where(line // BLOCK_M == 0, 1.0, tl.where(line // BLOCK_M == 1, 1.0 / base, 1.0 / (base * base)))
-    weight = tl.where(used, weight, 0.0)
     if INT4:
         weight = weight * 0.0625
-    total = tl.sum(tl.reshape(acc.to(tl.float32) * weight[None, :], [BLOCK_N, TERM_ROWS, BLOCK_M]), axis=1)
+    # Lines that only fill the tile hold row 0's product: times zero would let its NaN through to every row.
+    terms = tl.where(used[None, :], acc.to(tl.float32) * weight[None, :], 0.0)
+    total = tl.sum(tl.reshape(terms, [BLOCK_N, TERM_ROWS, BLOCK_M]), axis=1)
     total = total * tl.load(row_scale_ptr + m, mask=m < M, other=0.0)[None, :]
     if SPLITS == 1:
         step_n = 1 if SCALE_PER_ROW else 0

@@ -95,6 +95,8 @@ def linear_stored(
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return linear_stored(x, weight, bias, fast, activation)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
     if path == KITCHEN:
         return kitchen_linear(x, weight, bias, activation).reshape(shape)
     if path in _FLAT_PATHS and x.dim() != 2:

@@ -1,4 +1,4 @@
-"""Reads a comfy-kitchen QuantizedTensor into the StoredWeight that kernels take, without copying anything."""
+"""Reads a comfy-kitchen QuantizedTensor into the StoredWeight that kernels take, without copying its codes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def _flat_scale(scale: torch.Tensor, rows: int) -> torch.Tensor | None:
-    """`scale` as float32 (1,) or (rows,); None when it has another number of elements."""
+    """`scale` as contiguous float32 (1,) or (rows,); None when it has another number of elements."""
     # Spelled out: under torch.compile `in` does not compare symbolic sizes.
     if scale.numel() != 1 and scale.numel() != rows:
         return None
     if scale.dtype != torch.float32:
         scale = scale.float()
-    return scale.reshape(-1)
+    return scale.reshape(-1).contiguous()
+
+
+def _block_bytes(scale: torch.Tensor) -> torch.Tensor:
+    return scale.contiguous().view(torch.uint8)
 
 
 def _fp8(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
@@ -56,14 +60,14 @@ def _check_blocks(weight: StoredWeight) -> StoredWeight:
 
 
 def _mxfp8(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
-    return _check_blocks(StoredWeight(MXFP8, data, None, rows, columns, params.scale.view(torch.uint8), group=32))
+    return _check_blocks(StoredWeight(MXFP8, data, None, rows, columns, _block_bytes(params.scale), group=32))
 
 
 def _nvfp4(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:
     if params.scale.numel() != 1:
         return None
     scale = _flat_scale(params.scale, rows)
-    block_scale = params.block_scale.view(torch.uint8)
+    block_scale = _block_bytes(params.block_scale)
     return _check_blocks(StoredWeight(NVFP4, data, scale, rows, columns, block_scale, group=16))
 
 
@@ -84,8 +88,8 @@ def _int4_codebook(data: torch.Tensor, params, rows: int, columns: int) -> Store
         _flat_scale(params.s_channel, rows),
         rows,
         columns,
-        params.scale,
-        params.codebook,
+        params.scale.contiguous(),
+        None if params.codebook is None else params.codebook.contiguous(),
         params.correction,
         params.group_size,
         params.convrot_groupsize,

@@ -14,7 +14,8 @@ collect_ignore_glob = [] if _KERNELS_RUN else ["test_[!i]*.py"]
 
 
 def _mend_interpreter() -> None:
-    """Two faults of Triton 3.4 to 3.6's interpreter: integers under NumPy 2.4, and the rounding of casts to fewer bits."""
+    """Two faults of Triton 3.4 to 3.6's interpreter: integers under NumPy 2.4, and casts to and from few bits
+    (their rounding, and NaN codes, which its dots took for numbers)."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -40,6 +41,9 @@ def _mend_interpreter() -> None:
         if target == tl.float32 and source in torch_dtypes:
             codes = torch.from_numpy(np.ascontiguousarray(data.view(np.uint8)))
             return codes.view(torch_dtypes[source]).float().numpy().view(np.uint32)
+        if target == tl.float16 and source in torch_dtypes:
+            codes = torch.from_numpy(np.ascontiguousarray(data.view(np.uint8)))
+            return codes.view(torch_dtypes[source]).half().numpy().view(np.uint16)
         return convert(data, source, target, rounding_mode)
 
     interpreter._patch_lang_tensor = patch

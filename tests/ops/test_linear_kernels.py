@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import pytest
@@ -75,6 +76,21 @@ def test_a_rotated_float16_row_does_not_overflow(name):
     assert _error(out, x.double() @ weight.dequantize().double().t()) < 1e-2
 
 
+@pytest.mark.parametrize("name", ["e4m3", "e5m2", "int8", "int4", "mxfp8", "nvfp4"])
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE])
+@pytest.mark.parametrize("bad", [0, 2])
+def test_nan_stays_in_its_row_when_rows_are_few(name, gpu, bad):
+    """Three rows of float16 make three terms in a tile of four: what fills it up must not carry row 0 into the others."""
+    torch.manual_seed(0)
+    stored = stored_weight(_weight(name, 24, 256))
+    for value in (torch.nan, torch.inf):
+        x = torch.randn(3, 256).half()
+        x[bad, 7] = value
+        finite = few_rows_linear(x, stored, None, None, gpu).isfinite()
+        assert not finite[bad].any()
+        assert finite[[row for row in range(3) if row != bad]].all()
+
+
 PATHS_OF = {
     "e4m3": ("few_rows", "fp8_rows", "scratch"),
     "int8_convrot": ("few_rows", "int8_rows", "scratch"),
@@ -130,6 +146,41 @@ KIND_PATHS = [
     *((name, path) for name in ("e4m3", "nvfp4", "mxfp8") for path in ("scratch", "few_rows", "fp8_rows")),
     *((name, path) for name in ("int8_convrot", "int4") for path in ("scratch", "few_rows", "int8_rows")),
 ]
+
+
+@pytest.mark.parametrize(("name", "path"), KIND_PATHS)
+@pytest.mark.parametrize("gpu", [HOPPER, AMPERE])
+def test_weight_that_is_a_part_of_wider_rows(name, path, gpu):
+    torch.manual_seed(0)
+    weight = _weight(name, 24, 256)
+    x, data = torch.randn(5, 256).half(), weight._qdata
+    expected = LINEAR_PATHS[path](x, stored_weight(weight), None, None, gpu)
+    wide = torch.randint(0, 100, (data.shape[0], 2 * data.shape[1]), dtype=torch.uint8).view(data.dtype)
+    part = wide[:, : data.shape[1]].copy_(data)
+    stored = stored_weight(QuantizedTensor(part, weight._layout_cls, weight._params))
+    torch.testing.assert_close(LINEAR_PATHS[path](x, stored, None, None, gpu), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("rows", [1, 70])
+def test_bias_and_scales_of_any_strides(name, fast, rows):
+    """Kernels read them one after the other."""
+    torch.manual_seed(0)
+    weight = _weight(name, 24, 256)
+    x, bias = torch.randn(rows, 256), torch.randn(24)
+    expected = quantized_linear(x, weight, bias, fast=fast)
+    apart = {
+        field.name: torch.stack([value, torch.full_like(value, 3)], dim=-1)[..., 0]
+        for field in dataclasses.fields(weight._params)
+        if isinstance(value := getattr(weight._params, field.name), torch.Tensor) and value.dtype == torch.float32
+    }
+    block = next((name for name in ("block_scale", "scale") if name not in apart and hasattr(weight._params, name)), "")
+    if block:
+        scale = getattr(weight._params, block).view(torch.uint8)
+        apart[block] = torch.stack([scale, scale + 1], dim=-1)[..., 0].view(getattr(weight._params, block).dtype)
+    strided = QuantizedTensor(weight._qdata, weight._layout_cls, dataclasses.replace(weight._params, **apart))
+    assert torch.equal(quantized_linear(x, strided, bias.repeat_interleave(2)[::2], fast=fast), expected)
 
 
 @pytest.mark.parametrize(("name", "path"), KIND_PATHS)
