@@ -11,7 +11,7 @@ import torch
 from comfy.ldm.qwen_image.model import FeedForward as QwenFeedForward
 from comfy.ldm.wan.model import WanFeedForward
 
-from .operations import INPUT_ACTIVATIONS, QuantizedLinear
+from .operations import INPUT_ACTIVATIONS, QuantizedLinear, takes_activation
 
 _ROUTED = "_lowbit_routed"
 
@@ -22,7 +22,7 @@ class FusedWanFeedForward(WanFeedForward):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
         down = self[2]
-        if isinstance(down, QuantizedLinear):
+        if takes_activation(down):
             return down(self[0](x), activation="gelu_tanh")
         return super().forward(x)
 
@@ -33,7 +33,7 @@ class FusedQwenFeedForward(QwenFeedForward):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
         down = self.net[2]
-        if isinstance(down, QuantizedLinear):
+        if takes_activation(down):
             return down(self.net[0].proj(hidden_states), activation="gelu_tanh")
         return super().forward(hidden_states, *args, **kwargs)
 
@@ -85,7 +85,7 @@ def route_input_activations() -> None:
     def linear_input_act(linear: Any, x: torch.Tensor, input_act: str) -> torch.Tensor:
         if not isinstance(linear, QuantizedLinear):
             return core(linear, x, input_act)
-        if input_act in INPUT_ACTIVATIONS:
+        if input_act in INPUT_ACTIVATIONS and takes_activation(linear):
             return linear(x, activation=input_act)
         return linear(comfy.ops.INPUT_ACT_EAGER[input_act](x))
 

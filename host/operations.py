@@ -87,6 +87,20 @@ class QuantizedLinear(torch.nn.Module):
         )
 
 
+def takes_activation(module: Any) -> bool:
+    """Whether `module` can be handed the activation before it: a linear of ours whose input nobody else looks at.
+
+    A LoRA by bypass replaces the forward of a module, and adds what it makes of the input; hooks see the input too.
+    Both were made for what comes after the activation.
+    """
+    return (
+        isinstance(module, QuantizedLinear)
+        and getattr(module.forward, "__func__", None) is QuantizedLinear.forward
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+    )
+
+
 def adopt_quantized_linears(model: torch.nn.Module) -> int:
     """Make every Linear of `model` that holds a quantized weight multiply through this pack.
 

@@ -96,3 +96,56 @@ def test_a_file_of_no_known_architecture_is_said_by_name(host, tmp_path, tensors
     save_file(tensors, tmp_path / "odd.safetensors")
     with pytest.raises(CheckpointError, match=r"odd\.safetensors is no diffusion model"):
         host.loading.load_diffusion_model(str(tmp_path / "odd.safetensors"))
+
+
+def _bypass(linear, strength: float = 1.0):
+    """Core's LoRA by bypass on one linear: output + up(down(input)), the input being what forward was called with."""
+    from comfy.weight_adapter.bypass import BypassForwardHook
+    from comfy.weight_adapter.lora import LoRAAdapter
+
+    rows, columns = linear.weight.shape
+    up, down = torch.randn(rows, 4) * 0.3, torch.randn(4, columns) * 0.3
+    hook = BypassForwardHook(linear, LoRAAdapter(set(), (up, down, 4.0, None, None, None)), strength)
+    hook.inject()
+    return hook, lambda x: x @ down.t() @ up.t()
+
+
+@pytest.mark.parametrize("name", ["int8_convrot_fast", "fp8_e4m3fn_scaled"])
+def test_a_lora_by_bypass_meets_what_comes_after_the_activation(host, name):
+    feed_forward = block(load(host, name)).ffn
+    x = torch.randn(7, 256)
+    plain = feed_forward(x)
+    hook, delta = _bypass(feed_forward[2])
+    hidden = torch.nn.functional.gelu(feed_forward[0](x), approximate="tanh")
+    assert torch.allclose(feed_forward(x), plain + delta(hidden), rtol=1e-3, atol=1e-2)
+    hook.eject()
+    assert torch.equal(feed_forward(x), plain)
+
+
+def test_hooks_on_a_down_projection_see_what_comes_after_the_activation(host):
+    feed_forward = block(load(host, "int8")).ffn
+    x, seen = torch.randn(7, 256), []
+    handle = feed_forward[2].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    feed_forward(x)
+    handle.remove()
+    assert torch.equal(seen[0], torch.nn.functional.gelu(feed_forward[0](x), approximate="tanh"))
+
+
+def test_cores_way_to_join_activation_and_linear_knows_a_lora_by_bypass(host):
+    import comfy.ops
+
+    linear = block(load(host, "int8_convrot_fast")).ffn[2]
+    hidden = torch.randn(7, 512)
+    activated = torch.nn.functional.gelu(hidden, approximate="tanh")
+    hook, delta = _bypass(linear)
+    expected = hook.original_forward(activated) + delta(activated)
+    assert torch.allclose(comfy.ops.linear_input_act(linear, hidden, "gelu_tanh"), expected, rtol=1e-3, atol=1e-2)
+    hook.eject()
+
+
+def test_the_fused_feed_forward_compiles_whole(host):
+    feed_forward = block(load(host, "int8_convrot_fast")).ffn
+    x = torch.randn(7, 256)
+    torch._dynamo.reset()
+    compiled = torch.compile(feed_forward.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), feed_forward(x))
