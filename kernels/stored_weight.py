@@ -34,6 +34,7 @@ class StoredWeight:
         columns: K, in_features, without padding.
         group: columns per block scale (0: none).
         rotation: group size of the regular Hadamard rotation applied to the stored W along K (0: none).
+        linear_dtype: int4 only: "int4" or "int8", what comfy-kitchen's kernel may quantize x to.
     """
 
     kind: str
@@ -46,6 +47,7 @@ class StoredWeight:
     correction: torch.Tensor | None = None
     group: int = 0
     rotation: int = 0
+    linear_dtype: str = "int4"
 
     @property
     def nbytes(self) -> int:

@@ -123,27 +123,32 @@ def _flatten(
         weight.columns,
         weight.group,
         weight.rotation,
+        weight.linear_dtype,
         fast,
         activation or "",
     )
 
 
 def _linear_op(
-    x, data, scale, block_scale, codebook, correction, bias, kind, rows, columns, group, rotation, fast, activation
-):
-    weight = StoredWeight(kind, data, scale, rows, columns, block_scale, codebook, correction, group, rotation)
+    x, data, scale, block_scale, codebook, correction, bias,
+    kind, rows, columns, group, rotation, linear_dtype, fast, activation,
+):  # fmt: skip
+    described = (rows, columns, block_scale, codebook, correction, group, rotation, linear_dtype)
+    weight = StoredWeight(kind, data, scale, *described)
     return linear_stored(x, weight, bias, fast, activation or None)
 
 
 def _linear_fake(
-    x, data, scale, block_scale, codebook, correction, bias, kind, rows, columns, group, rotation, fast, activation
-):
+    x, data, scale, block_scale, codebook, correction, bias,
+    kind, rows, columns, group, rotation, linear_dtype, fast, activation,
+):  # fmt: skip
     return x.new_empty((*x.shape[:-1], rows))
 
 
 _SCHEMA = (
     "linear(Tensor x, Tensor data, Tensor? scale, Tensor? block_scale, Tensor? codebook, Tensor? correction, "
-    "Tensor? bias, str kind, int rows, int columns, int group, int rotation, bool fast, str activation) -> Tensor"
+    "Tensor? bias, str kind, int rows, int columns, int group, int rotation, str linear_dtype, bool fast, "
+    "str activation) -> Tensor"
 )
 
 

@@ -48,7 +48,8 @@ def _int4(rows: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None) -
     if weight.block_scale is None:
         from comfy_kitchen.tensor.convrot_w4a4 import convrot_w4a4_linear
 
-        return convrot_w4a4_linear(rows, weight.data, weight.scale, bias, convrot_groupsize=weight.rotation)
+        options = {"convrot_groupsize": weight.rotation, "linear_dtype": weight.linear_dtype}
+        return convrot_w4a4_linear(rows, weight.data, weight.scale, bias, **options)
     from comfy_kitchen.tensor.w4a8_int8 import w4a8_int8_linear
 
     return w4a8_int8_linear(

@@ -75,7 +75,8 @@ def _int4(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight |
     scale = _flat_scale(params.scale, rows)
     if scale is None or tuple(data.shape) != (rows, columns // 2):
         return None
-    return StoredWeight(INT4, data, scale, rows, columns, rotation=params.convrot_groupsize)
+    rotation, linear_dtype = params.convrot_groupsize, params.linear_dtype
+    return StoredWeight(INT4, data, scale, rows, columns, rotation=rotation, linear_dtype=linear_dtype)
 
 
 def _int4_codebook(data: torch.Tensor, params, rows: int, columns: int) -> StoredWeight | None:

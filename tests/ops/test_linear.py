@@ -369,6 +369,24 @@ def test_kitchen_rows_do_not_poison_each_other(name, rows, monkeypatch):
         assert not out[rows - 1].isfinite().any()
 
 
+@pytest.mark.parametrize("linear_dtype", ["int4", "int8"])
+def test_kitchen_quantizes_activations_to_what_the_file_says(linear_dtype, monkeypatch):
+    """int4_convrot files may ask for 8-bit activations, which err much less (comfy-kitchen's plain backend has none)."""
+    from comfy_kitchen.tensor import convrot_w4a4
+
+    seen, multiply = [], convrot_w4a4.convrot_w4a4_linear
+
+    def records(*args, **kwargs):
+        seen.append(kwargs.get("linear_dtype", "int4"))
+        return multiply(*args, **kwargs)
+
+    monkeypatch.setattr(convrot_w4a4, "convrot_w4a4_linear", records)
+    weight = QuantizedTensor.from_float(torch.randn(32, 256), "TensorCoreConvRotW4A4Layout", linear_dtype=linear_dtype)
+    x = torch.randn(40, 256)
+    assert torch.equal(kitchen_linear(x, stored_weight(weight), None, None), F.linear(x, weight))
+    assert seen == [linear_dtype] * 2
+
+
 def test_out_of_memory_is_not_taken_for_a_refusal(monkeypatch):
     """cuBLAS stays in use after an out-of-memory error, which reaches the caller."""
 
