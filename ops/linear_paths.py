@@ -19,8 +19,9 @@ from ..kernels.matmul_rows import matmul_rows
 from ..kernels.matmul_split import matmul_split, split_rows, term_count
 from ..kernels.quantize_rows import apply_activation, quantize_rows, quantize_rows_reference
 from ..kernels.rotate_rows import KERNEL_ROTATIONS, rotate_rows
-from ..kernels.runtime import CAN_OVERLAP, INTERPRETED, kernels_run_on, multiprocessor_count
+from ..kernels.runtime import CAN_OVERLAP, INTERPRETED, multiprocessor_count
 from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
+from .linear_reference import linear_reference
 from .linear_table import ADA, FEW_ROWS, FP8_ROWS, HOPPER, INT8_ROWS, SCRATCH, Gpu
 from .scratch import Spec, take_scratch
 
@@ -215,11 +216,16 @@ def _pieces(
 
 
 @functools.lru_cache(maxsize=1)
-def _warn_once_scaled_mm(reason: str) -> None:
-    _log.warning("torch._scaled_mm does not take scales per row here (%s); Triton multiplies FP8 instead.", reason)
+def _warn_once_scaled_mm(reason: str, instead: str) -> None:
+    _log.warning("torch._scaled_mm does not take scales per row here (%s); %s instead.", reason, instead)
 
 
-_scaled_mm_refused: set[tuple[int, int]] = set()
+_scaled_mm_refused: set[tuple[tuple[int, int], torch.dtype]] = set()
+"""(compute capability, dtype of the weight's codes) that it refused: below cc 9.0 it takes e4m3 only."""
+
+
+def _takes_scaled_mm(out: torch.Tensor, n: int, k: int) -> bool:
+    return out.dtype == torch.bfloat16 and n % 16 == 0 and k % 16 == 0 and out.is_cuda
 
 
 def _fp8_matmul(
@@ -230,11 +236,10 @@ def _fp8_matmul(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     gpu: Gpu,
-) -> None:
-    """(q @ codes.T) x scales + bias into `out`, by cuBLAS where it takes the call."""
+) -> bool:
+    """(q @ codes.T) x scales + bias into `out`, by cuBLAS where it takes the call; False where nothing does."""
     n, k = codes.shape
-    suits = out.dtype == torch.bfloat16 and n % 16 == 0 and k % 16 == 0 and out.is_cuda
-    if suits and gpu.cc not in _scaled_mm_refused:
+    if _takes_scaled_mm(out, n, k) and (gpu.cc, codes.dtype) not in _scaled_mm_refused:
         columns = _ones(n, out.device) if column_scale is None else column_scale.view(1, n)
         try:
             torch._scaled_mm(
@@ -250,20 +255,24 @@ def _fp8_matmul(
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if not kernels_run_on(out):
-                raise
-            _scaled_mm_refused.add(gpu.cc)
-            _warn_once_scaled_mm(str(error).splitlines()[0])
+            _scaled_mm_refused.add((gpu.cc, codes.dtype))
+            instead = "Triton multiplies FP8" if gpu.triton else "the product is 16-bit"
+            _warn_once_scaled_mm(str(error).splitlines()[0], instead)
         else:
-            return
+            return True
+    if not gpu.triton:
+        return False
     column_scale = _ones(1, out.device).view(1) if column_scale is None else column_scale
     matmul_rows(q, codes, row_scale, column_scale, bias, out, descriptors=gpu.cc >= HOPPER)
+    return True
 
 
 def fp8_rows_linear(
     x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu
 ) -> torch.Tensor:
     """Quantize x to e4m3 row by row and multiply with FP8 codes; mxfp8 and nvfp4 become e4m3 with a scale per row."""
+    if not gpu.triton and (gpu.cc, weight.data.dtype) in _scaled_mm_refused:
+        return linear_reference(x, weight, bias, fast=False, activation=activation)
     rows, columns = x.shape
     count = weight.rows
     blocks = weight.kind in (MXFP8, NVFP4)
@@ -289,7 +298,8 @@ def fp8_rows_linear(
     quantize = quantize_rows if gpu.triton else _quantize_without_triton
     for piece, part, scale, target in _pieces(chunks, x, q, row_scale, out):
         quantize(piece, part, scale, activation, folded)
-        _fp8_matmul(part, data, scale, column_scale, bias, target, gpu)
+        if not _fp8_matmul(part, data, scale, column_scale, bias, target, gpu):
+            return linear_reference(x, weight, bias, fast=False, activation=activation)
     return out
 
 

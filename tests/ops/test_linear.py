@@ -397,11 +397,55 @@ def test_out_of_memory_is_not_taken_for_a_refusal(monkeypatch):
         is_cuda = True
 
     monkeypatch.setattr(torch, "_scaled_mm", fails)
-    monkeypatch.setattr(linear_paths, "kernels_run_on", lambda out: True)
     out, codes = torch.empty(16, 16, dtype=torch.bfloat16).as_subclass(OnGpu), torch.empty(16, 16)
     with pytest.raises(torch.OutOfMemoryError):
         linear_paths._fp8_matmul(codes, codes, torch.ones(16, 1), None, None, out, Gpu((9, 0)))
     assert not linear_paths._scaled_mm_refused
+
+
+class _Refusing:
+    """Stands in for torch._scaled_mm: as CUTLASS below cc 9.0, it takes no e5m2 weight."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, q, codes, row_scale, columns, *, out, bias, **options):
+        self.calls += 1
+        if codes.dtype == torch.float8_e5m2:
+            raise RuntimeError("b.dtype() == at::kFloat8_e4m3fn INTERNAL ASSERT FAILED")
+        out.copy_((q.float() @ codes.float()) * row_scale * columns + (0 if bias is None else bias))
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """torch._scaled_mm refuses e5m2, tensors pass for CUDA's, scratch is plain memory, nothing is refused yet."""
+    stand_in = _Refusing()
+    monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+    monkeypatch.setattr(linear_paths, "_scaled_mm_refused", set())
+    monkeypatch.setattr(linear_paths, "_takes_scaled_mm", lambda out, n, k: True)
+    return stand_in
+
+
+def test_a_dtype_that_scaled_mm_refuses_does_not_stop_the_others(refusing, monkeypatch):
+    multiplied = []
+    monkeypatch.setattr(linear_paths, "matmul_rows", lambda *args, **options: multiplied.append(args[1].dtype))
+    q, out = torch.zeros(16, 32).to(torch.float8_e4m3fn), torch.zeros(16, 16, dtype=torch.bfloat16)
+    for dtype in (torch.float8_e5m2, torch.float8_e5m2, torch.float8_e4m3fn):
+        codes = torch.zeros(16, 32).to(dtype)
+        linear_paths._fp8_matmul(q, codes, torch.ones(16, 1), None, None, out, Gpu((8, 9)))
+    assert multiplied == [torch.float8_e5m2] * 2
+    assert refusing.calls == 2
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_without_triton_a_refused_fp8_product_is_16_bit(name, refusing):
+    """Windows without Triton: the prompt goes on."""
+    weight, x, bias = _weight(name, 32, 64), torch.randn(20, 64).bfloat16(), torch.randn(32)
+    for _ in range(2):
+        out = linear_paths.fp8_rows_linear(x, stored_weight(weight), bias, "silu", Gpu((8, 9), triton=False))
+        reference = F.silu(x.double()) @ weight.dequantize().double().t() + bias.double()
+        assert ((out.double() - reference).norm() / reference.norm()).item() < 5e-2
+    assert refusing.calls == (1 if name == "fp8_e5m2" else 2)
 
 
 def test_scratch_made_in_inference_mode_can_be_written_outside():
