@@ -123,9 +123,12 @@ def node_height(sockets_in: int, sockets_out: int, widgets: int, extra: int = 0)
 def text_width(title: str, rows: list[tuple[str, str]]) -> int:
     """The width in which a title and the widgets' labels and values are not cut, in tens.
 
-    From the mean width of a character at the frontend's 14 and 12 pixels, and what it draws around them.
+    From the mean width of a character at the frontend's 14 and 12 pixels, and what it draws around them. Nodes 2.0 makes
+    every label as wide as the longest one.
     """
+    longest = max((len(label) for label, _ in rows), default=0)
     needed = [46 + 7.8 * len(title), *(78 + 6.7 * (len(label) + len(value)) for label, value in rows)]
+    needed += [64 + 6.2 * longest + 6.7 * len(value) for _, value in rows]
     return -(-int(max(needed)) // 10) * 10
 
 

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,14 @@ class Tab:
         ) as queued:
             self.page.get_by_test_id("queue-button").click()
         assert queued.value.ok, queued.value.text()
+        assert self.evaluate("() => window.lowbitEnded") == ["execution_success", ""]
+
+    def run_prompt(self, prompt: Mapping[str, Any], seconds: float = 240) -> None:
+        """Queues a prompt in this tab's name, so that its nodes show the run, and waits for its end, which must be good."""
+        self.evaluate(ENDED, seconds)
+        data = {"prompt": prompt, "client_id": self.evaluate("() => app.api.clientId")}
+        queued = self.page.request.post(f"http://{self.address}/prompt", data=data)
+        assert queued.ok, queued.text()
         assert self.evaluate("() => window.lowbitEnded") == ["execution_success", ""]
 
     def shot(self, name: str) -> Path:

@@ -38,11 +38,11 @@
   const overlap = (a, b) =>
     Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
 
-  const overlaps = (graph) =>
+  const overlaps = (graph, box = boxOf) =>
     graph.nodes.flatMap((a, index) =>
       graph.nodes
         .slice(index + 1)
-        .filter((b) => overlap(boxOf(a), boxOf(b)))
+        .filter((b) => overlap(box(a), box(b)))
         .map((b) => `${a.title} ${a.id} lies on ${b.title} ${b.id}`),
     );
 
@@ -98,8 +98,8 @@
 
   const isInside = ([x, y], box) => x > box.left + 2 && x < box.right - 2 && y > box.top + 2 && y < box.bottom - 2;
 
-  /** Links that run behind a node they have nothing to do with. */
-  const hidden = (graph) => {
+  /** Links that run behind a node they have nothing to do with; `box` gives a node's box, or null where it has none. */
+  const hidden = (graph, box = boxOf) => {
     const found = [];
     for (const link of graph.links.values()) {
       const [from, to] = [graph.getNodeById(link.origin_id), graph.getNodeById(link.target_id)];
@@ -107,32 +107,53 @@
       const points = pointsOf(graph, link, from, to);
       const path = points.slice(1).flatMap((point, index) => curve(points[index], point));
       for (const node of graph.nodes)
-        if (node !== from && node !== to && path.some((point) => isInside(point, boxOf(node))))
+        if (node !== from && node !== to && path.some((point) => isInside(point, box(node))))
           found.push(`the link from ${from.title} ${from.id} to ${to.title} ${to.id} runs behind ${node.title} ${node.id}`);
     }
     return found;
   };
 
-  /** Nodes that lie on each other as Nodes 2.0 draws them, which is taller than the canvas does. */
-  const overlapsInVue = () => {
-    const boxes = [...document.querySelectorAll("[data-node-id]")].map((element) => [element, element.getBoundingClientRect()]);
-    return boxes.flatMap(([a, first], index) =>
-      boxes
-        .slice(index + 1)
-        .filter(([, second]) => overlap(first, second))
-        .map(([b, second]) => {
-          const deep = Math.round((Math.min(first.bottom, second.bottom) - Math.max(first.top, second.top)) / app.canvas.ds.scale);
-          return `node ${a.dataset.nodeId} lies on node ${b.dataset.nodeId} by ${deep}`;
-        }),
+  /** A node's box as Nodes 2.0 draws it, which is taller than the canvas does, in graph units. */
+  const boxInVue = (node) => {
+    const { scale, offset } = app.canvas.ds;
+    const frame = app.canvas.canvas.getBoundingClientRect();
+    const drawn = document.querySelector(`[data-node-id="${node.id}"]`).getBoundingClientRect();
+    const x = (pixels) => (pixels - frame.left) / scale - offset[0];
+    const y = (pixels) => (pixels - frame.top) / scale - offset[1];
+    return { left: x(drawn.left), top: y(drawn.top), right: x(drawn.right), bottom: y(drawn.bottom) };
+  };
+
+  /** Texts of nodes that their own boxes do not show whole in Nodes 2.0. */
+  const cutInVue = (graph) =>
+    graph.nodes.flatMap((node) =>
+      [...document.querySelectorAll(`[data-node-id="${node.id}"] *`)]
+        .filter((e) => e.children.length === 0 && e.textContent.trim() && e.clientWidth > 0 && e.scrollWidth > e.clientWidth + 1)
+        .map((e) => `${node.title} ${node.id}: ${e.textContent.trim()} is cut`),
     );
+
+  /** What is wrong in the graph that is shown, as Nodes 2.0 draws it. */
+  const problemsInVue = () => {
+    const graph = app.canvas.graph;
+    const missing = graph.nodes.filter((node) => !document.querySelector(`[data-node-id="${node.id}"]`));
+    if (missing.length) return missing.map((node) => `${node.title} ${node.id} is not drawn`);
+    return [...overlaps(graph, boxInVue), ...hidden(graph, boxInVue), ...cutInVue(graph)];
+  };
+
+  /** Shows one of the graphs: the root graph is the first, the insides of its subgraphs follow. */
+  const show = (index) => {
+    const graph = graphs()[index];
+    const host = app.rootGraph.nodes.find((node) => node.subgraph === graph);
+    if (host) app.canvas.openSubgraph(graph, host);
+    else app.canvas.setGraph(graph);
   };
 
   window.lowbitTest = {
     nodes: () => graphs().flatMap((graph) => graph.nodes.map((node) => describe(graph, node))),
     problems: () =>
       graphs().flatMap((graph) => [overlaps, cutTitles, cutValues, cutText, hidden].flatMap((check) => check(graph))),
-    overlaps: () => graphs().flatMap(overlaps),
-    overlapsInVue,
+    problemsInVue,
+    count: () => graphs().length,
+    show,
     dialogs: () => [...document.querySelectorAll("[role=dialog]")].map((dialog) => dialog.innerText.slice(0, 200)),
   };
 })();

@@ -240,6 +240,7 @@ def test_a_real_run_feeds_the_meter(tab):
     assert "peak" in meter.inner_text()
     assert "iB" in meter.inner_text()
     assert tab.page.locator(".lowbit-entry").count() >= 1
+    assert tab.page.get_by_text("GiB now").count() == 0, "the line of progress says the same"
     tab.command("Comfy.Canvas.FitView")
     tab.shot("meter-real-run")
 
