@@ -7,6 +7,7 @@ import functools
 import torch
 
 from .hadamard import rotate_reference
+from .runtime import made_to_keep
 from .stored_weight import INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4, PACKED_KINDS, StoredWeight
 
 E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -26,7 +27,8 @@ def swizzled_index(rows: int, blocks: int, device: torch.device) -> torch.Tensor
 
 @functools.lru_cache(maxsize=16)
 def _e2m1_table(device: torch.device) -> torch.Tensor:
-    return torch.tensor((*E2M1_LEVELS, *(-level for level in E2M1_LEVELS)), device=device)
+    levels = (*E2M1_LEVELS, *(-level for level in E2M1_LEVELS))
+    return made_to_keep(lambda: torch.tensor(levels, device=device))
 
 
 def unpack_nibbles(packed: torch.Tensor, high_first: bool) -> torch.Tensor:

@@ -16,7 +16,7 @@ from .decode_tiles import (
 )
 from .hadamard import hadamard
 from .launch import launch
-from .runtime import INTERPRETED, ceil_div, power_of_two, tl, triton
+from .runtime import INTERPRETED, ceil_div, made_to_keep, power_of_two, tl, triton
 from .stored_weight import StoredWeight
 
 VALUES = "values"
@@ -165,7 +165,7 @@ def unrotation_matrix(group: int, device: torch.device, dtype: torch.dtype) -> t
     """The 64 x 64 matrix that undoes rotations of up to 64 columns; 256 takes one more step of `_butterfly`."""
     matrix = hadamard(min(group, 64), torch.device("cpu"), torch.float64)
     whole = torch.kron(torch.eye(64 // matrix.shape[0], dtype=torch.float64), matrix)
-    return whole.to(device=device, dtype=dtype).contiguous()
+    return made_to_keep(lambda: whole.to(device=device, dtype=dtype).contiguous())
 
 
 @triton.jit

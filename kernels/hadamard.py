@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from .runtime import made_to_keep
+
 
 @functools.lru_cache(maxsize=32)
 def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -23,7 +25,8 @@ def hadamard(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tenso
     matrix = kernel
     while matrix.shape[0] < size:
         matrix = torch.kron(matrix, kernel)
-    return (matrix / math.sqrt(size)).to(device=device, dtype=dtype)
+    matrix = matrix / math.sqrt(size)
+    return made_to_keep(lambda: matrix.to(device=device, dtype=dtype))
 
 
 def rotate_reference(x: torch.Tensor, group: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from .hadamard import hadamard
 from .launch import launch
 from .quantize_rows import LIMITS, SMALLEST_SCALE, _activate, _magnitude_bits, _row_scale, _to_grid
-from .runtime import INTERPRETED, tl, triton
+from .runtime import INTERPRETED, made_to_keep, tl, triton
 
 KERNEL_ROTATIONS = (16, 64, 256)
 """Group sizes the kernels take; models use 256, or 64 for narrow layers."""
@@ -24,7 +24,11 @@ def rotation_factors(group: int, device: torch.device, dtype: torch.dtype) -> tu
         64: lambda: torch.kron(torch.eye(4, dtype=torch.float64), hadamard(4, torch.device("cpu"), torch.float64)),
         16: lambda: torch.eye(16, dtype=torch.float64),
     }[group]()
-    return outer.to(device=device, dtype=dtype).contiguous(), inner.to(device=device, dtype=dtype).contiguous()
+    return made_to_keep(lambda: (_placed(outer, device, dtype), _placed(inner, device, dtype)))
+
+
+def _placed(matrix: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return matrix.to(device=device, dtype=dtype).contiguous()
 
 
 @triton.jit

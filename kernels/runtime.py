@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+_log = logging.getLogger("lowbit.kernels")
 
 MINIMUM_TRITON = (3, 4)
 
@@ -58,6 +66,18 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def made_to_keep(make: Callable[[], T]) -> T:
+    """make() on a thread of its own, for GPU memory that is kept between calls.
+
+    While torch.compile warms up its CUDA graphs ("reduce-overhead"), what this thread allocates comes from the graphs'
+    own pool, and the run ends in an error if any of it is still there afterwards. Inference mode stays behind too.
+    """
+    if torch.compiler.is_compiling():
+        return make()
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(make).result()
+
+
 @functools.cache
 def multiprocessor_count(index: int) -> int:
     """Multiprocessors of CUDA device `index` (or a small number when kernels run in the interpreter)."""
@@ -72,8 +92,26 @@ def compute_capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
+def triton_builds() -> bool:
+    """Whether Triton's driver starts: it compiles a helper in C first, so an image without gcc has Triton in name only."""
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}".splitlines()[0]
+        _log.warning(
+            "Triton is installed but cannot build kernels (%s): quantized linears run in plain torch, which is slower. "
+            "Install a C compiler (gcc) and Python's headers.",
+            reason,
+        )
+        return False
+    return True
+
+
 def kernels_run_on(x: torch.Tensor) -> bool:
     """Whether Triton kernels can take tensors on x's device: an NVIDIA GPU, or any CPU under TRITON_INTERPRET=1."""
     if not TRITON_FOUND:
         return False
-    return INTERPRETED if x.device.type == "cpu" else (x.device.type == "cuda" and torch.version.hip is None)
+    if x.device.type != "cuda":
+        return INTERPRETED and x.device.type == "cpu"
+    return torch.version.hip is None and (INTERPRETED or triton_builds())

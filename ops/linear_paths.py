@@ -19,7 +19,7 @@ from ..kernels.matmul_rows import matmul_rows
 from ..kernels.matmul_split import matmul_split, split_rows, term_count
 from ..kernels.quantize_rows import apply_activation, quantize_rows, quantize_rows_reference
 from ..kernels.rotate_rows import KERNEL_ROTATIONS, rotate_rows
-from ..kernels.runtime import CAN_OVERLAP, INTERPRETED, multiprocessor_count
+from ..kernels.runtime import CAN_OVERLAP, INTERPRETED, made_to_keep, multiprocessor_count
 from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_reference import linear_reference
 from .linear_table import ADA, FEW_ROWS, FP8_ROWS, HOPPER, INT8_ROWS, SCRATCH, Gpu
@@ -57,8 +57,8 @@ def _bias_like(bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | 
 
 @functools.lru_cache(maxsize=64)
 def _kept_ones(count: int, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.ones(1, count, device=device)
+    # Copied from the host, which waits: a kernel that fills them would run on no stream of the caller's.
+    return made_to_keep(lambda: torch.ones(1, count).to(device))
 
 
 def _ones(count: int, device: torch.device) -> torch.Tensor:

@@ -8,6 +8,8 @@ import weakref
 
 import torch
 
+from ..kernels.runtime import made_to_keep
+
 ALIGNMENT = 256
 _ROUND_UP = 2 << 20
 _MOST_VIEWS = 256
@@ -35,9 +37,7 @@ class Scratch:
             total = _total(specs)
             if self.nbytes < total:
                 self.release()
-                # Made as an ordinary tensor, so that it can be written inside and outside of inference mode.
-                with torch.inference_mode(False):
-                    self.buffer = torch.empty(-(-total // _ROUND_UP) * _ROUND_UP, dtype=torch.uint8, device=device)
+                self.buffer = _buffer(-(-total // _ROUND_UP) * _ROUND_UP, device)
             if len(self.views) >= _MOST_VIEWS:
                 self.views.clear()
             views = self.views[specs] = _cut(self.buffer, specs)
@@ -47,6 +47,17 @@ class Scratch:
         """Give the buffer back to PyTorch's allocator."""
         self.views = {}
         self.buffer = None
+
+
+def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
+    """An ordinary tensor, which can be written inside and outside of inference mode, on the caller's stream."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+    def make() -> torch.Tensor:
+        with torch.cuda.stream(stream):
+            return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    return made_to_keep(make)
 
 
 def _nbytes(spec: Spec) -> int:

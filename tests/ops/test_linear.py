@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import comfy_kitchen as ck
@@ -446,6 +448,29 @@ def test_without_triton_a_refused_fp8_product_is_16_bit(name, refusing):
         reference = F.silu(x.double()) @ weight.dequantize().double().t() + bias.double()
         assert ((out.double() - reference).norm() / reference.norm()).item() < 5e-2
     assert refusing.calls == (1 if name == "fp8_e5m2" else 2)
+
+
+def test_what_linears_keep_is_made_on_a_thread_of_its_own(monkeypatch):
+    """Warming up CUDA graphs, torch.compile sends this thread's allocations to the graphs' pool and finds any left."""
+    from lowbit.kernels import decode, decode_rows, rotate_rows
+
+    here, threads, device = threading.get_ident(), {}, torch.device("meta")
+    for owner, name in ((torch, "empty"), (torch, "tensor"), (torch.Tensor, "to")):
+
+        def records(call, name, *args, **kwargs):
+            if device in (*args, *kwargs.values()):
+                threads.setdefault(name, set()).add(threading.get_ident())
+            return call(*args, **kwargs)
+
+        patched = functools.partial(records, getattr(owner, name), name)
+        monkeypatch.setattr(owner, name, patched if owner is torch else lambda *a, p=patched, **k: p(*a, **k))
+    Scratch().take((((8,), torch.float32),), device)
+    linear_paths._kept_ones(3, device)
+    decode._e2m1_table(device)
+    rotate_rows.rotation_factors(64, device, torch.float32)
+    decode_rows.unrotation_matrix(64, device, torch.float32)
+    assert threads.keys() == {"empty", "tensor", "to"}
+    assert all(here not in made for made in threads.values())
 
 
 def test_scratch_made_in_inference_mode_can_be_written_outside():
