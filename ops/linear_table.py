@@ -101,7 +101,8 @@ RULES = (
     # writes past its output unless (rows, padded to 16) x K is a multiple of 512, hence K by 32.
     Rule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False, multiple=32),
     # 8-bit products. comfy-kitchen's INT8 kernel is tuned for every GPU but Hopper.
-    Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(TURING, HOPPER), triton=False, kitchen=True, multiple=16),
+    Rule(KITCHEN, (INT8, INT4), True, cc=(TURING, HOPPER), triton=False, kitchen=True, multiple=16),
+    Rule(KITCHEN, (INT4_CODEBOOK,), True, cc=(AMPERE, HOPPER), triton=False, kitchen=True, multiple=16),
     Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(BLACKWELL, NO_CC), triton=False, kitchen=True, multiple=16),
     Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC)),
     Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC), dtypes=(torch.bfloat16,), triton=False, multiple=16),

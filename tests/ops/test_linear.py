@@ -294,6 +294,9 @@ def test_every_call_has_a_path(kind, fast, rows, n, k, dtype, cc, triton, kitche
         ("TensorCoreNVFP4Layout", True, (8, 6), "emulated"),
         ("TensorCoreMXFP8Layout", True, (8, 9), "fallback"),
         ("AsymW4A8Int8Layout", True, None, "emulated"),
+        # comfy-kitchen's W4A8 kernels, CUDA's and Triton's, begin at compute capability 8.0.
+        ("AsymW4A8Int8Layout", True, (7, 5), "emulated"),
+        ("TensorCoreConvRotW4A4Layout", True, (7, 5), "native"),
     ],
 )
 def test_description(layout, fast, cc, support):
