@@ -97,6 +97,35 @@ def test_strange_rows(name):
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [3, 5, 40])
+def test_nan_and_inf_stay_in_their_rows_in_float16(name, rows):
+    """float16 is split into three 8-bit terms where bfloat16 takes two."""
+    weight = _weight(name, 256, 512)
+    for bad in (0, rows - 1):
+        for value in (float("nan"), float("inf")):
+            x = torch.randn(rows, 512, device="cuda", dtype=torch.float16)
+            x[bad, 9] = value
+            for fast in (False, True):
+                finite = quantized_linear(x, weight, fast=fast).isfinite()
+                assert not finite[bad].any()
+                assert finite[[row for row in range(rows) if row != bad]].all()
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "int8", "int8_convrot", "mxfp8", "int4_convrot"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weight_that_is_a_part_of_wider_rows(name, dtype):
+    """N 250: an output row is no multiple of 16 bytes, so that the matmul goes through plain pointers."""
+    weight = _weight(name, 250, 512)
+    x, data = torch.randn(40, 512, device="cuda", dtype=dtype), weight._qdata
+    wide = torch.randint(0, 100, (data.shape[0], 2 * data.shape[1]), device="cuda", dtype=torch.uint8)
+    part = wide.view(data.dtype)[:, : data.shape[1]].copy_(data)
+    other = QuantizedTensor(part, weight._layout_cls, weight._params)
+    for fast in (False, True):
+        expected = quantized_linear(x, weight, fast=fast)
+        torch.testing.assert_close(quantized_linear(x, other, fast=fast), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("rows", [1, 5, 40])
 def test_any_stride_and_alignment(name, rows):
     n, k = 256, 512
@@ -245,6 +274,24 @@ def test_compiles_without_graph_break(name):
 
     compiled = torch.compile(forward, fullgraph=True)
     torch.testing.assert_close(compiled(x, weight), forward(x, weight), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_compiles_into_cuda_graphs(name):
+    """torch.compile checks that a warm-up leaves nothing in the graphs' memory but its outputs."""
+    weight = _weight(name, 256, 512)
+    release_scratch()
+
+    def forward(x, fast):
+        return quantized_linear(x * 2, weight, fast=fast) + 1
+
+    for fast in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(forward, mode="reduce-overhead")
+        for _ in range(4):
+            x = torch.randn(40, 512, device="cuda", dtype=torch.bfloat16)
+            torch.compiler.cudagraph_mark_step_begin()
+            torch.testing.assert_close(compiled(x, fast), forward(x, fast), rtol=2e-2, atol=2e-2)
 
 
 def test_result_does_not_change_between_runs():
