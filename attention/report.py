@@ -146,7 +146,9 @@ def _finite(value: float | None) -> float | None:
 
 def as_text(report: dict[str, Any]) -> str:
     """The report of `Report.as_dict` as a few lines a person can read."""
-    head = f"{report['backend']}, error budget {report['budget']}, {report['sampling_runs']} sampling runs on {report['device']}"
+    runs = report["sampling_runs"]
+    counted = f"{runs} sampling run{'' if runs == 1 else 's'}"
+    head = f"{report['backend']}, error budget {report['budget']}, {counted} on {report['device']}"
     if report.get("paired"):
         head += f"; paired with the weights: {report['paired']}"
     lines = [head]
