@@ -240,7 +240,7 @@ def matmul_rows(
         column_scale: (N,) or (1,) float32.
         bias: (N,) of any float dtype, or None.
         out: (M, N) float16, bfloat16 or float32, last stride 1, written.
-        descriptors: use tensor descriptors (cc 9.0 and later) where alignment allows.
+        descriptors: use tensor descriptors where alignment allows (cc 9.0 to 11.x: their tiles take up to 227 KiB).
         tiles: force these; None: `choose_tiles`.
     """
     (rows, depth), columns = a.shape, b.shape[0]

@@ -22,7 +22,7 @@ from ..kernels.rotate_rows import KERNEL_ROTATIONS, rotate_rows
 from ..kernels.runtime import CAN_OVERLAP, INTERPRETED, made_to_keep, multiprocessor_count
 from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_reference import linear_reference
-from .linear_table import ADA, FEW_ROWS, FP8_ROWS, HOPPER, INT8_ROWS, SCRATCH, Gpu
+from .linear_table import ADA, FEW_ROWS, FP8_ROWS, GEFORCE_BLACKWELL, HOPPER, INT8_ROWS, SCRATCH, Gpu
 from .scratch import Spec, take_scratch
 
 _log = logging.getLogger("lowbit.linear")
@@ -224,6 +224,11 @@ _scaled_mm_refused: set[tuple[tuple[int, int], torch.dtype]] = set()
 """(compute capability, dtype of the weight's codes) that it refused: below cc 9.0 it takes e4m3 only."""
 
 
+def _has_room_for_descriptors(gpu: Gpu) -> bool:
+    """GeForce Blackwell (12.x) has tensor descriptors, but not the shared memory that their tiles take: 99 KiB, not 227."""
+    return HOPPER <= gpu.cc < GEFORCE_BLACKWELL
+
+
 def _takes_scaled_mm(out: torch.Tensor, n: int, k: int) -> bool:
     return out.dtype == torch.bfloat16 and n % 16 == 0 and k % 16 == 0 and out.is_cuda
 
@@ -263,7 +268,7 @@ def _fp8_matmul(
     if not gpu.triton:
         return False
     column_scale = _ones(1, out.device).view(1) if column_scale is None else column_scale
-    matmul_rows(q, codes, row_scale, column_scale, bias, out, descriptors=gpu.cc >= HOPPER)
+    matmul_rows(q, codes, row_scale, column_scale, bias, out, descriptors=_has_room_for_descriptors(gpu))
     return True
 
 
@@ -337,7 +342,7 @@ def int8_rows_linear(
             rotate_rows(piece, part, scale, weight.rotation, activation)
         else:
             quantize_rows(piece, part, scale, activation)
-        matmul_rows(part, data, scale, weight.scale, bias, target, descriptors=gpu.cc >= HOPPER)
+        matmul_rows(part, data, scale, weight.scale, bias, target, descriptors=_has_room_for_descriptors(gpu))
     return out
 
 

@@ -89,7 +89,7 @@ class Rule:
         )
 
 
-TURING, AMPERE, ADA, HOPPER, BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0)
+TURING, AMPERE, ADA, HOPPER, BLACKWELL, GEFORCE_BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 
 RULES = (
     # Few rows: reading the weight is all the time there is, so the stored bytes go straight into the product.

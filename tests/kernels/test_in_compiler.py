@@ -1,0 +1,98 @@
+"""Every launch of the dispatch compiles for GPUs that are not here, and fits into their shared memory."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import types
+
+import pytest
+import torch
+
+from lowbit.ops import linear_paths
+from lowbit.ops.linear_table import KITCHEN, REFERENCE, Gpu, choose_path
+
+from .stored import make
+
+if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles with Triton", allow_module_level=True)
+
+LAUNCHING = (
+    "decode_rows",
+    "matmul_blocks",
+    "matmul_decode",
+    "matmul_rows",
+    "matmul_split",
+    "quantize_rows",
+    "rotate_rows",
+)
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+"""Shared memory that a block may have. Source: CUDA C++ Programming Guide, table of compute capabilities."""
+
+CALLS = (
+    ("e4m3", torch.bfloat16, 5, False),
+    ("e4m3", torch.float16, 60, False),
+    ("e4m3", torch.float16, 2000, True),
+    ("e4m3", torch.float32, 40, True),
+    ("int8", torch.float16, 60, False),
+    ("int8", torch.bfloat16, 2000, True),
+    ("int8_convrot", torch.float32, 2000, True),
+    ("int8_convrot", torch.bfloat16, 2000, False),
+    ("mxfp8", torch.bfloat16, 20, False),
+    ("mxfp8", torch.bfloat16, 2000, True),
+    ("nvfp4", torch.float16, 20, False),
+    ("nvfp4", torch.bfloat16, 2000, True),
+)
+
+
+class _Driver:
+    """Stands in for Triton's driver of the GPU that is compiled for."""
+
+    def __init__(self, cc: tuple[int, int]) -> None:
+        self.number = 10 * cc[0] + cc[1]
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.number, 32)
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """A list that fills with the metadata of every kernel that would have been launched."""
+    import triton
+
+    kernels: list = []
+
+    def compiles(kernel, grid, arguments, constants, warps=4, stages=3, overlap=False):
+        options = {"num_warps": warps, "num_stages": stages, **({"launch_pdl": True} if overlap else {})}
+        kernels.append(kernel.warmup(*arguments, grid=grid, **constants, **options).metadata)
+
+    for name in LAUNCHING:
+        monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "launch", compiles)
+    for module in (linear_paths, importlib.import_module("lowbit.kernels.matmul_rows")):
+        monkeypatch.setattr(module, "multiprocessor_count", lambda index: 132)
+    before = triton.runtime.driver._active
+    yield types.SimpleNamespace(kernels=kernels, use=lambda cc: triton.runtime.driver.set_active(_Driver(cc)))
+    triton.runtime.driver._active = before
+
+
+@pytest.mark.parametrize("cc", SHARED_KIB)
+@pytest.mark.parametrize(("name", "dtype", "rows", "fast"), CALLS)
+def test_every_launch_compiles_and_fits(cc, name, dtype, rows, fast, compiled):
+    compiled.use(cc)
+    weight, gpu = make(name, 64, 512, torch.device("cpu")), Gpu(cc, triton=True, kitchen=False)
+    path = choose_path(weight.kind, fast, rows, weight.rows, weight.columns, dtype, gpu)
+    if path in (KITCHEN, REFERENCE):
+        pytest.skip(f"{path} launches none of ours")
+    linear_paths.LINEAR_PATHS[path](torch.randn(rows, 512).to(dtype), weight, torch.randn(64).to(dtype), None, gpu)
+    assert compiled.kernels
+    for metadata in compiled.kernels:
+        assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
