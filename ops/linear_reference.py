@@ -50,7 +50,10 @@ def _int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """(M, K) x (N, K) int8 -> (M, N) exact, int32 on the CPU; float64 sums where `_int_mm` does not take the shape."""
     if a.device.type == "cpu":
         return torch._int_mm(a, b.t())
-    aligned = a.shape[0] > 16 and a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
+    aligned = a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
     if aligned and torch.cuda.get_device_capability(a.device) >= (7, 5):
-        return torch._int_mm(a, b.t())
+        rows = a.shape[0]
+        # It refuses fewer than 17 rows.
+        padded = F.pad(a, (0, 0, 0, 32 - rows)) if rows <= 16 else a
+        return torch._int_mm(padded, b.t())[:rows]
     return a.double() @ b.double().t()

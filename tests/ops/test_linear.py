@@ -22,6 +22,7 @@ from lowbit.errors import CheckpointError, FormatError
 from lowbit.kernels.decode import decode_reference
 from lowbit.kernels.stored_weight import MXFP8, NVFP4, StoredWeight
 from lowbit.ops import linear_paths
+from lowbit.ops import linear_reference as linear_reference_module
 from lowbit.ops.layouts import register_layouts
 from lowbit.ops.linear import describe_linear, quantized_linear, release_scratch, scratch_nbytes
 from lowbit.ops.linear_kitchen import kitchen_linear
@@ -474,6 +475,29 @@ def test_what_linears_keep_is_made_on_a_thread_of_its_own(monkeypatch):
     decode_rows.unrotation_matrix(64, device, torch.float32)
     assert threads.keys() == {"empty", "tensor", "to"}
     assert all(here not in made for made in threads.values())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_few_rows_of_int8_go_through_int_mm_on_a_gpu_without_kernels(rows, monkeypatch):
+    """It refuses fewer than 17 rows there; float64 instead took 8 times the weight's bytes at every call."""
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    def int_mm(a, b):
+        if a.shape[0] <= 16:
+            raise RuntimeError("self.size(0) needs to be greater than 16")
+        products.append(a.shape[0])
+        return (a.as_subclass(torch.Tensor).float() @ b.float()).int()
+
+    products: list[int] = []
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    a = torch.randint(-127, 128, (rows, 64), dtype=torch.int8)
+    b = torch.randint(-127, 128, (24, 64), dtype=torch.int8)
+    out = linear_reference_module._int8_matmul(a.as_subclass(OnGpu), b)
+    assert torch.equal(out.as_subclass(torch.Tensor).double(), a.double() @ b.double().t())
+    assert products == [32 if rows <= 16 else rows]
 
 
 def test_scratch_made_in_inference_mode_can_be_written_outside():
