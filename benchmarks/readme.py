@@ -71,6 +71,23 @@ def formats() -> str:
     return table(("format", "stored as", "bits", "weights off by", "products off by", "with outliers", ""), rows)
 
 
+def quality() -> str:
+    """The trained model's clips in every format against bf16's."""
+    result = read("quality.json")
+    if result is None:
+        return "Not measured yet."
+    rows = []
+    for name, row in result["rows"].items():
+        mean, worst = row["psnr_mean_db"], row["psnr_worst_db"]
+        near = ("the reference", "") if mean is None else (f"{mean:.1f}", f"{worst:.1f}")
+        size = f"{row['transformer_bytes'] / 2**20:.1f}"
+        rows.append((f"`{name}`", *near, f"{row['as_asked']} of {row['clips']}", size))
+    facts = result["environment"]
+    caption = f"{len(result['prompts'])} prompts, {facts['host']}, {facts['device']}, torch {facts['torch']} (`quality.json`):"
+    header = ("format", "PSNR, dB", "worst clip", "shows what was asked", "transformer, MiB")
+    return caption + "\n\n" + table(header, rows)
+
+
 def quantize() -> str:
     """The streaming quantizer beside a copy and beside a whole state dict."""
     parts = []
@@ -338,6 +355,7 @@ def fold(title: str, text: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
+    "quality": quality,
     "quantize": quantize,
     "linear": linear,
     "peers": peers,

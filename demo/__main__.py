@@ -1,4 +1,4 @@
-"""`./run demo`: tiny Wan and Qwen-Image in every format, pictures and a table into demo-output/."""
+"""`./run demo`: a trained video model, tiny Wan and Qwen-Image in every format: clips and a table into demo-output/."""
 
 from __future__ import annotations
 

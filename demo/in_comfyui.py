@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from . import tiny
+from . import shapes_in_comfyui, tiny
 from .graphs import Graph, dump, node
 from .measure import relative_error
 from .progress import ProgressLine
@@ -47,13 +47,14 @@ def run(comfyui_path: Path, out: Path, formats: Sequence[str]) -> list[Row]:
     try:
         prepare_base(base)
         tiny.write_all(base / "models", [*FILES, *(file for _, file in MODELS.values())])
+        shapes_in_comfyui.place_files(base / "models")
         print(f"Starting ComfyUI ({comfyui_path}) ...", flush=True)
         started = time.monotonic()
         with Server(
             base, comfyui_path, cpu=not torch.cuda.is_available(), environment={"LOWBIT_CACHE_DIR": str(cache)}
         ) as server:
             print(f"ComfyUI is up after {time.monotonic() - started:.0f} s.", flush=True)
-            return [
+            return shapes_in_comfyui.rows(server, cache, out, formats) + [
                 row
                 for model, (prompt, file) in MODELS.items()
                 for row in _rows(server, model, prompt, base / "models" / file, cache, out, formats)

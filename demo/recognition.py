@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from .train.shapes import BACKGROUND, COLOURS, DIRECTIONS, Scene
+from .train.shapes import AREAS, BACKGROUND, COLOURS, DIRECTIONS, SHAPES, Scene, signed_distance
 
 _LEAST_AREA = 40
 _LEAST_WAY = 5.0
-# Share of its bounding box that a shape fills: a triangle half, a circle pi / 4, a square all.
-_FILLS = (("triangle", 0.66), ("circle", 0.90), ("square", 1.01))
 
 
 def recognise(clip: torch.Tensor) -> Scene | None:
@@ -24,8 +24,7 @@ def recognise(clip: torch.Tensor) -> Scene | None:
         return None
     colour = clip[inside].median(dim=0).values
     name = min(COLOURS, key=lambda key: float((torch.tensor(COLOURS[key]) - colour).norm()))
-    fill = torch.stack([_fill(frame) for frame in inside]).median()
-    shape = next(shape for shape, most in _FILLS if fill <= most)
+    shape = max(SHAPES, key=lambda key: sum(_likeness(key, frame) for frame in inside))
     return Scene(name, shape, direction)
 
 
@@ -38,7 +37,10 @@ def _direction(inside: torch.Tensor) -> str | None:
     return max(DIRECTIONS, key=lambda key: DIRECTIONS[key][0] * right + DIRECTIONS[key][1] * down)
 
 
-def _fill(frame: torch.Tensor) -> torch.Tensor:
-    rows, columns = frame.nonzero(as_tuple=True)
-    box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-    return len(rows) / box.float()
+def _likeness(shape: str, frame: torch.Tensor) -> float:
+    """Overlap (intersection over union) of a frame's mask with the perfect shape of the same middle and area."""
+    y, x = frame.nonzero().float().mean(dim=0).tolist()
+    radius = math.sqrt(float(frame.sum()) / AREAS[shape])
+    rows, columns = (torch.arange(size, dtype=torch.float32) for size in frame.shape)
+    perfect = signed_distance(shape, columns[None, :] - x, rows[:, None] - y, radius) <= 0
+    return float((frame & perfect).sum() / (frame | perfect).sum())

@@ -26,6 +26,8 @@ class Row:
         error: relative Frobenius error of the latent against the reference with the same seed; None for itself.
         first_seconds: quantizing, loading and sampling.
         again_seconds: sampling once more, another seed, everything loaded.
+        psnr: of the trained model's clips against bf16's, dB, mean.
+        recognised: how many of the trained model's clips show what was asked.
         problem: why there are no numbers, else empty.
     """
 
@@ -36,10 +38,22 @@ class Row:
     error: float | None = None
     first_seconds: float | None = None
     again_seconds: float | None = None
+    psnr: float | None = None
+    recognised: str = ""
     problem: str = ""
 
 
-_HEAD = ("model", "format", "on disk, MiB", "resident, MiB", "latent error", "first run, s", "again, s")
+_HEAD = (
+    "model",
+    "format",
+    "on disk, MiB",
+    "resident, MiB",
+    "latent error",
+    "first run, s",
+    "again, s",
+    "clips, dB",
+    "as asked",
+)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -54,10 +68,18 @@ def _cells(row: Row) -> tuple[str, ...]:
         row.format,
         mebibytes(row.disk_bytes),
         mebibytes(row.resident_bytes),
-        row.problem or ("reference" if row.error is None else shown(row.error, ".2e")),
+        row.problem or _error(row),
         shown(row.first_seconds, ".2f"),
         shown(row.again_seconds, ".2f"),
+        shown(row.psnr, ".1f"),
+        row.recognised,
     )
+
+
+def _error(row: Row) -> str:
+    if row.error is not None:
+        return format(row.error, ".2e")
+    return "" if row.psnr is not None else "reference"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -95,8 +117,9 @@ def write(folder: Path, rows: Sequence[Row], host: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     facts = environment(host)
     heading = (
-        "Tiny models with random weights: the errors compare the formats, not pictures. On a CPU, what stays in 16 bits "
-        f"is held in 32.\n\n{facts['host']}, {facts['device']}, torch {facts['torch']}, {facts['date']}.\n\n"
+        "Wan and Qwen-Image are tiny, with random weights: their errors compare the formats, not pictures. The moving "
+        "shapes come from a small Wan that was trained: `shapes.png` and `shapes.webp` show them in every format. On a "
+        f"CPU, what stays in 16 bits is held in 32.\n\n{facts['host']}, {facts['device']}, torch {facts['torch']}, {facts['date']}.\n\n"
     )
     (folder / "table.md").write_text(heading + markdown(rows))
     (folder / "table.json").write_text(

@@ -128,7 +128,7 @@ def sample(
     shape: tuple[int, ...],
     seed: int,
     steps: int = 20,
-    cfg: float = 3.0,
+    cfg: float = 2.0,
 ) -> torch.Tensor:
     """Latents of prompts by Euler steps with guidance, as ComfyUI's KSampler makes them: to look at while training."""
     x = torch.randn((len(rows), *shape), generator=torch.Generator().manual_seed(seed))

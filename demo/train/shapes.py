@@ -20,6 +20,8 @@ COLOURS = {
 }
 SHAPES = ("square", "circle", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+AREAS = {"square": (2 * 0.88) ** 2, "circle": math.pi, "triangle": 3 * math.sqrt(3) / 4}
+"""Area of each shape of radius one."""
 TEMPLATES = (
     "a {colour} {shape} moves {direction}",
     "{colour} {shape} moving {direction}",
@@ -57,14 +59,14 @@ def draw(scene: Scene, generator: torch.Generator) -> torch.Tensor:
     x = middle + (along * x_way if x_way else torch.full((FRAMES,), offset))
     y = middle + (along * y_way if y_way else torch.full((FRAMES,), offset))
     grid = torch.arange(SIZE, dtype=torch.float32)
-    inside = (0.5 - _distance(scene.shape, grid - x[:, None, None], grid[:, None] - y[:, None, None], radius)).clamp(
-        0, 1
-    )
+    inside = (
+        0.5 - signed_distance(scene.shape, grid - x[:, None, None], grid[:, None] - y[:, None, None], radius)
+    ).clamp(0, 1)
     background, colour = (torch.tensor(rgb)[None, :, None, None] for rgb in (BACKGROUND, COLOURS[scene.colour]))
     return background + inside[:, None] * (colour - background)
 
 
-def _distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> torch.Tensor:
+def signed_distance(shape: str, x: torch.Tensor, y: torch.Tensor, radius: float) -> torch.Tensor:
     """Signed distance in pixels to the outline (negative inside), of points relative to the shape's middle."""
     if shape == "circle":
         return torch.hypot(x, y) - radius

@@ -1,0 +1,64 @@
+"""Measures what each format does to the picture: clips of the trained model against bf16's, and whether they show what was asked.
+
+python -m benchmarks.quality [--out benchmarks/results/quality.json] [--formats a,b ...]
+Runs ComfyUI (COMFYUI_PATH); the contact sheet and the animation go beside the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from demo import comfyui, report, shapes_in_comfyui
+from demo.server import Server, prepare_base
+from demo.shapes_in_comfyui import REFERENCE, SHOWN, Quality
+from demo.train.shapes import SCENES
+from lowbit.ops.formats import FORMATS
+
+OTHERS = [scene for scene in SCENES if scene not in SHOWN][::3]
+
+
+def entry(quality: Quality) -> dict[str, Any]:
+    """One format's numbers."""
+    near = quality.psnr
+    return {
+        "problem": quality.problem,
+        "clips": len(quality.clips),
+        "as_asked": quality.recognised,
+        "psnr_mean_db": statistics.fmean(near) if near else None,
+        "psnr_worst_db": min(near) if near else None,
+        "transformer_bytes": quality.disk_bytes,
+        "seconds": quality.seconds,
+    }
+
+
+def main() -> None:
+    """Measures and writes the JSON file, the contact sheet and the animation."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
+    parser.add_argument("--formats", default=",".join(FORMATS), help="comma-separated format names (default: all)")
+    options = parser.parse_args()
+    path = comfyui.find()
+    scenes = (*SHOWN, *OTHERS)
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+        base = prepare_base(Path(folder))
+        cache = base / "cache"
+        shapes_in_comfyui.place_files(base / "models")
+        variables = {"LOWBIT_CACHE_DIR": str(cache)}
+        with Server(base, path, cpu=not torch.cuda.is_available(), environment=variables) as server:
+            found = dict(shapes_in_comfyui.measure(server, cache, options.formats.split(","), scenes))
+    facts = report.environment(f"ComfyUI {comfyui.version(path)}")
+    rows = {"bf16" if name == REFERENCE else name: entry(quality) for name, quality in found.items()}
+    result = {"environment": facts, "prompts": [scene.prompt() for scene in scenes], "rows": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    shapes_in_comfyui.draw(options.out.parent, found, scenes)
+
+
+if __name__ == "__main__":
+    main()
