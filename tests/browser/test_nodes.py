@@ -15,6 +15,10 @@ ADD_ALL = """() => {
     const bottoms = [80, 80, 80, 80];
     for (const name of names) {
         const node = LiteGraph.createNode(name);
+        // How long the names of the user's files are is not the nodes' doing.
+        for (const widget of node.widgets ?? []) {
+            if (/\\.(safetensors|json)$/.test(String(widget.value))) widget.value = "model.safetensors";
+        }
         const column = bottoms.indexOf(Math.min(...bottoms));
         node.pos = [40 + 460 * column, bottoms[column]];
         app.rootGraph.add(node);

@@ -22,6 +22,12 @@ WORKFLOWS = sorted((comfyui.CHECKOUT / "workflows").glob("*.json"))
 HELPERS = Path(__file__).with_name("graph.js").read_text(encoding="utf-8")
 EVERY = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 RENDERERS = pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
+# Nodes grow more in Nodes 2.0; the classic canvas is looked at where two managers or a subgraph's nodes run.
+AFTER_A_RUN = [pytest.param(path, True, id=f"{path.stem}-vue") for path in WORKFLOWS] + [
+    pytest.param(path, False, id=f"{path.stem}-canvas")
+    for path in WORKFLOWS
+    if path.stem in ("wan2.2_14B_text_to_video", "infinitetalk_two_speakers")
+]
 LARGE = {"width": 3400, "height": 1500}
 BROKEN_IMAGES = """(card) => [...card.querySelectorAll("img")]
     .filter((image) => image.complete && !image.naturalWidth).map((image) => image.src)"""
@@ -175,8 +181,7 @@ def test_a_workflow_can_be_read_in_nodes_2(opened, path):
     assert opened(path, True).problems == []
 
 
-@RENDERERS
-@EVERY
+@pytest.mark.parametrize(("path", "vue"), AFTER_A_RUN)
 def test_a_workflow_can_be_read_after_a_run(tabs, server, path, vue):
     """The lines, the meter, the reports and the pictures that nodes show once they have run have the room they need."""
     tab = tabs(vue)
@@ -188,7 +193,7 @@ def test_a_workflow_can_be_read_after_a_run(tabs, server, path, vue):
     problems = look_over(tab, vue, f"{path.stem}-{'vue' if vue else 'canvas'}-after-a-run")
     assert problems == []
     assert tab.errors == []
-    assert tab.page.locator(".lowbit-meter").count() >= 1
+    tab.page.locator(".lowbit-meter").first.wait_for(state="attached")
     assert tab.page.get_by_text("GiB now").count() == 0, "the line that the meter stands for"
     reports = tab.page.locator(".lowbit-report").all_text_contents()
     assert sum("calls of" in text for text in reports) == sum(
