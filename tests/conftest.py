@@ -80,6 +80,20 @@ def _subject(reason: str) -> str:
     return reason if reason.startswith("need ") else f"say: {reason}"
 
 
+@pytest.fixture(scope="session")
+def core_modules() -> None:
+    """Makes ComfyUI's modules importable here, on their CPU setting; skips where there is no ComfyUI."""
+    try:
+        path = comfyui.find()
+    except comfyui.ComfyUIMissingError as error:
+        pytest.skip(str(error))
+    if str(path) not in sys.path:
+        sys.path.append(str(path))
+    from comfy.cli_args import args
+
+    args.cpu = True
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """Counts what is left out; a missing ComfyUI that is required makes the test a failure."""

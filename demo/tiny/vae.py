@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 LATENT_CHANNELS = 16
-_MULTIPLIERS = (1, 2, 4, 4)
-_RES_BLOCKS = 2
-_TEMPORAL_DOWNSAMPLE = (False, True, True)
+MULTIPLIERS = (1, 2, 4, 4)
+RES_BLOCKS = 2
+TEMPORAL_DOWNSAMPLE = (False, True, True)
 
 Table = dict[str, tuple[int, ...]]
 
@@ -50,16 +50,16 @@ def _middle(name: str, channels: int) -> Table:
 
 
 def _encoder(dim: int) -> Table:
-    widths = [dim * multiplier for multiplier in (1, *_MULTIPLIERS)]
+    widths = [dim * multiplier for multiplier in (1, *MULTIPLIERS)]
     table = _conv("encoder.conv1", dim, 3, (3, 3, 3))
     index = 0
     for stage, (before, after) in enumerate(pairwise(widths)):
-        for block in range(_RES_BLOCKS):
+        for block in range(RES_BLOCKS):
             table |= _res_block(f"encoder.downsamples.{index}", before if block == 0 else after, after)
             index += 1
-        if stage < len(_MULTIPLIERS) - 1:
+        if stage < len(MULTIPLIERS) - 1:
             table |= _conv(f"encoder.downsamples.{index}.resample.1", after, after, (3, 3))
-            if _TEMPORAL_DOWNSAMPLE[stage]:
+            if TEMPORAL_DOWNSAMPLE[stage]:
                 table |= _conv(f"encoder.downsamples.{index}.time_conv", after, after, (3, 1, 1))
             index += 1
     table |= _middle("encoder", widths[-1])
@@ -68,17 +68,17 @@ def _encoder(dim: int) -> Table:
 
 
 def _decoder(dim: int) -> Table:
-    widths = [dim * multiplier for multiplier in (_MULTIPLIERS[-1], *reversed(_MULTIPLIERS))]
-    upsample_time = tuple(reversed(_TEMPORAL_DOWNSAMPLE))
+    widths = [dim * multiplier for multiplier in (MULTIPLIERS[-1], *reversed(MULTIPLIERS))]
+    upsample_time = tuple(reversed(TEMPORAL_DOWNSAMPLE))
     table = _conv("decoder.conv1", widths[0], LATENT_CHANNELS, (3, 3, 3))
     table |= _middle("decoder", widths[0])
     index = 0
     for stage, (before, after) in enumerate(pairwise(widths)):
         first = before if stage == 0 else before // 2
-        for block in range(_RES_BLOCKS + 1):
+        for block in range(RES_BLOCKS + 1):
             table |= _res_block(f"decoder.upsamples.{index}", first if block == 0 else after, after)
             index += 1
-        if stage < len(_MULTIPLIERS) - 1:
+        if stage < len(MULTIPLIERS) - 1:
             table |= _conv(f"decoder.upsamples.{index}.resample.1", after // 2, after, (3, 3))
             if upsample_time[stage]:
                 table |= _conv(f"decoder.upsamples.{index}.time_conv", after * 2, after, (3, 1, 1))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..tiny.vae import shapes
 from . import vae
 from .optimizing import Trained
 from .shapes import FRAMES, SIZE, batch
@@ -33,7 +34,7 @@ PHASES = (Phase(0.6, 4, False, (1e-2, 4e-3)), Phase(0.4, 2, True, (4e-3, 2e-4)))
 def start(generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Fresh parameters: Gaussian with variance 1 / fan-in; the last convolution of each residual starts near zero."""
     parameters = {}
-    for key, shape in vae.shapes(DIM).items():
+    for key, shape in shapes(DIM).items():
         value = torch.randn(shape, generator=generator)
         if key.endswith("gamma"):
             value = torch.ones(shape)

@@ -12,17 +12,10 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from ..tiny import vae as table
+from ..tiny.vae import MULTIPLIERS, RES_BLOCKS, TEMPORAL_DOWNSAMPLE
 
 Parameters = Mapping[str, torch.Tensor]
-STAGES = 4
-TEMPORAL = (False, True, True)
-RES_BLOCKS = 2
-
-
-def shapes(dim: int) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of every tensor; `dim` is the width of the first convolution (96 in the real file)."""
-    return table.shapes(dim)
+STAGES = len(MULTIPLIERS)
 
 
 def encode(parameters: Parameters, video: torch.Tensor) -> torch.Tensor:
@@ -35,7 +28,7 @@ def encode(parameters: Parameters, video: torch.Tensor) -> torch.Tensor:
             x = net.res_block(f"encoder.downsamples.{index}", x)
             index += 1
         if stage < STAGES - 1:
-            x = net.down(f"encoder.downsamples.{index}", x, TEMPORAL[stage])
+            x = net.down(f"encoder.downsamples.{index}", x, TEMPORAL_DOWNSAMPLE[stage])
             index += 1
     x = net.middle("encoder.middle", x)
     x = net.causal("encoder.head.2", F.silu(net.norm("encoder.head.0", x)))
@@ -53,7 +46,7 @@ def decode(parameters: Parameters, latent: torch.Tensor) -> torch.Tensor:
             x = net.res_block(f"decoder.upsamples.{index}", x)
             index += 1
         if stage < STAGES - 1:
-            x = net.up(f"decoder.upsamples.{index}", x, TEMPORAL[::-1][stage])
+            x = net.up(f"decoder.upsamples.{index}", x, TEMPORAL_DOWNSAMPLE[::-1][stage])
             index += 1
     return net.causal("decoder.head.2", F.silu(net.norm("decoder.head.0", x)))
 

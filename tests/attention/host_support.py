@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 import time
 import types
 from pathlib import Path
 
-import pytest
-
-from demo import comfyui
 from lowbit.attention.dispatch import Dispatcher
 from lowbit.attention.plan import Policy
 from lowbit.attention.schedule import Schedule
@@ -21,16 +17,7 @@ _spec.loader.exec_module(fakes)
 
 
 def load() -> types.SimpleNamespace:
-    """The host modules, with ComfyUI on its CPU setting; skips where there is no ComfyUI."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
-    if str(path) not in sys.path:
-        sys.path.append(str(path))
-    from comfy.cli_args import args
-
-    args.cpu = True
+    """The host modules; the fixture `core_modules` must have made ComfyUI's importable."""
     import comfy.ldm.modules.attention
     import comfy.model_patcher
     import comfy.patcher_extension

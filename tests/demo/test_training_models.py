@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
-from demo import comfyui
 from demo.tiny import text_encoders, wan
+from demo.tiny import vae as tiny_vae
 from demo.tiny.tensors import draw
 from demo.train import dit, fit_dit, text_encoder, vae
 from demo.train.__main__ import DEVIATION, MEAN, standardized
 from demo.train.fit_vae import start as start_vae
 from demo.train.optimizing import Trained
 
+pytestmark = pytest.mark.usefixtures("core_modules")
+
 VAE_DIM = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def core():
-    """ComfyUI's modules on its CPU setting."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
-    if str(path) not in sys.path:
-        sys.path.append(str(path))
-    from comfy.cli_args import args
-
-    args.cpu = True
 
 
 def near(value: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -41,7 +27,7 @@ def near(value: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_the_vae_is_comfyuis(frames):
     import comfy.ldm.wan.vae
 
-    parameters = draw(vae.shapes(VAE_DIM), dtype=torch.float32)
+    parameters = draw(tiny_vae.shapes(VAE_DIM), dtype=torch.float32)
     module = comfy.ldm.wan.vae.WanVAE(
         dim=VAE_DIM, z_dim=16, num_res_blocks=2, temperal_downsample=[False, True, True]
     ).float()

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import types
 
 import pytest
 import torch
 
-from demo import comfyui, tiny
+from demo import tiny
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
+def host(core_modules, tmp_path_factory):
     """The host modules with ComfyUI on its CPU setting, and a folder with tiny checkpoints and a cache of its own."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
-    if str(path) not in sys.path:
-        sys.path.append(str(path))
-    from comfy.cli_args import args
-
-    args.cpu = True
     from lowbit.host import feed_forward, folders, loading, operations, preparing, quantizing, saving
 
     folder = tmp_path_factory.mktemp("models")

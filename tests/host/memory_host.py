@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import types
 
 import pytest
 import torch
 
-from demo import comfyui
 from lowbit.memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, TEXT_ENCODER, VAE
 from lowbit.memory.devices import Reading
 from lowbit.memory.policies import Settings
@@ -19,17 +17,8 @@ GIB = 1 << 30
 
 
 @pytest.fixture(scope="module")
-def host():
+def host(core_modules):
     """The host modules, with ComfyUI on its CPU setting."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
-    if str(path) not in sys.path:
-        sys.path.append(str(path))
-    from comfy.cli_args import args
-
-    args.cpu = True
     import comfy.memory_management
     import comfy.model_base
     import comfy.model_management

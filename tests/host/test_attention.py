@@ -24,7 +24,7 @@ fakes, counts, layouts, options, override = (
 
 
 @pytest.fixture(scope="module")
-def host():
+def host(core_modules):
     """The host modules."""
     return support.load()
 
