@@ -1,10 +1,14 @@
 """ComfyUI on a smaller machine, with and without the memory manager: does it finish, in what memory, how fast, does it grow.
 
-    python -m benchmarks.memory --out benchmarks/results/memory.json [--only CASE ...] [--steps N] [--work FOLDER] [--seconds N]
+    python -m benchmarks.memory --out benchmarks/results/memory.json [--only CASE ...] [--caps GIB ...] [--steps N]
+                                [--work FOLDER] [--seconds N] [--budget N] [--files disk|cache]
+    python -m benchmarks.memory --write CASE ... [--quantize] --work FOLDER
 
 Checkpoints have the real dimensions and random weights; they are written into --work and stay there for the next call.
-Every row is written as soon as it is measured, and what fails or takes longer than --seconds is a row with its error, so that
-a run that is cut short can be continued with --only. --tiny runs everything on a CPU with tiny checkpoints and no caps, to test the script: its numbers mean nothing.
+Several processes may share --work: each has a ComfyUI base directory of its own, and one of them writes a file while the
+others wait for it. Every row is written as soon as it is measured; what fails or takes longer than --seconds is a row with
+its error, and what would not be done within --budget is left out, for a later call with --only and --caps.
+--tiny runs everything on a CPU with tiny checkpoints and no caps, to test the script: its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -13,280 +17,85 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
+import signal
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import torch
+from safetensors.torch import load_file
 
-from benchmarks.memory_rig import (
-    GIB,
-    SmallerMachine,
-    Usage,
-    Watch,
-    same_file,
-    vram_used,
-    wait_for_memory,
-    write_checkpoint,
-)
+from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, STOCK, Case, Contender, Scale, qwen_graph
+from benchmarks.memory_files import drop_from_page_cache
+from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
 from benchmarks.timing import environment
-from demo import comfyui, graphs, tiny
-from demo.server import GraphFailedError, GraphRejectedError, Server, ServerDiedError, prepare_base
-from demo.tiny import infinitetalk, qwen_image, text_encoders, vae, wan
+from demo import comfyui, graphs
+from demo.server import Server, ServerDiedError, prepare_base
 
-QWEN_IMAGE = qwen_image.QwenImageConfig(heads=24, layers=60, joint=3584)
-QWEN25 = text_encoders.Qwen25Config(3584, 18944, 28, 4, 28, 1280, 3420, 32)
-WAN_14B = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=40, text=4096)
-WAN_TALK = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=40, text=4096, in_channels=36, image_embedding=True)
-UMT5 = text_encoders.Umt5Config(4096, 10240, 64, 64, 24, 256384)
-TALK = infinitetalk.InfiniteTalkConfig(dim=5120, intermediate=512, out=768)
 SAMPLERS = ("sample", "sample_high")
-FAILURES = (GraphFailedError, GraphRejectedError, ServerDiedError, TimeoutError, aiohttp.ClientError)
-"""What a graph on too small a machine may end with, and its row says."""
+FAILURES = (RuntimeError, TimeoutError, aiohttp.ClientError)
+"""What a graph on too small a machine may end with (the server's errors are RuntimeErrors), and its row says."""
 
-MANAGER = {
-    "policy": "auto",
-    "step_clearing": "auto",
-    "every_n_steps": 1,
-    "vram_limit_gib": 0.0,
-    "sequential_cfg": "auto",
-}
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How large everything is: the real thing, or tiny for a test of the script. `seconds`: the most a graph may take."""
-
-    tiny: bool
-    steps: int | None
-    prompts: int
-    windows: int
-    seconds: float = 540
-
-    def pick(self, real: Any, small: Any) -> Any:
-        """One of two sizes."""
-        return small if self.tiny else real
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to run a graph: with core's loaders or the pack's, with or without the manager."""
-
-    name: str
-    weight_format: str | None = None
-    managed: bool = False
-
-
-STOCK = Contender("stock ComfyUI")
-MANAGED = Contender("memory manager, bf16 files", managed=True)
-QUANTIZED = Contender("memory manager, format auto", "auto", True)
-CONTENDERS = (STOCK, MANAGED, QUANTIZED)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A graph under caps, in GiB. `host` None leaves main memory alone."""
-
-    name: str
-    write: Callable[[Path, Scale], None]
-    graph: Callable[[Scale, Contender], graphs.Graph]
-    vram: tuple[int, ...]
-    host: int | None
+LEAST_SECONDS = 40
+"""A row that has less time than this is left for a later call."""
 
 
 @dataclass
 class Row:
-    """One case, one contender, one cap. Sizes in bytes, times in seconds; None where it did not get so far."""
+    """One case, one contender, one cap. Sizes in bytes, times in seconds; None where it did not get so far.
+
+    Attributes:
+        host_cap_by: `cgroup`, or `holder` for a process that held the rest; None without a cap.
+        files: whether checkpoints were read from the `disk`, or lay in the page `cache`.
+        usage: see `Usage`.
+        finite: whether the latent holds neither NaN nor Inf.
+        quantize_seconds: making the quantized copies, where this row made them; not part of the other times.
+    """
 
     case: str
     contender: str
     dynamic_vram: bool
+    steps: int
     vram_cap: int | None
     host_cap: int | None
+    host_cap_by: str | None
+    files: str
     completed: bool
     error: str | None
-    peak_vram: int | None
-    peak_resident: int
-    peak_anonymous: int
+    usage: dict[str, int | None]
+    finite: bool | None
+    quantize_seconds: float | None
     load_seconds: float | None
     seconds_per_step: float | None
     total_seconds: float
     report: dict[str, Any] | None
 
 
-# --- checkpoints and graphs
+@dataclass(frozen=True)
+class Site:
+    """Where this process works: a base directory of its own, models that others may use too, and how files are read."""
+
+    base: Path
+    models: Path
+    dynamic: bool = True
+    files: str = "disk"
 
 
-def write_qwen(models: Path, scale: Scale) -> None:
-    """The 20 B transformer, the 7 B text encoder and the VAE."""
-    write_checkpoint(
-        models / "diffusion_models/qwen_image.safetensors",
-        qwen_image.shapes(scale.pick(QWEN_IMAGE, tiny.QWEN_IMAGE)),
-    )
-    encoder = text_encoders.qwen25_shapes(scale.pick(QWEN25, tiny.QWEN25))
-    if not scale.tiny:
-        encoder["lm_head.weight"] = (text_encoders.QWEN_VOCABULARY, QWEN25.width)
-    write_checkpoint(models / "text_encoders/qwen25_vl.safetensors", encoder)
-    write_vae(models, scale)
-
-
-def write_vae(models: Path, scale: Scale) -> None:
-    """The VAE that Wan 2.1, Wan 2.2 14B and Qwen-Image share."""
-    write_checkpoint(models / "vae/wan_vae.safetensors", vae.shapes(scale.pick(96, 4)))
-
-
-def write_umt5(models: Path, scale: Scale) -> None:
-    """Wan's text encoder."""
-    write_checkpoint(
-        models / "text_encoders/umt5.safetensors",
-        text_encoders.umt5_shapes(scale.pick(UMT5, tiny.UMT5)),
-        extra={"spiece_model": text_encoders.sentencepiece_model(tiny.UMT5.vocabulary)},
-    )
-
-
-def write_wan(models: Path, scale: Scale) -> None:
-    """Wan 2.2 14B's two models, UMT5 and the VAE. Where the disk is too small the second model links to the first."""
-    config = scale.pick(WAN_14B, tiny.WAN)
-    high = models / "diffusion_models/wan_high.safetensors"
-    write_checkpoint(high, wan.shapes(config), config.metadata())
-    write_umt5(models, scale)
-    write_vae(models, scale)
-    same_file(high.with_name("wan_low.safetensors"), high)
-
-
-def write_talk(models: Path, scale: Scale) -> None:
-    """Wan 2.1 I2V 14B, the InfiniteTalk patch and the VAE."""
-    config = scale.pick(WAN_TALK, infinitetalk.matching_wan(tiny.INFINITETALK))
-    write_checkpoint(models / "diffusion_models/wan_talk.safetensors", wan.shapes(config), config.metadata())
-    write_checkpoint(
-        models / "model_patches/infinitetalk.safetensors", infinitetalk.shapes(scale.pick(TALK, tiny.INFINITETALK))
-    )
-    write_vae(models, scale)
-
-
-def managed(graph: graphs.Graph, sources: tuple[str, ...], contender: Contender) -> graphs.Graph:
-    """The graph with a manager behind each model, and a report at its end, if the contender has them."""
-    if not contender.managed:
-        return graph
-    for source in sources:
-        name = f"manager_{source}"
-        for entry in graph.values():
-            entry["inputs"] = {key: [name, 0] if link == [source, 0] else link for key, link in entry["inputs"].items()}
-        graph[name] = graphs.node("LowbitMemoryManager", model=[source, 0], vae=["vae", 0], **MANAGER)
-    decoder = graph["images"]["inputs"]
-    decoder["vae"] = [f"manager_{sources[-1]}", 2]
-    graph["report"] = graphs.node("LowbitMemoryReport", value=["images", 0])
-    graph["json"] = graphs.node("PreviewAny", source=["report", 3])
-    return graph
-
-
-def finished(graph: graphs.Graph) -> graphs.Graph:
-    """With an output that needs the images and shows nothing large."""
-    return (
-        graph
-        | {"end": graphs.node("PreviewImage", images=["last", 0])}
-        | {"last": graphs.node("ImageFromBatch", image=["images", 0], batch_index=0, length=1)}
-    )
-
-
-def qwen_graph(scale: Scale, contender: Contender) -> graphs.Graph:
-    """Qwen-Image at 1328 x 1328, 20 steps."""
-    graph = graphs.qwen_image(
-        graphs.load_diffusion_model("qwen_image.safetensors", contender.weight_format),
-        graphs.conditioning_from_text(
-            graphs.load_text_encoder("qwen25_vl.safetensors", "qwen_image", contender.weight_format)
-        ),
-        size=scale.pick(1328, 64),
-        steps=scale.steps or scale.pick(20, 3),
-    )
-    return finished(managed(graph | graphs.decode(), ("model",), contender))
-
-
-def wan_graph(scale: Scale, contender: Contender) -> graphs.Graph:
-    """Wan 2.2 14B at 832 x 480 x 81: the high-noise model takes the first half of the steps, the low-noise one the rest."""
-    steps = scale.steps or scale.pick(20, 4)
-    load, form = graphs.load_diffusion_model, contender.weight_format
-    graph = graphs.wan_t2v(
-        load("wan_low.safetensors", form),
-        graphs.conditioning_from_text(graphs.load_text_encoder("umt5.safetensors", "wan", form)),
-        size=64,
-        frames=scale.pick(81, 5),
-        steps=steps,
-    )
-    graph["latent"]["inputs"] |= scale.pick({"width": 832, "height": 480}, {})
-    graph["model_high"] = load("wan_high.safetensors", form)
-    shared = {key: value for key, value in graph["sample"]["inputs"].items() if key not in ("seed", "denoise", "model")}
-    halves = {
-        "sample_high": {
-            "model": ["model_high", 0],
-            "add_noise": "enable",
-            "start_at_step": 0,
-            "end_at_step": steps // 2,
-        },
-        "sample": {"model": ["model", 0], "add_noise": "disable", "start_at_step": steps // 2, "end_at_step": steps},
-    }
-    for name, half in halves.items():
-        leftover = "enable" if name == "sample_high" else "disable"
-        graph[name] = graphs.node(
-            "KSamplerAdvanced", **(shared | half), noise_seed=1, return_with_leftover_noise=leftover
-        )
-    graph["sample"]["inputs"]["latent_image"] = ["sample_high", 0]
-    return finished(managed(graph | graphs.decode(), ("model_high", "model"), contender))
-
-
-def talk_graph(scale: Scale, contender: Contender) -> graphs.Graph:
-    """InfiniteTalk: windows one after the other, each going on from the frames of the one before."""
-    graph = graphs.infinitetalk(
-        graphs.load_diffusion_model("wan_talk.safetensors", contender.weight_format),
-        graphs.load_model_patch("infinitetalk.safetensors", contender.weight_format),
-        graphs.conditioning_random(width=scale.pick(WAN_TALK.text, 256)),
-        frames=scale.pick(81, 5),
-        steps=scale.steps or scale.pick(4, 1),
-    )
-    graph["talk"]["inputs"] |= scale.pick({"width": 832, "height": 480}, {})
-    graph["audio"]["inputs"]["frames"] = scale.pick(4000, 400)
-    graph["images"] = graphs.node("VAEDecode", samples=["sample", 0], vae=["vae", 0])
-    frames = ["images", 0]
-    for index in range(1, scale.windows):
-        talk = dict(graph["talk"]["inputs"]) | {"previous_frames": frames}
-        sample = dict(graph["sample"]["inputs"])
-        sample |= {
-            "model": [f"talk_{index}", 0],
-            "positive": [f"talk_{index}", 1],
-            "negative": [f"talk_{index}", 2],
-            "latent_image": [f"talk_{index}", 3],
-        }
-        graph[f"talk_{index}"] = graphs.node("WanInfiniteTalkToVideo", **talk)
-        graph[f"sample_{index}"] = graphs.node("KSampler", **sample)
-        graph[f"images_{index}"] = graphs.node("VAEDecode", samples=[f"sample_{index}", 0], vae=["vae", 0])
-        graph[f"joined_{index}"] = graphs.node("ImageBatch", image1=frames, image2=[f"images_{index}", 0])
-        frames = [f"joined_{index}", 0]
-    graph = managed(graph, ("model",), contender)
-    if "report" in graph:
-        graph["report"]["inputs"]["value"] = frames
-    out = finished(graph)
-    out["last"]["inputs"]["image"] = frames
-    return out
-
-
-CASES = {
-    case.name: case
-    for case in (
-        Case("qwen_image", write_qwen, qwen_graph, (32, 24, 16), 60),
-        Case("wan_2_2", write_wan, wan_graph, (24, 16), None),
-    )
-}
-LONG = {"50_generations": (write_qwen, qwen_graph), "infinitetalk": (write_talk, talk_graph)}
-ALL = (*CASES, *LONG, "overhead")
-
-
-# --- measuring
+def make_site(work: Path, dynamic: bool, files: str) -> Site:
+    """A fresh base directory in `work` on the models folder that all share."""
+    work.mkdir(parents=True, exist_ok=True)
+    models = work / "models"
+    models.mkdir(exist_ok=True)
+    base = Path(tempfile.mkdtemp(prefix="base-", dir=work))
+    (base / "models").symlink_to(models, target_is_directory=True)
+    return Site(prepare_base(base), models, dynamic, files)
 
 
 class Steps:
@@ -314,72 +123,96 @@ class Steps:
         return None if first is None else first - self.started - (self.seconds_per_step or 0.0)
 
 
-def run_server(base: Path, contender: Contender, dynamic: bool, scale: Scale) -> Server:
-    """A fresh ComfyUI; stock has no pack in it."""
+def run_server(site: Site, contender: Contender, scale: Scale, machine: SmallerMachine) -> Server:
+    """A fresh ComfyUI with its own defaults; stock has no pack in it."""
     return Server(
-        base,
+        site.base,
         comfyui.find(),
         cpu=scale.tiny,
         only_shims=contender == STOCK,
-        dynamic_vram=dynamic,
+        dynamic_vram=site.dynamic,
+        launcher=machine.launcher,
+        cache=(),
         name=f"benchmark-{contender.name.split()[0]}",
     )
 
 
-def reason(failure: BaseException) -> str:
+def reason(failure: BaseException, kills: int = 0) -> str:
     """A failure's kind and the line that says most: the last one of a log, the first one of anything else."""
+    if kills:
+        return "killed by the kernel: out of main memory"
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or [""]
     return f"{type(failure).__name__}: {lines[-1 if isinstance(failure, ServerDiedError) else 0]}"[:400]
 
 
-def measure(case: Case, contender: Contender, dynamic: bool, cap: int | None, base: Path, scale: Scale) -> Row:
+def is_finite(path: Path) -> bool | None:
+    """Whether a dumped latent holds numbers only; None where there is none."""
+    return all(bool(tensor.isfinite().all()) for tensor in load_file(path).values()) if path.exists() else None
+
+
+def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale: Scale) -> Row:
     """Runs one case once on a machine of that size."""
     vram = None if cap is None or scale.tiny else cap * GIB
-    host = None if case.host is None or scale.tiny else case.host * GIB
-    wait_for_memory(vram, host)
-    steps, error, report, usage = Steps(), None, None, Usage()
-    with SmallerMachine(vram, host), contextlib.ExitStack() as stack:
-        baseline = vram_used()
+    host = None if scale.tiny else case.host * GIB
+    made = case.quantize(site.models) if contender.weight_format else []
+    if site.files == "disk":
+        drop_from_page_cache(case.paths(site.models))
+    graph = graphs.dump(case.graph(scale, contender), "row", latent=["sample", 0])
+    latent = site.base / "output" / "row" / "latent.safetensors"
+    latent.unlink(missing_ok=True)
+    steps, error, report, usage, machine = Steps(), None, None, Usage(), None
+    with contextlib.ExitStack() as stack:
         try:
-            server = stack.enter_context(run_server(base, contender, dynamic, scale))
-            watch = Watch(server.process.pid, baseline, usage)
+            wait_for_gpu(vram)
+            machine = stack.enter_context(SmallerMachine(vram, host))
+            baseline = vram_used()
+            server = stack.enter_context(run_server(site, contender, scale, machine))
+            watch = Watch(server.process.pid, baseline, usage, machine.group)
             stack.callback(watch.close)
             steps.started = time.monotonic()
-            result = server.run(case.graph(scale, contender), timeout=scale.seconds, on_event=steps)
+            result = server.run(graph, timeout=scale.left, on_event=steps)
             report = json.loads(result.outputs["json"]["text"][0]) if contender.managed else None
         except FAILURES as failure:
-            error = reason(failure)
+            error = reason(failure, machine.group.kills() if machine and machine.group else 0)
         total = time.monotonic() - steps.started
     if report is not None:
         report.pop("samples")
     return Row(
-        case.name,
-        contender.name,
-        dynamic,
-        vram,
-        host,
-        error is None,
-        error,
-        usage.vram,
-        usage.resident,
-        usage.anonymous,
-        steps.load_seconds,
-        steps.seconds_per_step,
-        total,
-        report,
+        case=case.name,
+        contender=contender.name,
+        dynamic_vram=site.dynamic,
+        steps=graph["sample"]["inputs"]["steps"],
+        vram_cap=vram,
+        host_cap=host,
+        host_cap_by=machine.host_cap_by if machine else None,
+        files=site.files,
+        completed=error is None,
+        error=error,
+        usage=asdict(usage),
+        finite=is_finite(latent),
+        quantize_seconds=sum(copy.seconds for copy in made) if made else None,
+        load_seconds=steps.load_seconds,
+        seconds_per_step=steps.seconds_per_step,
+        total_seconds=total,
+        report=report,
     )
 
 
-def measure_growth(name: str, base: Path, scale: Scale) -> dict[str, Any]:
+def plentiful(case: Case, scale: Scale) -> SmallerMachine:
+    """A machine with all of the GPU and main memory to spare, and told so."""
+    return SmallerMachine(None, None if scale.tiny else case.host * GIB)
+
+
+def measure_growth(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     """Allocated and reserved bytes at the end of each sampling run, beside the third one, as far as time allows."""
-    graph = LONG[name][1](scale, MANAGED)
+    graph = case.graph(scale, MANAGED)
     marks: list[dict[str, int]] = []
     notes: list[str] = []
     error = None
-    deadline = time.monotonic() + scale.seconds
+    deadline = time.monotonic() + scale.left
     try:
-        with run_server(base, MANAGED, True, scale) as server:
-            for seed in range(scale.prompts if name == "50_generations" else 1):
+        with plentiful(case, scale) as machine, run_server(site, MANAGED, scale, machine) as server:
+            for seed in range(scale.prompts if case.name == "50_generations" else 1):
                 graph["sample"]["inputs"]["seed"] = seed
                 result = server.run(graph, timeout=max(1.0, deadline - time.monotonic()))
                 report = json.loads(result.outputs["json"]["text"][0])
@@ -392,7 +225,8 @@ def measure_growth(name: str, base: Path, scale: Scale) -> dict[str, Any]:
     except FAILURES as failure:
         error = reason(failure)
     found = {
-        "case": name,
+        "case": case.name,
+        "steps": graph["sample"]["inputs"]["steps"],
         "runs": len(marks),
         "error": error,
         "growth_over_third": None,
@@ -407,14 +241,14 @@ def measure_growth(name: str, base: Path, scale: Scale) -> dict[str, Any]:
     return found
 
 
-def measure_overhead(base: Path, scale: Scale) -> dict[str, Any]:
+def measure_overhead(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     """Seconds per step with the manager on `auto` and without it, in turns, with memory to spare."""
     names = {"no manager": Contender("plain"), "manager, auto": MANAGED}
     found: dict[str, list[float]] = {name: [] for name in names}
     error = None
-    deadline = time.monotonic() + scale.seconds
+    deadline = time.monotonic() + scale.left
     try:
-        with run_server(base, MANAGED, True, scale) as server:
+        with plentiful(case, scale) as machine, run_server(site, MANAGED, scale, machine) as server:
             for turn in range(1 + scale.pick(4, 2)):
                 for name, contender in names.items():
                     graph = qwen_graph(scale, contender)
@@ -427,7 +261,7 @@ def measure_overhead(base: Path, scale: Scale) -> dict[str, Any]:
         error = reason(failure)
     best = {name: min(values) for name, values in found.items() if values}
     slower = best["manager, auto"] / best["no manager"] - 1 if len(best) == len(found) else None
-    return {"case": "overhead", "error": error, "seconds_per_step": found, "slower_by": slower}
+    return {"case": case.name, "error": error, "seconds_per_step": found, "slower_by": slower}
 
 
 def versions() -> dict[str, str]:
@@ -438,23 +272,94 @@ def versions() -> dict[str, str]:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the cases that were asked for and writes each row at once."""
+@dataclass(frozen=True)
+class Results:
+    """The JSON file, written after every entry, and told on stdout without what is long."""
+
+    path: Path
+    tiny: bool
+
+    def keep(self, kind: str, entry: dict[str, Any]) -> None:
+        """Adds one row, growth run or overhead measurement."""
+        empty: dict[str, Any] = {"rows": [], "growth": [], "overhead": []}
+        results = json.loads(self.path.read_text()) if self.path.exists() else empty
+        results["environment"] = environment() | versions() | {"tiny": self.tiny}
+        results[kind].append(entry)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(results, indent=1))
+        shown = {key: value for key, value in entry.items() if key not in ("report", "marks")}
+        print(json.dumps(shown), flush=True)
+
+
+def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale, results: Results) -> None:
+    """Every cap and contender of a case that was asked for, as far as time allows."""
+    case.write(site.models, scale)
+    chosen = [cap for cap in case.vram if cap in (options.caps or case.vram)]
+    caps: list[int | None] = [None] if scale.tiny else [*chosen]
+    for cap in caps:
+        for contender in CONTENDERS:
+            if options.contenders and contender.name not in options.contenders:
+                continue
+            name = f"{case.name}, {contender.name}, {cap} GiB"
+            if scale.left < LEAST_SECONDS:
+                print(f"no time left for {name}", flush=True)
+                continue
+            row = measure(case, contender, cap, site, scale)
+            if row.error and row.error.startswith(TimeoutError.__name__) and scale.left < LEAST_SECONDS:
+                print(f"no time left to finish {name}: {json.dumps(asdict(row))}", flush=True)
+                continue
+            results.keep("rows", asdict(row))
+            if not row.completed:
+                show_logs(site)
+
+
+def show_logs(site: Site, lines: int = 25) -> None:
+    """The end of the last server's log, for whoever looks for the reason."""
+    logs = sorted(site.base.glob("benchmark-*.log"), key=lambda path: path.stat().st_mtime)
+    for line in logs[-1].read_text(errors="replace").splitlines()[-lines:] if logs else ():
+        print(f"  | {line[:300]}", flush=True)
+
+
+def write_only(options: argparse.Namespace, scale: Scale) -> None:
+    """The checkpoints of the cases in --write, and their quantized copies."""
+    models = options.work.resolve() / "models"
+    for name in options.write:
+        started = time.monotonic()
+        ALL[name].write(models, scale)
+        print(json.dumps({"written": name, "seconds": round(time.monotonic() - started, 1)}), flush=True)
+        for copy in ALL[name].quantize(models) if options.quantize else ():
+            print(json.dumps({"quantized": asdict(copy)}), flush=True)
+
+
+def read_options(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", choices=ALL, default=list(ALL))
+    parser.add_argument("--write", nargs="*", choices=ALL, help="only write these cases' checkpoints")
+    parser.add_argument("--quantize", action="store_true", help="with --write: the copies in format auto too")
     parser.add_argument("--caps", nargs="*", type=int, help="only these GPU sizes, in GiB")
     parser.add_argument("--contenders", nargs="*", choices=[c.name for c in CONTENDERS])
     parser.add_argument("--no-dynamic-vram", action="store_true")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--prompts", type=int, help="of 50_generations")
     parser.add_argument("--windows", type=int, help="of infinitetalk")
-    parser.add_argument(
-        "--seconds", type=float, default=Scale.seconds, help="the most that one graph, or one growth run, may take"
-    )
-    parser.add_argument("--work", type=Path)
+    parser.add_argument("--seconds", type=float, default=Scale.seconds, help="the most a graph or growth run may take")
+    parser.add_argument("--budget", type=float, default=math.inf, help="the most seconds that all of it may take")
+    parser.add_argument("--files", choices=("disk", "cache"), default="disk", help="drop files from the page cache?")
+    parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--tiny", action="store_true", help="test the script on a CPU; the numbers mean nothing")
     options = parser.parse_args(arguments)
+    if options.out is None and options.write is None:
+        parser.error("--out or --write is needed")
+    options.work = (options.work or Path(tempfile.mkdtemp(prefix="lowbit-memory-"))).resolve()
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the cases that were asked for and writes each row at once."""
+    started = time.monotonic()
+    options = read_options(arguments)
     if not options.tiny and not torch.cuda.is_available():
         print("This needs an NVIDIA GPU; --tiny tests the script without one.", file=sys.stderr)
         return 1
@@ -464,41 +369,27 @@ def main(arguments: list[str] | None = None) -> int:
         options.prompts or (5 if options.tiny else 50),
         options.windows or (3 if options.tiny else 20),
         options.seconds,
+        started + options.budget,
     )
-    base = prepare_base((options.work or Path(tempfile.mkdtemp(prefix="lowbit-memory-"))).resolve())
-    results = (
-        json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "growth": [], "overhead": []}
-    )
-    results["environment"] = environment() | versions() | {"tiny": options.tiny}
-    models = base / "models"
-
-    def keep(kind: str, entry: dict[str, Any]) -> None:
-        results[kind].append(entry)
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1))
-        shown = {key: value for key, value in entry.items() if key not in ("report", "marks")}
-        print(json.dumps(shown), flush=True)
-
+    if options.write is not None:
+        write_only(options, scale)
+        return 0
+    site = make_site(options.work, not options.no_dynamic_vram, options.files)
+    results = Results(options.out, options.tiny)
     for name in options.only:
         if name in CASES:
-            case = CASES[name]
-            case.write(models, scale)
-            caps: list[int | None] = (
-                [None] if options.tiny else [cap for cap in case.vram if cap in (options.caps or case.vram)]
-            )
-            for cap in caps:
-                for contender in CONTENDERS:
-                    if not options.contenders or contender.name in options.contenders:
-                        row = measure(case, contender, not options.no_dynamic_vram, cap, base, scale)
-                        keep("rows", asdict(row))
-        elif name in LONG:
-            LONG[name][0](models, scale)
-            keep("growth", measure_growth(name, base, scale))
+            run_case(CASES[name], options, site, scale, results)
+            continue
+        LONG[name].write(site.models, scale)
+        if scale.left < LEAST_SECONDS:
+            print(f"no time left for {name}", flush=True)
+        elif name == "overhead":
+            results.keep("overhead", measure_overhead(LONG[name], site, scale))
         else:
-            write_qwen(models, scale)
-            keep("overhead", measure_overhead(base, scale))
+            results.keep("growth", measure_growth(LONG[name], site, scale))
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers and cgroups are cleared away
     sys.exit(main())

@@ -1,15 +1,12 @@
-"""What the memory benchmark stands on: checkpoints of real dimensions, a machine made smaller, and what a server takes."""
+"""A machine made smaller, for stock ComfyUI as for the pack, and what a server takes of it."""
 
 from __future__ import annotations
 
-import json
-import math
-import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,21 +14,12 @@ from types import TracebackType
 import psutil
 import torch
 
+from benchmarks.memory_group import MemoryGroup, create_group, launcher
 from lowbit.memory.devices import available_host_bytes
 
 GIB = 1 << 30
-_POOL = 1 << 26
-_EMBEDDINGS = ("embed_tokens.weight", "shared.weight", "relative_attention_bias.weight")
+_BLOCK = 1 << 28
 
-_HOLD_GPU = """
-import sys, torch
-total, cap = torch.cuda.mem_get_info()[1], int(sys.argv[1])
-kept = []
-while torch.cuda.mem_get_info()[0] > cap:
-    kept.append(torch.empty(min(1 << 28, torch.cuda.mem_get_info()[0] - cap + 1), dtype=torch.uint8, device="cuda"))
-print("ready", flush=True)
-sys.stdin.read()
-"""
 _HOLD_HOST = """
 import sys
 kept, left = [], int(sys.argv[1])
@@ -45,114 +33,59 @@ sys.stdin.read()
 """
 
 
-def write_checkpoint(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    metadata: Mapping[str, str] | None = None,
-    extra: Mapping[str, torch.Tensor] | None = None,
-) -> Path:
-    """A safetensors file of bfloat16 Gaussian weights at the scale of a trained model's, written as it is drawn.
-
-    Matrices have variance 1 / fan-in, so that activations keep their size through the network and no product is of zeros.
-    extra: tensors that go in as they are, of uint8.
-    """
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    extra = dict(extra or {})
-    header: dict[str, object] = {"__metadata__": dict(metadata or {})}
-    position = 0
-    for name, shape in shapes.items():
-        end = position + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    for name, tensor in extra.items():
-        header[name] = {
-            "dtype": "U8",
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.numel()],
-        }
-        position += tensor.numel()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    generator = torch.Generator().manual_seed(0)
-    pool = torch.randn(min(_POOL, max(math.prod(shape) for shape in shapes.values())), generator=generator)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for index, (name, shape) in enumerate(shapes.items()):
-            _write_tensor(file, name, shape, pool, index)
-        for tensor in extra.values():
-            file.write(tensor.numpy().tobytes())
-    partial.rename(path)
-    return path
-
-
-def _write_tensor(file, name: str, shape: tuple[int, ...], pool: torch.Tensor, index: int) -> None:
-    scale, shift = _scale(name, shape)
-    left, start = math.prod(shape), index * 7919 % max(1, len(pool) // 2)
-    while left:
-        part = pool[start : start + left]
-        file.write((part * scale + shift).bfloat16().view(torch.uint8).numpy().tobytes())
-        left, start = left - len(part), 0
-
-
-def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Factor and offset of a tensor's Gaussian values."""
-    if name.endswith("modulation"):
-        return shape[-1] ** -0.5, 0.0
-    if name.endswith("bias"):
-        return 0.02, 0.0
-    if name.endswith("gamma") or len(shape) == 1:
-        return 0.1, 1.0
-    return (1.0 if name.endswith(_EMBEDDINGS) else math.prod(shape[1:]) ** -0.5), 0.0
-
-
-def same_file(path: Path, other: Path) -> str:
-    """Makes `path` a copy of `other` where the disk has room, else a link to it; returns which."""
-    if path.exists():
-        return "a link" if path.is_symlink() else "a file of its own"
-    size = other.stat().st_size
-    if shutil.disk_usage(other.parent).free > size + 4 * GIB:
-        shutil.copyfile(other, path)
-        return "a file of its own"
-    path.symlink_to(other)
-    return "a link"
-
-
 class SmallerMachine:
-    """Processes that hold memory, so that only `vram` bytes of the GPU and `host` bytes of main memory are left.
+    """Leaves `vram` bytes of the GPU free, the server's CUDA context to come out of them, and caps its main memory.
 
-    What is left is really all there is, for stock ComfyUI as for the pack: no allocator and no accounting is told anything.
+    The GPU: this process holds the rest, so that the driver has no more to give. Main memory: a cgroup that the server
+    is started in and told of (`launcher`), or, where cgroups cannot be used, a process that holds the rest.
+    `host_cap_by` says which. No allocator and no accounting of ComfyUI's or the pack's is told anything else.
     None leaves a side alone.
     """
 
-    def __init__(self, vram: int | None, host: int | None):
-        self._holders: list[subprocess.Popen[str]] = []
+    def __init__(self, vram: int | None, host: int | None, group: Callable[[int], MemoryGroup | None] = create_group):
+        self._held: list[torch.Tensor] = []
+        self._holder: subprocess.Popen[str] | None = None
+        self.group: MemoryGroup | None = None
+        self.launcher: list[str] = []
+        self.host_cap_by: str | None = None
         try:
             if vram is not None:
-                self._hold(_HOLD_GPU, vram)
+                self._hold_gpu(vram)
             if host is not None:
-                self._hold(_HOLD_HOST, max(0, available_host_bytes() - host))
+                self._cap_host(host, group)
         except BaseException:
             self.close()
             raise
 
-    def _hold(self, program: str, nbytes: int) -> None:
-        holder = subprocess.Popen(
-            [sys.executable, "-c", program, str(nbytes)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    def _hold_gpu(self, vram: int) -> None:
+        """The allocator takes up to 20 MiB at once: that much less may be left."""
+        while (over := torch.cuda.mem_get_info()[0] - vram) > 0:
+            self._held.append(torch.empty(min(_BLOCK, over), dtype=torch.uint8, device="cuda"))
+
+    def _cap_host(self, host: int, group: Callable[[int], MemoryGroup | None]) -> None:
+        self.group = group(host)
+        if self.group is not None:
+            self.launcher, self.host_cap_by = launcher(self.group, host), "cgroup"
+            return
+        left = max(0, available_host_bytes() - host)
+        self._holder = subprocess.Popen(
+            [sys.executable, "-c", _HOLD_HOST, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self._holders.append(holder)
-        assert holder.stdout is not None
-        if holder.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"the machine could not be made smaller: {nbytes / GIB:.1f} GiB")
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"the machine could not be made smaller by {left / GIB:.1f} GiB")
+        self.host_cap_by = "holder"
 
     def close(self) -> None:
-        """Gives everything back."""
-        for holder in self._holders:
-            holder.kill()
-            holder.wait()
-        self._holders.clear()
+        """Gives everything back; what still runs in the cgroup is ended."""
+        if self._held:
+            self._held.clear()
+            torch.cuda.empty_cache()
+        if self._holder is not None:
+            self._holder.kill()
+            self._holder.wait()
+        if self.group is not None:
+            self.group.close()
 
     def __enter__(self) -> SmallerMachine:
         return self
@@ -165,11 +98,23 @@ class SmallerMachine:
 
 @dataclass
 class Usage:
-    """The most a server took, in bytes: of the GPU by the driver's count, of main memory by the kernel's."""
+    """The most a server took, in bytes.
+
+    Attributes:
+        vram: of the GPU, by the driver's count.
+        resident: pages mapped into its process, those of files among them.
+        anonymous: main memory that no file backs, memory registered with CUDA included.
+        unreclaimable: all that its cgroup was charged but the page cache; None without a cgroup.
+        charged: the same with the page cache, which fills what there is.
+        kills: how often the kernel ended it for want of main memory.
+    """
 
     vram: int | None = None
     resident: int = 0
     anonymous: int = 0
+    unreclaimable: int | None = None
+    charged: int | None = None
+    kills: int = 0
 
 
 @dataclass
@@ -182,6 +127,7 @@ class Watch:
     process: int
     baseline: int | None
     usage: Usage = field(default_factory=Usage)
+    group: MemoryGroup | None = None
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
@@ -193,12 +139,16 @@ class Watch:
             self._note()
 
     def _note(self) -> None:
+        usage = self.usage
         used = vram_used()
         if used is not None and self.baseline is not None:
-            self.usage.vram = max(self.usage.vram or 0, used - self.baseline)
+            usage.vram = max(usage.vram or 0, used - self.baseline)
         try:
-            self.usage.resident = max(self.usage.resident, psutil.Process(self.process).memory_info().rss)
-            self.usage.anonymous = max(self.usage.anonymous, _anonymous(self.process))
+            if self.group is not None:
+                usage.unreclaimable = max(usage.unreclaimable or 0, self.group.unreclaimable())
+                usage.charged, usage.kills = self.group.peak(), self.group.kills()
+            usage.resident = max(usage.resident, psutil.Process(self.process).memory_info().rss)
+            usage.anonymous = max(usage.anonymous, _anonymous(self.process))
         except (psutil.Error, OSError):
             return
 
@@ -211,7 +161,7 @@ class Watch:
 
 
 def vram_used() -> int | None:
-    """Bytes of the GPU in use, by any process; None without a GPU."""
+    """Bytes of the GPU in use, by any process, this one's CUDA context among them; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
@@ -219,7 +169,7 @@ def vram_used() -> int | None:
 
 
 def _anonymous(process: int) -> int:
-    """Main memory that no file backs, pinned memory included: what no other use of the machine can take back."""
+    """Main memory that no file backs: what no other use of the machine can take back."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     sizes = {
         line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith(("RssAnon", "RssShmem"))
@@ -227,11 +177,10 @@ def _anonymous(process: int) -> int:
     return sum(sizes.values())
 
 
-def wait_for_memory(vram: int | None, host: int | None, seconds: float = 30) -> None:
-    """After a server's end the driver and the kernel take a moment to count its memory as free."""
+def wait_for_gpu(vram: int | None, seconds: float = 30) -> None:
+    """After a server's end the driver takes a moment to count its memory as free. Raises RuntimeError where it stays taken."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        free = torch.cuda.mem_get_info()[0] if vram is not None else 0
-        if (vram is None or free >= vram) and (host is None or available_host_bytes() >= host):
-            return
+    while vram is not None and torch.cuda.mem_get_info()[0] < vram:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"another process holds the GPU: less than {vram / GIB:.0f} GiB are free")
         time.sleep(0.5)

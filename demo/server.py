@@ -108,6 +108,8 @@ class Server:
         cpu: bool = True,
         only_shims: bool = False,
         dynamic_vram: bool = True,
+        launcher: Iterable[str] = (),
+        cache: Iterable[str] = ("--cache-lru", "8"),
         environment: Mapping[str, str] | None = None,
         name: str = "server",
         start_timeout: float = 180,
@@ -115,15 +117,16 @@ class Server:
         """Starts ComfyUI from `comfyui_path` on the base directory `base` and waits until it answers.
 
         only_shims: custom nodes are disabled but for the test shims: this is stock ComfyUI without the pack.
-        dynamic_vram: False passes --disable-dynamic-vram. Log: `base/{name}.log`. Raises ServerDiedError.
+        dynamic_vram: False passes --disable-dynamic-vram. launcher: what Python runs that then runs main.py.
+        cache: how node results are kept; empty for ComfyUI's own default, which watches main memory. Log: `base/{name}.log`. Raises ServerDiedError.
         """
         self.base = Path(base)
         self.log_path = self.base / f"{name}.log"
         self.address = f"127.0.0.1:{_free_port()}"
         self._client_id = uuid.uuid4().hex
-        command = [sys.executable, "main.py", "--port", self.address.rpartition(":")[2]]
+        command = [sys.executable, *launcher, "main.py", "--port", self.address.rpartition(":")[2]]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
-        command += ["--disable-api-nodes", "--cache-lru", "8", *(["--cpu"] if cpu else [])]
+        command += ["--disable-api-nodes", *cache, *(["--cpu"] if cpu else [])]
         command += [] if dynamic_vram else ["--disable-dynamic-vram"]
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", SHIMS_NAME] if only_shims else []
         variables = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}

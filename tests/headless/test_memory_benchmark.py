@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 import types
 
 import psutil
@@ -10,36 +12,56 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import memory, memory_rig
-from benchmarks.memory_rig import SmallerMachine, write_checkpoint
+from benchmarks import memory, memory_cases, memory_files, memory_parallel, memory_rig
+from benchmarks.memory_cases import CASES, MANAGED, QUANTIZED, STOCK, Scale
+from benchmarks.memory_files import drop_from_page_cache, second_name, write_checkpoint
+from benchmarks.memory_group import create_group
+from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch
 from demo.server import ServerDiedError
 from demo.tiny import infinitetalk, qwen_image, text_encoders, wan
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Two contenders on one case, and three prompts in a row."""
-    folder = tmp_path_factory.mktemp("benchmark")
-    out = folder / "memory.json"
-    common = ["--tiny", "--out", str(out), "--work", str(folder / "work")]
-    contenders = ["--contenders", memory.STOCK.name, memory.MANAGED.name]
-    assert memory.main([*common, "--only", "qwen_image", *contenders]) == 0
+def work(tmp_path_factory):
+    """The folder of checkpoints that all runs here share."""
+    return tmp_path_factory.mktemp("benchmark")
+
+
+@pytest.fixture(scope="module")
+def results(work):
+    """Three contenders on one case, and an InfiniteTalk run of four windows."""
+    out = work / "memory.json"
+    common = ["--tiny", "--out", str(out), "--work", str(work)]
+    assert memory.main([*common, "--only", "qwen_image"]) == 0
     assert memory.main([*common, "--only", "infinitetalk", "--windows", "4"]) == 0
     return json.loads(out.read_text())
 
 
-def test_both_contenders_finish_and_are_measured(results):
+def test_contenders_finish_and_are_measured(results):
     rows = {row["contender"]: row for row in results["rows"]}
-    assert rows.keys() == {memory.STOCK.name, memory.MANAGED.name}
+    assert list(rows) == [STOCK.name, MANAGED.name, QUANTIZED.name]
     for row in rows.values():
         assert row["completed"], row["error"]
-        assert row["peak_resident"] >= row["peak_anonymous"] > 100 << 20
+        assert row["finite"]
+        assert row["steps"] == 3
+        assert row["usage"]["resident"] >= row["usage"]["anonymous"] > 100 << 20
         assert row["load_seconds"] > 0
         assert 0 < row["seconds_per_step"] < row["total_seconds"]
-    assert rows[memory.STOCK.name]["report"] is None
-    report = rows[memory.MANAGED.name]["report"]
+    assert rows[STOCK.name]["report"] is None
+    report = rows[MANAGED.name]["report"]
     assert len(report["step_seconds"]) == 3
     assert report["device"] == "cpu (host memory)"
+
+
+def test_the_quantized_copies_made_beforehand_are_those_that_the_loaders_look_for(results, work):
+    """Else every server would make its own, tens of gigabytes each."""
+    rows = {row["contender"]: row for row in results["rows"]}
+    assert rows[QUANTIZED.name]["quantize_seconds"] > 0
+    assert rows[MANAGED.name]["quantize_seconds"] is None
+    copies = [path.name.split(".")[0] for path in (work / "models" / memory_files.CACHE).glob("*.safetensors")]
+    assert sorted(copies) == ["qwen25_vl", "qwen_image"]
+    log = next(work.glob("base-*/benchmark-memory.log")).read_text()
+    assert log.count("Using the quantized file") == 2
 
 
 def test_windows_are_compared_with_the_third(results):
@@ -73,27 +95,85 @@ def test_checkpoints_are_read_back_as_they_were_meant(tmp_path):
         assert not other.equal(file.get_tensor("blocks.0.self_attn.k.weight"))
 
 
+def test_many_tensors_and_large_ones_are_drawn_from_the_pool(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory_files, "_POOL", 1009)
+    shapes = {"a.weight": (64, 64), "b.weight": (64, 64), "a.bias": (64,), "c.weight": (3, 1009)}
+    with safe_open(write_checkpoint(tmp_path / "a.safetensors", shapes), "pt") as file:
+        tensors = {name: file.get_tensor(name).float() for name in shapes}
+    assert not tensors["a.weight"].equal(tensors["b.weight"])
+    assert tensors["a.weight"].std().item() == pytest.approx(1 / 8, rel=0.1)
+    assert tensors["c.weight"].std().item() == pytest.approx(1009**-0.5, rel=0.1)
+    assert tensors["a.weight"].unique(dim=0).shape[0] == 64
+
+
+def test_a_file_that_is_there_is_not_written_again(tmp_path):
+    path = write_checkpoint(tmp_path / "a.safetensors", {"a.weight": (4, 4)})
+    before = path.stat().st_mtime_ns
+    write_checkpoint(path, {"a.weight": (4, 4)})
+    other = second_name(tmp_path / "b.safetensors", path)
+    assert path.stat().st_mtime_ns == before
+    drop_from_page_cache([path, other])
+    assert other.read_bytes() == path.read_bytes()
+
+
 def test_the_real_dimensions_are_the_real_ones():
     def billions(shapes) -> float:
         return sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e9
 
-    assert billions(qwen_image.shapes(memory.QWEN_IMAGE)) == pytest.approx(20.4, abs=0.3)
-    assert billions(text_encoders.qwen25_shapes(memory.QWEN25)) == pytest.approx(7.7, abs=0.3)
-    assert billions(wan.shapes(memory.WAN_14B)) == pytest.approx(14.3, abs=0.3)
-    assert billions(wan.shapes(memory.WAN_TALK)) == pytest.approx(16.4, abs=0.4)
-    assert billions(text_encoders.umt5_shapes(memory.UMT5)) == pytest.approx(5.7, abs=0.2)
-    assert billions(infinitetalk.shapes(memory.TALK)) == pytest.approx(2.5, abs=0.3)
+    assert billions(qwen_image.shapes(memory_cases.QWEN_IMAGE)) == pytest.approx(20.4, abs=0.3)
+    assert billions(text_encoders.qwen25_shapes(memory_cases.QWEN25)) == pytest.approx(7.7, abs=0.3)
+    assert billions(wan.shapes(memory_cases.WAN_14B)) == pytest.approx(14.3, abs=0.3)
+    assert billions(wan.shapes(memory_cases.WAN_TALK)) == pytest.approx(16.4, abs=0.4)
+    assert billions(text_encoders.umt5_shapes(memory_cases.UMT5)) == pytest.approx(5.7, abs=0.2)
+    assert billions(infinitetalk.shapes(memory_cases.TALK)) == pytest.approx(2.5, abs=0.3)
 
 
-def test_a_smaller_machine_has_less_main_memory_while_it_lasts(monkeypatch):
+def test_without_cgroups_a_process_holds_the_rest_of_main_memory(monkeypatch):
     """The holder really takes the difference; what is free is given, since other programs take and give while this runs."""
     free, held = 8 << 30, 256 << 20
     monkeypatch.setattr(memory_rig, "available_host_bytes", lambda: free)
-    with SmallerMachine(None, free - held) as machine:
-        (holder,) = machine._holders
+    with SmallerMachine(None, free - held, group=lambda _: None) as machine:
+        assert machine.host_cap_by == "holder"
+        assert machine.launcher == []
+        holder = machine._holder
         taken = psutil.Process(holder.pid).memory_info().rss
         assert held <= taken < 2 * held
     assert holder.poll() is not None
+
+
+@pytest.fixture
+def cgroups():
+    """Leaves a test out where no memory cgroup can be made."""
+    group = create_group(GIB)
+    if group is None:
+        pytest.skip("needs a memory cgroup")
+    group.close()
+
+
+def test_a_capped_server_takes_the_cap_for_the_machine_and_is_measured_in_it(cgroups, results, work):
+    site, scale, usage = memory.make_site(work, True, "disk"), Scale(True, None, 1, 1), Usage()
+    with SmallerMachine(None, 3 * GIB) as machine:
+        assert machine.host_cap_by == "cgroup"
+        with memory.run_server(site, STOCK, scale, machine) as server:
+            watch = Watch(server.process.pid, None, usage, machine.group)
+            server.run(CASES["qwen_image"].graph(scale, STOCK))
+            system = server.get_json("/system_stats")["system"]
+            watch.close()
+        folder = machine.group.folder
+    assert system["ram_total"] == 3 * GIB
+    assert 0 < system["ram_free"] < 3 * GIB - (100 << 20)
+    assert 100 << 20 < usage.unreclaimable <= usage.charged <= 3 * GIB
+    assert usage.kills == 0
+    assert not folder.exists()
+
+
+def test_a_server_that_the_kernel_kills_is_a_row_that_says_so(cgroups, results, monkeypatch, work):
+    site, scale = memory.make_site(work, True, "disk"), Scale(True, None, 1, 1)
+    monkeypatch.setattr(memory, "SmallerMachine", lambda vram, host: SmallerMachine(None, 300 << 20))
+    row = memory.measure(CASES["qwen_image"], STOCK, None, site, scale)
+    assert not row.completed
+    assert row.error == "killed by the kernel: out of main memory"
+    assert row.host_cap_by == "cgroup"
 
 
 def test_a_server_that_does_not_come_up_is_a_row_with_the_reason(monkeypatch, tmp_path):
@@ -103,11 +183,12 @@ def test_a_server_that_does_not_come_up_is_a_row_with_the_reason(monkeypatch, tm
         raise ServerDiedError("ComfyUI did not come up; the end of its log:\nTotal VRAM 16384 MB\nMemoryError: no room")
 
     monkeypatch.setattr(memory, "Server", dies)
-    scale = memory.Scale(True, None, 1, 1)
-    row = memory.measure(memory.CASES["qwen_image"], memory.STOCK, True, None, tmp_path, scale)
+    site = memory.make_site(tmp_path, True, "disk")
+    row = memory.measure(CASES["qwen_image"], STOCK, None, site, Scale(True, None, 1, 1))
     assert not row.completed
     assert row.error == "ServerDiedError: MemoryError: no room"
     assert row.seconds_per_step is None
+    assert row.finite is None
 
 
 def test_a_growth_run_that_is_cut_short_keeps_what_it_measured(monkeypatch, tmp_path):
@@ -131,7 +212,8 @@ def test_a_growth_run_that_is_cut_short_keeps_what_it_measured(monkeypatch, tmp_
             return types.SimpleNamespace(outputs={"json": {"text": [json.dumps({"notes": [], "samples": [sample]})]}})
 
     monkeypatch.setattr(memory, "Server", Server)
-    found = memory.measure_growth("50_generations", tmp_path, memory.Scale(True, None, 50, 1))
+    site = memory.make_site(tmp_path, True, "disk")
+    found = memory.measure_growth(memory_cases.LONG["50_generations"], site, Scale(True, None, 50, 1))
     assert found["runs"] == 5
     assert found["growth_over_third"]["allocated"] == pytest.approx(105 / 103 - 1)
     assert "TimeoutError" in found["error"]
@@ -142,14 +224,15 @@ def test_the_work_folder_may_be_a_relative_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    def measure(case, contender, dynamic, cap, base, scale):
-        seen.append(base)
+    def measure(case, contender, cap, site, scale):
+        seen.append(site)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(memory, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         memory.main(["--tiny", "--out", "out.json", "--work", "work", "--only", "qwen_image"])
-    assert seen == [tmp_path / "work"]
+    assert seen[0].base.is_absolute()
+    assert seen[0].models == tmp_path / "work" / "models"
 
 
 def test_time_that_is_left_for_a_graph_can_be_chosen(monkeypatch, tmp_path):
@@ -175,10 +258,64 @@ def test_time_that_is_left_for_a_graph_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "Server", Server)
     out = tmp_path / "out.json"
     common = ["--tiny", "--out", str(out), "--work", str(tmp_path / "work"), "--seconds", "77"]
-    assert memory.main([*common, "--only", "qwen_image", "overhead", "--contenders", memory.STOCK.name]) == 0
+    assert memory.main([*common, "--only", "qwen_image", "overhead", "--contenders", STOCK.name]) == 0
     assert seen == [pytest.approx(77, abs=1)] * 2
     results = json.loads(out.read_text())
     assert results["rows"][0]["error"] == "TimeoutError: not done"
     assert "TimeoutError" in results["overhead"][0]["error"]
     assert results["environment"]["comfyui"] == "0.33.0"
     assert results["environment"]["comfy-aimdo"]
+
+
+def test_what_there_is_no_time_for_is_no_row(monkeypatch, tmp_path, capsys):
+    """A later call measures it; a row that says it timed out would be taken for the contender's fault."""
+    out = tmp_path / "out.json"
+    common = ["--tiny", "--out", str(out), "--work", str(tmp_path / "work"), "--only", "qwen_image", "overhead"]
+    assert memory.main([*common, "--budget", "30"]) == 0
+    assert not out.exists()
+    assert capsys.readouterr().out.count("no time left") == 4
+
+
+def test_rows_run_beside_each_other_and_are_merged(tmp_path, capsys):
+    """Two processes, one of which writes what the other waits for."""
+    out = tmp_path / "memory.json"
+    assert memory_parallel.main(["tiny", "--work", str(tmp_path / "work"), "--out", str(out), "--seconds", "200"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["contender"]: row["completed"] for row in rows} == {STOCK.name: True, QUANTIZED.name: True}
+    shown = capsys.readouterr().out
+    assert "[gpu 0] ended with 0" in shown
+    assert "[gpu 1] ended with 0" in shown
+
+
+def test_the_newest_of_a_key_stays_when_parts_are_merged(tmp_path):
+    row = {"case": "a", "contender": "b", "dynamic_vram": True, "vram_cap": 1, "completed": False}
+    parts = []
+    for index, rows in enumerate(([row, row | {"vram_cap": 2}], [row | {"completed": True}])):
+        parts.append(tmp_path / f"{index}.json")
+        parts[-1].write_text(json.dumps({"environment": {"gpu": "x"}, "rows": rows, "growth": [], "overhead": []}))
+    (tmp_path / "2.json").write_text('{"rows": [')
+    memory_parallel.write_merged([*parts, tmp_path / "2.json"], tmp_path / "out.json")
+    merged = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["vram_cap"], row["completed"]) for row in merged["rows"]] == [(1, True), (2, False)]
+    assert merged["environment"] == {"gpu": "x"}
+
+
+def test_what_runs_past_the_deadline_is_ended_with_everything_it_started(tmp_path, monkeypatch):
+    """A command that is lent ten minutes must not leave a server behind."""
+    started = tmp_path / "started"
+    child = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    popen = memory_parallel.subprocess.Popen
+    monkeypatch.setattr(
+        memory_parallel.subprocess, "Popen", lambda command, **options: popen([command[0], "-c", program], **options)
+    )
+    monkeypatch.setattr(memory_parallel, "GRACE", 2)
+    deadline = time.monotonic() + 6
+    queue = memory_parallel.Queue(0, (("--only", "x"),), tmp_path, (), deadline)
+    memory_parallel.run_plan([queue], deadline)
+    assert time.monotonic() < deadline + 2
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(int(started.read_text()))
+        while process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline + 4
+            time.sleep(0.1)

@@ -1,0 +1,230 @@
+"""Runs the memory benchmark's rows beside each other, one queue of them per GPU, and merges what they measured.
+
+    python -m benchmarks.memory_parallel PLAN ... --work FOLDER --out memory.json [--seconds 560] [--files disk|cache]
+                                           [--fill GIB]
+    python -m benchmarks.memory_parallel probe --work FOLDER     (what the machine can do; about 20 seconds)
+    python -m benchmarks.memory_parallel merge PART.json ... --out memory.json
+
+Each entry of a queue is a process of its own that sees one GPU. Their rows are shown as they come and lie in FOLDER/parts;
+at the end of --seconds whatever runs is ended, servers among it, and --out gets every row that any call wrote there.
+The processes share the disk, the page cache and the processor, so load times are those of a machine in use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.memory_group import create_group
+
+Entry = tuple[str, ...]
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = {"rows": ("case", "contender", "dynamic_vram", "vram_cap"), "growth": ("case",), "overhead": ("case",)}
+"""What tells one entry of a kind from another: the newest of a key stays."""
+
+TINY_QWEN = ("--tiny", "--only", "qwen_image", "--contenders")
+PLANS: dict[str, tuple[tuple[Entry, ...], ...]] = {
+    "first": (
+        (
+            ("--write", "qwen_image", "--quantize"),
+            ("--only", "qwen_image", "--caps", "32"),
+            ("--write", "infinitetalk"),
+        ),
+        (("--only", "qwen_image", "--caps", "24"),),
+        (("--only", "qwen_image", "--caps", "16"),),
+        (("--write", "wan_2_2", "--quantize"), ("--only", "wan_2_2", "--caps", "24", "--steps", "6")),
+    ),
+    "second": (
+        (("--only", "50_generations", "--steps", "4", "--seconds", "480"),),
+        (("--only", "infinitetalk", "--steps", "2", "--seconds", "520"),),
+        (("--only", "overhead", "--seconds", "480"),),
+        (("--only", "wan_2_2", "--caps", "16", "--steps", "6"),),
+    ),
+    "tiny": (
+        (("--tiny", "--write", "qwen_image", "--quantize"), (*TINY_QWEN, "stock ComfyUI")),
+        ((*TINY_QWEN, "memory manager, format auto"),),
+    ),
+}
+"""Queues of each plan, the first for GPU 0: what one entry writes, those of other queues wait for."""
+
+FILL = """
+import sys
+open("/proc/self/oom_score_adj", "w").write("1000")
+kept = []
+for _ in range(int(sys.argv[1])):
+    kept.append(bytearray(1 << 30))
+    kept[-1][::4096] = b"x" * (1 << 18)
+"""
+FILLERS = 16
+
+GRACE = 12
+"""Seconds at the end in which processes clear away and parts are merged."""
+
+
+@dataclass
+class Queue:
+    """Entries for one GPU, run one after the other until the deadline."""
+
+    gpu: int
+    entries: Sequence[Entry]
+    work: Path
+    common: Entry
+    deadline: float
+    process: subprocess.Popen[str] | None = field(default=None, init=False)
+
+    def run(self) -> None:
+        """Runs every entry for which there is time."""
+        for index, entry in enumerate(self.entries):
+            left = self.deadline - time.monotonic()
+            if left < GRACE:
+                self.say(f"no time left for {' '.join(entry)}")
+                continue
+            self.say(f"starts {' '.join(entry)}")
+            self.run_one(entry, self.work / "parts" / f"{int(time.time())}-{self.gpu}-{index}.json", left)
+
+    def run_one(self, entry: Entry, part: Path, left: float) -> None:
+        """One entry in a session of its own, so that its servers can be ended with it."""
+        started = time.monotonic()
+        command = [sys.executable, "-m", "benchmarks.memory", *entry, "--work", str(self.work), *self.common]
+        if "--write" not in entry:
+            command += ["--out", str(part), "--budget", str(left)]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(self.gpu), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.say(line.rstrip()[:1500])
+        self.say(f"ended with {self.process.wait()} after {time.monotonic() - started:.0f} s")
+
+    def say(self, text: str) -> None:
+        """A line of the common output."""
+        print(f"[gpu {self.gpu}] {text}", flush=True)
+
+    def end(self, how: signal.Signals) -> None:
+        """Signals the process that runs and everything it started."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, how)
+
+
+def run_plan(queues: Sequence[Queue], deadline: float) -> None:
+    """All queues at once; what runs past the deadline is asked to end, then killed."""
+    threads = [threading.Thread(target=queue.run, daemon=True) for queue in queues]
+    for thread in threads:
+        thread.start()
+    for how, until in ((signal.SIGTERM, deadline - GRACE), (signal.SIGKILL, deadline - GRACE / 3)):
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        for queue, thread in zip(queues, threads, strict=True):
+            if thread.is_alive():
+                queue.say(f"out of time: {how.name}")
+                queue.end(how)
+    for queue in queues:
+        queue.end(signal.SIGKILL)
+
+
+def merge(parts: Iterable[Path]) -> dict[str, Any]:
+    """One result of all parts, oldest first; the environment is that of the last."""
+    found: dict[str, Any] = {"environment": {}} | {kind: {} for kind in KEYS}
+    for path in parts:
+        part = json.loads(path.read_text())
+        found["environment"] |= part["environment"]
+        for kind, keys in KEYS.items():
+            found[kind] |= {tuple(entry[key] for key in keys): entry for entry in part[kind]}
+    return found | {kind: list(found[kind].values()) for kind in KEYS}
+
+
+def write_merged(parts: Iterable[Path], out: Path) -> None:
+    """Merges what can be read; a part that its process was writing when it was killed cannot."""
+    readable = []
+    for path in parts:
+        try:
+            json.loads(path.read_text())
+            readable.append(path)
+        except (OSError, ValueError):
+            print(f"{path} cannot be read", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(merge(readable), indent=1))
+    print(f"{out}: {len(readable)} parts", flush=True)
+
+
+def fill_memory(gib: int) -> None:
+    """Touches that much main memory once: a virtual machine may be given its memory only as it is used."""
+    started = time.monotonic()
+    command = [sys.executable, "-c", FILL, str(-(-gib // FILLERS))]
+    fillers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(FILLERS)]
+    failed = sum(filler.wait() != 0 for filler in fillers)
+    print(f"{gib} GiB touched in {time.monotonic() - started:.0f} s, {failed} of {FILLERS} failed", flush=True)
+
+
+def probe(work: Path) -> dict[str, Any]:
+    """What a plan needs: a memory cgroup, disk space and speed, main memory."""
+    import psutil
+
+    from benchmarks.memory_files import GIB, disk_rates
+
+    group = create_group(GIB)
+    if group is not None:
+        group.close()
+    work.mkdir(parents=True, exist_ok=True)
+    usage = psutil.disk_usage(str(work))
+    return {
+        "cgroup": None if group is None else str(group.folder.parent),
+        "disk_free_gib": round(usage.free / GIB),
+        "memory_gib": round(psutil.virtual_memory().total / GIB),
+        "gigabytes_per_second": disk_rates(work),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs plans, a probe, or a merge."""
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", help=f"plans ({', '.join(PLANS)}), or probe, or merge and files")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=560, help="the most that all of it may take")
+    parser.add_argument("--files", choices=("disk", "cache"), default="disk", help="see benchmarks.memory")
+    parser.add_argument("--fill", type=int, default=0, help="GiB of main memory to touch first, in a virtual machine")
+    options = parser.parse_args(arguments)
+    if options.fill:
+        fill_memory(options.fill)
+    first, *rest = options.what
+    if first == "merge":
+        write_merged(map(Path, rest), options.out)
+        return 0
+    if options.work is None or (first != "probe" and (options.out is None or not PLANS.keys() >= set(options.what))):
+        parser.error("name plans, with --work and --out")
+    work = options.work.resolve()
+    if first == "probe":
+        print(json.dumps(probe(work)), flush=True)
+        return 0
+    (work / "parts").mkdir(parents=True, exist_ok=True)
+    deadline = started + options.seconds
+    for name in options.what:
+        common = ("--files", options.files)
+        queues = [Queue(gpu, entries, work, common, deadline - GRACE) for gpu, entries in enumerate(PLANS[name])]
+        run_plan(queues, deadline)
+    write_merged(sorted((work / "parts").glob("*.json")), options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
