@@ -20,6 +20,7 @@ HOWTO (every test below tests/headless/ is marked `headless` and left out where 
   Linear's class and format. `bench.server` (demo/server.py) has run, queue, wait, interrupt, history, object_info, log;
   it raises GraphRejectedError (HTTP 400), GraphFailedError (a node's error, with `.exception_message`), GraphInterruptedError.
 - `stock`: a second ComfyUI on the same base directory without the pack, started when first asked for.
+- `memory`: a server with the pack and faults for the memory tests (memory_bench.py).
 - `models`: the models folder of both, with every file of `tiny.FILES` in it. Write more files there under fresh names
   (`bench.models / "diffusion_models" / "mine.safetensors"`), and take them away again.
 - Graphs: demo/graphs.py (node ids: model, clip, positive, negative, latent, sample, vae, images, patch, lora).
@@ -41,6 +42,8 @@ from safetensors.torch import load_file
 
 from demo import comfyui, graphs, tiny
 from demo.server import Server, prepare_base
+
+from .memory_bench import FAULTS, MemoryBench
 
 # MKL otherwise rounds by the alignment of its operands, so that the same weights from another file give other bits.
 REPRODUCIBLE = {"MKL_CBWR": "COMPATIBLE"}
@@ -116,3 +119,15 @@ def stock(base: Path, comfyui_path: Path) -> Iterator[Bench]:
     """A running ComfyUI without the pack, on the same base directory."""
     with Server(base, comfyui_path, only_shims=True, environment=REPRODUCIBLE, name="stock") as server:
         yield Bench(server)
+
+
+@pytest.fixture(scope="session")
+def memory(models: Path, comfyui_path: Path, tmp_path_factory) -> Iterator[MemoryBench]:
+    """A server with the pack and the faults. On a CPU there is no dynamic VRAM to switch off: tests/gpu has both."""
+    base = prepare_base(tmp_path_factory.mktemp("memory"))
+    (base / "models").rmdir()
+    (base / "models").symlink_to(models, target_is_directory=True)
+    (base / "custom_nodes" / "memory_faults").symlink_to(FAULTS, target_is_directory=True)
+    environment = {"LOWBIT_CACHE_DIR": str(base / "cache")}
+    with Server(base, comfyui_path, environment=environment, name="memory") as server:
+        yield MemoryBench(server)

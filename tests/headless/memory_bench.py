@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
 from demo import graphs
-from demo.server import Result, Server, prepare_base
+from demo.server import Result, Server
 
 FAULTS = Path(__file__).parent / "memory_faults"
 FAKE_NAME = "fake device (host memory)"
@@ -77,18 +75,6 @@ class MemoryBench:
         report = json.loads(result.outputs["json"]["text"][0]) if "json" in result.outputs else {}
         text = result.outputs["report"]["text"][0] if "report" in result.outputs else ""
         return Outcome(tensors, report, text, json.loads((folder / f"{name}-state.json").read_text()), result)
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["dynamic VRAM", "no dynamic VRAM"])
-def memory(request, models: Path, comfyui_path: Path, tmp_path_factory) -> Iterator[MemoryBench]:
-    """A server with the pack and the faults, with and without dynamic VRAM as far as a CPU has it."""
-    base = prepare_base(tmp_path_factory.mktemp("memory"))
-    (base / "models").rmdir()
-    (base / "models").symlink_to(models, target_is_directory=True)
-    (base / "custom_nodes" / "memory_faults").symlink_to(FAULTS, target_is_directory=True)
-    environment = {"LOWBIT_CACHE_DIR": str(base / "cache")}
-    with Server(base, comfyui_path, dynamic_vram=request.param, environment=environment, name="memory") as server:
-        yield MemoryBench(server)
 
 
 def weights(outcome: Outcome, component: str) -> int:

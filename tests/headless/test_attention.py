@@ -87,14 +87,15 @@ def infinitetalk(seed=1):
 GRAPHS = {"wan": wan, "qwen": qwen, "infinitetalk": infinitetalk}
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["dynamic VRAM", "no dynamic VRAM"])
-def attention(request, models: Path, comfyui_path: Path, tmp_path_factory) -> Iterator[Attention]:
+@pytest.fixture(scope="module")
+def attention(models: Path, comfyui_path: Path, tmp_path_factory) -> Iterator[Attention]:
+    """A server with the pack and the faulty backends. On a CPU there is no dynamic VRAM to switch off: tests/gpu has both."""
     base = prepare_base(tmp_path_factory.mktemp("attention"))
     (base / "models").rmdir()
     (base / "models").symlink_to(models, target_is_directory=True)
     (base / "custom_nodes" / "attention_faults").symlink_to(FAULTS, target_is_directory=True)
     environment = {"LOWBIT_CACHE_DIR": str(base / "cache")}
-    with Server(base, comfyui_path, dynamic_vram=request.param, environment=environment, name="attention") as server:
+    with Server(base, comfyui_path, environment=environment, name="attention") as server:
         yield Attention(server)
 
 

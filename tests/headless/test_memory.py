@@ -16,13 +16,10 @@ from .memory_bench import (
     ROOMY,
     UMT5,
     managed,
-    memory,
     released,
     wan,
     weights,
 )
-
-__all__ = ["memory"]
 
 LARGE, LARGE_MIB = {"size": 256, "frames": 17}, 88.5
 """A video, and core's estimate of its working memory with one prompt at a time."""

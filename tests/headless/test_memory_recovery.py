@@ -8,9 +8,7 @@ from demo import graphs
 from demo.measure import relative_error
 from demo.server import GraphFailedError, GraphInterruptedError
 
-from .memory_bench import NEAR, ROOMY, UMT5, managed, memory, wan, weights
-
-__all__ = ["memory"]
+from .memory_bench import NEAR, ROOMY, UMT5, managed, wan, weights
 
 WIDE, WIDER = {"size": 512, "frames": 1}, {"size": 1024, "frames": 1}
 GPU = pytest.mark.parametrize("gpu_mib", [0.0, ROOMY], ids=["cpu", "fake GPU"])

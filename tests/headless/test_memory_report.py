@@ -10,11 +10,7 @@ from PIL import Image
 
 from demo import graphs
 
-from .memory_bench import FAKE_NAME, ROOMY, UMT5, managed, memory, released, reported, wan
-
-__all__ = ["memory"]
-
-pytestmark = pytest.mark.parametrize("memory", [True], ids=["dynamic VRAM"], indirect=True)
+from .memory_bench import FAKE_NAME, ROOMY, UMT5, managed, released, reported, wan
 
 NODES = {
     "LowbitMemoryManager": "Memory Manager (Lowbit)",
