@@ -55,18 +55,21 @@ class MemoryBench:
         self.server = server
         self._names = itertools.count()
 
-    def run(self, graph: graphs.Graph, timeout: float = 120, on_event: Any = None) -> Outcome:
+    def run(
+        self, graph: graphs.Graph, timeout: float = 120, on_event: Any = None, count_objects: bool = False
+    ) -> Outcome:
         """Runs it; the report is empty for a graph without one."""
-        prompt_graph, name = self.prepared(graph)
+        prompt_graph, name = self.prepared(graph, count_objects)
         return self.outcome(self.server.run(prompt_graph, timeout, on_event), name)
 
-    def prepared(self, graph: graphs.Graph) -> tuple[graphs.Graph, str]:
+    def prepared(self, graph: graphs.Graph, count_objects: bool = False) -> tuple[graphs.Graph, str]:
         """The graph with dumps of its latent, images and state, and the name they will have."""
         name = f"{self.server.log_path.stem}-memory-{next(self._names)}"
         values = {"latent": ["sample", 0]} | ({"image": ["images", 0]} if "images" in graph else {})
         last = ["report", 0] if "report" in graph else ["sample", 0]
         graph = graphs.dump(graph, name, **values)
-        return graph | {"state": graphs.node("TestMemoryState", value=last, name=f"{name}-state")}, name
+        state = graphs.node("TestMemoryState", value=last, name=f"{name}-state", count=count_objects)
+        return graph | {"state": state}, name
 
     def outcome(self, result: Result, name: str) -> Outcome:
         """Reads a finished prompt's files."""
