@@ -9,9 +9,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 TESTS = Path(__file__).resolve().parent
+
+if sys.dont_write_bytecode:
+    # Or each of the many processes (ComfyUI's, the command line's) would compile PyTorch's sources anew, for 8 seconds.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(TESTS.parent / ".pytest_cache" / "bytecode")
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
+
+import torch  # noqa: E402
+
 sys.path.append(str(TESTS.parent))  # for the scripts in demo/, which are not part of the installed package
 
 from demo import comfyui  # noqa: E402
