@@ -1,6 +1,6 @@
 """Runs the memory benchmark's rows beside each other, one queue of them per GPU, and merges what they measured.
 
-    python -m benchmarks.memory_parallel PLAN ... --work FOLDER --out memory.json [--seconds 560] [--files disk|cache]
+    python -m benchmarks.memory_parallel PLAN ... --work FOLDER --out memory.json [--seconds 560] [--files auto|disk|cache]
                                            [--fill GIB]
     python -m benchmarks.memory_parallel probe --work FOLDER     (what the machine can do; about 20 seconds)
     python -m benchmarks.memory_parallel merge PART.json ... --out memory.json
@@ -67,6 +67,8 @@ for _ in range(int(sys.argv[1])):
     kept[-1][::4096] = b"x" * (1 << 18)
 """
 FILLERS = 16
+COLD_RATE = 2.0
+"""Gigabytes a second from which on files are read from the disk: four servers share it."""
 
 GRACE = 12
 """Seconds at the end in which processes clear away and parts are merged."""
@@ -193,6 +195,16 @@ def probe(work: Path) -> dict[str, Any]:
     }
 
 
+def choose_files(work: Path) -> str:
+    """`disk` where it is fast enough for several processes that each load tens of gigabytes, else `cache`."""
+    from benchmarks.memory_files import disk_rates
+
+    rates = disk_rates(work)
+    chosen = "disk" if rates["from_disk"] >= COLD_RATE else "cache"
+    print(f"GB/s: {rates}; files are read from the {chosen}", flush=True)
+    return chosen
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs plans, a probe, or a merge."""
     started = time.monotonic()
@@ -201,7 +213,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=560, help="the most that all of it may take")
-    parser.add_argument("--files", choices=("disk", "cache"), default="disk", help="see benchmarks.memory")
+    parser.add_argument(
+        "--files",
+        choices=("auto", "disk", "cache"),
+        default="auto",
+        help=f"see benchmarks.memory; auto: from the disk where it gives {COLD_RATE} GB/s",
+    )
     parser.add_argument("--fill", type=int, default=0, help="GiB of main memory to touch first, in a virtual machine")
     options = parser.parse_args(arguments)
     if options.fill:
@@ -217,9 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(probe(work)), flush=True)
         return 0
     (work / "parts").mkdir(parents=True, exist_ok=True)
+    files = choose_files(work) if options.files == "auto" else options.files
     deadline = started + options.seconds
     for name in options.what:
-        common = ("--files", options.files)
+        common = ("--files", files)
         queues = [Queue(gpu, entries, work, common, deadline - GRACE) for gpu, entries in enumerate(PLANS[name])]
         run_plan(queues, deadline)
     write_merged(sorted((work / "parts").glob("*.json")), options.out)

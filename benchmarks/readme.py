@@ -347,7 +347,7 @@ def memory_caption(result: dict[str, Any]) -> str:
         f"{facts['gpu']}, torch {facts['torch']}, ComfyUI {facts['comfyui']}, comfy-aimdo {facts['comfy-aimdo']} "
         f"(`memory.json`): real dimensions, random weights. The card is filled up to the VRAM given, CUDA's own context "
         f"inside it; main memory is capped at {hosts}, {ways}. Steps: {steps}. Several rows ran beside each other, each on a GPU "
-        f"of its own, sharing processor and disk; files were {'read from the disk' if cold else 'partly in the page cache'}; "
+        f"of its own, sharing processor and disk; files were {'read from the disk' if cold else 'in the page cache, which the cap does not count'}; "
         "Wan's two models are one file under two names. Peak RAM leaves out the page cache."
     )
 
@@ -361,7 +361,9 @@ def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
         MEMORY_TITLES[row["case"]],
         f"{row['vram_cap'] / 2**30:.0f} GiB" if row["vram_cap"] else "all",
         row["contender"],
-        "completed" if row["completed"] else f"**failed**: {row['error'][:120].replace('|', '/')}",
+        ("completed" if row["finite"] is not False else "completed, but not with numbers")
+        if row["completed"]
+        else f"**failed**: {row['error'][:120].replace('|', '/')}",
         *("" if size is None else f"{size / 2**30:.1f} GiB" for size in (usage["vram"], ram)),
         *("" if time is None else number(time) if time >= 10 else f"{time:.2f}" for time in times),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import importlib.util
 import json
 import os
 import queue
@@ -96,6 +97,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _no_frontend(base: Path) -> list[str]:
+    """Arguments for a ComfyUI whose web pages are not installed: it ends without some, and nobody looks at them here."""
+    if importlib.util.find_spec("comfyui_frontend_package") is not None:
+        return []
+    folder = base / "frontend"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.html").write_text("<html></html>")
+    return ["--front-end-root", str(folder)]
+
+
 class Server:
     """A running headless ComfyUI. Use as a context manager, or call `close`; it is killed at exit in any case."""
 
@@ -128,6 +139,7 @@ class Server:
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-api-nodes", *cache, *(["--cpu"] if cpu else [])]
         command += [] if dynamic_vram else ["--disable-dynamic-vram"]
+        command += _no_frontend(self.base)
         command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", SHIMS_NAME] if only_shims else []
         variables = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         if cpu:
@@ -267,6 +279,8 @@ class Server:
                 async with self._session.get("/system_stats") as answer:
                     if answer.status == 200:
                         break
+                    if answer.status >= 500:
+                        raise ServerDiedError(f"ComfyUI answers HTTP {answer.status}:\n{self.log()[-4000:]}")
             except aiohttp.ClientError:
                 pass
             await asyncio.sleep(0.1)

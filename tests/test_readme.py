@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+from benchmarks import readme
 from benchmarks.readme import ROOT, TABLES, rendered
 
 
@@ -21,3 +23,62 @@ def test_pictures_and_links_exist():
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\((?!https?:|#)([^)]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
+    gib = 2**30
+    usage = {
+        "vram": 23 * gib,
+        "resident": gib,
+        "anonymous": gib,
+        "unreclaimable": 41 * gib,
+        "charged": None,
+        "kills": 0,
+    }
+    row = {
+        "case": "qwen_image",
+        "contender": "memory manager, bf16 files",
+        "steps": 20,
+        "vram_cap": 24 * gib,
+        "host_cap": 60 * gib,
+        "host_cap_by": "cgroup",
+        "files": "disk",
+        "completed": True,
+        "error": None,
+        "usage": usage,
+        "finite": True,
+        "load_seconds": 31.23,
+        "seconds_per_step": 1.234,
+        "total_seconds": 66.6,
+    }
+    failed = {
+        "contender": "stock ComfyUI",
+        "completed": False,
+        "error": "GraphFailedError: a | b",
+        "vram_cap": 32 * gib,
+    }
+    result = {
+        "environment": {"gpu": "NVIDIA H200", "torch": "2.11", "comfyui": "0.33.0", "comfy-aimdo": "0.4.13"},
+        "rows": [row, row | failed],
+        "growth": [
+            {
+                "case": "infinitetalk",
+                "runs": 20,
+                "error": None,
+                "growth_over_third": {"allocated": 0.001, "reserved": 0},
+            }
+        ],
+        "overhead": [
+            {"slower_by": 0.004, "error": None, "seconds_per_step": {"no manager": [0.5], "manager, auto": [0.502]}}
+        ],
+    }
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "has not run" in readme.memory()
+    (tmp_path / "memory.json").write_text(json.dumps(result))
+    text = readme.memory()
+    assert "has not run" not in text
+    assert "| completed | 23.0 GiB | 41.0 GiB | 31.2 | 1.23 | 66.6 |" in text
+    assert "| stock ComfyUI | **failed**: GraphFailedError: a / b |" in text
+    assert text.index("32 GiB | stock") < text.index("24 GiB | memory")
+    assert "| +0.10 % | +0.00 % |" in text
+    assert "+0.40 %" in text
