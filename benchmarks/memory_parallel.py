@@ -59,14 +59,15 @@ PLANS: dict[str, tuple[tuple[Entry, ...], ...]] = {
 """Queues of each plan, the first for GPU 0: what one entry writes, those of other queues wait for."""
 
 FILL = """
-import sys
+import sys, time
 open("/proc/self/oom_score_adj", "w").write("1000")
-kept = []
-for _ in range(int(sys.argv[1])):
+kept, end = [], time.monotonic() + float(sys.argv[2])
+while len(kept) < int(sys.argv[1]) and time.monotonic() < end:
     kept.append(bytearray(1 << 30))
     kept[-1][::4096] = b"x" * (1 << 18)
 """
 FILLERS = 16
+FILL_SECONDS = 30
 COLD_RATE = 2.0
 """Gigabytes a second from which on files are read from the disk: four servers share it."""
 
@@ -168,12 +169,15 @@ def write_merged(parts: Iterable[Path], out: Path) -> None:
 
 
 def fill_memory(gib: int) -> None:
-    """Touches that much main memory once: a virtual machine may be given its memory only as it is used."""
+    """Touches that much main memory once, as far as it goes in half a minute.
+
+    A virtual machine may be given its memory only as it is used, and dirty pages are written out early while it is small.
+    """
     started = time.monotonic()
-    command = [sys.executable, "-c", FILL, str(-(-gib // FILLERS))]
+    command = [sys.executable, "-c", FILL, str(-(-gib // FILLERS)), str(FILL_SECONDS)]
     fillers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(FILLERS)]
     failed = sum(filler.wait() != 0 for filler in fillers)
-    print(f"{gib} GiB touched in {time.monotonic() - started:.0f} s, {failed} of {FILLERS} failed", flush=True)
+    print(f"up to {gib} GiB touched in {time.monotonic() - started:.0f} s, {failed} of {FILLERS} failed", flush=True)
 
 
 def probe(work: Path) -> dict[str, Any]:

@@ -279,12 +279,24 @@ def test_what_there_is_no_time_for_is_no_row(monkeypatch, tmp_path, capsys):
 def test_rows_run_beside_each_other_and_are_merged(tmp_path, capsys):
     """Two processes, one of which writes what the other waits for."""
     out = tmp_path / "memory.json"
-    assert memory_parallel.main(["tiny", "--work", str(tmp_path / "work"), "--out", str(out), "--seconds", "200"]) == 0
+    options = ["--work", str(tmp_path / "work"), "--out", str(out), "--seconds", "400", "--files", "cache"]
+    assert memory_parallel.main(["tiny", *options]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert {row["contender"]: row["completed"] for row in rows} == {STOCK.name: True, QUANTIZED.name: True}
     shown = capsys.readouterr().out
     assert "[gpu 0] ended with 0" in shown
     assert "[gpu 1] ended with 0" in shown
+
+
+@pytest.mark.parametrize(("rate", "chosen"), [(0.9, "cache"), (3.5, "disk")])
+def test_files_are_read_from_the_disk_where_it_is_fast(monkeypatch, tmp_path, rate, chosen):
+    monkeypatch.setattr(memory_files, "disk_rates", lambda folder: {"from_disk": rate})
+    assert memory_parallel.choose_files(tmp_path) == chosen
+
+
+def test_disk_rates_are_measured_and_leave_nothing(tmp_path):
+    assert all(rate > 0 for rate in memory_files.disk_rates(tmp_path, 1 << 26).values())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_newest_of_a_key_stays_when_parts_are_merged(tmp_path):
