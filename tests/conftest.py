@@ -25,6 +25,24 @@ from demo import comfyui  # noqa: E402
 
 MARK_OF_FOLDER = {"headless": pytest.mark.headless, "gpu": pytest.mark.gpu}
 LEFT_OUT = "left_out"
+LONGEST_FIRST = (
+    "browser/test_workflows.py",
+    "kernels/test_in_interpreter.py",
+    "headless/test_workflows.py",
+    "headless/test_memory_benchmark.py",
+    "headless/test_memory_recovery.py",
+    "headless/test_loaders.py",
+    "headless/test_demo.py",
+    "headless/test_memory.py",
+    "headless/test_save.py",
+    "headless/test_lora.py",
+    "headless/test_attention.py",
+    "browser/test_meter.py",
+    "demo/test_training_models.py",
+    "headless/test_command_line.py",
+    "headless/test_memory_report.py",
+)
+"""Files that take half a minute and more. Of two processes that take whole files, none shall be left alone with one."""
 
 
 def comfyui_required() -> bool:
@@ -62,9 +80,17 @@ class LeftOut:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(LeftOut(), LEFT_OUT)
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files of the most tests
+
+
+def _turn(item: pytest.Item) -> int:
+    """The place of a test's file among those that begin."""
+    name = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
+    return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     for item in items:
         parents = Path(item.path).relative_to(TESTS).parts if Path(item.path).is_relative_to(TESTS) else ()
         for folder, mark in MARK_OF_FOLDER.items():
