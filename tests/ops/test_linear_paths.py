@@ -1,0 +1,192 @@
+"""The ways that a product takes, one by one: comfy-kitchen's, torch._scaled_mm's, torch._int_mm's, and what they keep."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import comfy_kitchen as ck
+import pytest
+import torch
+import torch.nn.functional as F
+from comfy_kitchen.tensor import QuantizedTensor
+
+from lowbit.kernels.decode import decode_reference
+from lowbit.kernels.stored_weight import MXFP8, NVFP4, StoredWeight
+from lowbit.ops import linear_paths
+from lowbit.ops import linear_reference as linear_reference_module
+from lowbit.ops.linear_kitchen import kitchen_linear
+from lowbit.ops.linear_table import Gpu
+from lowbit.ops.linear_weight import stored_weight
+from lowbit.ops.scratch import Scratch
+
+from .linear_weights import random_weight
+
+torch.set_num_threads(1)
+
+
+def _decoding_product(
+    q, data, *, tensor_scale_a=None, tensor_scale_b=None, block_scale_a, block_scale_b, bias, out_dtype
+):
+    """Stands in for comfy-kitchen's block-scaled products, which need a Blackwell GPU: decodes both sides."""
+    sides = []
+    for codes, scale, block in ((q, tensor_scale_a, block_scale_a), (data, tensor_scale_b, block_scale_b)):
+        kind, columns = (MXFP8, codes.shape[1]) if scale is None else (NVFP4, codes.shape[1] * 2)
+        group = 32 if kind == MXFP8 else 16
+        whole = None if scale is None else scale.reshape(1)
+        stored = StoredWeight(kind, codes, whole, codes.shape[0], columns, block.view(torch.uint8), group=group)
+        sides.append(decode_reference(stored, torch.float32))
+    return (sides[0] @ sides[1].t()).to(out_dtype)
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "int8", "int8_convrot"])
+@pytest.mark.parametrize("rows", [1, 33, 130, 300])
+def test_kitchen_rows_do_not_poison_each_other(name, rows, monkeypatch):
+    """By comfy-kitchen's plain backend: a NaN or Inf row stays alone, and x may lie anywhere."""
+    monkeypatch.setattr(ck, "scaled_mm_nvfp4", _decoding_product)
+    monkeypatch.setattr(ck, "scaled_mm_mxfp8", _decoding_product)
+    weight = stored_weight(random_weight(name, 64, 256, torch.bfloat16))
+    storage = torch.randn(3 * 256 + rows * 256 + 1).bfloat16()
+    x = storage[1 : 1 + rows * 256].view(rows, 256)
+    if rows > 1:
+        x[1, 5], x[rows - 1, 7] = float("nan"), float("inf")
+    out = kitchen_linear(x, weight, None, None)
+    reference = x.double() @ decode_reference(weight, torch.float64).t()
+    fine = [row for row in range(rows) if rows == 1 or row not in (1, rows - 1)]
+    assert ((out[fine].double() - reference[fine]).norm() / reference[fine].norm()).item() < 0.15
+    assert out.is_contiguous()
+    if rows > 1:
+        assert not out[1].isfinite().any()
+        assert not out[rows - 1].isfinite().any()
+
+
+@pytest.mark.parametrize("linear_dtype", ["int4", "int8"])
+def test_kitchen_quantizes_activations_to_what_the_file_says(linear_dtype, monkeypatch):
+    """int4_convrot files may ask for 8-bit activations, which err much less (comfy-kitchen's plain backend has none)."""
+    from comfy_kitchen.tensor import convrot_w4a4
+
+    seen, multiply = [], convrot_w4a4.convrot_w4a4_linear
+
+    def records(*args, **kwargs):
+        seen.append(kwargs.get("linear_dtype", "int4"))
+        return multiply(*args, **kwargs)
+
+    monkeypatch.setattr(convrot_w4a4, "convrot_w4a4_linear", records)
+    weight = QuantizedTensor.from_float(torch.randn(32, 256), "TensorCoreConvRotW4A4Layout", linear_dtype=linear_dtype)
+    x = torch.randn(40, 256)
+    assert torch.equal(kitchen_linear(x, stored_weight(weight), None, None), F.linear(x, weight))
+    assert seen == [linear_dtype] * 2
+
+
+def test_out_of_memory_is_not_taken_for_a_refusal(monkeypatch):
+    """cuBLAS stays in use after an out-of-memory error, which reaches the caller."""
+
+    def fails(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch, "_scaled_mm", fails)
+    out, codes = torch.empty(16, 16, dtype=torch.bfloat16).as_subclass(OnGpu), torch.empty(16, 16)
+    with pytest.raises(torch.OutOfMemoryError):
+        linear_paths._fp8_matmul(codes, codes, torch.ones(16, 1), None, None, out, Gpu((9, 0)))
+    assert not linear_paths._scaled_mm_refused
+
+
+class _Refusing:
+    """Stands in for torch._scaled_mm: as CUTLASS below cc 9.0, it takes no e5m2 weight."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, q, codes, row_scale, columns, *, out, bias, **options):
+        self.calls += 1
+        if codes.dtype == torch.float8_e5m2:
+            raise RuntimeError("b.dtype() == at::kFloat8_e4m3fn INTERNAL ASSERT FAILED")
+        out.copy_((q.float() @ codes.float()) * row_scale * columns + (0 if bias is None else bias))
+
+
+@pytest.fixture
+def refusing(monkeypatch):
+    """torch._scaled_mm refuses e5m2, tensors pass for CUDA's, scratch is plain memory, nothing is refused yet."""
+    stand_in = _Refusing()
+    monkeypatch.setattr(torch, "_scaled_mm", stand_in)
+    monkeypatch.setattr(linear_paths, "_scaled_mm_refused", set())
+    monkeypatch.setattr(linear_paths, "_takes_scaled_mm", lambda out, n, k: True)
+    return stand_in
+
+
+def test_a_dtype_that_scaled_mm_refuses_does_not_stop_the_others(refusing, monkeypatch):
+    multiplied = []
+    monkeypatch.setattr(linear_paths, "matmul_rows", lambda *args, **options: multiplied.append(args[1].dtype))
+    q, out = torch.zeros(16, 32).to(torch.float8_e4m3fn), torch.zeros(16, 16, dtype=torch.bfloat16)
+    for dtype in (torch.float8_e5m2, torch.float8_e5m2, torch.float8_e4m3fn):
+        codes = torch.zeros(16, 32).to(dtype)
+        linear_paths._fp8_matmul(q, codes, torch.ones(16, 1), None, None, out, Gpu((8, 9)))
+    assert multiplied == [torch.float8_e5m2] * 2
+    assert refusing.calls == 2
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_without_triton_a_refused_fp8_product_is_16_bit(name, refusing):
+    """Windows without Triton: the prompt goes on."""
+    weight, x, bias = random_weight(name, 32, 64), torch.randn(20, 64).bfloat16(), torch.randn(32)
+    for _ in range(2):
+        out = linear_paths.fp8_rows_linear(x, stored_weight(weight), bias, "silu", Gpu((8, 9), triton=False))
+        reference = F.silu(x.double()) @ weight.dequantize().double().t() + bias.double()
+        assert ((out.double() - reference).norm() / reference.norm()).item() < 5e-2
+    assert refusing.calls == (1 if name == "fp8_e5m2" else 2)
+
+
+def test_what_linears_keep_is_made_on_a_thread_of_its_own(monkeypatch):
+    """Warming up CUDA graphs, torch.compile sends this thread's allocations to the graphs' pool and finds any left."""
+    from lowbit.kernels import decode, decode_rows, rotate_rows
+
+    here, threads, device = threading.get_ident(), {}, torch.device("meta")
+    for owner, name in ((torch, "empty"), (torch, "tensor"), (torch.Tensor, "to")):
+
+        def records(call, name, *args, **kwargs):
+            if device in (*args, *kwargs.values()):
+                threads.setdefault(name, set()).add(threading.get_ident())
+            return call(*args, **kwargs)
+
+        patched = functools.partial(records, getattr(owner, name), name)
+        monkeypatch.setattr(owner, name, patched if owner is torch else lambda *a, p=patched, **k: p(*a, **k))
+    Scratch().take((((8,), torch.float32),), device)
+    linear_paths._kept_ones(3, device)
+    decode._e2m1_table(device)
+    rotate_rows.rotation_factors(64, device, torch.float32)
+    decode_rows.unrotation_matrix(64, device, torch.float32)
+    assert threads.keys() == {"empty", "tensor", "to"}
+    assert all(here not in made for made in threads.values())
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+def test_few_rows_of_int8_go_through_int_mm_on_a_gpu_without_kernels(rows, monkeypatch):
+    """It refuses fewer than 17 rows there; float64 instead took 8 times the weight's bytes at every call."""
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    def int_mm(a, b):
+        if a.shape[0] <= 16:
+            raise RuntimeError("self.size(0) needs to be greater than 16")
+        products.append(a.shape[0])
+        return (a.as_subclass(torch.Tensor).float() @ b.float()).int()
+
+    products: list[int] = []
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    a = torch.randint(-127, 128, (rows, 64), dtype=torch.int8)
+    b = torch.randint(-127, 128, (24, 64), dtype=torch.int8)
+    out = linear_reference_module._int8_matmul(a.as_subclass(OnGpu), b)
+    assert torch.equal(out.as_subclass(torch.Tensor).double(), a.double() @ b.double().t())
+    assert products == [32 if rows <= 16 else rows]
+
+
+def test_scratch_made_in_inference_mode_can_be_written_outside():
+    scratch, spec = Scratch(), ((8,), torch.float32)
+    with torch.inference_mode():
+        scratch.take((spec,), torch.device("cpu"))
+    scratch.take((spec, None), torch.device("cpu"))[0].copy_(torch.ones(8))
