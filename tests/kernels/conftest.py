@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 
 import numpy as np
@@ -50,8 +52,37 @@ def _mend_interpreter() -> None:
     interpreter._convert_float = cast
 
 
+def _quicken_interpreter() -> None:
+    """It looks for what to patch in all of `triton.language` each time that a function is called, and makes a table of
+    NumPy's types for each value: both are always the same."""
+    from triton.language.core import is_builtin
+    from triton.runtime import interpreter
+
+    np_dtype, np_dtypes = interpreter._get_np_dtype, {}
+
+    @functools.cache
+    def builtins(package) -> tuple[str, ...]:
+        return tuple(name for name, member in inspect.getmembers(package) if is_builtin(member))
+
+    def patch_builtin(package, builder, *scope):
+        for name in builtins(package):
+            member = getattr(package, name)
+            if is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, *scope)
+
+    def known_np_dtype(dtype):
+        name = dtype.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = np_dtype(dtype)
+        return np_dtypes[name]
+
+    interpreter._patch_builtin = patch_builtin
+    interpreter._get_np_dtype = known_np_dtype
+
+
 if INTERPRETED:
     _mend_interpreter()
+    _quicken_interpreter()
     torch.set_num_threads(1)
 
 
