@@ -1,7 +1,7 @@
 """A real ComfyUI with the pack, opened in a real headless Chromium through Playwright.
 
 LOWBIT_CHROMIUM: the browser to use (default: a Chromium or Chrome on the PATH, else Playwright's own).
-LOWBIT_SCREENSHOTS: the folder that keeps the screenshots (default: a temporary one).
+LOWBIT_SCREENSHOTS: the folder that gets screenshots (default: none are taken, each takes a second).
 Without Playwright, a browser or ComfyUI these tests are left out, and counted.
 """
 
@@ -65,11 +65,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 class Tab:
     """ComfyUI in one browser tab, with its errors."""
 
-    def __init__(self, page: Any, address: str, folder: Path):
+    def __init__(self, page: Any, address: str, folder: Path | None):
         self.page = page
         self.address = address
         self.folder = folder
         self.errors: list[str] = []
+        self.showing: Path | None = None
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
@@ -108,21 +109,21 @@ class Tab:
         assert queued.ok, queued.text()
         assert self.evaluate("() => window.lowbitEnded") == ["execution_success", ""]
 
-    def shot(self, name: str) -> Path:
-        """Keeps a screenshot."""
-        path = self.folder / f"{name}.png"
-        self.page.wait_for_timeout(300)  # ComfyUI draws its canvas when the browser next asks for a frame
-        self.page.screenshot(path=path)
-        return path
+    def shot(self, name: str) -> None:
+        """Keeps a screenshot where there is a folder for it."""
+        if self.folder is not None:
+            self.page.wait_for_timeout(300)  # ComfyUI draws its canvas when the browser next asks for a frame
+            self.page.screenshot(path=self.folder / f"{name}.png")
 
 
 @pytest.fixture(scope="session")
-def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the screenshots go."""
+def screenshots() -> Path | None:
+    """Where the screenshots go, None where nobody asked for them."""
     named = os.environ.get("LOWBIT_SCREENSHOTS")
-    folder = Path(named) if named else tmp_path_factory.mktemp("screenshots")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    if not named:
+        return None
+    Path(named).mkdir(parents=True, exist_ok=True)
+    return Path(named)
 
 
 @pytest.fixture(scope="session")
@@ -154,7 +155,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def open_tab(server: Server, screenshots: Path) -> Callable[..., Tab]:
+def open_tab(server: Server, screenshots: Path | None) -> Callable[..., Tab]:
     """Opens ComfyUI in a new tab of a browser context, with these settings of ComfyUI."""
 
     def opened(context: Any, **settings: Any) -> Tab:
@@ -166,7 +167,7 @@ def open_tab(server: Server, screenshots: Path) -> Callable[..., Tab]:
 
 
 @pytest.fixture
-def new_tab(browser: Any, server: Server, screenshots: Path) -> Iterator[Callable[[], Tab]]:
+def new_tab(browser: Any, server: Server, screenshots: Path | None) -> Iterator[Callable[[], Tab]]:
     """Makes tabs that know nothing of each other; none may have an error that nobody caught."""
     contexts, tabs = [], []
 
