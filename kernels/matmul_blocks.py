@@ -2,7 +2,8 @@
 
 A word is one block of 16 columns. Tensor core operands hold pairs of neighbours
 along K, so column j of two neighbouring words is decoded in one register and multiplied by the pair of their scales, and
-every j has its own small dot: no number ever has to move to another thread after it is decoded.
+every j has its own small dot: no number ever has to move to another thread after it is decoded. A program keeps its part
+of x, and the parts along K are added up by a second kernel.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ _FLOAT16_16 = constexpr((tl.float16,) * 16)
 @triton.jit
 def _word_scale(stored, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Scales of the words as DTYPE; in assembly they carry all but a power of two of what the shifted codes lack."""
-    scale = e4m3_to_float32(stored)
+    scale = stored.to(tl.float32) if stored.dtype == tl.float8e4nv else e4m3_to_float32(stored)
     if ASSEMBLY and DTYPE == tl.bfloat16:  # noqa: SIM300
         scale = scale * 3.3230699894622897e35  # 2 ** 118
     elif ASSEMBLY:
@@ -88,13 +89,12 @@ def _words_of_rows_kernel(
     stride_k,
     M,
     K: tl.constexpr,
-    COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """x (M, K) to (COLUMNS, M, WIDTH): column j of every word side by side, zeros after the last."""
+    """x (M, K) to (16, M, WIDTH): column j of every word side by side, zeros after the last."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -102,59 +102,92 @@ def _words_of_rows_kernel(
     x = tl.load(x_ptr + row * stride_m + column * stride_k, mask=column < K, other=0.0)
     if ACTIVATION is not None:
         x = _activate(x.to(tl.float32), ACTIVATION)
-    target = out_ptr + ((column % COLUMNS) * M + row) * WIDTH + column // COLUMNS
-    tl.store(target, x.to(out_ptr.dtype.element_ty), mask=column < COLUMNS * WIDTH)
+    target = out_ptr + ((column % 16) * M + row) * WIDTH + column // 16
+    tl.store(target, x.to(out_ptr.dtype.element_ty), mask=column < 16 * WIDTH)
+
+
+@triton.jit
+def _column(x, j: tl.constexpr, stride_column, word, live, K: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Column j of every word of x, (words, m); zeros beyond K and where not `live`."""
+    value = tl.load(x + j * stride_column, mask=(word * 16 + j < K)[:, None] & live, other=0.0)
+    if ACTIVATION is not None:
+        value = _activate(value.to(tl.float32), ACTIVATION).to(value.dtype)
+    return value
+
+
+@triton.jit
+def _columns(x, stride_column, word, live, K: tl.constexpr, ACTIVATION: tl.constexpr):
+    """All 16 of them."""
+    return (
+        _column(x, 0, stride_column, word, live, K, ACTIVATION),
+        _column(x, 1, stride_column, word, live, K, ACTIVATION),
+        _column(x, 2, stride_column, word, live, K, ACTIVATION),
+        _column(x, 3, stride_column, word, live, K, ACTIVATION),
+        _column(x, 4, stride_column, word, live, K, ACTIVATION),
+        _column(x, 5, stride_column, word, live, K, ACTIVATION),
+        _column(x, 6, stride_column, word, live, K, ACTIVATION),
+        _column(x, 7, stride_column, word, live, K, ACTIVATION),
+        _column(x, 8, stride_column, word, live, K, ACTIVATION),
+        _column(x, 9, stride_column, word, live, K, ACTIVATION),
+        _column(x, 10, stride_column, word, live, K, ACTIVATION),
+        _column(x, 11, stride_column, word, live, K, ACTIVATION),
+        _column(x, 12, stride_column, word, live, K, ACTIVATION),
+        _column(x, 13, stride_column, word, live, K, ACTIVATION),
+        _column(x, 14, stride_column, word, live, K, ACTIVATION),
+        _column(x, 15, stride_column, word, live, K, ACTIVATION),
+    )
 
 
 @triton.jit
 def _matmul_blocks_kernel(
     x_ptr,
     w_ptr,
-    scale_ptr,
     block_scale_ptr,
-    bias_ptr,
     out_ptr,
     M,
     N,
+    stride_xm,
+    stride_word,
+    stride_column,
     stride_wn,
-    stride_out,
     tiles_per_row,
     K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    FINAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
-    """Out (M, N); FINAL False: (SPLITS, M, N) float32 partial products without scale and bias.
+    """Partial products (K / (16 x WORDS), M, N) in float32, without scale and bias; stride_wn counts words.
 
-    x comes as (16, M, WIDTH) from `_words_of_rows_kernel`; stride_wn counts words.
+    A program holds its part of x and goes over TILES x BLOCK_N rows of the weight. x is (M, K / 16, 16) by any strides;
+    WAITS: made by a kernel that may still run.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TOTAL: tl.constexpr = (K + 15) // 16
-    LENGTH: tl.constexpr = ((TOTAL + WORDS * SPLITS - 1) // (WORDS * SPLITS)) * WORDS
-    EVEN: tl.constexpr = TOTAL % (WORDS * SPLITS) == 0
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    safe_n = tl.where(n < N, n, 0)
-    word = tl.program_id(1) * LENGTH + tl.arange(0, WORDS)
-    w_tile = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + word[None, :]
-    s_tile = block_scale_ptr + swizzled_offset(safe_n[:, None], word[None, :], tiles_per_row)
-    x_tile = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :] * WIDTH + word[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if WAITS:
         tl.extra.cuda.gdc_wait()
-    for step in range(0, LENGTH, WORDS):
-        if EVEN:
-            words = tl.load(w_tile + step)
-            stored = tl.load(s_tile + step // 4 * 512)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :] * stride_xm + word[:, None] * stride_word
+    x = _columns(first, stride_column, word, (m < M)[None, :], K, ACTIVATION)
+    out_row = out_ptr + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N
+    for tile in range(TILES):
+        n = (tl.program_id(0) * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
+        safe_n = tl.where(n < N, n, 0)
+        w_tile = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + word[None, :]
+        s_tile = block_scale_ptr + swizzled_offset(safe_n[:, None], word[None, :], tiles_per_row)
+        if TOTAL % WORDS == 0:
+            words = tl.load(w_tile)
+            stored = tl.load(s_tile)
         else:
-            words = tl.load(w_tile + step, mask=(word < TOTAL - step)[None, :], other=0)
-            stored = tl.load(s_tile + step // 4 * 512, mask=(word < TOTAL - step)[None, :], other=0)
+            words = tl.load(w_tile, mask=(word < TOTAL)[None, :], other=0)
+            stored = tl.load(s_tile, mask=(word < TOTAL)[None, :], other=0.0)
         scale = _word_scale(stored, DTYPE, ASSEMBLY)
         if ASSEMBLY:
             if DTYPE == tl.bfloat16:  # noqa: SIM300
@@ -165,41 +198,54 @@ def _matmul_blocks_kernel(
                 pieces = tl.inline_asm_elementwise(
                     _NVFP4_FLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
                 )
+        acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         for j in tl.static_range(16):
-            if EVEN:
-                x = tl.load(x_tile + step + j * M * WIDTH)
-            else:
-                x = tl.load(x_tile + step + j * M * WIDTH, mask=(word < TOTAL - step)[:, None], other=0.0)
             w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, j, DTYPE)
-            acc = tl.dot(w, x, acc)
-    if ASSEMBLY:
-        acc = acc * (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
-    if FINAL:
-        acc = acc * tl.load(scale_ptr)
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + safe_n).to(tl.float32)[:, None]
-    target = out_ptr + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * stride_out + n[:, None]
-    tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+            acc = tl.dot(w, x[j], acc)
+        if ASSEMBLY:
+            acc = acc * (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
+        tl.store(out_row + n[:, None], acc, mask=(m < M)[None, :] & (n < N)[:, None])
 
 
-def words_width(columns: int) -> int:
-    """Words of 16 columns that a row of x takes, rounded up to whole steps of the kernel."""
-    return -(-columns // (16 * WORDS_PER_STEP)) * WORDS_PER_STEP
+WORDS_PER_PART = 32
+ROWS_AS_THEY_ARE = 8
+"""Of x, up to which every program picks its columns out of it; more are put side by side by a kernel of their own."""
 
 
-WORDS_PER_STEP = 32
+def block_splits(columns: int) -> int:
+    """Parts of K that are multiplied side by side."""
+    return ceil_div(columns, 16 * WORDS_PER_PART)
+
+
+def words_shape(rows: int, columns: int) -> tuple[int, int, int] | None:
+    """Of the work space in which x's columns are put side by side; None where they are taken as they are."""
+    if rows <= ROWS_AS_THEY_ARE:
+        return None
+    return 16, rows, block_splits(columns) * WORDS_PER_PART
+
+
+def _words_of_rows(x: torch.Tensor, words: torch.Tensor, activation: str | None, overlap: bool) -> None:
+    rows, columns = x.shape
+    width = words.shape[2]
+    launch(
+        _words_of_rows_kernel,
+        (rows, ceil_div(16 * width, 1024), 1),
+        (x, words, x.stride(0), x.stride(1), rows),
+        {"K": columns, "WIDTH": width, "BLOCK": 1024, "ACTIVATION": activation, "OVERLAP": overlap},
+    )
 
 
 def matmul_blocks(
     x: torch.Tensor,
-    words: torch.Tensor,
+    words: torch.Tensor | None,
     weight: StoredWeight,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    partial: torch.Tensor | None,
+    partial: torch.Tensor,
     *,
-    splits: int,
     assembly: bool,
+    hardware_e4m3: bool,
+    tiles: int = 1,
     activation: str | None = None,
     overlap: bool = False,
 ) -> None:
@@ -207,64 +253,50 @@ def matmul_blocks(
 
     Args:
         x: float16 or bfloat16, any strides.
-        words: (16, M, words_width(K)) work space of x's dtype, written.
+        words: `words_shape(M, K)` work space of x's dtype.
         weight: kind nvfp4; codes 8-byte aligned, row pitch a multiple of 8.
         bias: (N,) or None.
         out: (M, N), last stride 1, written.
-        partial: (splits, M, N) float32 work space, needed for splits > 1.
-        splits: parts of K that are multiplied side by side.
+        partial: (block_splits(K), M, N) float32 work space.
         assembly: compiled for a GPU (the interpreter has no inline assembly).
+        hardware_e4m3: the GPU converts e4m3 (cc 8.9 and later).
+        tiles: of 64 rows of the weight that a program goes over with its part of x.
         activation: applied to x first.
-        overlap: let the second kernel start while the first still runs (cc 9.0).
+        overlap: let each kernel start while the one before still runs (cc 9.0).
     """
     rows, columns = x.shape
-    width = words.shape[2]
-    launch(
-        _words_of_rows_kernel,
-        (rows, ceil_div(16 * width, 1024), 1),
-        (x, words, x.stride(0), x.stride(1), rows),
-        {
-            "K": columns,
-            "COLUMNS": 16,
-            "WIDTH": width,
-            "BLOCK": 1024,
-            "ACTIVATION": activation,
-            "OVERLAP": overlap,
-        },
-    )
-    single = splits == 1
-    target = out if single else partial
+    strides = x.stride(0), 16 * x.stride(1), x.stride(1)
+    if words is not None:
+        _words_of_rows(x, words, activation, overlap)
+        x, activation, strides = words, None, (words.stride(1), 1, words.stride(0))
+    waits = overlap and words is not None
     block_m = min(max(8, power_of_two(rows)), 32)
     launch(
         _matmul_blocks_kernel,
-        (ceil_div(weight.rows, 64), splits, ceil_div(rows, block_m)),
+        (ceil_div(weight.rows, 64 * tiles), block_splits(columns), ceil_div(rows, block_m)),
         (
-            words,
+            x,
             weight.data.view(torch.int64),
-            weight.scale,
-            weight.block_scale,
-            weight.scale if bias is None else bias,
-            target,
+            weight.block_scale.view(torch.float8_e4m3fn) if hardware_e4m3 else weight.block_scale,
+            partial,
             rows,
             weight.rows,
+            *strides,
             weight.data.stride(0) // 8,
-            target.stride(-2),
             weight.scale_tiles_per_row,
         ),
         {
             "K": columns,
-            "WIDTH": width,
-            "FINAL": single,
-            "HAS_BIAS": bias is not None,
+            "ACTIVATION": activation,
             "ASSEMBLY": assembly,
             "BLOCK_M": block_m,
             "BLOCK_N": 64,
-            "WORDS": WORDS_PER_STEP,
-            "SPLITS": splits,
+            "WORDS": WORDS_PER_PART,
+            "TILES": tiles,
             "OVERLAP": overlap,
+            "WAITS": waits,
         },
-        stages=3,
-        overlap=overlap,
+        stages=2,
+        overlap=waits,
     )
-    if not single:
-        sum_splits(partial, weight, bias, out)
+    sum_splits(partial, weight, bias, out, overlap)

@@ -220,23 +220,35 @@ def _sum_splits_kernel(
     SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Adds the (SPLITS, M, N) float32 partial products of one row, in a fixed order."""
     m = tl.program_id(1) + tl.arange(0, 1)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
     for split in tl.static_range(SPLITS):
         source = partial_ptr + (split * M + tl.program_id(1)).to(tl.int64) * N + n
         total += tl.load(source, mask=n < N, other=0.0)
     _store_rows(out_ptr, total[:, None], m, n, M, N, stride_out, scale_ptr, bias_ptr, 1.0, SCALE, HAS_BIAS)
 
 
-def sum_splits(partial: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Add partial (splits, M, N) float32 up, scale it by the weight's scale, add the bias, store as out (M, N)."""
+def sum_splits(
+    partial: torch.Tensor,
+    weight: StoredWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    overlap: bool = False,
+) -> None:
+    """Add partial (splits, M, N) float32 up, scale it by the weight's scale, add the bias, store as out (M, N).
+
+    overlap: the kernel before lets this one start while it runs (cc 9.0): start, then wait for it.
+    """
     splits, rows, columns = partial.shape
     launch(
         _sum_splits_kernel,
-        (ceil_div(columns, 1024), rows, 1),
+        (ceil_div(columns, 256), rows, 1),
         (
             partial,
             partial if weight.scale is None else weight.scale,
@@ -246,7 +258,14 @@ def sum_splits(partial: torch.Tensor, weight: StoredWeight, bias: torch.Tensor |
             columns,
             out.stride(0),
         ),
-        {"SPLITS": splits, "SCALE": weight.scale_mode, "HAS_BIAS": bias is not None, "BLOCK_N": 1024},
+        {
+            "SPLITS": splits,
+            "SCALE": weight.scale_mode,
+            "HAS_BIAS": bias is not None,
+            "BLOCK_N": 256,
+            "OVERLAP": overlap,
+        },
+        overlap=overlap,
     )
 
 
@@ -270,7 +289,7 @@ def matvec_decode(
         hardware_e4m3: the GPU converts e4m3 (cc 8.9 and later).
     """
     wide = weight.rows >= 8192 and weight.columns <= 8192
-    block_n, block_k = (16, 512) if wide else (4, 1024)
+    block_n, block_k = (4, 1024) if not wide else (16, 512) if x.shape[0] == 1 else (8, 1024)
     if weight.kind in PACKED_KINDS:
         block_k //= 2
     scale = codes if weight.scale is None else weight.scale

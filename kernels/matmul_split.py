@@ -168,6 +168,7 @@ def _matmul_split_kernel(
     acc = tl.zeros([BLOCK_N, COLUMNS], dtype=ACCUMULATOR)
     q_tile = q_ptr + q_row[None, :] * K + (first + lane)[:, None]
     if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for step in range(0, LENGTH, BLOCK_K):
         if BYTES % (BLOCK_K * SPLITS) == 0:
@@ -261,6 +262,7 @@ def matmul_split(
     *,
     splits: int,
     assembly: bool,
+    step: int = 128,
     stages: int,
     overlap: bool = False,
 ) -> None:
@@ -275,7 +277,8 @@ def matmul_split(
         partial: (splits, M, N) float32 work space, needed for splits > 1.
         splits: parts of K that are multiplied side by side.
         assembly: compiled for a GPU (the interpreter has no inline assembly).
-        stages: tiles of the weight in flight.
+        step: stored bytes of a row that are multiplied together, a power of two.
+        stages: steps in flight.
         overlap: the kernel before is `split_rows` with `overlap`: start while it runs, then wait for it.
     """
     terms, rows, columns = q.shape
@@ -308,7 +311,7 @@ def matmul_split(
             "HAS_BIAS": bias is not None and single,
             "BLOCK_M": max(4, power_of_two(rows)),
             "BLOCK_N": 64,
-            "BLOCK_K": 128,
+            "BLOCK_K": step,
             "SPLITS": splits,
             "OVERLAP": overlap,
         },
@@ -316,4 +319,4 @@ def matmul_split(
         overlap=overlap,
     )
     if not single:
-        sum_splits(partial, weight, bias, out)
+        sum_splits(partial, weight, bias, out, overlap)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.decode_rows import decode_rows
-from ..kernels.matmul_blocks import matmul_blocks, words_width
+from ..kernels.matmul_blocks import block_splits, matmul_blocks, words_shape
 from ..kernels.matmul_decode import matmul_decode, matvec_decode
 from ..kernels.matmul_rows import matmul_rows
 from ..kernels.matmul_split import matmul_split, split_rows, term_count
@@ -96,6 +96,14 @@ def _choose_splits(tiles: int, nbytes_per_row: int, device: torch.device) -> int
     return splits
 
 
+def _few_rows_splits(method: str, weight: StoredWeight, device: torch.device) -> int:
+    if method == "matvec":
+        return 1
+    if method == "blocks":
+        return block_splits(weight.columns)
+    return _choose_splits(-(-weight.rows // (32 if method == "decode" else 64)), weight.data.shape[1], device)
+
+
 def _few_rows_method(weight: StoredWeight, rows: int, dtype: torch.dtype, activation: str | None, gpu: Gpu) -> str:
     if dtype == torch.float32:
         return "matvec"
@@ -122,7 +130,8 @@ class _FewRowsScratch(NamedTuple):
 def _few_rows_scratch(method: str, x: torch.Tensor, weight: StoredWeight, splits: int) -> _FewRowsScratch:
     rows, columns = x.shape
     integer = weight.kind != FP8
-    split, blocks = method == "split", method == "blocks"
+    split = method == "split"
+    words = words_shape(rows, columns) if method == "blocks" else None
     q_shape = (term_count(x.dtype, integer) if split else 0, rows, columns)
     return _FewRowsScratch(
         *take_scratch(
@@ -131,8 +140,8 @@ def _few_rows_scratch(method: str, x: torch.Tensor, weight: StoredWeight, splits
             ((rows, columns), torch.float32 if x.dtype == torch.float16 else x.dtype) if weight.rotation else None,
             (q_shape, torch.int8 if integer else torch.float8_e4m3fn) if split else None,
             ((rows,), torch.float32) if split else None,
-            ((16, rows, words_width(columns)), x.dtype) if blocks else None,
-            ((splits, rows, weight.rows), torch.float32) if splits > 1 else None,
+            (words, x.dtype) if words is not None else None,
+            ((splits, rows, weight.rows), torch.float32) if splits > 1 or method == "blocks" else None,
             _codes_spec(weight, 1),
         )
     )
@@ -144,8 +153,7 @@ def few_rows_linear(
     """Multiply a few rows straight from the stored codes."""
     out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
     method = _few_rows_method(weight, x.shape[0], x.dtype, activation, gpu)
-    tile = 32 if method == "decode" else 64
-    splits = 1 if method == "matvec" else _choose_splits(-(-weight.rows // tile), weight.data.shape[1], x.device)
+    splits = _few_rows_splits(method, weight, x.device)
     scratch = _few_rows_scratch(method, x, weight, splits)
     weight = _straight(weight, scratch.codes)
     if weight.rotation:
@@ -164,21 +172,34 @@ def _overlaps(gpu: Gpu) -> bool:
     return CAN_OVERLAP and not INTERPRETED and gpu.cc >= HOPPER
 
 
+def _split_tile(lines: int, weight: StoredWeight, splits: int, gpu: Gpu) -> tuple[int, int]:
+    """(bytes of a row in a step, steps in flight) for `lines` split rows, as measured on an H200."""
+    if lines > 64:
+        return 128, 2
+    if gpu.cc[0] != HOPPER[0]:
+        return 128, 3
+    one_row = lines <= 2 and splits == 1
+    return (128, 6) if one_row or weight.kind == INT4 else (256, 4)
+
+
 def _multiply_split(x, weight, bias, activation, gpu, out, scratch, splits) -> None:
     """x as a sum of 8-bit terms, each multiplied with the stored codes on 8-bit tensor cores."""
     overlap = _overlaps(gpu)
     planes = 2 if weight.kind == INT4 else 1
     split_rows(x, scratch.q, scratch.row_scale, activation, planes=planes, overlap=overlap)
     terms, rows, _ = scratch.q.shape
-    stages = 2 if terms * rows > 64 else 6 if gpu.cc[0] == 9 else 3
-    options: dict[str, Any] = {"splits": splits, "assembly": not INTERPRETED, "stages": stages, "overlap": overlap}
+    step, stages = _split_tile(terms * rows, weight, splits, gpu)
+    options: dict[str, Any] = {"splits": splits, "assembly": not INTERPRETED, "overlap": overlap}
+    options |= {"step": step, "stages": stages}
     matmul_split(scratch.q, scratch.row_scale, weight, bias, out, scratch.partial, **options)
 
 
 def _multiply_blocks(x, weight, bias, activation, gpu, out, scratch, splits) -> None:
-    """NVFP4 codes decoded eight at a time, x rearranged to meet them."""
-    options: dict[str, Any] = {"splits": splits, "assembly": not INTERPRETED, "activation": activation}
-    matmul_blocks(x, scratch.words, weight, bias, out, scratch.partial, overlap=_overlaps(gpu), **options)
+    """NVFP4 codes decoded sixteen at a time, in as many parts of K as `splits`."""
+    options: dict[str, Any] = {"assembly": not INTERPRETED, "hardware_e4m3": _hardware_e4m3(gpu)}
+    crowded = splits * -(-weight.rows // 64) >= 4 * multiprocessor_count(x.device.index or 0)
+    options |= {"tiles": 2 if crowded else 1, "activation": activation, "overlap": _overlaps(gpu)}
+    matmul_blocks(x, scratch.words, weight, bias, out, scratch.partial, **options)
 
 
 def _multiply_decoded(method, x, weight, bias, gpu, out, scratch, splits) -> None:
