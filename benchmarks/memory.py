@@ -153,7 +153,7 @@ def is_finite(path: Path) -> bool | None:
 def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale: Scale) -> Row:
     """Runs one case once on a machine of that size."""
     vram = None if cap is None or scale.tiny else cap * GIB
-    host = None if scale.tiny else case.host * GIB
+    host = None if scale.tiny or case.host is None else case.host * GIB
     made = case.quantize(site.models) if contender.weight_format else []
     if site.files == "disk":
         drop_from_page_cache(case.paths(site.models))
@@ -198,11 +198,6 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
     )
 
 
-def plentiful(case: Case, scale: Scale) -> SmallerMachine:
-    """A machine with all of the GPU and main memory to spare, and told so."""
-    return SmallerMachine(None, None if scale.tiny else case.host * GIB)
-
-
 def measure_growth(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     """Allocated and reserved bytes at the end of each sampling run, beside the third one, as far as time allows."""
     graph = case.graph(scale, MANAGED)
@@ -211,7 +206,7 @@ def measure_growth(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     error = None
     deadline = time.monotonic() + scale.left
     try:
-        with plentiful(case, scale) as machine, run_server(site, MANAGED, scale, machine) as server:
+        with SmallerMachine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
             for seed in range(scale.prompts if case.name == "50_generations" else 1):
                 graph["sample"]["inputs"]["seed"] = seed
                 result = server.run(graph, timeout=max(1.0, deadline - time.monotonic()))
@@ -248,7 +243,7 @@ def measure_overhead(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     error = None
     deadline = time.monotonic() + scale.left
     try:
-        with plentiful(case, scale) as machine, run_server(site, MANAGED, scale, machine) as server:
+        with SmallerMachine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
             for turn in range(1 + scale.pick(4, 2)):
                 for name, contender in names.items():
                     graph = qwen_graph(scale, contender)

@@ -77,7 +77,7 @@ class Case:
     Attributes:
         files: what is read, below the models folder; the first `quantized` of them have a copy in format `auto`.
         vram: GPU sizes to run it at, in GiB; empty leaves the GPU alone.
-        host: main memory, in GiB.
+        host: main memory, in GiB; None leaves it alone.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Case:
     files: tuple[str, ...]
     quantized: int
     vram: tuple[int, ...]
-    host: int
+    host: int | None
 
     def quantize(self, models: Path) -> list[Quantized]:
         """Makes the copies that the loaders' `auto` would make; returns those that were not there."""
@@ -274,15 +274,12 @@ CASES = {
         Case("wan_2_2", write_wan, wan_graph, WAN_FILES, 3, (24, 16), 64),
     )
 }
-PLENTY = 128
-"""Main memory, in GiB, where it is not the point."""
-
 LONG = {
     case.name: case
     for case in (
-        Case("50_generations", write_qwen, qwen_graph, QWEN_FILES, 0, (), PLENTY),
-        Case("infinitetalk", write_talk, talk_graph, TALK_FILES, 0, (), PLENTY),
-        Case("overhead", write_qwen, qwen_graph, QWEN_FILES, 0, (), PLENTY),
+        Case("50_generations", write_qwen, qwen_graph, QWEN_FILES, 0, (), None),
+        Case("infinitetalk", write_talk, talk_graph, TALK_FILES, 0, (), None),
+        Case("overhead", write_qwen, qwen_graph, QWEN_FILES, 0, (), None),
     )
 }
 ALL = CASES | LONG

@@ -148,7 +148,17 @@ def _parents() -> list[Path]:
         folder = Path(tempfile.mkdtemp(prefix="lowbit-cgroup-"))
         subprocess.run(["mount", "-t", "cgroup2", "none", str(folder)], capture_output=True, check=False)
         found = [folder] if "memory" in _words(folder / "cgroup.controllers") else []
-    return [parent for parent in found if not (parent / "cgroup.subtree_control").exists() or _enable(parent)]
+    return [parent for group in found for parent in [*_enabled(group), *_enabled_above(group)]]
+
+
+def _enabled(group: Path) -> list[Path]:
+    """The group, if its children can count memory."""
+    return [group] if not (group / "cgroup.subtree_control").exists() or _enable(group) else []
+
+
+def _enabled_above(group: Path) -> list[Path]:
+    """Groups above it whose children count memory already: one with other processes in it cannot be made to."""
+    return [parent for parent in group.parents if "memory" in _words(parent / "cgroup.subtree_control")]
 
 
 def memory_hierarchies(mounts: str, own: str) -> list[Path]:

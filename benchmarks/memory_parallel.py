@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory_cases import CONTENDERS
 from benchmarks.memory_group import create_group
 
 Entry = tuple[str, ...]
@@ -33,30 +34,28 @@ ROOT = Path(__file__).resolve().parents[1]
 KEYS = {"rows": ("case", "contender", "dynamic_vram", "vram_cap"), "growth": ("case",), "overhead": ("case",)}
 """What tells one entry of a kind from another: the newest of a key stays."""
 
+OVERHEAD = ("--only", "overhead", "--seconds", "480")
+GENERATIONS = ("--only", "50_generations", "--steps", "2", "--seconds", "480")
+TALK = ("--only", "infinitetalk", "--steps", "1", "--seconds", "520")
+WAN = ("--only", "wan_2_2", "--steps", "6", "--caps")
 TINY_QWEN = ("--tiny", "--only", "qwen_image", "--contenders")
 PLANS: dict[str, tuple[tuple[Entry, ...], ...]] = {
     "first": (
-        (
-            ("--write", "qwen_image", "--quantize"),
-            ("--only", "qwen_image", "--caps", "32"),
-            ("--write", "infinitetalk"),
-        ),
-        (("--only", "qwen_image", "--caps", "24"),),
-        (("--only", "qwen_image", "--caps", "16"),),
-        (("--write", "wan_2_2", "--quantize"), ("--only", "wan_2_2", "--caps", "24", "--steps", "6")),
+        (("--write", "qwen_image"), ("--only", "qwen_image", "--caps", "32"), OVERHEAD),
+        (("--write", "infinitetalk"), ("--only", "qwen_image", "--caps", "24"), GENERATIONS),
+        (("--only", "qwen_image", "--caps", "16"), TALK),
+        (("--write", "wan_2_2", "qwen_image", "--quantize"), (*WAN, "24"), (*WAN, "16")),
     ),
-    "second": (
-        (("--only", "50_generations", "--steps", "4", "--seconds", "480"),),
-        (("--only", "infinitetalk", "--steps", "2", "--seconds", "520"),),
-        (("--only", "overhead", "--seconds", "480"),),
-        (("--only", "wan_2_2", "--caps", "16", "--steps", "6"),),
-    ),
+    "second": ((OVERHEAD,), (GENERATIONS,), (TALK,), ((*WAN, "16"), (*WAN, "24"))),
     "tiny": (
         (("--tiny", "--write", "qwen_image", "--quantize"), (*TINY_QWEN, "stock ComfyUI")),
         ((*TINY_QWEN, "memory manager, format auto"),),
     ),
 }
-"""Queues of each plan, the first for GPU 0: what one entry writes, those of other queues wait for."""
+"""Queues of each plan, the first for GPU 0: what one entry writes, those of other queues wait for.
+
+"second" goes on where "first" ran out of time.
+"""
 
 FILL = """
 import sys, time
@@ -89,6 +88,9 @@ class Queue:
     def run(self) -> None:
         """Runs every entry for which there is time."""
         for index, entry in enumerate(self.entries):
+            if is_done(entry, (self.work / "parts").glob("*.json")):
+                self.say(f"has {' '.join(entry)} already")
+                continue
             left = self.deadline - time.monotonic()
             if left < GRACE:
                 self.say(f"no time left for {' '.join(entry)}")
@@ -125,6 +127,18 @@ class Queue:
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, how)
+
+
+def is_done(entry: Entry, parts: Iterable[Path]) -> bool:
+    """Whether a growth or overhead measurement has been made, or a cap's row with every contender."""
+    if "--write" in entry or "--tiny" in entry:
+        return False
+    found = merge(parts)
+    case = entry[entry.index("--only") + 1]
+    if "--caps" not in entry:
+        return any(one["case"] == case and not one["error"] for kind in ("growth", "overhead") for one in found[kind])
+    cap = int(entry[entry.index("--caps") + 1]) << 30
+    return sum(row["case"] == case and row["vram_cap"] == cap for row in found["rows"]) == len(CONTENDERS)
 
 
 def run_plan(queues: Sequence[Queue], deadline: float) -> None:

@@ -18,6 +18,9 @@ from benchmarks.memory_group import MemoryGroup, create_group, launcher
 from lowbit.memory.devices import available_host_bytes
 
 GIB = 1 << 30
+MOST_HELD = 128 * GIB
+"""Main memory that a process may hold to make a machine smaller: a virtual machine takes minutes to hand out more."""
+
 _BLOCK = 1 << 28
 
 _HOLD_HOST = """
@@ -68,6 +71,8 @@ class SmallerMachine:
             self.launcher, self.host_cap_by = launcher(self.group, host), "cgroup"
             return
         left = max(0, available_host_bytes() - host)
+        if left > MOST_HELD:
+            raise RuntimeError(f"no cgroup can cap main memory here, and {left / GIB:.0f} GiB are too much to hold")
         self._holder = subprocess.Popen(
             [sys.executable, "-c", _HOLD_HOST, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

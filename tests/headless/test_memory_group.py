@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import memory_group
+from benchmarks import memory_group, memory_rig
 from benchmarks.memory_group import MemoryGroup, create_group, launcher, limited_memory, memory_hierarchies
 
 GIB = 1 << 30
@@ -78,6 +78,23 @@ def test_the_hierarchy_that_counts_memory_is_found(tmp_path):
     assert memory_hierarchies(mounts, "4:memory:/elsewhere\n0::/\n") == [one, two]
     (two / "cgroup.controllers").write_text("cpu\n")
     assert memory_hierarchies(mounts, own) == [one / "user" / "shell"]
+
+
+def test_a_group_above_serves_where_ours_has_processes_of_others(tmp_path, monkeypatch):
+    """cgroup v2 gives children of a group with processes no memory controller, but those of its parent may have it."""
+    own = tmp_path / "shells" / "one"
+    own.mkdir(parents=True)
+    (tmp_path / "cgroup.subtree_control").write_text("cpu memory\n")
+    (tmp_path / "shells" / "cgroup.subtree_control").write_text("cpu\n")
+    (own / "cgroup.subtree_control").mkdir()  # cannot be written
+    monkeypatch.setattr(memory_group, "memory_hierarchies", lambda *_: [own])
+    assert memory_group._parents() == [tmp_path]
+
+
+def test_more_than_can_be_held_is_refused(monkeypatch):
+    monkeypatch.setattr(memory_rig, "available_host_bytes", lambda: 400 * memory_rig.GIB)
+    with pytest.raises(RuntimeError, match="too much to hold"):
+        memory_rig.SmallerMachine(None, 60 * memory_rig.GIB, group=lambda nbytes: None)
 
 
 def test_without_a_place_for_groups_there_is_none(tmp_path, monkeypatch):
