@@ -16,6 +16,9 @@ if sys.dont_write_bytecode:
     # Or each of the many processes (ComfyUI's, the command line's) would compile PyTorch's sources anew, for 8 seconds.
     sys.dont_write_bytecode, sys.pycache_prefix = False, str(TESTS.parent / ".pytest_cache" / "bytecode")
     os.environ |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": sys.pycache_prefix}
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Threads that wait for each other's core took half as much time again.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 import torch  # noqa: E402
 
