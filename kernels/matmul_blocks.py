@@ -107,34 +107,37 @@ def _words_of_rows_kernel(
 
 
 @triton.jit
-def _column(x, j: tl.constexpr, stride_column, word, live, K: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Column j of every word of x, (words, m); zeros beyond K and where not `live`."""
-    value = tl.load(x + j * stride_column, mask=(word * 16 + j < K)[:, None] & live, other=0.0)
+def _column(x, j: tl.constexpr, stride_column, word, K: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Column j of every word of x, (words, m); MASKED: some lie beyond K, and are zeros."""
+    if MASKED:
+        value = tl.load(x + j * stride_column, mask=(word * 16 + j < K)[:, None], other=0.0)
+    else:
+        value = tl.load(x + j * stride_column)
     if ACTIVATION is not None:
         value = _activate(value.to(tl.float32), ACTIVATION).to(value.dtype)
     return value
 
 
 @triton.jit
-def _columns(x, stride_column, word, live, K: tl.constexpr, ACTIVATION: tl.constexpr):
+def _columns(x, stride_column, word, K: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
     """All 16 of them."""
     return (
-        _column(x, 0, stride_column, word, live, K, ACTIVATION),
-        _column(x, 1, stride_column, word, live, K, ACTIVATION),
-        _column(x, 2, stride_column, word, live, K, ACTIVATION),
-        _column(x, 3, stride_column, word, live, K, ACTIVATION),
-        _column(x, 4, stride_column, word, live, K, ACTIVATION),
-        _column(x, 5, stride_column, word, live, K, ACTIVATION),
-        _column(x, 6, stride_column, word, live, K, ACTIVATION),
-        _column(x, 7, stride_column, word, live, K, ACTIVATION),
-        _column(x, 8, stride_column, word, live, K, ACTIVATION),
-        _column(x, 9, stride_column, word, live, K, ACTIVATION),
-        _column(x, 10, stride_column, word, live, K, ACTIVATION),
-        _column(x, 11, stride_column, word, live, K, ACTIVATION),
-        _column(x, 12, stride_column, word, live, K, ACTIVATION),
-        _column(x, 13, stride_column, word, live, K, ACTIVATION),
-        _column(x, 14, stride_column, word, live, K, ACTIVATION),
-        _column(x, 15, stride_column, word, live, K, ACTIVATION),
+        _column(x, 0, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 1, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 2, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 3, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 4, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 5, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 6, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 7, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 8, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 9, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 10, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 11, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 12, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 13, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 14, stride_column, word, K, MASKED, ACTIVATION),
+        _column(x, 15, stride_column, word, K, MASKED, ACTIVATION),
     )
 
 
@@ -152,6 +155,7 @@ def _matmul_blocks_kernel(
     stride_wn,
     tiles_per_row,
     K: tl.constexpr,
+    MASKED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -164,7 +168,7 @@ def _matmul_blocks_kernel(
     """Partial products (K / (16 x WORDS), M, N) in float32, without scale and bias; stride_wn counts words.
 
     A program holds its part of x and goes over TILES x BLOCK_N rows of the weight. x is (M, K / 16, 16) by any strides;
-    WAITS: made by a kernel that may still run.
+    MASKED: its last part goes beyond K; WAITS: it is made by a kernel that may still run.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TOTAL: tl.constexpr = (K + 15) // 16
@@ -175,7 +179,7 @@ def _matmul_blocks_kernel(
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :] * stride_xm + word[:, None] * stride_word
-    x = _columns(first, stride_column, word, (m < M)[None, :], K, ACTIVATION)
+    x = _columns(first, stride_column, word, K, MASKED, ACTIVATION)
     out_row = out_ptr + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N
     for tile in range(TILES):
         n = (tl.program_id(0) * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -266,6 +270,7 @@ def matmul_blocks(
     """
     rows, columns = x.shape
     strides = x.stride(0), 16 * x.stride(1), x.stride(1)
+    masked = words is None and columns % (16 * WORDS_PER_PART) != 0
     if words is not None:
         _words_of_rows(x, words, activation, overlap)
         x, activation, strides = words, None, (words.stride(1), 1, words.stride(0))
@@ -287,6 +292,7 @@ def matmul_blocks(
         ),
         {
             "K": columns,
+            "MASKED": masked,
             "ACTIVATION": activation,
             "ASSEMBLY": assembly,
             "BLOCK_M": block_m,
