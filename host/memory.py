@@ -10,8 +10,8 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ..memory.policies import Settings
 from .memory_decoding import manage_vae
 from .memory_encoding import manage_clip
+from .memory_release import take_over
 from .memory_sampling import KEY, SamplingHooks
-from .memory_session import session
 
 
 def manage(
@@ -26,7 +26,7 @@ def manage(
         settings: the node's choices.
         node_id: of the manager node, for the meter.
     """
-    session().manage(node_id, settings.limit_bytes)
+    take_over(node_id, settings.limit_bytes)
     managed, hooks = model.clone(), SamplingHooks(settings, node_id)
     wrappers: dict[str, Callable[..., Any]] = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,

@@ -11,6 +11,7 @@ from ..errors import MemoryBudgetError
 from ..memory.decisions import Tiles, plan_tiles, smaller
 from ..memory.policies import Settings
 from .memory_encoding import managed_class
+from .memory_release import take_over
 from .memory_room import again_after_oom, clear_out, make_way, raise_other, reachable_room
 from .memory_session import session
 
@@ -91,7 +92,7 @@ class ManagedVAE:
 
     def _begin(self, phase: str, working: float) -> None:
         settings, node_id = self._lowbit_memory
-        session().manage(node_id, settings.limit_bytes)
+        take_over(node_id, settings.limit_bytes)
         if self.device.type == "cpu" and session().device.torch_device.type != "cpu":
             session().say("The VAE works on the CPU, where --cpu-vae or a node has put it: that takes minutes.")
         make_way(settings.row.release_before_decode, self.patcher, working, what=f"the VAE to {phase}")

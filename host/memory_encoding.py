@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..memory.policies import Settings
+from .memory_release import take_over
 from .memory_room import again_after_oom, clear_out, make_way
 from .memory_session import session
 
@@ -24,7 +25,7 @@ class ManagedClip:
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Core's load, after making way for it."""
         settings, node_id = self._lowbit_memory
-        session().manage(node_id, settings.limit_bytes)
+        take_over(node_id, settings.limit_bytes)
         make_way(settings.row.release_before_sampling, self.patcher, 0, what="the text encoder")
         session().observe("load")
         out = super().load_model(*args, **kwargs)  # type: ignore[misc]

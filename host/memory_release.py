@@ -8,7 +8,7 @@ from typing import Any
 
 import comfy.model_management
 
-from ..memory.components import SCRATCH
+from ..memory.components import MODELS, SCRATCH
 from ..ops.linear import release_scratch
 from .memory_components import component_of, loaded_patchers, resident
 from .memory_session import session, where
@@ -72,6 +72,23 @@ def release(
         ledger.released(where()[1], released.names, reason, freed)
         current.observe("release")
     return released
+
+
+def take_over(node_id: str | None, limit: int | None) -> None:
+    """The manager node `node_id` has the prompt from here on; what is loaded beyond its limit leaves before anything else.
+
+    Args:
+        node_id: of the manager node, for the meter.
+        limit: bytes of the device that the prompt may use, or None.
+    """
+    current = session()
+    current.manage(node_id, limit)
+    limit = current.limit.nbytes
+    # PyTorch refuses every allocation past the limit, core's smallest ones too, which nothing makes room for.
+    if limit is not None and current.device.read().reserved > limit:
+        current.device.clear()
+        if current.device.read().allocated > limit:
+            release((*MODELS, SCRATCH), "more was loaded than the limit allows")
 
 
 def runs_here(patcher: Any) -> bool:

@@ -13,6 +13,7 @@ import comfy.sampler_helpers
 from ..memory.decisions import PassDemand, clears_now, runs_one_at_a_time
 from ..memory.policies import AUTO, EVERY, OFF, ON, Settings
 from .memory_preflight import check_sampling
+from .memory_release import take_over
 from .memory_room import again_after_oom, clear_out, make_way, shrink
 from .memory_session import session, where
 
@@ -29,6 +30,8 @@ class SamplingHooks:
         self._one_at_a_time: dict[Any, bool] = {}
         self._forced = False
         self._step = (0, 0)
+        self._cleared = False
+        self._returning = 0
 
     def __deepcopy__(self, memo: dict) -> SamplingHooks:
         """Clones for other GPUs share the settings and the run."""
@@ -39,8 +42,9 @@ class SamplingHooks:
         self._one_at_a_time.clear()
         self._forced = False
         self._step = (0, 0)
+        self._cleared, self._returning = False, 0
         patcher = executor.class_obj.model_patcher  # type: ignore[attr-defined]
-        session().manage(self.node_id, self.settings.limit_bytes)
+        take_over(self.node_id, self.settings.limit_bytes)
         out = executor(*args, **kwargs)
         sample = session().observe("sampled")
         session().passed((type(patcher.model).__name__, tuple(args[0].shape), "sampled"), sample, thorough=True)
@@ -160,9 +164,13 @@ class SamplingHooks:
         budget = current.limit.budget_at(reading)
         room = budget - reading.reserved
         fraction = settings.row.clearing_fraction
-        if clears_now(settings.step_clearing, settings.every, step, reading, room, budget, fraction):
+        if self._cleared:
+            self._cleared, self._returning = False, max(self._returning, reading.idle)
+        choice, every = settings.step_clearing, settings.every
+        if clears_now(choice, every, step, reading, room, budget, fraction, self._returning):
             began = time.perf_counter()
             current.device.clear()
+            self._cleared = True
             current.ledger.run.clearings += 1
             current.ledger.run.clearing_seconds += time.perf_counter() - began
 

@@ -12,7 +12,9 @@ LEAST_CLEARED = 256 << 20
 """Less than this is never worth a clearing between steps."""
 
 
-def clears_now(choice: str, every: int, step: int, reading: Reading, room: int, budget: int, fraction: float) -> bool:
+def clears_now(
+    choice: str, every: int, step: int, reading: Reading, room: int, budget: int, fraction: float, returning: int = 0
+) -> bool:
     """Whether to give idle memory back after a step.
 
     Args:
@@ -23,12 +25,13 @@ def clears_now(choice: str, every: int, step: int, reading: Reading, room: int, 
         room: bytes within the budget that are not even reserved.
         budget: bytes that may be used in all.
         fraction: the policy's `clearing_fraction`.
+        returning: idle bytes that were there again a step after a clearing: what each step takes anyway.
     """
     if choice == EVERY:
         return step % every == 0
     threshold = max(LEAST_CLEARED, fraction * budget)
     # Idle memory harms nobody while there is room: giving it back would only make the next step ask for it again.
-    return choice == AUTO and reading.idle > threshold and room < threshold
+    return choice == AUTO and reading.idle - returning > threshold and room < threshold
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,25 @@ def test_without_a_gpu_nothing_is_limited(host, device):
     assert limit.nbytes is None
 
 
+def test_what_is_loaded_beyond_a_new_limit_leaves_at_once(host, device, loaded):
+    """PyTorch's allocator then refuses 16 bytes, before any room is made."""
+    host.release.take_over("7", 20 * GIB)
+    assert all(patcher.loaded for patcher in loaded.values())
+    host.release.take_over("7", 3 * GIB)
+    assert not any(patcher.loaded for patcher in loaded.values())
+    (entry,) = host.session.session().ledger.run.releases
+    assert "limit" in entry.reason
+
+
+def test_idle_memory_beyond_a_new_limit_goes_and_models_stay(host, device, loaded, monkeypatch):
+    held = [8 * GIB]
+    monkeypatch.setattr(device, "clear", lambda: held.pop())
+    monkeypatch.setattr(device, "read", lambda: host.Reading(10 * GIB, 10 * GIB + sum(held), 0, GIB))
+    host.release.take_over("7", 12 * GIB)
+    assert all(patcher.loaded for patcher in loaded.values())
+    assert not held
+
+
 def test_budget_and_room(host, device):
     device.allocated, device.reserved = 4 * GIB, 6 * GIB
     limit = host.limit.VramLimit(device)
@@ -497,3 +516,18 @@ def test_a_managed_class_is_made_once_and_is_still_cores(host):
     assert issubclass(first, Core)
     assert host.encoding.managed_class(Core, host.encoding.ManagedClip) is first
     assert host.encoding.managed_class(first, host.encoding.ManagedClip) is first
+
+
+# --- clearing between steps
+
+
+def test_clearing_learns_what_each_step_takes_again(host, device):
+    """Steps of Wan 14B on a 16 GiB card gave gigabytes back, each only to ask for them again in the next."""
+    hook = hooks(host)
+    cleared = []
+    for step, (allocated, idle) in enumerate(((12, 8), (12, 8), (12, 9), (4, 18), (4, 18)), start=1):
+        device.allocated, device.reserved = allocated * GIB, (allocated + idle) * GIB
+        before = device.cleared
+        hook._clear_if_due(step)
+        cleared.append(device.cleared > before)
+    assert cleared == [True, False, False, True, False]

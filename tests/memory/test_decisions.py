@@ -35,6 +35,11 @@ def test_automatic_clearing_needs_idle_memory_and_little_room(idle, room, clears
     assert clears_now(AUTO, 1, 1, reading(idle), room * GIB, 16 * GIB, 0.25) is clears
 
 
+@pytest.mark.parametrize(("returning", "clears"), [(0, True), (5, False), (1.5, False), (0.5, True)])
+def test_automatic_clearing_leaves_what_each_step_takes_again(returning, clears):
+    assert clears_now(AUTO, 1, 1, reading(5), GIB, 16 * GIB, 0.25, int(returning * GIB)) is clears
+
+
 def test_automatic_clearing_never_bothers_with_little():
     little = Reading(0, LEAST_CLEARED, 0, None)
     assert not clears_now(AUTO, 1, 1, little, 0, GIB, 0.0)
