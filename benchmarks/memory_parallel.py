@@ -168,8 +168,8 @@ def merge(parts: Iterable[Path]) -> dict[str, Any]:
     return found | {kind: list(found[kind].values()) for kind in KEYS}
 
 
-def write_merged(parts: Iterable[Path], out: Path) -> None:
-    """Merges what can be read; a part that its process was writing when it was killed cannot."""
+def write_merged(parts: Iterable[Path], out: Path, touched: int = 0) -> None:
+    """Merges what can be read; a part that its process was writing when it was killed cannot. `touched`: GiB, by --fill."""
     readable = []
     for path in parts:
         try:
@@ -178,7 +178,9 @@ def write_merged(parts: Iterable[Path], out: Path) -> None:
         except (OSError, ValueError):
             print(f"{path} cannot be read", flush=True)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(merge(readable), indent=1))
+    merged = merge(readable)
+    merged["environment"] |= {"memory_touched_gib": touched} if touched else {}
+    out.write_text(json.dumps(merged, indent=1))
     print(f"{out}: {len(readable)} parts", flush=True)
 
 
@@ -237,7 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
         default="auto",
         help=f"see benchmarks.memory; auto: from the disk where it gives {COLD_RATE} GB/s",
     )
-    parser.add_argument("--fill", type=int, default=0, help="GiB of main memory to touch first, in a virtual machine")
+    parser.add_argument(
+        "--fill", type=int, default=0, help="GiB of main memory to touch first: without it no load times are shown"
+    )
     options = parser.parse_args(arguments)
     if options.fill:
         fill_memory(options.fill)
@@ -258,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         common = ("--files", files)
         queues = [Queue(gpu, entries, work, common, deadline - GRACE) for gpu, entries in enumerate(PLANS[name])]
         run_plan(queues, deadline)
-    write_merged(sorted((work / "parts").glob("*.json")), options.out)
+    write_merged(sorted((work / "parts").glob("*.json")), options.out, options.fill)
     return 0
 
 
