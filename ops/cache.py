@@ -132,10 +132,12 @@ def _sweep_abandoned(folder: Path) -> None:
 def _remove_outdated(current: Path, recipe: str, started: float) -> None:
     """Remove what the same recipe made of an earlier content of the same source, or by an earlier quantizer.
 
-    What another process made after this one began may be of a later content, and is left.
+    What another process made after this one began may be of a later content, and is left. The same recipe of the same
+    source has the same name but for the content, so that no other file needs to be opened.
     """
+    same = current.name.rsplit(".", 2)[0] + "."
     for other in current.parent.glob("*.safetensors"):
-        if other == current or not _OWN_NAME.match(other.name):
+        if other == current or not other.name.startswith(same) or not _OWN_NAME.match(other.name):
             continue
         with contextlib.suppress(OSError, CheckpointError):
             if other.stat().st_mtime < started and _is_outdated(open_checkpoint(other).metadata, recipe):
