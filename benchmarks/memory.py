@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, STOCK, Case, Contender, Scale, qwen_graph
-from benchmarks.memory_files import drop_from_page_cache
+from benchmarks.memory_files import CACHE, drop_from_page_cache, quantize_all
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
 from benchmarks.timing import environment
 from demo import comfyui, graphs
@@ -322,8 +322,9 @@ def write_only(options: argparse.Namespace, scale: Scale) -> None:
         started = time.monotonic()
         ALL[name].write(models, scale)
         print(json.dumps({"written": name, "seconds": round(time.monotonic() - started, 1)}), flush=True)
-        for copy in ALL[name].quantize(models) if options.quantize else ():
-            print(json.dumps({"quantized": asdict(copy)}), flush=True)
+    sources = [models / file for name in options.write for file in ALL[name].files[: ALL[name].quantized]]
+    for copy in quantize_all(sources, models / CACHE) if options.quantize else ():
+        print(json.dumps({"quantized": asdict(copy)}), flush=True)
 
 
 def read_options(arguments: list[str] | None) -> argparse.Namespace:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory_files import CACHE, Quantized, quantize, second_name, write_checkpoint
+from benchmarks.memory_files import CACHE, Quantized, quantize_all, second_name, write_checkpoint
 from demo import graphs, tiny
 from demo.tiny import infinitetalk, qwen_image, text_encoders, vae, wan
 
@@ -90,8 +90,7 @@ class Case:
 
     def quantize(self, models: Path) -> list[Quantized]:
         """Makes the copies that the loaders' `auto` would make; returns those that were not there."""
-        made = [quantize(models / name, models / CACHE) for name in self.files[: self.quantized]]
-        return [copy for copy in made if copy is not None]
+        return quantize_all([models / name for name in self.files[: self.quantized]], models / CACHE)
 
     def paths(self, models: Path) -> list[Path]:
         """Every file that a contender reads, as far as it is there."""

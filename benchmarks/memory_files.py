@@ -42,6 +42,17 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def is_taken(path: Path) -> bool:
+    """Whether another process is `alone` with the file now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def write_checkpoint(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -152,7 +163,7 @@ def quantize(path: Path, cache: Path) -> Quantized | None:
         return None
     plan = make_plan(checkpoint, find_format(name), rules, named=False)
     target = cached_path(checkpoint, plan, cache)
-    with alone(target):
+    with alone(cache / path.name):
         if target.exists():
             return None
         started = time.monotonic()
@@ -161,6 +172,18 @@ def quantize(path: Path, cache: Path) -> Quantized | None:
         if where == "cuda":
             torch.cuda.empty_cache()
         return Quantized(path.name, name, time.monotonic() - started, made.stat().st_size)
+
+
+def quantize_all(paths: Iterable[Path], cache: Path) -> list[Quantized]:
+    """`quantize` for each file, those last that another process is at: several share the work. Returns what this one made."""
+    waiting, made = [], []
+    for path in paths:
+        if is_taken(cache / path.name):
+            waiting.append(path)
+        else:
+            made.append(quantize(path, cache))
+    made += [quantize(path, cache) for path in waiting]
+    return [copy for copy in made if copy is not None]
 
 
 def drop_from_page_cache(files: Iterable[Path]) -> None:

@@ -41,10 +41,15 @@ WAN = ("--only", "wan_2_2", "--steps", "6", "--caps")
 TINY_QWEN = ("--tiny", "--only", "qwen_image", "--contenders")
 PLANS: dict[str, tuple[tuple[Entry, ...], ...]] = {
     "first": (
-        (("--write", "qwen_image"), ("--only", "qwen_image", "--caps", "32"), OVERHEAD),
-        (("--write", "infinitetalk"), ("--only", "qwen_image", "--caps", "24"), GENERATIONS),
-        (("--only", "qwen_image", "--caps", "16"), TALK),
-        (("--write", "wan_2_2", "qwen_image", "--quantize"), (*WAN, "24"), (*WAN, "16")),
+        (("--write", "qwen_image", "wan_2_2", "--quantize"), ("--only", "qwen_image", "--caps", "32"), (*WAN, "16")),
+        (("--write", "wan_2_2", "qwen_image", "--quantize"), ("--only", "qwen_image", "--caps", "24"), GENERATIONS),
+        (
+            ("--write", "infinitetalk"),
+            ("--write", "qwen_image", "wan_2_2", "--quantize"),
+            ("--only", "qwen_image", "--caps", "16"),
+            OVERHEAD,
+        ),
+        (("--write", "wan_2_2", "qwen_image", "--quantize"), (*WAN, "24"), TALK),
     ),
     "second": ((OVERHEAD,), (GENERATIONS,), (TALK,), ((*WAN, "16"), (*WAN, "24"))),
     "tiny": (

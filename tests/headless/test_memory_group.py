@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import memory_group, memory_rig
+from benchmarks import memory_files, memory_group, memory_rig
 from benchmarks.memory_group import MemoryGroup, create_group, launcher, limited_memory, memory_hierarchies
 
 GIB = 1 << 30
@@ -120,3 +120,13 @@ def test_a_launched_program_is_in_the_group_and_finds_its_own_modules(group, tmp
         str(Path(folder).resolve()),
     ]
     assert int((group.folder / "cgroup.procs").read_text()) > 0
+
+
+def test_a_file_that_another_process_makes_comes_last(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(memory_files, "quantize", lambda path, cache: made.append(path.name))
+    with memory_files.alone(tmp_path / "one"):
+        assert memory_files.is_taken(tmp_path / "one")
+        assert not memory_files.is_taken(tmp_path / "two")
+        memory_files.quantize_all([Path("one"), Path("two")], tmp_path)
+    assert made == ["two", "one"]
