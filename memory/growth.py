@@ -50,12 +50,13 @@ class Sentinel:
     """Remembers each phase's third passing and reports later ones that take more.
 
     Args:
-        slack: bytes of growth that are noise in any case.
+        slack: bytes of growth in use that are noise in any case.
+        idle_slack: the same for what is reserved and not used, which comes and goes by the allocator's segments.
         most_phases: how many phases are remembered; the oldest are forgotten.
     """
 
-    def __init__(self, slack: int = 16 << 20, most_phases: int = 256):
-        self.slack = slack
+    def __init__(self, slack: int = 16 << 20, idle_slack: int = 256 << 20, most_phases: int = 256):
+        self.slack, self.idle_slack = slack, max(slack, idle_slack)
         self._most = most_phases
         self._phases: dict[Hashable, _Passed] = {}
 
@@ -78,10 +79,11 @@ class Sentinel:
         if passed.times <= WARM_UP + 1:
             passed.counted, passed.used, passed.idle = passed.times, used, idle
             return None
-        allowed = max(self.slack, TOLERANCE * (passed.used + passed.idle))
-        if used + idle <= passed.used + passed.idle + allowed:
-            return None
         before = passed.used + passed.idle
+        in_use = used - passed.used > max(self.slack, TOLERANCE * passed.used)
+        in_all = used + idle - before > max(self.slack if in_use else self.idle_slack, TOLERANCE * before)
+        if not in_all:
+            return None
         growth = Growth(phase, passed.times, passed.counted, before, used + idle, max(0, idle - passed.idle))
         passed.counted, passed.used, passed.idle = passed.times, used, idle
         return growth

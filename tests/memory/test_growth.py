@@ -46,8 +46,16 @@ def test_memory_that_is_reserved_and_not_used_counts_and_is_told_apart():
     sentinel = Sentinel()
     for _ in range(3):
         sentinel.mark("x", 100 * MIB, 0)
-    growth = sentinel.mark("x", 100 * MIB, 200 * MIB)
-    assert growth.nbytes == growth.idle == 200 * MIB
+    growth = sentinel.mark("x", 100 * MIB, 300 * MIB)
+    assert growth.nbytes == growth.idle == 300 * MIB
+
+
+def test_segments_that_the_allocator_keeps_now_and_then_are_noise():
+    """Fifty generations of Qwen-Image on an H200 went up and down by 32 to 96 MiB of idle memory."""
+    sentinel = Sentinel()
+    for idle in (0, 0, 0, 64, 96, 32, 200):
+        assert sentinel.mark("x", 100 * MIB, idle * MIB) is None
+    assert sentinel.mark("x", 100 * MIB, 257 * MIB) is not None
 
 
 def test_phases_do_not_mix():
