@@ -1,0 +1,93 @@
+"""The README's section on memory, from what benchmarks/memory.py measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.markdown import table
+
+MEMORY_TITLES = {
+    "qwen_image": "Qwen-Image, 1328x1328",
+    "wan_2_2": "Wan 2.2 14B, 832x480x81",
+    "50_generations": "Qwen-Image, one generation after the other",
+    "infinitetalk": "InfiniteTalk, one window after the other",
+}
+MEMORY_NOT_RUN = """It was tested in headless ComfyUI on the CPU, with a stand-in for the GPU's counters, and **not yet on a GPU**:
+`benchmarks/memory.py` measures Qwen-Image and Wan 2.2 under VRAM and RAM caps beside stock ComfyUI, and has not run."""
+
+
+def memory(result: dict[str, Any] | None) -> str:
+    """ComfyUI on a smaller machine, with and without the manager; growth; what the manager costs. `result`: memory.json."""
+    if result is None:
+        return MEMORY_NOT_RUN
+    order = list(MEMORY_TITLES)
+    measured = sorted(result["rows"], key=lambda row: (order.index(row["case"]), -(row["vram_cap"] or 0)))
+    header = ("", "VRAM", "", "", "peak VRAM", "peak RAM", "s/step", "load, s", "total, s")
+    # Whoever runs first in a virtual machine that has not been given its memory yet loads longer for it.
+    shown = len(header) if result["environment"].get("memory_touched_gib") else -2
+    parts = [memory_caption(result), table(header[:shown], [memory_row(row)[:shown] for row in measured])]
+    if shown < 0:
+        parts.append(
+            "Load times are left out: the virtual machine was still being given its memory, at the first one's cost."
+        )
+    grown = [(MEMORY_TITLES[entry["case"]], entry["runs"], *memory_growth(entry)) for entry in result["growth"]]
+    if grown:
+        parts.append(table(("the most after the third run, beside it", "runs", "allocated", "reserved", ""), grown))
+    parts += [memory_overhead(entry) for entry in result["overhead"]]
+    return "\n\n".join(parts)
+
+
+def memory_caption(result: dict[str, Any]) -> str:
+    """On what and how the rows were measured."""
+    facts, rows = result["environment"], result["rows"]
+    caps = sorted({(MEMORY_TITLES[r["case"]].split(",")[0], r["host_cap"]) for r in rows if r["host_cap"]})
+    hosts = ", ".join(f"{name} {cap / 2**30:.0f} GiB" for name, cap in caps)
+    by = {"cgroup": "by a cgroup that ComfyUI is told of", "holder": "by a process that holds the rest"}
+    ways = " or ".join(by[way] for way in dict.fromkeys(r["host_cap_by"] for r in rows if r["host_cap_by"]))
+    steps = ", ".join(
+        f"{MEMORY_TITLES[c].split(',')[0]} {n}" for c, n in dict.fromkeys((r["case"], r["steps"]) for r in rows)
+    )
+    cold = all(row["files"] == "disk" for row in rows)
+    return (
+        f"{facts['gpu']}, torch {facts['torch']}, ComfyUI {facts['comfyui']}, comfy-aimdo {facts['comfy-aimdo']} "
+        f"(`memory.json`): real dimensions, random weights. The card is filled up to the VRAM given, CUDA's own context "
+        f"inside it; main memory is capped at {hosts}, {ways}. Steps: {steps}. Several rows ran beside each other, each on a GPU "
+        f"of its own, sharing processor and disk; files were {'read from the disk' if cold else 'in the page cache, which the cap does not count'}; "
+        "Wan's two models are one file under two names. Peak RAM leaves out the page cache."
+    )
+
+
+def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
+    """One contender under one cap; where it failed, how."""
+    usage, number = row["usage"], "{:.1f}".format
+    ram = usage["anonymous"] if usage["unreclaimable"] is None else usage["unreclaimable"]
+    times = (row["seconds_per_step"], row["load_seconds"], row["total_seconds"] if row["completed"] else None)
+    return (
+        MEMORY_TITLES[row["case"]],
+        f"{row['vram_cap'] / 2**30:.0f} GiB" if row["vram_cap"] else "all",
+        row["contender"],
+        ("completed" if row["finite"] is not False else "completed, but not with numbers")
+        if row["completed"]
+        else f"**failed**: {row['error'][:120].replace('|', '/')}",
+        *("" if size is None else f"{size / 2**30:.1f} GiB" for size in (usage["vram"], ram)),
+        *("" if time is None else number(time) if time >= 10 else f"{time:.2f}" for time in times),
+    )
+
+
+def memory_growth(entry: dict[str, Any]) -> tuple[str, str, str]:
+    """Allocated and reserved beside the third run, and what ended it early."""
+    growth = entry["growth_over_third"] or {}
+    cells = [f"{100 * growth[key]:+.2f} %" if key in growth else "" for key in ("allocated", "reserved")]
+    return cells[0], cells[1], (entry["error"] or "")[:120].replace("|", "/")
+
+
+def memory_overhead(entry: dict[str, Any]) -> str:
+    """What `auto` costs per step where memory is plentiful."""
+    if entry["slower_by"] is None:
+        return f"What the manager costs with memory to spare was not measured: {entry['error']}"
+    best = {name: min(values) for name, values in entry["seconds_per_step"].items()}
+    plain, managed = best["no manager"], best["manager, auto"]
+    return (
+        f"With memory to spare a Qwen-Image step took {plain:.3f} s without a manager and {managed:.3f} s with one on `auto`: "
+        f"{100 * entry['slower_by']:+.2f} %."
+    )
