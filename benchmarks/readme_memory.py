@@ -30,9 +30,14 @@ def memory(result: dict[str, Any] | None) -> str:
         parts.append(
             "Load times are left out: the virtual machine was still being given its memory, at the first one's cost."
         )
-    grown = [(MEMORY_TITLES[entry["case"]], entry["runs"], *memory_growth(entry)) for entry in result["growth"]]
+    grown = [
+        (MEMORY_TITLES[entry["case"]], entry["runs"], entry["steps"], *memory_growth(entry))
+        for entry in result["growth"]
+    ]
     if grown:
-        parts.append(table(("the most after the third run, beside it", "runs", "allocated", "reserved", ""), grown))
+        header = ("the most after the third run, beside it", "runs", "steps each", "allocated", "reserved", "RAM", "")
+        parts.append(table(header, grown))
+        parts += [window_frames(entry) for entry in result["growth"] if entry["case"] == "infinitetalk"]
     parts += [memory_overhead(entry) for entry in result["overhead"]]
     return "\n\n".join(parts)
 
@@ -53,7 +58,8 @@ def memory_caption(result: dict[str, Any]) -> str:
         f"(`memory.json`): real dimensions, random weights. The card is filled up to the VRAM given, CUDA's own context "
         f"inside it; main memory is capped at {hosts}, {ways}. Steps: {steps}. Several rows ran beside each other, each on a GPU "
         f"of its own, sharing processor and disk; files were {'read from the disk' if cold else 'in the page cache, which the cap does not count'}; "
-        "Wan's two models are one file under two names. Peak RAM leaves out the page cache."
+        "Wan's two models are one file under two names; the copies in format `auto` were made beforehand. Peaks are the most of ten "
+        "looks a second; peak RAM leaves out the page cache."
     )
 
 
@@ -74,11 +80,23 @@ def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def memory_growth(entry: dict[str, Any]) -> tuple[str, str, str]:
-    """Allocated and reserved beside the third run, and what ended it early."""
-    growth = entry["growth_over_third"] or {}
-    cells = [f"{100 * growth[key]:+.2f} %" if key in growth else "" for key in ("allocated", "reserved")]
-    return cells[0], cells[1], (entry["error"] or "")[:120].replace("|", "/")
+def memory_growth(entry: dict[str, Any]) -> tuple[str, ...]:
+    """Allocated, reserved and main memory beside the third run, and what ended it early."""
+    growth, measured = entry["growth_over_third"] or {}, ("allocated", "reserved", "host_resident")
+    cells = [f"{100 * growth[key]:+.2f} %" if key in growth else "" for key in measured]
+    return *cells, (entry["error"] or "")[:120].replace("|", "/")
+
+
+def window_frames(entry: dict[str, Any]) -> str:
+    """Why main memory grows where one graph makes all windows."""
+    resident = [mark["host_resident"] for mark in entry["marks"]]
+    if len(resident) < 4:
+        return "These runs had no caps."
+    each = (resident[-1] - resident[2]) / (len(resident) - 3)
+    return (
+        f"These runs had no caps. InfiniteTalk's windows are nodes of one graph, whose results ComfyUI keeps: {each / 2**20:.0f} MiB "
+        f"of main memory a window, where its 81 frames take {832 * 480 * 81 * 3 * 4 / 2**20:.0f}."
+    )
 
 
 def memory_overhead(entry: dict[str, Any]) -> str:

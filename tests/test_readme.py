@@ -63,9 +63,11 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
         "growth": [
             {
                 "case": "infinitetalk",
-                "runs": 20,
+                "runs": 5,
+                "steps": 1,
                 "error": None,
-                "growth_over_third": {"allocated": 0.001, "reserved": 0},
+                "growth_over_third": {"allocated": 0.001, "reserved": 0, "host_resident": 0.25},
+                "marks": [{"host_resident": size * gib} for size in (3, 3, 4, 4.5, 5)],
             }
         ],
         "overhead": [
@@ -81,7 +83,8 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     assert "Load times are left out" in text
     assert "| stock ComfyUI | **failed**: GraphFailedError: a / b |" in text
     assert text.index("32 GiB | stock") < text.index("24 GiB | memory")
-    assert "| +0.10 % | +0.00 % |" in text
+    assert "| 5 | 1 | +0.10 % | +0.00 % | +25.00 % |" in text
+    assert "512 MiB of main memory a window" in text
     assert "+0.40 %" in text
     result["environment"]["memory_touched_gib"] = 256
     (tmp_path / "memory.json").write_text(json.dumps(result))
