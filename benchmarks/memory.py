@@ -281,7 +281,9 @@ class Results:
         results["environment"] = environment() | versions() | {"tiny": self.tiny}
         results[kind].append(entry)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(results, indent=1))
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(results, indent=1))
+        partial.replace(self.path)  # other processes read it meanwhile
         shown = {key: value for key, value in entry.items() if key not in ("report", "marks")}
         print(json.dumps(shown), flush=True)
 

@@ -163,10 +163,14 @@ def run_plan(queues: Sequence[Queue], deadline: float) -> None:
 
 
 def merge(parts: Iterable[Path]) -> dict[str, Any]:
-    """One result of all parts, oldest first; the environment is that of the last."""
+    """One result of all parts that can be read, oldest first; the environment is that of the last."""
     found: dict[str, Any] = {"environment": {}} | {kind: {} for kind in KEYS}
     for path in parts:
-        part = json.loads(path.read_text())
+        try:
+            part = json.loads(path.read_text())
+        except (OSError, ValueError):  # its process was killed while it wrote
+            print(f"{path} cannot be read", flush=True)
+            continue
         found["environment"] |= part["environment"]
         for kind, keys in KEYS.items():
             found[kind] |= {tuple(entry[key] for key in keys): entry for entry in part[kind]}
@@ -174,19 +178,12 @@ def merge(parts: Iterable[Path]) -> dict[str, Any]:
 
 
 def write_merged(parts: Iterable[Path], out: Path, touched: int = 0) -> None:
-    """Merges what can be read; a part that its process was writing when it was killed cannot. `touched`: GiB, by --fill."""
-    readable = []
-    for path in parts:
-        try:
-            json.loads(path.read_text())
-            readable.append(path)
-        except (OSError, ValueError):
-            print(f"{path} cannot be read", flush=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    merged = merge(readable)
+    """Merges what can be read. `touched`: GiB, by --fill."""
+    merged = merge(parts)
     merged["environment"] |= {"memory_touched_gib": touched} if touched else {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(merged, indent=1))
-    print(f"{out}: {len(readable)} parts", flush=True)
+    print(f"{out}: {', '.join(f'{len(merged[kind])} {kind}' for kind in KEYS)}", flush=True)
 
 
 def fill_memory(gib: int) -> None:

@@ -312,6 +312,18 @@ def test_the_newest_of_a_key_stays_when_parts_are_merged(tmp_path):
     assert merged["environment"] == {"gpu": "x"}
 
 
+def test_a_part_that_cannot_be_read_stops_no_queue(tmp_path, monkeypatch):
+    """A process that was killed while it wrote, or writes now: the GPUs' other entries run all the same."""
+    started = []
+    monkeypatch.setattr(memory_parallel.Queue, "run_one", lambda self, entry, part, left: started.append(entry))
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "1.json").write_text('{"rows": [')
+    entries = (("--only", "overhead"), ("--only", "qwen_image", "--caps", "16"))
+    deadline = time.monotonic() + 100
+    memory_parallel.run_plan([memory_parallel.Queue(0, entries, tmp_path, (), deadline)], deadline)
+    assert started == list(entries)
+
+
 def test_what_runs_past_the_deadline_is_ended_with_everything_it_started(tmp_path, monkeypatch):
     """A command that is lent ten minutes must not leave a server behind."""
     started = tmp_path / "started"
