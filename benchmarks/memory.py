@@ -54,6 +54,7 @@ class Row:
     Attributes:
         host_cap_by: `cgroup`, or `holder` for a process that held the rest; None without a cap.
         files: whether checkpoints were read from the `disk`, or lay in the page `cache`.
+        memory_touched_gib: main memory that was touched first, so that no row pays for being the first; else 0.
         usage: see `Usage`.
         finite: whether the latent holds neither NaN nor Inf.
         quantize_seconds: making the quantized copies, where this row made them; not part of the other times.
@@ -67,6 +68,7 @@ class Row:
     host_cap: int | None
     host_cap_by: str | None
     files: str
+    memory_touched_gib: int
     completed: bool
     error: str | None
     usage: dict[str, int | None]
@@ -86,16 +88,17 @@ class Site:
     models: Path
     dynamic: bool = True
     files: str = "disk"
+    touched: int = 0
 
 
-def make_site(work: Path, dynamic: bool, files: str) -> Site:
+def make_site(work: Path, dynamic: bool, files: str, touched: int = 0) -> Site:
     """A fresh base directory in `work` on the models folder that all share."""
     work.mkdir(parents=True, exist_ok=True)
     models = work / "models"
     models.mkdir(exist_ok=True)
     base = Path(tempfile.mkdtemp(prefix="base-", dir=work))
     (base / "models").symlink_to(models, target_is_directory=True)
-    return Site(prepare_base(base), models, dynamic, files)
+    return Site(prepare_base(base), models, dynamic, files, touched)
 
 
 class Steps:
@@ -186,6 +189,7 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
         host_cap=host,
         host_cap_by=machine.host_cap_by if machine else None,
         files=site.files,
+        memory_touched_gib=site.touched,
         completed=error is None,
         error=error,
         usage=asdict(usage),
@@ -345,6 +349,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=Scale.seconds, help="the most a graph or growth run may take")
     parser.add_argument("--budget", type=float, default=math.inf, help="the most seconds that all of it may take")
     parser.add_argument("--files", choices=("disk", "cache"), default="disk", help="drop files from the page cache?")
+    parser.add_argument("--touched", type=int, default=0, help="GiB of main memory that were touched first")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--tiny", action="store_true", help="test the script on a CPU; the numbers mean nothing")
     options = parser.parse_args(arguments)
@@ -372,7 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.write is not None:
         write_only(options, scale)
         return 0
-    site = make_site(options.work, not options.no_dynamic_vram, options.files)
+    site = make_site(options.work, not options.no_dynamic_vram, options.files, options.touched)
     results = Results(options.out, options.tiny)
     for name in options.only:
         if name in CASES:

@@ -177,10 +177,9 @@ def merge(parts: Iterable[Path]) -> dict[str, Any]:
     return found | {kind: list(found[kind].values()) for kind in KEYS}
 
 
-def write_merged(parts: Iterable[Path], out: Path, touched: int = 0) -> None:
-    """Merges what can be read. `touched`: GiB, by --fill."""
+def write_merged(parts: Iterable[Path], out: Path) -> None:
+    """Merges what can be read."""
     merged = merge(parts)
-    merged["environment"] |= {"memory_touched_gib": touched} if touched else {}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(merged, indent=1))
     print(f"{out}: {', '.join(f'{len(merged[kind])} {kind}' for kind in KEYS)}", flush=True)
@@ -261,10 +260,10 @@ def main(arguments: list[str] | None = None) -> int:
     files = choose_files(work) if options.files == "auto" else options.files
     deadline = started + options.seconds
     for name in options.what:
-        common = ("--files", files)
+        common = ("--files", files, "--touched", str(options.fill))
         queues = [Queue(gpu, entries, work, common, deadline - GRACE) for gpu, entries in enumerate(PLANS[name])]
         run_plan(queues, deadline)
-    write_merged(sorted((work / "parts").glob("*.json")), options.out, options.fill)
+    write_merged(sorted((work / "parts").glob("*.json")), options.out)
     return 0
 
 

@@ -24,11 +24,12 @@ def memory(result: dict[str, Any] | None) -> str:
     measured = sorted(result["rows"], key=lambda row: (order.index(row["case"]), -(row["vram_cap"] or 0)))
     header = ("", "VRAM", "", "", "peak VRAM", "peak RAM", "s/step", "load, s", "total, s")
     # Whoever runs first in a virtual machine that has not been given its memory yet loads longer for it.
-    shown = len(header) if result["environment"].get("memory_touched_gib") else -2
+    fair = [bool(row.get("memory_touched_gib")) for row in measured]
+    shown = len(header) if any(fair) else -2
     parts = [memory_caption(result), table(header[:shown], [memory_row(row)[:shown] for row in measured])]
-    if shown < 0:
+    if not all(fair):
         parts.append(
-            "Load times are left out: the virtual machine was still being given its memory, at the first one's cost."
+            "Load times are left out where the virtual machine was still being given its memory, at the first one's cost."
         )
     grown = [
         (MEMORY_TITLES[entry["case"]], entry["runs"], entry["steps"], *memory_growth(entry))
@@ -67,7 +68,9 @@ def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
     """One contender under one cap; where it failed, how."""
     usage, number = row["usage"], "{:.1f}".format
     ram = usage["anonymous"] if usage["unreclaimable"] is None else usage["unreclaimable"]
-    times = (row["seconds_per_step"], row["load_seconds"], row["total_seconds"] if row["completed"] else None)
+    fair = bool(row.get("memory_touched_gib"))
+    loading = (row["load_seconds"], row["total_seconds"] if row["completed"] else None) if fair else (None, None)
+    times = (row["seconds_per_step"], *loading)
     return (
         MEMORY_TITLES[row["case"]],
         f"{row['vram_cap'] / 2**30:.0f} GiB" if row["vram_cap"] else "all",
