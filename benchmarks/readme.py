@@ -63,7 +63,7 @@ def headline_memory() -> list[tuple[str, str, str]]:
             continue
         cells = [
             f"{what}: {found[name]['seconds_per_step']:.2f} s/step, "
-            f"{found[name]['usage']['unreclaimable'] / 2**30:.0f} GiB of RAM"
+            f"{readme_memory.main_memory(found[name]) / 2**30:.0f} GiB of RAM"
             for name, what in contenders.items()
         ]
         rows.append((f"Qwen-Image, 1328x1328, {cap} GiB of VRAM", *cells))

@@ -40,6 +40,7 @@ def memory(result: dict[str, Any] | None) -> str:
         parts.append(table(header, grown))
         parts += [window_frames(entry) for entry in result["growth"] if entry["case"] == "infinitetalk"]
     parts += [memory_overhead(entry) for entry in result["overhead"]]
+    parts += measuring_share(measured)
     return "\n\n".join(parts)
 
 
@@ -66,8 +67,7 @@ def memory_caption(result: dict[str, Any]) -> str:
 
 def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
     """One contender under one cap; where it failed, how."""
-    usage, number = row["usage"], "{:.1f}".format
-    ram = usage["anonymous"] if usage["unreclaimable"] is None else usage["unreclaimable"]
+    number = "{:.1f}".format
     fair = bool(row.get("memory_touched_gib"))
     loading = (row["load_seconds"], row["total_seconds"] if row["completed"] else None) if fair else (None, None)
     times = (row["seconds_per_step"], *loading)
@@ -78,9 +78,15 @@ def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
         ("completed" if row["finite"] is not False else "completed, but not with numbers")
         if row["completed"]
         else f"**failed**: {row['error'][:120].replace('|', '/')}",
-        *("" if size is None else f"{size / 2**30:.1f} GiB" for size in (usage["vram"], ram)),
+        *("" if size is None else f"{size / 2**30:.1f} GiB" for size in (row["usage"]["vram"], main_memory(row))),
         *("" if time is None else number(time) if time >= 10 else f"{time:.2f}" for time in times),
     )
+
+
+def main_memory(row: dict[str, Any]) -> int:
+    """The most main memory that could not be taken back: by the cgroup's count, or the process's own where there is none."""
+    usage = row["usage"]
+    return usage["anonymous"] if usage["unreclaimable"] is None else usage["unreclaimable"]
 
 
 def memory_growth(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -112,3 +118,16 @@ def memory_overhead(entry: dict[str, Any]) -> str:
         f"With memory to spare a Qwen-Image step took {plain:.3f} s without a manager and {managed:.3f} s with one on `auto`: "
         f"{100 * entry['slower_by']:+.2f} %."
     )
+
+
+def measuring_share(rows: list[dict[str, Any]]) -> list[str]:
+    """How much of the steps' time measuring them took in the worst of the rows with a manager."""
+    reports = [row["report"] for row in rows if row.get("report") and row["report"]["stepping_seconds"]]
+    if not reports:
+        return []
+    worst = max(reports, key=lambda report: report["measuring_steps_seconds"] / report["stepping_seconds"])
+    took, steps = worst["measuring_steps_seconds"], worst["stepping_seconds"]
+    return [
+        f"In the {len(reports)} rows with a manager, measuring the steps took at most {took:.2f} s beside {steps:.1f} s of steps "
+        f"({100 * took / steps:.1f} %); it stops once it is past its share, which a single measurement can be."
+    ]

@@ -47,6 +47,7 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
         "error": None,
         "usage": usage,
         "finite": True,
+        "report": {"stepping_seconds": 20.0, "measuring_steps_seconds": 0.5},
         "load_seconds": 31.23,
         "seconds_per_step": 1.234,
         "total_seconds": 66.6,
@@ -85,6 +86,7 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     assert text.index("32 GiB | stock") < text.index("24 GiB | memory")
     assert "| 5 | 1 | +0.10 % | +0.00 % | +25.00 % |" in text
     assert "512 MiB of main memory a window" in text
+    assert "0.50 s beside 20.0 s of steps (2.5 %)" in text
     assert "+0.40 %" in text
     # What was measured before the memory was touched keeps its load times to itself, whatever it is merged with.
     result["rows"].append(row | {"vram_cap": 16 * gib, "memory_touched_gib": 256})
@@ -93,3 +95,13 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     assert "| 16 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 | 31.2 | 66.6 |" in text
     assert "| 24 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 |  |  |" in text
     assert "Load times are left out" in text
+
+
+def test_the_first_table_takes_a_run_without_cgroups_too(monkeypatch, tmp_path):
+    gib = 2**30
+    row = {"case": "qwen_image", "completed": True, "vram_cap": 16 * gib, "seconds_per_step": 1.0}
+    row["usage"] = {"anonymous": 41 * gib, "unreclaimable": None}
+    rows = [row | {"contender": name} for name in ("stock ComfyUI", "memory manager, format auto")]
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}))
+    assert "bf16 file: 1.00 s/step, 41 GiB of RAM" in readme.headline()
