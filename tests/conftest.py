@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).resolve().parent
 
@@ -25,6 +26,10 @@ import torch  # noqa: E402
 sys.path.append(str(TESTS.parent))  # for the scripts in demo/, which are not part of the installed package
 
 from demo import comfyui  # noqa: E402
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("lowbit", deadline=None)
+settings.load_profile("lowbit")
 
 MARK_OF_FOLDER = {"headless": pytest.mark.headless, "gpu": pytest.mark.gpu}
 LEFT_OUT = "left_out"
