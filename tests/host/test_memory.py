@@ -126,6 +126,13 @@ def test_what_is_loaded_beyond_a_new_limit_leaves_at_once(host, device, loaded):
     assert "limit" in entry.reason
 
 
+def test_a_model_that_samples_now_stays_under_a_new_limit(host, device, loaded):
+    """A VAE that encodes in mid-step takes over too; the model of that step would not be loaded again before its call."""
+    loaded[DIFFUSION_MODEL].model.current_patcher = loaded[DIFFUSION_MODEL]
+    host.release.take_over("7", 3 * GIB)
+    assert [name for name, patcher in loaded.items() if patcher.loaded] == [DIFFUSION_MODEL]
+
+
 def test_idle_memory_beyond_a_new_limit_goes_and_models_stay(host, device, loaded, monkeypatch):
     held = [8 * GIB]
     monkeypatch.setattr(device, "clear", lambda: held.pop())
@@ -516,18 +523,3 @@ def test_a_managed_class_is_made_once_and_is_still_cores(host):
     assert issubclass(first, Core)
     assert host.encoding.managed_class(Core, host.encoding.ManagedClip) is first
     assert host.encoding.managed_class(first, host.encoding.ManagedClip) is first
-
-
-# --- clearing between steps
-
-
-def test_clearing_learns_what_each_step_takes_again(host, device):
-    """Steps of Wan 14B on a 16 GiB card gave gigabytes back, each only to ask for them again in the next."""
-    hook = hooks(host)
-    cleared = []
-    for step, (allocated, idle) in enumerate(((12, 8), (12, 8), (12, 9), (4, 18), (4, 18)), start=1):
-        device.allocated, device.reserved = allocated * GIB, (allocated + idle) * GIB
-        before = device.cleared
-        hook._clear_if_due(step)
-        cleared.append(device.cleared > before)
-    assert cleared == [True, False, False, True, False]

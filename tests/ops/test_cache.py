@@ -48,6 +48,26 @@ def test_the_cache_is_hit_and_rebuilt_when_source_rules_or_file_change(save, wan
     assert other_rules[0].exists(), "another recipe's file is not touched"
 
 
+def test_looking_for_outdated_copies_opens_none_of_another_model(save, wan_tensors, tmp_path, monkeypatch):
+    """A folder of large models on a network drive would make every load wait for all of their headers."""
+    folder = tmp_path / "cache"
+
+    def build(name: str) -> Path:
+        checkpoint = open_checkpoint(save(wan_tensors, name))
+        return quantized_file(checkpoint, make_plan(checkpoint, INT8, None), folder)
+
+    other, first = build("other.safetensors"), build("model.safetensors")
+    opened: list[Path] = []
+    monkeypatch.setattr(cache, "open_checkpoint", lambda path: opened.append(path) or open_checkpoint(path))
+    wan_tensors["head.head.weight"] += 1
+    changed = build("model.safetensors")
+    assert other.exists()
+    assert not first.exists()
+    assert changed != first
+    assert first in opened
+    assert other not in opened
+
+
 def _build(source: Path, folder: Path, barrier) -> None:
     torch.set_num_threads(1)
     checkpoint = open_checkpoint(source)
