@@ -69,6 +69,7 @@ kept, end = [], time.monotonic() + float(sys.argv[2])
 while len(kept) < int(sys.argv[1]) and time.monotonic() < end:
     kept.append(bytearray(1 << 30))
     kept[-1][::4096] = b"x" * (1 << 18)
+print(len(kept), flush=True)
 """
 FILLERS = 16
 FILL_SECONDS = 30
@@ -185,16 +186,18 @@ def write_merged(parts: Iterable[Path], out: Path) -> None:
     print(f"{out}: {', '.join(f'{len(merged[kind])} {kind}' for kind in KEYS)}", flush=True)
 
 
-def fill_memory(gib: int) -> None:
-    """Touches that much main memory once, as far as it goes in half a minute.
+def fill_memory(gib: int) -> int:
+    """Touches that much main memory once, as far as it goes in half a minute; returns the GiB that it was.
 
     A virtual machine may be given its memory only as it is used, and dirty pages are written out early while it is small.
     """
     started = time.monotonic()
     command = [sys.executable, "-c", FILL, str(-(-gib // FILLERS)), str(FILL_SECONDS)]
-    fillers = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(FILLERS)]
-    failed = sum(filler.wait() != 0 for filler in fillers)
-    print(f"up to {gib} GiB touched in {time.monotonic() - started:.0f} s, {failed} of {FILLERS} failed", flush=True)
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    fillers = [subprocess.Popen(command, **quiet) for _ in range(FILLERS)]
+    touched = sum(int(filler.communicate()[0] or 0) for filler in fillers)  # one that was killed has said nothing
+    print(f"{touched} of {gib} GiB touched in {time.monotonic() - started:.0f} s", flush=True)
+    return touched
 
 
 def probe(work: Path) -> dict[str, Any]:
@@ -244,8 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--fill", type=int, default=0, help="GiB of main memory to touch first: without it no load times are shown"
     )
     options = parser.parse_args(arguments)
-    if options.fill:
-        fill_memory(options.fill)
+    touched = fill_memory(options.fill) if options.fill else 0
     first, *rest = options.what
     if first == "merge":
         write_merged(map(Path, rest), options.out)
@@ -260,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     files = choose_files(work) if options.files == "auto" else options.files
     deadline = started + options.seconds
     for name in options.what:
-        common = ("--files", files, "--touched", str(options.fill))
+        common = ("--files", files, "--touched", str(touched))
         queues = [Queue(gpu, entries, work, common, deadline - GRACE) for gpu, entries in enumerate(PLANS[name])]
         run_plan(queues, deadline)
     write_merged(sorted((work / "parts").glob("*.json")), options.out)

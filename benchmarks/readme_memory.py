@@ -24,7 +24,7 @@ def memory(result: dict[str, Any] | None) -> str:
     measured = sorted(result["rows"], key=lambda row: (order.index(row["case"]), -(row["vram_cap"] or 0)))
     header = ("", "VRAM", "", "", "peak VRAM", "peak RAM", "s/step", "load, s", "total, s")
     # Whoever runs first in a virtual machine that has not been given its memory yet loads longer for it.
-    fair = [bool(row.get("memory_touched_gib")) for row in measured]
+    fair = [loads_fairly(row) for row in measured]
     shown = len(header) if any(fair) else -2
     parts = [memory_caption(result), table(header[:shown], [memory_row(row)[:shown] for row in measured])]
     if not all(fair):
@@ -68,7 +68,7 @@ def memory_caption(result: dict[str, Any]) -> str:
 def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
     """One contender under one cap; where it failed, how."""
     number = "{:.1f}".format
-    fair = bool(row.get("memory_touched_gib"))
+    fair = loads_fairly(row)
     loading = (row["load_seconds"], row["total_seconds"] if row["completed"] else None) if fair else (None, None)
     times = (row["seconds_per_step"], *loading)
     return (
@@ -81,6 +81,11 @@ def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
         *("" if size is None else f"{size / 2**30:.1f} GiB" for size in (row["usage"]["vram"], main_memory(row))),
         *("" if time is None else number(time) if time >= 10 else f"{time:.2f}" for time in times),
     )
+
+
+def loads_fairly(row: dict[str, Any]) -> bool:
+    """Whether as much main memory as its server may take had been touched before."""
+    return row.get("memory_touched_gib", 0) << 30 >= max(1, row["host_cap"] or 0)
 
 
 def main_memory(row: dict[str, Any]) -> int:

@@ -324,6 +324,14 @@ def test_a_part_that_cannot_be_read_stops_no_queue(tmp_path, monkeypatch):
     assert started == list(entries)
 
 
+@pytest.mark.parametrize(("seconds", "touched"), [(20, 1), (0, 0)])
+def test_only_memory_that_was_touched_counts(monkeypatch, seconds, touched):
+    """Rows with it show their load times: time may be over, or the kernel end a filler, before all of it was."""
+    monkeypatch.setattr(memory_parallel, "FILLERS", 1)
+    monkeypatch.setattr(memory_parallel, "FILL_SECONDS", seconds)
+    assert memory_parallel.fill_memory(1) == touched
+
+
 def test_what_runs_past_the_deadline_is_ended_with_everything_it_started(tmp_path, monkeypatch):
     """A command that is lent ten minutes must not leave a server behind."""
     started = tmp_path / "started"
