@@ -129,7 +129,8 @@ class Server:
 
         only_shims: custom nodes are disabled but for the test shims: this is stock ComfyUI without the pack.
         dynamic_vram: False passes --disable-dynamic-vram. launcher: what Python runs that then runs main.py.
-        cache: how node results are kept; empty for ComfyUI's own default, which watches main memory. Log: `base/{name}.log`. Raises ServerDiedError.
+        cache: how node results are kept; empty for ComfyUI's own default, which watches main memory.
+        Log: `base/{name}.log`. Raises ServerDiedError.
         """
         self.base = Path(base)
         self.log_path = self.base / f"{name}.log"
