@@ -32,7 +32,7 @@ import aiohttp
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, STOCK, Case, Contender, Scale, qwen_graph
+from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, Case, Contender, Scale, qwen_graph
 from benchmarks.memory_files import CACHE, drop_from_page_cache, quantize_all
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
 from benchmarks.timing import environment
@@ -132,7 +132,7 @@ def run_server(site: Site, contender: Contender, scale: Scale, machine: SmallerM
         site.base,
         comfyui.find(),
         cpu=scale.tiny,
-        only_shims=contender == STOCK,
+        only_shims=not contender.has_pack,
         dynamic_vram=site.dynamic,
         launcher=machine.launcher,
         cache=(),
@@ -157,7 +157,9 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
     """Runs one case once on a machine of that size."""
     vram = None if cap is None or scale.tiny else cap * GIB
     host = None if scale.tiny or case.host is None else case.host * GIB
-    made = case.quantize(site.models) if contender.weight_format else []
+    made = case.quantize(site.models) if contender.weight_format or contender.copies else []
+    if contender.copies:
+        case.name_copies(site.models)
     if site.files == "disk":
         drop_from_page_cache(case.paths(site.models))
     graph = graphs.dump(case.graph(scale, contender), "row", latent=["sample", 0])

@@ -55,19 +55,41 @@ class Scale:
         return min(self.seconds, self.deadline - time.monotonic() - 15)
 
 
+def copy_name(name: str) -> str:
+    """Of the quantized copy of a model's file, where core's loaders look."""
+    return f"{name.removesuffix('.safetensors')}_auto.safetensors"
+
+
 @dataclass(frozen=True)
 class Contender:
-    """A way to run a graph: with core's loaders or the pack's, with or without the manager."""
+    """A way to run a graph.
+
+    Attributes:
+        weight_format: what the pack's loaders are asked for; None for core's loaders.
+        managed: whether a memory manager stands behind each model.
+        copies: whether core's loaders get the copies in format `auto`, by names of their own.
+    """
 
     name: str
     weight_format: str | None = None
     managed: bool = False
+    copies: bool = False
+
+    @property
+    def has_pack(self) -> bool:
+        """Whether any of its nodes is the pack's."""
+        return self.managed or self.weight_format is not None
+
+    def file(self, name: str) -> str:
+        """The name under which it loads a model's file."""
+        return copy_name(name) if self.copies else name
 
 
 STOCK = Contender("stock ComfyUI")
+STOCK_COPIES = Contender("stock ComfyUI, files in format auto", copies=True)
 MANAGED = Contender("memory manager, bf16 files", managed=True)
 QUANTIZED = Contender("memory manager, format auto", "auto", True)
-CONTENDERS = (STOCK, MANAGED, QUANTIZED)
+CONTENDERS = (STOCK, STOCK_COPIES, MANAGED, QUANTIZED)
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,13 @@ class Case:
     def quantize(self, models: Path) -> list[Quantized]:
         """Makes the copies that the loaders' `auto` would make; returns those that were not there."""
         return quantize_all([models / name for name in self.files[: self.quantized]], models / CACHE)
+
+    def name_copies(self, models: Path) -> None:
+        """Lets core's loaders find the quantized copies."""
+        for name in self.files[: self.quantized]:
+            source = models / name
+            copies = (models / CACHE).glob(f"{source.stem}.*.safetensors")
+            second_name(models / copy_name(name), max(copies, key=lambda path: path.stat().st_mtime))
 
     def paths(self, models: Path) -> list[Path]:
         """Every file that a contender reads, as far as it is there."""
@@ -180,9 +209,9 @@ def finished(graph: graphs.Graph) -> graphs.Graph:
 def qwen_graph(scale: Scale, contender: Contender) -> graphs.Graph:
     """Qwen-Image at 1328 x 1328, 20 steps."""
     graph = graphs.qwen_image(
-        graphs.load_diffusion_model("qwen_image.safetensors", contender.weight_format),
+        graphs.load_diffusion_model(contender.file("qwen_image.safetensors"), contender.weight_format),
         graphs.conditioning_from_text(
-            graphs.load_text_encoder("qwen25_vl.safetensors", "qwen_image", contender.weight_format)
+            graphs.load_text_encoder(contender.file("qwen25_vl.safetensors"), "qwen_image", contender.weight_format)
         ),
         size=scale.pick(1328, 64),
         steps=scale.steps or scale.pick(20, 3),
@@ -193,16 +222,16 @@ def qwen_graph(scale: Scale, contender: Contender) -> graphs.Graph:
 def wan_graph(scale: Scale, contender: Contender) -> graphs.Graph:
     """Wan 2.2 14B at 832 x 480 x 81: the high-noise model takes the first half of the steps, the low-noise one the rest."""
     steps = scale.steps or scale.pick(20, 4)
-    load, form = graphs.load_diffusion_model, contender.weight_format
+    load, file, form = graphs.load_diffusion_model, contender.file, contender.weight_format
     graph = graphs.wan_t2v(
-        load("wan_low.safetensors", form),
-        graphs.conditioning_from_text(graphs.load_text_encoder("umt5.safetensors", "wan", form)),
+        load(file("wan_low.safetensors"), form),
+        graphs.conditioning_from_text(graphs.load_text_encoder(file("umt5.safetensors"), "wan", form)),
         size=64,
         frames=scale.pick(81, 5),
         steps=steps,
     )
     graph["latent"]["inputs"] |= scale.pick({"width": 832, "height": 480}, {})
-    graph["model_high"] = load("wan_high.safetensors", form)
+    graph["model_high"] = load(file("wan_high.safetensors"), form)
     shared = {key: value for key, value in graph["sample"]["inputs"].items() if key not in ("seed", "denoise", "model")}
     halves = {
         "sample_high": {
