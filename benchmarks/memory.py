@@ -97,8 +97,7 @@ def make_site(work: Path, dynamic: bool, files: str, touched: int = 0) -> Site:
     models = work / "models"
     models.mkdir(exist_ok=True)
     base = Path(tempfile.mkdtemp(prefix="base-", dir=work))
-    (base / "models").symlink_to(models, target_is_directory=True)
-    return Site(prepare_base(base), models, dynamic, files, touched)
+    return Site(prepare_base(base, models=models), models, dynamic, files, touched)
 
 
 class Steps:

@@ -26,6 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from benchmarks import memory_files
 from benchmarks.memory_cases import CONTENDERS
 from benchmarks.memory_group import create_group
 
@@ -143,7 +146,7 @@ def is_done(entry: Entry, parts: Iterable[Path]) -> bool:
     case = entry[entry.index("--only") + 1]
     if "--caps" not in entry:
         return any(one["case"] == case and not one["error"] for kind in ("growth", "overhead") for one in found[kind])
-    cap = int(entry[entry.index("--caps") + 1]) << 30
+    cap = int(entry[entry.index("--caps") + 1]) * memory_files.GIB
     return sum(row["case"] == case and row["vram_cap"] == cap for row in found["rows"]) == len(CONTENDERS)
 
 
@@ -202,28 +205,22 @@ def fill_memory(gib: int) -> int:
 
 def probe(work: Path) -> dict[str, Any]:
     """What a plan needs: a memory cgroup, disk space and speed, main memory."""
-    import psutil
-
-    from benchmarks.memory_files import GIB, disk_rates
-
-    group = create_group(GIB)
+    group = create_group(memory_files.GIB)
     if group is not None:
         group.close()
     work.mkdir(parents=True, exist_ok=True)
     usage = psutil.disk_usage(str(work))
     return {
         "cgroup": None if group is None else str(group.folder.parent),
-        "disk_free_gib": round(usage.free / GIB),
-        "memory_gib": round(psutil.virtual_memory().total / GIB),
-        "gigabytes_per_second": disk_rates(work),
+        "disk_free_gib": round(usage.free / memory_files.GIB),
+        "memory_gib": round(psutil.virtual_memory().total / memory_files.GIB),
+        "gigabytes_per_second": memory_files.disk_rates(work),
     }
 
 
 def choose_files(work: Path) -> str:
     """`disk` where it is fast enough for several processes that each load tens of gigabytes, else `cache`."""
-    from benchmarks.memory_files import disk_rates
-
-    rates = disk_rates(work)
+    rates = memory_files.disk_rates(work)
     chosen = "disk" if rates["from_disk"] >= COLD_RATE else "cache"
     print(f"GB/s: {rates}; files are read from the {chosen}", flush=True)
     return chosen

@@ -14,10 +14,10 @@ from types import TracebackType
 import psutil
 import torch
 
+from benchmarks.memory_files import GIB
 from benchmarks.memory_group import MemoryGroup, create_group, launcher
 from lowbit.memory.devices import available_host_bytes
 
-GIB = 1 << 30
 MOST_HELD = 128 * GIB
 """Main memory that a process may hold to make a machine smaller: a virtual machine takes minutes to hand out more."""
 

@@ -75,8 +75,16 @@ class Result:
     seconds: float = 0.0
 
 
-def prepare_base(base: Path, pack: Path | None = comfyui.CHECKOUT, copy: bool = False) -> Path:
-    """Makes a ComfyUI base directory with the pack (linked, or copied on request) and the shims as custom nodes."""
+def prepare_base(
+    base: Path, pack: Path | None = comfyui.CHECKOUT, copy: bool = False, models: Path | None = None
+) -> Path:
+    """Makes a ComfyUI base directory with the pack (linked, or copied on request) and the shims as custom nodes.
+
+    models: a folder of models that several base directories share, linked; None makes one.
+    """
+    if models is not None:
+        base.mkdir(parents=True, exist_ok=True)
+        (base / "models").symlink_to(models, target_is_directory=True)
     custom_nodes = base / "custom_nodes"
     for folder in (custom_nodes, base / "models", base / "input", base / "output", base / "temp", base / "user"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ HOWTO (every test below tests/headless/ is marked `headless` and left out where 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -121,13 +122,18 @@ def stock(base: Path, comfyui_path: Path) -> Iterator[Bench]:
         yield Bench(server)
 
 
+@contextlib.contextmanager
+def faulty_server(base: Path, models: Path, comfyui_path: Path, faults: Path) -> Iterator[Server]:
+    """A server with the pack and a folder of faults. On a CPU there is no dynamic VRAM to switch off: tests/gpu has both."""
+    prepare_base(base, models=models)
+    (base / "custom_nodes" / faults.name).symlink_to(faults, target_is_directory=True)
+    environment = {"LOWBIT_CACHE_DIR": str(base / "cache")}
+    with Server(base, comfyui_path, environment=environment, name=faults.name) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def memory(models: Path, comfyui_path: Path, tmp_path_factory) -> Iterator[MemoryBench]:
-    """A server with the pack and the faults. On a CPU there is no dynamic VRAM to switch off: tests/gpu has both."""
-    base = prepare_base(tmp_path_factory.mktemp("memory"))
-    (base / "models").rmdir()
-    (base / "models").symlink_to(models, target_is_directory=True)
-    (base / "custom_nodes" / "memory_faults").symlink_to(FAULTS, target_is_directory=True)
-    environment = {"LOWBIT_CACHE_DIR": str(base / "cache")}
-    with Server(base, comfyui_path, environment=environment, name="memory") as server:
+    """A server with the memory manager's faults."""
+    with faulty_server(tmp_path_factory.mktemp("memory"), models, comfyui_path, FAULTS) as server:
         yield MemoryBench(server)

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from demo import graphs
 from demo.measure import relative_error
-from demo.server import GraphFailedError, Server, prepare_base
+from demo.server import GraphFailedError, Server
+
+from .conftest import faulty_server
 
 FAULTS = Path(__file__).with_name("attention_faults")
 NEAR = 2e-3
@@ -89,13 +91,8 @@ GRAPHS = {"wan": wan, "qwen": qwen, "infinitetalk": infinitetalk}
 
 @pytest.fixture(scope="module")
 def attention(models: Path, comfyui_path: Path, tmp_path_factory) -> Iterator[Attention]:
-    """A server with the pack and the faulty backends. On a CPU there is no dynamic VRAM to switch off: tests/gpu has both."""
-    base = prepare_base(tmp_path_factory.mktemp("attention"))
-    (base / "models").rmdir()
-    (base / "models").symlink_to(models, target_is_directory=True)
-    (base / "custom_nodes" / "attention_faults").symlink_to(FAULTS, target_is_directory=True)
-    environment = {"LOWBIT_CACHE_DIR": str(base / "cache")}
-    with Server(base, comfyui_path, environment=environment, name="attention") as server:
+    """A server with the faulty backends."""
+    with faulty_server(tmp_path_factory.mktemp("attention"), models, comfyui_path, FAULTS) as server:
         yield Attention(server)
 
 
