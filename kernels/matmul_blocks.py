@@ -2,15 +2,16 @@
 
 A word is one block of 16 columns. Tensor core operands hold pairs of neighbours
 along K, so column j of two neighbouring words is decoded in one register and multiplied by the pair of their scales, and
-every j has its own small dot: no number ever has to move to another thread after it is decoded. A program keeps its part
-of x, and the parts along K are added up by a second kernel.
+every j has its own small dot. Words are loaded in a shape that gives each thread what the tensor cores want of it: no
+number has to move to another thread after it is decoded. A program keeps its part of x and goes over some rows of the
+weight, whose next words arrive while it multiplies; the parts along K are added up by a second kernel.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .decode_tiles import e2m1_to_float32, e4m3_to_float32, swizzled_offset
+from .decode_tiles import e2m1_to_float32, e4m3_to_float32
 from .launch import launch
 from .matmul_decode import sum_splits
 from .quantize_rows import _activate
@@ -82,63 +83,103 @@ def _column_of_words(words, scale, j: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _words_of_rows_kernel(
-    x_ptr,
-    out_ptr,
-    stride_m,
-    stride_k,
-    M,
-    K: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """x (M, K) to (16, M, WIDTH): column j of every word side by side, zeros after the last."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0).to(tl.int64)
-    x = tl.load(x_ptr + row * stride_m + column * stride_k, mask=column < K, other=0.0)
-    if ACTIVATION is not None:
-        x = _activate(x.to(tl.float32), ACTIVATION)
-    target = out_ptr + ((column % 16) * M + row) * WIDTH + column // 16
-    tl.store(target, x.to(out_ptr.dtype.element_ty), mask=column < 16 * WIDTH)
+def _columns(first, stride_column, column_left, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The 16 columns of the words of x that start at `first` (words, m, 1, 1), each (words, m).
 
-
-@triton.jit
-def _column(x, j: tl.constexpr, stride_column, word, K: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Column j of every word of x, (words, m); MASKED: some lie beyond K, and are zeros."""
+    column_left: of the same shape, columns from a word's start to the end of x; MASKED: some are fewer than 16.
+    """
+    column = tl.arange(0, 2)[None, None, :, None] * 8 + tl.arange(0, 8)[None, None, None, :]
     if MASKED:
-        value = tl.load(x + j * stride_column, mask=(word * 16 + j < K)[:, None], other=0.0)
+        x = tl.load(first + column * stride_column, mask=column < column_left, other=0.0)
     else:
-        value = tl.load(x + j * stride_column)
+        x = tl.load(first + column * stride_column)
     if ACTIVATION is not None:
-        value = _activate(value.to(tl.float32), ACTIVATION).to(value.dtype)
-    return value
+        x = _activate(x.to(tl.float32), ACTIVATION).to(x.dtype)
+    x = tl.reshape(x, (x.shape[0], x.shape[1], 2, 2, 2, 2))
+    even, odd = tl.split(x)
+    even_0, even_2 = tl.split(even)
+    odd_1, odd_3 = tl.split(odd)
+    even_00, even_04 = tl.split(even_0)
+    even_02, even_06 = tl.split(even_2)
+    odd_01, odd_05 = tl.split(odd_1)
+    odd_03, odd_07 = tl.split(odd_3)
+    x0, x8 = tl.split(even_00)
+    x1, x9 = tl.split(odd_01)
+    x2, x10 = tl.split(even_02)
+    x3, x11 = tl.split(odd_03)
+    x4, x12 = tl.split(even_04)
+    x5, x13 = tl.split(odd_05)
+    x6, x14 = tl.split(even_06)
+    x7, x15 = tl.split(odd_07)
+    return (x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15)
 
 
 @triton.jit
-def _columns(x, stride_column, word, K: tl.constexpr, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
-    """All 16 of them."""
-    return (
-        _column(x, 0, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 1, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 2, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 3, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 4, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 5, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 6, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 7, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 8, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 9, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 10, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 11, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 12, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 13, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 14, stride_column, word, K, MASKED, ACTIVATION),
-        _column(x, 15, stride_column, word, K, MASKED, ACTIVATION),
-    )
+def _load_words(
+    w_ptr,
+    block_scale_ptr,
+    tile,
+    row,
+    word_left,
+    w_offset,
+    scale_offset,
+    N,
+    stride_wn,
+    tiles_per_row,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Words and scales of a tile of the weight's rows, (4, ROWS / 2, 2, words / 8, 2): see `_fragment`."""
+    first = tile * ROWS
+    w_tile = w_ptr + first.to(tl.int64) * stride_wn + w_offset
+    scale_tile = block_scale_ptr + (first // 128 * tiles_per_row * 512 + first % 128 // 32 * 4) + scale_offset
+    if MASKED:
+        inside = (row < N - first) & (word_left > 0)
+        return tl.load(w_tile, mask=inside, other=0), tl.load(scale_tile, mask=inside, other=0.0)
+    return tl.load(w_tile), tl.load(scale_tile)
+
+
+@triton.jit
+def _fragment(loaded, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """(4, ROWS / 2, 2, WORDS / 8, 2) to (ROWS, WORDS).
+
+    Row 16a + 8b + c and word 8d + 2e + f lie at (e, 8a + c, b, d, f): the compiler hands dimensions out to threads and
+    warps in this order, and so every number is where a 16 x 16 operand of the tensor cores has it.
+    """
+    loaded = tl.reshape(loaded, (4, ROWS // 16, 8, 2, WORDS // 8, 2))
+    return tl.reshape(tl.permute(loaded, (1, 3, 2, 4, 0, 5)), (ROWS, WORDS))
+
+
+@triton.jit
+def _add_product(
+    acc, words, stored, x, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
+):
+    """acc (ROWS, m) plus the product of a tile's words and x, short of a power of two in assembly."""
+    words = _fragment(words, ROWS, WORDS)
+    scale = _fragment(_word_scale(stored, DTYPE, ASSEMBLY), ROWS, WORDS)
+    if ASSEMBLY:
+        if DTYPE == tl.bfloat16:  # noqa: SIM300
+            pieces = tl.inline_asm_elementwise(
+                _NVFP4_BFLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _BFLOAT16_16, is_pure=True, pack=2
+            )
+        else:
+            pieces = tl.inline_asm_elementwise(
+                _NVFP4_FLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
+            )
+    for j in tl.static_range(16):
+        w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, j, DTYPE)
+        acc = tl.dot(w, x[j], acc)
+    return acc
+
+
+@triton.jit
+def _store_partial(out_ptr, acc, tile, part, m, M, N, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr):
+    """acc (ROWS, m) to its place in the (parts, M, N) partial products."""
+    n = tile * ROWS + tl.arange(0, ROWS)
+    if ASSEMBLY:
+        acc = acc * (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
+    target = out_ptr + (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(target, acc, mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @triton.jit
@@ -150,70 +191,72 @@ def _matmul_blocks_kernel(
     M,
     N,
     stride_xm,
-    stride_word,
-    stride_column,
+    stride_xk,
     stride_wn,
     tiles_per_row,
     K: tl.constexpr,
-    MASKED: tl.constexpr,
+    EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
     WORDS: tl.constexpr,
     TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
-    WAITS: tl.constexpr,
 ):
     """Partial products (K / (16 x WORDS), M, N) in float32, without scale and bias; stride_wn counts words.
 
-    A program holds its part of x and goes over TILES x BLOCK_N rows of the weight. x is (M, K / 16, 16) by any strides;
-    MASKED: its last part goes beyond K; WAITS: it is made by a kernel that may still run.
+    A program holds its part of x and goes over TILES x ROWS rows of the weight. EVEN: no tile goes beyond N.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TOTAL: tl.constexpr = (K + 15) // 16
+    MASKED: tl.constexpr = not EVEN or TOTAL % WORDS != 0
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    if WAITS:
-        tl.extra.cuda.gdc_wait()
-    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    part = tl.program_id(1)
+    half = tl.arange(0, ROWS // 2)
+    row = (half // 8 * 16 + half % 8)[None, :, None, None, None] + tl.arange(0, 2)[None, None, :, None, None] * 8
+    pair = tl.arange(0, WORDS // 8)[None, None, None, :, None] * 8 + tl.arange(0, 4)[:, None, None, None, None] * 2
+    word = pair + tl.arange(0, 2)[None, None, None, None, :]
+    word_left = TOTAL - part * WORDS - word
+    w_offset = row.to(tl.int64) * stride_wn + word
+    scale_offset = (row // 128 * tiles_per_row + word // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + word % 4
+    w_ptr += part * WORDS
+    block_scale_ptr += part * (WORDS // 4) * 512
+    tile = tl.program_id(0) * TILES
+    words, stored = _load_words(
+        w_ptr, block_scale_ptr, tile, row, word_left, w_offset, scale_offset, N, stride_wn, tiles_per_row, ROWS, MASKED
+    )
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :] * stride_xm + word[:, None] * stride_word
-    x = _columns(first, stride_column, word, K, MASKED, ACTIVATION)
-    out_row = out_ptr + (tl.program_id(1) * M + m).to(tl.int64)[None, :] * N
-    for tile in range(TILES):
-        n = (tl.program_id(0) * TILES + tile) * BLOCK_N + tl.arange(0, BLOCK_N)
-        safe_n = tl.where(n < N, n, 0)
-        w_tile = w_ptr + safe_n.to(tl.int64)[:, None] * stride_wn + word[None, :]
-        s_tile = block_scale_ptr + swizzled_offset(safe_n[:, None], word[None, :], tiles_per_row)
-        if TOTAL % WORDS == 0:
-            words = tl.load(w_tile)
-            stored = tl.load(s_tile)
-        else:
-            words = tl.load(w_tile, mask=(word < TOTAL)[None, :], other=0)
-            stored = tl.load(s_tile, mask=(word < TOTAL)[None, :], other=0.0)
-        scale = _word_scale(stored, DTYPE, ASSEMBLY)
-        if ASSEMBLY:
-            if DTYPE == tl.bfloat16:  # noqa: SIM300
-                pieces = tl.inline_asm_elementwise(
-                    _NVFP4_BFLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _BFLOAT16_16, is_pure=True, pack=2
-                )
-            else:
-                pieces = tl.inline_asm_elementwise(
-                    _NVFP4_FLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
-                )
-        acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-        for j in tl.static_range(16):
-            w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, j, DTYPE)
-            acc = tl.dot(w, x[j], acc)
-        if ASSEMBLY:
-            acc = acc * (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
-        tl.store(out_row + n[:, None], acc, mask=(m < M)[None, :] & (n < N)[:, None])
+    column = (part * WORDS + tl.arange(0, WORDS))[:, None, None, None] * 16
+    first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :, None, None] * stride_xm + column * stride_xk
+    x = _columns(first, stride_xk, K - column, K % (16 * WORDS) != 0, ACTIVATION)
+    last = tile + TILES - 1
+    for _ in range(TILES):
+        # The last tile loads itself again, which the cache holds: less than a branch costs.
+        next_words, next_stored = _load_words(
+            w_ptr,
+            block_scale_ptr,
+            tl.minimum(tile + 1, last),
+            row,
+            word_left,
+            w_offset,
+            scale_offset,
+            N,
+            stride_wn,
+            tiles_per_row,
+            ROWS,
+            MASKED,
+        )
+        acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
+        acc = _add_product(acc, words, stored, x, DTYPE, ASSEMBLY, ROWS, WORDS)
+        _store_partial(out_ptr, acc, tile, part, m, M, N, DTYPE, ASSEMBLY, ROWS)
+        words, stored = next_words, next_stored
+        tile += 1
 
 
-WORDS_PER_PART = 32
-ROWS_AS_THEY_ARE = 8
-"""Of x, up to which every program picks its columns out of it; more are put side by side by a kernel of their own."""
+WORDS_PER_PART = 16
+ROWS_PER_TILE = 64
 
 
 def block_splits(columns: int) -> int:
@@ -221,27 +264,8 @@ def block_splits(columns: int) -> int:
     return ceil_div(columns, 16 * WORDS_PER_PART)
 
 
-def words_shape(rows: int, columns: int) -> tuple[int, int, int] | None:
-    """Of the work space in which x's columns are put side by side; None where they are taken as they are."""
-    if rows <= ROWS_AS_THEY_ARE:
-        return None
-    return 16, rows, block_splits(columns) * WORDS_PER_PART
-
-
-def _words_of_rows(x: torch.Tensor, words: torch.Tensor, activation: str | None, overlap: bool) -> None:
-    rows, columns = x.shape
-    width = words.shape[2]
-    launch(
-        _words_of_rows_kernel,
-        (rows, ceil_div(16 * width, 1024), 1),
-        (x, words, x.stride(0), x.stride(1), rows),
-        {"K": columns, "WIDTH": width, "BLOCK": 1024, "ACTIVATION": activation, "OVERLAP": overlap},
-    )
-
-
 def matmul_blocks(
     x: torch.Tensor,
-    words: torch.Tensor | None,
     weight: StoredWeight,
     bias: torch.Tensor | None,
     out: torch.Tensor,
@@ -257,7 +281,6 @@ def matmul_blocks(
 
     Args:
         x: float16 or bfloat16, any strides.
-        words: `words_shape(M, K)` work space of x's dtype.
         weight: kind nvfp4; codes 8-byte aligned, row pitch a multiple of 8.
         bias: (N,) or None.
         out: (M, N), last stride 1, written.
@@ -266,19 +289,13 @@ def matmul_blocks(
         hardware_e4m3: the GPU converts e4m3 (cc 8.9 and later).
         tiles: of 64 rows of the weight that a program goes over with its part of x.
         activation: applied to x first.
-        overlap: let each kernel start while the one before still runs (cc 9.0).
+        overlap: let the sum start while the products still run (cc 9.0).
     """
     rows, columns = x.shape
-    strides = x.stride(0), 16 * x.stride(1), x.stride(1)
-    masked = words is None and columns % (16 * WORDS_PER_PART) != 0
-    if words is not None:
-        _words_of_rows(x, words, activation, overlap)
-        x, activation, strides = words, None, (words.stride(1), 1, words.stride(0))
-    waits = overlap and words is not None
     block_m = min(max(8, power_of_two(rows)), 32)
     launch(
         _matmul_blocks_kernel,
-        (ceil_div(weight.rows, 64 * tiles), block_splits(columns), ceil_div(rows, block_m)),
+        (ceil_div(weight.rows, ROWS_PER_TILE * tiles), block_splits(columns), ceil_div(rows, block_m)),
         (
             x,
             weight.data.view(torch.int64),
@@ -286,23 +303,22 @@ def matmul_blocks(
             partial,
             rows,
             weight.rows,
-            *strides,
+            x.stride(0),
+            x.stride(1),
             weight.data.stride(0) // 8,
             weight.scale_tiles_per_row,
         ),
         {
             "K": columns,
-            "MASKED": masked,
+            "EVEN": weight.rows % (ROWS_PER_TILE * tiles) == 0,
             "ACTIVATION": activation,
             "ASSEMBLY": assembly,
             "BLOCK_M": block_m,
-            "BLOCK_N": 64,
+            "ROWS": ROWS_PER_TILE,
             "WORDS": WORDS_PER_PART,
             "TILES": tiles,
             "OVERLAP": overlap,
-            "WAITS": waits,
         },
         stages=2,
-        overlap=waits,
     )
     sum_splits(partial, weight, bias, out, overlap)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.decode_rows import decode_rows
-from ..kernels.matmul_blocks import block_splits, matmul_blocks, words_shape
+from ..kernels.matmul_blocks import ROWS_PER_TILE, block_splits, matmul_blocks
 from ..kernels.matmul_decode import matmul_decode, matvec_decode
 from ..kernels.matmul_rows import matmul_rows
 from ..kernels.matmul_split import matmul_split, split_rows, term_count
@@ -122,7 +122,6 @@ class _FewRowsScratch(NamedTuple):
     rotated: torch.Tensor | None
     q: torch.Tensor | None
     row_scale: torch.Tensor | None
-    words: torch.Tensor | None
     partial: torch.Tensor | None
     codes: torch.Tensor | None
 
@@ -131,7 +130,6 @@ def _few_rows_scratch(method: str, x: torch.Tensor, weight: StoredWeight, splits
     rows, columns = x.shape
     integer = weight.kind != FP8
     split = method == "split"
-    words = words_shape(rows, columns) if method == "blocks" else None
     q_shape = (term_count(x.dtype, integer) if split else 0, rows, columns)
     return _FewRowsScratch(
         *take_scratch(
@@ -140,7 +138,6 @@ def _few_rows_scratch(method: str, x: torch.Tensor, weight: StoredWeight, splits
             ((rows, columns), torch.float32 if x.dtype == torch.float16 else x.dtype) if weight.rotation else None,
             (q_shape, torch.int8 if integer else torch.float8_e4m3fn) if split else None,
             ((rows,), torch.float32) if split else None,
-            (words, x.dtype) if words is not None else None,
             ((splits, rows, weight.rows), torch.float32) if splits > 1 or method == "blocks" else None,
             _codes_spec(weight, 1),
         )
@@ -197,9 +194,15 @@ def _multiply_split(x, weight, bias, activation, gpu, out, scratch, splits) -> N
 def _multiply_blocks(x, weight, bias, activation, gpu, out, scratch, splits) -> None:
     """NVFP4 codes decoded sixteen at a time, in as many parts of K as `splits`."""
     options: dict[str, Any] = {"assembly": not INTERPRETED, "hardware_e4m3": _hardware_e4m3(gpu)}
-    crowded = splits * -(-weight.rows // 64) >= 4 * multiprocessor_count(x.device.index or 0)
-    options |= {"tiles": 2 if crowded else 1, "activation": activation, "overlap": _overlaps(gpu)}
-    matmul_blocks(x, scratch.words, weight, bias, out, scratch.partial, **options)
+    options |= {"tiles": _tiles_per_program(weight, splits, x.device), "activation": activation}
+    matmul_blocks(x, weight, bias, out, scratch.partial, overlap=_overlaps(gpu), **options)
+
+
+def _tiles_per_program(weight: StoredWeight, splits: int, device: torch.device) -> int:
+    """As many as four, as long as two programs meet on every multiprocessor."""
+    programs = splits * -(-weight.rows // ROWS_PER_TILE)
+    wanted = 2 * multiprocessor_count(device.index or 0)
+    return 4 if programs >= 4 * wanted else 2 if programs >= 2 * wanted else 1
 
 
 def _multiply_decoded(method, x, weight, bias, gpu, out, scratch, splits) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowbit.kernels.decode import decode_reference
-from lowbit.kernels.matmul_blocks import block_splits, matmul_blocks, words_shape
+from lowbit.kernels.matmul_blocks import block_splits, matmul_blocks
 from lowbit.kernels.matmul_decode import matmul_decode, matvec_decode
 from lowbit.kernels.matmul_split import matmul_split, split_rows, split_rows_reference, term_count
 from lowbit.kernels.runtime import INTERPRETED
@@ -127,7 +127,7 @@ def test_split(device, name, splits):
             _check(out, x, weight, bias, 2e-4 if INTERPRETED else 1e-3)
 
 
-@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("tiles", [1, 4])
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_blocks(device, tiles, activation):
     for count, columns in (*SIZES, (300, 592)):
@@ -138,8 +138,6 @@ def test_blocks(device, tiles, activation):
             out = torch.full((rows, count), torch.nan, device=device, dtype=PLAIN_DOTS)
             partial = torch.full((block_splits(columns), rows, count), torch.nan, device=device)
             options = {"assembly": not INTERPRETED, "hardware_e4m3": not INTERPRETED}
-            shape = words_shape(rows, columns)
-            words = None if shape is None else torch.full(shape, torch.nan, device=device, dtype=PLAIN_DOTS)
-            matmul_blocks(x, words, weight, bias, out, partial, tiles=tiles, activation=activation, **options)
+            matmul_blocks(x, weight, bias, out, partial, tiles=tiles, activation=activation, **options)
             activated = x if activation is None else torch.nn.functional.silu(x.double())
             _check(out, activated, weight, bias, max(BAR, 1e-5))
