@@ -76,6 +76,7 @@ class Row:
     quantize_seconds: float | None
     load_seconds: float | None
     seconds_per_step: float | None
+    step_seconds: list[float]
     total_seconds: float
     report: dict[str, Any] | None
 
@@ -113,10 +114,14 @@ class Steps:
             self.times.setdefault(data["node"], []).append(time.monotonic())
 
     @property
+    def seconds(self) -> list[float]:
+        """From each step of a sampler to its next one."""
+        return [b - a for times in self.times.values() for a, b in zip(times, times[1:], strict=False)]
+
+    @property
     def seconds_per_step(self) -> float | None:
-        """The middle of all gaps between two steps of one sampler."""
-        gaps = [b - a for times in self.times.values() for a, b in zip(times, times[1:], strict=False)]
-        return statistics.median(gaps) if gaps else None
+        """The middle of them."""
+        return statistics.median(self.seconds) if self.seconds else None
 
     @property
     def load_seconds(self) -> float | None:
@@ -125,8 +130,10 @@ class Steps:
         return None if first is None else first - self.started - (self.seconds_per_step or 0.0)
 
 
-def run_server(site: Site, contender: Contender, scale: Scale, machine: SmallerMachine) -> Server:
-    """A fresh ComfyUI with its own defaults; stock has no pack in it."""
+def run_server(
+    site: Site, contender: Contender, scale: Scale, machine: SmallerMachine, synchronized: bool = False
+) -> Server:
+    """A fresh ComfyUI with its own defaults; stock has no pack in it. synchronized: see demo/shims/steps.py."""
     return Server(
         site.base,
         comfyui.find(),
@@ -135,6 +142,7 @@ def run_server(site: Site, contender: Contender, scale: Scale, machine: SmallerM
         dynamic_vram=site.dynamic,
         launcher=machine.launcher,
         cache=(),
+        environment={"LOWBIT_SYNCHRONIZE_STEPS": "1"} if synchronized else None,
         name=f"benchmark-{contender.name.split()[0]}",
     )
 
@@ -170,7 +178,7 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
             wait_for_gpu(vram)
             machine = stack.enter_context(SmallerMachine(vram, host))
             baseline = vram_used()
-            server = stack.enter_context(run_server(site, contender, scale, machine))
+            server = stack.enter_context(run_server(site, contender, scale, machine, synchronized=True))
             watch = Watch(server.process.pid, baseline, usage, machine.group)
             stack.callback(watch.close)
             steps.started = time.monotonic()
@@ -198,6 +206,7 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
         quantize_seconds=sum(copy.seconds for copy in made) if made else None,
         load_seconds=steps.load_seconds,
         seconds_per_step=steps.seconds_per_step,
+        step_seconds=[round(seconds, 4) for seconds in steps.seconds],
         total_seconds=total,
         report=report,
     )

@@ -1,6 +1,6 @@
 """Runs the memory benchmark's rows beside each other, one queue of them per GPU, and merges what they measured.
 
-    python -m benchmarks.memory_parallel PLAN ... --work FOLDER --out memory.json [--seconds 560] [--files auto|disk|cache]
+    python -m benchmarks.memory_parallel write rows growth --work FOLDER --out memory.json [--seconds 560] [--files auto|disk|cache]
                                            [--fill GIB]
     python -m benchmarks.memory_parallel probe --work FOLDER     (what the machine can do; about 20 seconds)
     python -m benchmarks.memory_parallel merge PART.json ... --out memory.json
@@ -42,19 +42,16 @@ GENERATIONS = ("--only", "50_generations", "--steps", "2", "--seconds", "480")
 TALK = ("--only", "infinitetalk", "--steps", "1", "--seconds", "520")
 WAN = ("--only", "wan_2_2", "--steps", "6", "--caps")
 TINY_QWEN = ("--tiny", "--only", "qwen_image", "--contenders")
+BIG = ("--write", "qwen_image", "wan_2_2", "--quantize")
+BIG_TURNED = ("--write", "wan_2_2", "qwen_image", "--quantize")
 PLANS: dict[str, tuple[tuple[Entry, ...], ...]] = {
-    "first": (
-        (("--write", "qwen_image", "wan_2_2", "--quantize"), ("--only", "qwen_image", "--caps", "32"), (*WAN, "16")),
-        (("--write", "wan_2_2", "qwen_image", "--quantize"), ("--only", "qwen_image", "--caps", "24"), GENERATIONS),
-        (
-            ("--write", "infinitetalk"),
-            ("--write", "qwen_image", "wan_2_2", "--quantize"),
-            ("--only", "qwen_image", "--caps", "16"),
-            OVERHEAD,
-        ),
-        (("--write", "wan_2_2", "qwen_image", "--quantize"), (*WAN, "24"), TALK),
+    "write": ((BIG,), (BIG_TURNED,), (("--write", "infinitetalk"), BIG), (BIG_TURNED,)),
+    "rows": (
+        ((*WAN, "24"), ("--only", "qwen_image", "--caps", "16")),
+        ((*WAN, "16"),),
+        (("--only", "qwen_image", "--caps", "32"), ("--only", "qwen_image", "--caps", "24")),
     ),
-    "second": ((OVERHEAD,), (GENERATIONS,), (TALK,), ((*WAN, "16"), (*WAN, "24"))),
+    "growth": ((GENERATIONS,), (TALK,), (OVERHEAD,)),
     "tiny": (
         (("--tiny", "--write", "qwen_image", "--quantize"), (*TINY_QWEN, "stock ComfyUI")),
         ((*TINY_QWEN, "memory manager, format auto"),),
@@ -62,7 +59,7 @@ PLANS: dict[str, tuple[tuple[Entry, ...], ...]] = {
 }
 """Queues of each plan, the first for GPU 0: what one entry writes, those of other queues wait for.
 
-"second" goes on where "first" ran out of time.
+Plans run one after the other. A call with the same --work goes on where the one before ran out of time.
 """
 
 FILL = """
@@ -96,9 +93,10 @@ class Queue:
 
     def run(self) -> None:
         """Runs every entry for which there is time."""
-        for index, entry in enumerate(self.entries):
-            if is_done(entry, (self.work / "parts").glob("*.json")):
-                self.say(f"has {' '.join(entry)} already")
+        for index, wanted in enumerate(self.entries):
+            entry = remaining(wanted, sorted((self.work / "parts").glob("*.json")))
+            if entry is None:
+                self.say(f"has {' '.join(wanted)} already")
                 continue
             left = self.deadline - time.monotonic()
             if left < GRACE:
@@ -138,16 +136,19 @@ class Queue:
                 os.killpg(self.process.pid, how)
 
 
-def is_done(entry: Entry, parts: Iterable[Path]) -> bool:
-    """Whether a growth or overhead measurement has been made, or a cap's row with every contender."""
+def remaining(entry: Entry, parts: Iterable[Path]) -> Entry | None:
+    """What of an entry is not among the parts: a cap's missing contenders, a growth or overhead measurement, or nothing."""
     if "--write" in entry or "--tiny" in entry:
-        return False
+        return entry
     found = merge(parts)
     case = entry[entry.index("--only") + 1]
     if "--caps" not in entry:
-        return any(one["case"] == case and not one["error"] for kind in ("growth", "overhead") for one in found[kind])
+        done = any(one["case"] == case and not one["error"] for kind in ("growth", "overhead") for one in found[kind])
+        return None if done else entry
     cap = int(entry[entry.index("--caps") + 1]) * memory_files.GIB
-    return sum(row["case"] == case and row["vram_cap"] == cap for row in found["rows"]) == len(CONTENDERS)
+    done = {row["contender"] for row in found["rows"] if row["case"] == case and row["vram_cap"] == cap}
+    missing = [contender.name for contender in CONTENDERS if contender.name not in done]
+    return (*entry, "--contenders", *missing) if missing else None
 
 
 def run_plan(queues: Sequence[Queue], deadline: float) -> None:
@@ -244,7 +245,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--fill", type=int, default=0, help="GiB of main memory to touch first: without it no load times are shown"
     )
     options = parser.parse_args(arguments)
-    touched = fill_memory(options.fill) if options.fill else 0
     first, *rest = options.what
     if first == "merge":
         write_merged(map(Path, rest), options.out)
@@ -257,8 +257,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     (work / "parts").mkdir(parents=True, exist_ok=True)
     files = choose_files(work) if options.files == "auto" else options.files
-    deadline = started + options.seconds
+    deadline, touched = started + options.seconds, 0
     for name in options.what:
+        if options.fill and not touched and any("--write" not in entry for queue in PLANS[name] for entry in queue):
+            touched = fill_memory(options.fill)  # after the files are written: in memory, they take what was touched
         common = ("--files", files, "--touched", str(touched))
         queues = [Queue(gpu, entries, work, common, deadline - GRACE) for gpu, entries in enumerate(PLANS[name])]
         run_plan(queues, deadline)

@@ -8,9 +8,10 @@ The nodes make inputs that would need a real model (text conditioning of any wid
 and write tensors and facts about a loaded model into the output folder, exact to the bit.
 """
 
-from .detection import install
+from . import detection, steps
 from .nodes import NODE_CLASS_MAPPINGS
 
-install()
+detection.install()
+steps.install()
 
 __all__ = ["NODE_CLASS_MAPPINGS"]

@@ -322,7 +322,22 @@ def test_a_part_that_cannot_be_read_stops_no_queue(tmp_path, monkeypatch):
     entries = (("--only", "overhead"), ("--only", "qwen_image", "--caps", "16"))
     deadline = time.monotonic() + 100
     memory_parallel.run_plan([memory_parallel.Queue(0, entries, tmp_path, (), deadline)], deadline)
-    assert started == list(entries)
+    assert started == [entries[0], (*entries[1], "--contenders", *(contender.name for contender in CONTENDERS))]
+
+
+def test_a_later_call_measures_only_the_contenders_that_are_missing(tmp_path):
+    row = {"case": "qwen_image", "dynamic_vram": True, "vram_cap": 16 * GIB, "completed": True}
+    part = {"environment": {}, "rows": [], "growth": [], "overhead": [{"case": "overhead", "error": None}]}
+    path = tmp_path / "0.json"
+    caps = ("--only", "qwen_image", "--caps", "16")
+    for measured in range(len(CONTENDERS) + 1):
+        part["rows"] = [row | {"contender": contender.name} for contender in CONTENDERS[:measured]]
+        path.write_text(json.dumps(part))
+        left = tuple(contender.name for contender in CONTENDERS[measured:])
+        assert memory_parallel.remaining(caps, [path]) == ((*caps, "--contenders", *left) if left else None)
+    assert memory_parallel.remaining(("--only", "overhead"), [path]) is None
+    assert memory_parallel.remaining(("--only", "infinitetalk"), [path]) == ("--only", "infinitetalk")
+    assert memory_parallel.remaining(("--write", "qwen_image"), [path]) == ("--write", "qwen_image")
 
 
 @pytest.mark.parametrize(("seconds", "touched"), [(20, 1), (0, 0)])
