@@ -348,6 +348,17 @@ def test_only_memory_that_was_touched_counts(monkeypatch, seconds, touched):
     assert memory_parallel.fill_memory(1) == touched
 
 
+def test_memory_is_touched_after_the_files_are_written(tmp_path, monkeypatch):
+    """Files in memory would take what was touched, and the first row pay for its own."""
+    done = []
+    monkeypatch.setattr(memory_parallel, "fill_memory", lambda gib: done.append(f"fill {gib}") or 300)
+    monkeypatch.setattr(memory_parallel, "run_plan", lambda queues, deadline: done.append(queues[0].common))
+    options = ["--work", str(tmp_path), "--out", str(tmp_path / "out.json"), "--files", "cache", "--fill", "400"]
+    assert memory_parallel.main(["write", "rows", "growth", *options]) == 0
+    common = ("--files", "cache", "--touched")
+    assert done == [(*common, "0"), "fill 400", (*common, "300"), (*common, "300")]
+
+
 def test_what_runs_past_the_deadline_is_ended_with_everything_it_started(tmp_path, monkeypatch):
     """A command that is lent ten minutes must not leave a server behind."""
     started = tmp_path / "started"
