@@ -18,6 +18,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import re
 import signal
 import statistics
 import sys
@@ -143,7 +144,7 @@ def run_server(
         launcher=machine.launcher,
         cache=(),
         environment={"LOWBIT_SYNCHRONIZE_STEPS": "1"} if synchronized else None,
-        name=f"benchmark-{contender.name.split()[0]}",
+        name="benchmark-" + re.sub(r"\W+", "-", contender.name),
     )
 
 

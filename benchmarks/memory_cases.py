@@ -19,6 +19,17 @@ WAN_14B = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=40, text=4096)
 WAN_TALK = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=40, text=4096, in_channels=36, image_embedding=True)
 UMT5 = text_encoders.Umt5Config(4096, 10240, 64, 64, 24, 256384)
 TALK = infinitetalk.InfiniteTalkConfig(dim=5120, intermediate=512, out=768)
+ATTENTION = {
+    "backend": "auto",
+    "error_budget": "exact",
+    "if_unavailable": "fall back",
+    "pair_with_weights": True,
+    "exact_first_steps": 0,
+    "exact_last_steps": 0,
+    "exact_sigma_from": 0.0,
+    "exact_sigma_to": 0.0,
+    "exact_blocks": "",
+}
 MANAGER = {
     "policy": "auto",
     "step_clearing": "auto",
@@ -68,12 +79,14 @@ class Contender:
         weight_format: what the pack's loaders are asked for; None for core's loaders.
         managed: whether a memory manager stands behind each model.
         copies: whether core's loaders get the copies in format `auto`, by names of their own.
+        attention: whether the pack's attention node stands behind each manager, with the budget `exact`.
     """
 
     name: str
     weight_format: str | None = None
     managed: bool = False
     copies: bool = False
+    attention: bool = False
 
     @property
     def has_pack(self) -> bool:
@@ -89,7 +102,8 @@ STOCK = Contender("stock ComfyUI")
 STOCK_COPIES = Contender("stock ComfyUI, files in format auto", copies=True)
 MANAGED = Contender("memory manager, bf16 files", managed=True)
 QUANTIZED = Contender("memory manager, format auto", "auto", True)
-CONTENDERS = (STOCK, STOCK_COPIES, MANAGED, QUANTIZED)
+COMPLETE = Contender("memory manager, format auto, exact attention", "auto", True, attention=True)
+CONTENDERS = (STOCK, STOCK_COPIES, MANAGED, QUANTIZED, COMPLETE)
 
 
 @dataclass(frozen=True)
@@ -181,17 +195,25 @@ def write_talk(models: Path, scale: Scale) -> None:
 # --- graphs
 
 
+def behind(graph: graphs.Graph, source: str, kind: str, **inputs: Any) -> str:
+    """Puts a node of the pack behind a node's first output, for all that took it; returns its name."""
+    name = f"{kind.removeprefix('Lowbit')}_{source}"
+    for entry in graph.values():
+        entry["inputs"] = {key: [name, 0] if link == [source, 0] else link for key, link in entry["inputs"].items()}
+    graph[name] = graphs.node(kind, model=[source, 0], **inputs)
+    return name
+
+
 def managed(graph: graphs.Graph, sources: tuple[str, ...], contender: Contender) -> graphs.Graph:
     """The graph with a manager behind each model, and a report at its end, if the contender has them."""
     if not contender.managed:
         return graph
     for source in sources:
-        name = f"manager_{source}"
-        for entry in graph.values():
-            entry["inputs"] = {key: [name, 0] if link == [source, 0] else link for key, link in entry["inputs"].items()}
-        graph[name] = graphs.node("LowbitMemoryManager", model=[source, 0], vae=["vae", 0], **MANAGER)
+        manager = behind(graph, source, "LowbitMemoryManager", vae=["vae", 0], **MANAGER)
+        if contender.attention:
+            behind(graph, manager, "LowbitAttention", **ATTENTION)
     decoder = graph["images"]["inputs"]
-    decoder["vae"] = [f"manager_{sources[-1]}", 2]
+    decoder["vae"] = [manager, 2]
     graph["report"] = graphs.node("LowbitMemoryReport", value=["images", 0])
     graph["json"] = graphs.node("PreviewAny", source=["report", 3])
     return graph

@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import readme_memory
 from benchmarks.markdown import fold, percent, table
+from benchmarks.memory_cases import COMPLETE, QUANTIZED, STOCK, STOCK_COPIES
 from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS
 from lowbit.ops.formats import FORMATS, STORAGES
 from lowbit.ops.linear_describe import describe_linear
@@ -51,22 +52,23 @@ def headline() -> str:
 
 
 def headline_memory() -> list[tuple[str, str, str]]:
-    """Qwen-Image's step and main memory on each smaller card: stock beside format `auto`."""
-    by_cap: dict[int, dict[str, dict[str, Any]]] = {}
+    """Step and main memory on each smaller card: stock beside format `auto`, and with attention where it was measured."""
+    by_cap: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in (read("memory.json") or {"rows": []})["rows"]:
-        if row["case"] == "qwen_image" and row["completed"]:
-            by_cap.setdefault(row["vram_cap"] >> 30, {})[row["contender"]] = row
+        if row["completed"]:
+            by_cap.setdefault((row["case"], row["vram_cap"] >> 30), {})[row["contender"]] = row
     rows = []
-    for cap, found in sorted(by_cap.items(), reverse=True):
-        stock, ours = found.get("stock ComfyUI"), found.get("memory manager, format auto")
-        same = found.get("stock ComfyUI, files in format auto")
-        if stock is None or ours is None:
+    for (case, cap), found in sorted(by_cap.items(), key=lambda item: (item[0][0], -item[0][1])):
+        stock, ours, complete = (found.get(contender.name) for contender in (STOCK, QUANTIZED, COMPLETE))
+        # Over a few steps only those that waited for the GPU say how long one takes.
+        if stock is None or ours is None or (case != "qwen_image" and "step_seconds" not in stock):
             continue
+        same = found.get(STOCK_COPIES.name)
         theirs = f"bf16 file: {headline_step(stock)}"
         theirs += f"; the 8-bit file: {headline_step(same)}" if same else ""
-        rows.append(
-            (f"Qwen-Image, 1328x1328, {cap} GiB of VRAM", theirs, f"quantized by `auto`: {headline_step(ours)}")
-        )
+        here = f"quantized by `auto`: {headline_step(ours)}"
+        here += f"; and with its attention: {complete['seconds_per_step']:.2f} s/step" if complete else ""
+        rows.append((f"{readme_memory.MEMORY_TITLES[case]}, {cap} GiB of VRAM", theirs, here))
     return rows
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from benchmarks import memory, memory_cases, memory_files, memory_parallel, memory_rig
-from benchmarks.memory_cases import CASES, CONTENDERS, MANAGED, QUANTIZED, STOCK, STOCK_COPIES, Scale
+from benchmarks.memory_cases import CASES, COMPLETE, CONTENDERS, MANAGED, QUANTIZED, STOCK, STOCK_COPIES, Scale
 from benchmarks.memory_files import drop_from_page_cache, second_name, write_checkpoint
 from benchmarks.memory_group import create_group
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch
@@ -61,8 +61,22 @@ def test_the_quantized_copies_made_beforehand_are_those_that_the_loaders_look_fo
     assert rows[MANAGED.name]["quantize_seconds"] is None
     copies = [path.name.split(".")[0] for path in (work / "models" / memory_files.CACHE).glob("*.safetensors")]
     assert sorted(copies) == ["qwen25_vl", "qwen_image"]
-    logs = "".join(log.read_text() for log in work.glob("base-*/benchmark-memory.log"))
-    assert logs.count("Using the quantized file") == 2
+    logs = "".join(log.read_text() for log in work.glob("base-*/benchmark-memory-manager-*.log"))
+    assert logs.count("Using the quantized file") == 4
+
+
+def test_the_last_contender_samples_with_manager_and_attention(work):
+    for case, sampler in (("qwen_image", "sample"), ("wan_2_2", "sample_high")):
+        graph = CASES[case].graph(Scale(True, None, 1, 1), COMPLETE)
+        chain, name = [], sampler
+        while "model" in graph[name]["inputs"]:
+            name = graph[name]["inputs"]["model"][0]
+            chain.append(graph[name]["class_type"])
+        assert [kind for kind in chain if kind.startswith("Lowbit")] == [
+            "LowbitAttention",
+            "LowbitMemoryManager",
+            "LowbitLoadDiffusionModel",
+        ]
 
 
 def test_windows_are_compared_with_the_third(results):
