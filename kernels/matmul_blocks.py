@@ -15,7 +15,7 @@ from .decode_tiles import e2m1_to_float32, e4m3_to_float32
 from .launch import launch
 from .matmul_decode import sum_splits
 from .quantize_rows import _activate
-from .runtime import ceil_div, constexpr, power_of_two, tl, triton
+from .runtime import SMALLEST_DOT, THREADS_FROM_FIRST, ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import StoredWeight
 
 
@@ -60,6 +60,7 @@ def _nvfp4_assembly(kind: str, high: int, low: int, mask: str) -> str:
 _NVFP4_BFLOAT16 = constexpr(_nvfp4_assembly("bf16x2", 2, 6, "0x01c001c0"))
 _NVFP4_FLOAT16 = constexpr(_nvfp4_assembly("f16x2", 5, 9, "0x0e000e00"))
 _NVFP4_CONSTRAINTS = constexpr(",".join(["=r"] * 16 + ["l", "l", "r"]))
+_THREADS_FROM_FIRST = constexpr(THREADS_FROM_FIRST)
 _BFLOAT16_16 = constexpr((tl.bfloat16,) * 16)
 _FLOAT16_16 = constexpr((tl.float16,) * 16)
 
@@ -129,7 +130,7 @@ def _load_words(
     ROWS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Words and scales of a tile of the weight's rows, (4, ROWS / 2, 2, words / 8, 2): see `_fragment`."""
+    """Words and scales of a tile of the weight's rows, as `_fragment` takes them."""
     first = tile * ROWS
     w_tile = w_ptr + first.to(tl.int64) * stride_wn + w_offset
     scale_tile = block_scale_ptr + (first // 128 * tiles_per_row * 512 + first % 128 // 32 * 4) + scale_offset
@@ -140,14 +141,32 @@ def _load_words(
 
 
 @triton.jit
-def _fragment(loaded, ROWS: tl.constexpr, WORDS: tl.constexpr):
-    """(4, ROWS / 2, 2, WORDS / 8, 2) to (ROWS, WORDS).
+def _across(four, rows, below, words, pair):
+    """Five ranges along the dimensions of what is loaded, for broadcasting: see `_fragment`."""
+    if _THREADS_FROM_FIRST:
+        four, rows = four[:, None, None, None, None], rows[None, :, None, None, None]
+        below, words = below[None, None, :, None, None], words[None, None, None, :, None]
+    else:
+        four, rows = four[None, None, None, :, None], rows[None, None, :, None, None]
+        below, words = below[None, :, None, None, None], words[:, None, None, None, None]
+    return four, rows, below, words, pair[None, None, None, None, :]
 
-    Row 16a + 8b + c and word 8d + 2e + f lie at (e, 8a + c, b, d, f): the compiler hands dimensions out to threads and
-    warps in this order, and so every number is where a 16 x 16 operand of the tensor cores has it.
+
+@triton.jit
+def _fragment(loaded, ROWS: tl.constexpr, WORDS: tl.constexpr):
+    """What is loaded as (4, ROWS / 2, 2, WORDS / 8, 2), or with the first four turned round, to (ROWS, WORDS).
+
+    Row 16a + 8b + c and word 8d + 2e + f lie at (e, 8a + c, b, d, f). The compiler hands dimensions out to threads and
+    warps from the first one, or since Triton 3.7 from the last one but one, after the one whose elements are neighbours:
+    thread 4c + e of warp a loads them, and has the same place in a 16 x 16 operand of the tensor cores.
     """
-    loaded = tl.reshape(loaded, (4, ROWS // 16, 8, 2, WORDS // 8, 2))
-    return tl.reshape(tl.permute(loaded, (1, 3, 2, 4, 0, 5)), (ROWS, WORDS))
+    if _THREADS_FROM_FIRST:
+        loaded = tl.reshape(loaded, (4, ROWS // 16, 8, 2, WORDS // 8, 2))
+        loaded = tl.permute(loaded, (1, 3, 2, 4, 0, 5))
+    else:
+        loaded = tl.reshape(loaded, (WORDS // 8, 2, ROWS // 16, 8, 4, 2))
+        loaded = tl.permute(loaded, (2, 1, 3, 0, 4, 5))
+    return tl.reshape(loaded, (ROWS, WORDS))
 
 
 @triton.jit
@@ -214,10 +233,10 @@ def _matmul_blocks_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(1)
-    half = tl.arange(0, ROWS // 2)
-    row = (half // 8 * 16 + half % 8)[None, :, None, None, None] + tl.arange(0, 2)[None, None, :, None, None] * 8
-    pair = tl.arange(0, WORDS // 8)[None, None, None, :, None] * 8 + tl.arange(0, 4)[:, None, None, None, None] * 2
-    word = pair + tl.arange(0, 2)[None, None, None, None, :]
+    half, two = tl.arange(0, ROWS // 2), tl.arange(0, 2)
+    four, half, below, octet, pair = _across(tl.arange(0, 4), half, two, tl.arange(0, WORDS // 8), two)
+    row = half // 8 * 16 + half % 8 + below * 8
+    word = octet * 8 + four * 2 + pair
     word_left = TOTAL - part * WORDS - word
     w_offset = row.to(tl.int64) * stride_wn + word
     scale_offset = (row // 128 * tiles_per_row + word // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + word % 4
@@ -292,7 +311,7 @@ def matmul_blocks(
         overlap: let the sum start while the products still run (cc 9.0).
     """
     rows, columns = x.shape
-    block_m = min(max(8, power_of_two(rows)), 32)
+    block_m = min(max(SMALLEST_DOT, power_of_two(rows)), 32)
     launch(
         _matmul_blocks_kernel,
         (ceil_div(weight.rows, ROWS_PER_TILE * tiles), block_splits(columns), ceil_div(rows, block_m)),

@@ -12,7 +12,7 @@ import torch
 from .launch import launch
 from .matmul_decode import sum_splits
 from .quantize_rows import SMALLEST_SCALE, _activate, _magnitude_bits, apply_activation
-from .runtime import ceil_div, constexpr, power_of_two, tl, triton
+from .runtime import SMALLEST_DOT, ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import INT4, StoredWeight
 
 INTEGER_TERM = 254.0
@@ -157,6 +157,7 @@ def _matmul_split_kernel(
     COLUMNS: tl.constexpr = TERM_ROWS * BLOCK_M
     BYTES: tl.constexpr = K // 2 if INT4 else K
     LENGTH: tl.constexpr = ((BYTES + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)) * BLOCK_K
+    IMPRECISE: tl.constexpr = BLOCK_K if BLOCK_K < 128 else 128
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     safe_n = tl.where(n < N, n, 0)
     line = tl.arange(0, COLUMNS)
@@ -190,7 +191,7 @@ def _matmul_split_kernel(
             acc = tl.dot(w, q, acc, out_dtype=ACCUMULATOR)
         else:
             # Hopper's FP8 units keep 14 bits of a running sum: move it to float32 every 128 columns.
-            acc = tl.dot(w, q, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
+            acc = tl.dot(w, q, acc, max_num_imprecise_acc=IMPRECISE)
     m = tl.arange(0, BLOCK_M)
     base = _INTEGER_TERM if INTEGER else _FLOAT8_TERM
     weight = tl.where(line // BLOCK_M == 0, 1.0, tl.where(line // BLOCK_M == 1, 1.0 / base, 1.0 / (base * base)))
@@ -309,7 +310,7 @@ def matmul_split(
             "ASSEMBLY": assembly,
             "SCALE_PER_ROW": weight.scale_mode == 2,
             "HAS_BIAS": bias is not None and single,
-            "BLOCK_M": max(4, power_of_two(rows)),
+            "BLOCK_M": max(4, SMALLEST_DOT // power_of_two(terms), power_of_two(rows)),
             "BLOCK_N": 64,
             "BLOCK_K": step,
             "SPLITS": splits,

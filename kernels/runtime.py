@@ -48,6 +48,15 @@ except (ImportError, ValueError):
 CAN_OVERLAP = TRITON_VERSION >= (3, 6)
 """Kernels can be told to wait for the one before (programmatic dependent launch); needs cc 9.0 too."""
 
+SMALLEST_DOT = 8 if TRITON_VERSION >= (3, 5) else 16
+"""Columns that a product of two tiles has at least."""
+
+THREADS_FROM_FIRST = TRITON_VERSION < (3, 7)
+"""Threads are spread along a load's dimensions from the first one on, else from the last."""
+
+DESCRIPTORS_FIT = TRITON_VERSION >= (3, 5)
+"""Before, a kernel on tensor descriptors took shared memory for its output beside that of its steps: 258 KiB in all."""
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

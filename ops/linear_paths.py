@@ -19,7 +19,7 @@ from ..kernels.matmul_rows import matmul_rows
 from ..kernels.matmul_split import matmul_split, split_rows, term_count
 from ..kernels.quantize_rows import apply_activation, quantize_rows, quantize_rows_reference
 from ..kernels.rotate_rows import KERNEL_ROTATIONS, rotate_rows
-from ..kernels.runtime import CAN_OVERLAP, INTERPRETED, made_to_keep, multiprocessor_count
+from ..kernels.runtime import CAN_OVERLAP, DESCRIPTORS_FIT, INTERPRETED, made_to_keep, multiprocessor_count
 from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_reference import linear_reference
 from .linear_table import ADA, FEW_ROWS, FP8_ROWS, GEFORCE_BLACKWELL, HOPPER, INT8_ROWS, SCRATCH, Gpu
@@ -250,7 +250,7 @@ _scaled_mm_refused: set[tuple[tuple[int, int], torch.dtype]] = set()
 
 def _has_room_for_descriptors(gpu: Gpu) -> bool:
     """GeForce Blackwell (12.x) has tensor descriptors, but not the shared memory that their tiles take: 99 KiB, not 227."""
-    return HOPPER <= gpu.cc < GEFORCE_BLACKWELL
+    return DESCRIPTORS_FIT and HOPPER <= gpu.cc < GEFORCE_BLACKWELL
 
 
 def _takes_scaled_mm(out: torch.Tensor, n: int, k: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.kernels import matmul_blocks as matmul_blocks_module
 from lowbit.kernels.decode import decode_reference
 from lowbit.kernels.matmul_blocks import block_splits, matmul_blocks
 from lowbit.kernels.matmul_decode import matmul_decode, matvec_decode
@@ -128,8 +129,13 @@ def test_split(device, name, splits):
 
 
 @pytest.mark.parametrize("tiles", [1, 4])
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_blocks(device, tiles, activation):
+@pytest.mark.parametrize(("activation", "threads_from_first"), [(None, True), ("silu", True), (None, False)])
+def test_blocks(device, tiles, activation, threads_from_first, monkeypatch):
+    """In either order of the dimensions that are loaded: Triton spreads threads along them in one or the other."""
+    if INTERPRETED:
+        monkeypatch.setattr(matmul_blocks_module, "_THREADS_FROM_FIRST", threads_from_first)
+    elif not threads_from_first:
+        pytest.skip("compiled for this Triton's order")
     for count, columns in (*SIZES, (300, 592)):
         weight = make("nvfp4", count, columns, device)
         bias = torch.randn(count, device=device, dtype=PLAIN_DOTS)
