@@ -13,7 +13,7 @@ from lowbit.kernels.matmul_rows import (
     matmul_rows,
     matmul_rows_reference,
 )
-from lowbit.kernels.runtime import INTERPRETED, compute_capability
+from lowbit.kernels.runtime import DESCRIPTORS_FIT, INTERPRETED, compute_capability
 
 
 def _codes(rows, columns, dtype, device):
@@ -26,14 +26,21 @@ def _fp8_missing(device) -> bool:
     return not INTERPRETED and compute_capability(device.index or 0) < (8, 9)
 
 
+def _needs_descriptors(device) -> None:
+    if not DESCRIPTORS_FIT:
+        pytest.skip("descriptors are not used with this Triton")
+    if not INTERPRETED and compute_capability(device.index or 0) < (9, 0):
+        pytest.skip("this GPU has no tensor descriptors")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("descriptors", [False, True])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 24, 64), (17, 40, 96), (70, 80, 48), (5, 33, 50)])
 def test_equals_reference(device, dtype, descriptors, m, n, k):
     if dtype != torch.int8 and _fp8_missing(device):
         pytest.skip("this GPU has no FP8")
-    if descriptors and not INTERPRETED and compute_capability(device.index or 0) < (9, 0):
-        pytest.skip("this GPU has no tensor descriptors")
+    if descriptors:
+        _needs_descriptors(device)
     a, b = _codes(m, k, dtype, device), _codes(n, k, dtype, device)
     row_scale = torch.rand(m, device=device) + 0.5
     for column_scale in (torch.rand(n, device=device) + 0.5, torch.tensor([0.3], device=device)):
@@ -47,8 +54,7 @@ def test_equals_reference(device, dtype, descriptors, m, n, k):
 
 @pytest.mark.parametrize("tiles", [NARROW, WIDE, WIDE_STAGED])
 def test_every_tiling(device, tiles):
-    if not INTERPRETED and compute_capability(device.index or 0) < (9, 0):
-        pytest.skip("this GPU has no tensor descriptors")
+    _needs_descriptors(device)
     m, n, k = (150, 272, 160) if INTERPRETED else (300, 528, 1040)
     a, b = _codes(m, k, torch.int8, device), _codes(n, k, torch.int8, device)
     row_scale, column_scale = torch.rand(m, device=device), torch.rand(n, device=device)
