@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from .decode_tiles import e2m1_to_float32, e4m3_to_float32
+from .decode_tiles import e2m1_to_float32, e4m3_to_float32, swizzled_offset
 from .launch import launch
 from .matmul_decode import sum_splits
 from .quantize_rows import _activate
@@ -133,7 +133,7 @@ def _load_words(
     """Words and scales of a tile of the weight's rows, as `_fragment` takes them."""
     first = tile * ROWS
     w_tile = w_ptr + first.to(tl.int64) * stride_wn + w_offset
-    scale_tile = block_scale_ptr + (first // 128 * tiles_per_row * 512 + first % 128 // 32 * 4) + scale_offset
+    scale_tile = block_scale_ptr + swizzled_offset(first, 0, tiles_per_row) + scale_offset
     if MASKED:
         inside = (row < N - first) & (word_left > 0)
         return tl.load(w_tile, mask=inside, other=0), tl.load(scale_tile, mask=inside, other=0.0)
@@ -239,7 +239,7 @@ def _matmul_blocks_kernel(
     word = octet * 8 + four * 2 + pair
     word_left = TOTAL - part * WORDS - word
     w_offset = row.to(tl.int64) * stride_wn + word
-    scale_offset = (row // 128 * tiles_per_row + word // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + word % 4
+    scale_offset = swizzled_offset(row, word, tiles_per_row)
     w_ptr += part * WORDS
     block_scale_ptr += part * (WORDS // 4) * 512
     tile = tl.program_id(0) * TILES
