@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +19,6 @@ WAN_14B = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=40, text=4096)
 WAN_TALK = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=40, text=4096, in_channels=36, image_embedding=True)
 UMT5 = text_encoders.Umt5Config(4096, 10240, 64, 64, 24, 256384)
 TALK = infinitetalk.InfiniteTalkConfig(dim=5120, intermediate=512, out=768)
-ATTENTION = {
-    "backend": "auto",
-    "error_budget": "exact",
-    "if_unavailable": "fall back",
-    "pair_with_weights": True,
-    "exact_first_steps": 0,
-    "exact_last_steps": 0,
-    "exact_sigma_from": 0.0,
-    "exact_sigma_to": 0.0,
-    "exact_blocks": "",
-}
-MANAGER = {
-    "policy": "auto",
-    "step_clearing": "auto",
-    "every_n_steps": 1,
-    "vram_limit_gib": 0.0,
-    "sequential_cfg": "auto",
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +51,11 @@ class Scale:
 def copy_name(name: str) -> str:
     """Of the quantized copy of a model's file, where core's loaders look."""
     return f"{name.removesuffix('.safetensors')}_auto.safetensors"
+
+
+def quantized_copies(models: Path, name: str) -> Iterator[Path]:
+    """All that were made of a model's file, in any format."""
+    return (models / CACHE).glob(f"{Path(name).stem}.*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -131,14 +118,13 @@ class Case:
     def name_copies(self, models: Path) -> None:
         """Lets core's loaders find the quantized copies."""
         for name in self.files[: self.quantized]:
-            source = models / name
-            copies = (models / CACHE).glob(f"{source.stem}.*.safetensors")
-            second_name(models / copy_name(name), max(copies, key=lambda path: path.stat().st_mtime))
+            newest = max(quantized_copies(models, name), key=lambda path: path.stat().st_mtime)
+            second_name(models / copy_name(name), newest)
 
     def paths(self, models: Path) -> list[Path]:
         """Every file that a contender reads, as far as it is there."""
         sources = [models / name for name in self.files]
-        copies = [path for source in sources for path in (models / CACHE).glob(f"{source.stem}.*.safetensors")]
+        copies = [path for name in self.files for path in quantized_copies(models, name)]
         return [path for path in [*sources, *copies] if path.exists()]
 
 
@@ -195,23 +181,18 @@ def write_talk(models: Path, scale: Scale) -> None:
 # --- graphs
 
 
-def behind(graph: graphs.Graph, source: str, kind: str, **inputs: Any) -> str:
-    """Puts a node of the pack behind a node's first output, for all that took it; returns its name."""
-    name = f"{kind.removeprefix('Lowbit')}_{source}"
-    for entry in graph.values():
-        entry["inputs"] = {key: [name, 0] if link == [source, 0] else link for key, link in entry["inputs"].items()}
-    graph[name] = graphs.node(kind, model=[source, 0], **inputs)
-    return name
-
-
 def managed(graph: graphs.Graph, sources: tuple[str, ...], contender: Contender) -> graphs.Graph:
     """The graph with a manager behind each model, and a report at its end, if the contender has them."""
     if not contender.managed:
         return graph
     for source in sources:
-        manager = behind(graph, source, "LowbitMemoryManager", vae=["vae", 0], **MANAGER)
+        manager, attention = f"manager_{source}", f"attention_{source}"
+        entry = graphs.node("LowbitMemoryManager", model=[source, 0], vae=["vae", 0], **graphs.MEMORY_MANAGER)
+        graph = graphs.between(graph, [source, 0], manager, entry)
         if contender.attention:
-            behind(graph, manager, "LowbitAttention", **ATTENTION)
+            choices = graphs.ATTENTION | {"error_budget": "exact"}
+            entry = graphs.node("LowbitAttention", model=[manager, 0], **choices)
+            graph = graphs.between(graph, [manager, 0], attention, entry)
     decoder = graph["images"]["inputs"]
     decoder["vae"] = [manager, 2]
     graph["report"] = graphs.node("LowbitMemoryReport", value=["images", 0])

@@ -10,10 +10,43 @@ Link = list[Any]
 PROMPT = "a cat walks over the quiet roof"
 NEGATIVE = "blurry, low quality"
 
+MEMORY_MANAGER = {
+    "policy": "auto",
+    "step_clearing": "auto",
+    "every_n_steps": 1,
+    "vram_limit_gib": 0.0,
+    "sequential_cfg": "auto",
+}
+ATTENTION = {
+    "backend": "auto",
+    "error_budget": "balanced",
+    "if_unavailable": "fall back",
+    "pair_with_weights": True,
+    "exact_first_steps": 0,
+    "exact_last_steps": 0,
+    "exact_sigma_from": 0.0,
+    "exact_sigma_to": 0.0,
+    "exact_blocks": "",
+}
+"""Every choice of a node of the pack as it first shows them: a prompt has to say them all."""
+
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     """One node of an API-form prompt; a link is `[node id, output index]`."""
     return {"class_type": class_type, "inputs": inputs}
+
+
+def relinked(graph: Graph, old: Link, new: Link) -> Graph:
+    """The graph with `new` for everything that used `old`."""
+    return {
+        key: entry | {"inputs": {name: new if value == old else value for name, value in entry["inputs"].items()}}
+        for key, entry in graph.items()
+    }
+
+
+def between(graph: Graph, link: Link, name: str, entry: dict[str, Any]) -> Graph:
+    """The graph with a node between a link and everything that uses it; its first output takes the link's place."""
+    return relinked(graph, link, [name, 0]) | {name: entry}
 
 
 def load_diffusion_model(name: str, format: str | None = None, **options: Any) -> dict[str, Any]:
@@ -67,12 +100,8 @@ def _sample(
 
 def lora(graph: Graph, name: str, strength: float = 1.0) -> Graph:
     """The same graph with a LoraLoaderModelOnly between node `model` and everything that uses it."""
-    out = {
-        key: entry | {"inputs": {k: ["lora", 0] if v == ["model", 0] else v for k, v in entry["inputs"].items()}}
-        for key, entry in graph.items()
-    }
-    out["lora"] = node("LoraLoaderModelOnly", model=["model", 0], lora_name=name, strength_model=strength)
-    return out
+    loader = node("LoraLoaderModelOnly", model=["model", 0], lora_name=name, strength_model=strength)
+    return between(graph, ["model", 0], "lora", loader)
 
 
 def conditioning_from_text(clip: dict[str, Any], prompt: str = PROMPT) -> Graph:

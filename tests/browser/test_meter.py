@@ -220,16 +220,7 @@ def test_a_real_run_feeds_the_meter(tab):
         graphs.conditioning_random(width=256),
         steps=8,
     ) | graphs.decode(graphs.node("VAELoader", vae_name="wan_vae.safetensors"))
-    graph["manager"] = graphs.node(
-        "LowbitMemoryManager",
-        model=["model", 0],
-        policy="auto",
-        step_clearing="auto",
-        every_n_steps=1,
-        vram_limit_gib=0.0,
-        sequential_cfg="auto",
-        vae=["vae", 0],
-    )
+    graph["manager"] = graphs.node("LowbitMemoryManager", model=["model", 0], vae=["vae", 0], **graphs.MEMORY_MANAGER)
     graph["sample"]["inputs"]["model"] = ["manager", 0]
     graph["images"]["inputs"]["vae"] = ["manager", 2]
     graph["saved"] = graphs.node("SaveImage", images=["images", 0], filename_prefix="meter")

@@ -16,13 +16,6 @@ from demo.server import Result, Server
 
 FAULTS = Path(__file__).parent / "memory_faults"
 FAKE_NAME = "fake device (host memory)"
-SETTINGS = {
-    "policy": "auto",
-    "step_clearing": "auto",
-    "every_n_steps": 1,
-    "vram_limit_gib": 0.0,
-    "sequential_cfg": "auto",
-}
 RELEASE = ("text_encoder", "diffusion_model", "vae", "audio_encoder", "model_patch", "scratch")
 UMT5 = graphs.conditioning_from_text(graphs.load_text_encoder("umt5.safetensors", "wan"))
 ROOMY = 4096.0
@@ -136,17 +129,14 @@ def managed(
         defaults = {"at": "nowhere", "call": 1, "times": 1, "name": "fault"}
         out["fault"] = graphs.node("TestOutOfMemory", model=model, **(defaults | fault))
         model = ["fault", 0]
-    swap = {source: ["manager", 0], "clip": ["manager", 1], "vae": ["manager", 2]}
     optional = {name: [name, 0] for name in ("clip", "vae") if name in graph}
     # A graph that encodes an image before its model is patched cannot have that VAE behind the manager.
     optional = {name: link for name, link in optional.items() if source == "model" or name == "clip"}
-    for key, entry in graph.items():
-        inputs = {
-            name: swap[link[0]] if isinstance(link, list) and link[1] == 0 and link[0] in {source, *optional} else link
-            for name, link in entry["inputs"].items()
-        }
-        out[key] = entry | {"inputs": inputs}
-    out["manager"] = graphs.node("LowbitMemoryManager", model=model, **optional, **(SETTINGS | settings))
+    for output, name in enumerate((source, "clip", "vae")):
+        if output == 0 or name in optional:
+            graph = graphs.relinked(graph, [name, 0], ["manager", output])
+    manager = graphs.node("LowbitMemoryManager", model=model, **optional, **(graphs.MEMORY_MANAGER | settings))
+    out |= graph | {"manager": manager}
     return reported(out)
 
 
@@ -161,9 +151,5 @@ def reported(graph: graphs.Graph) -> graphs.Graph:
 
 def released(graph: graphs.Graph, link: graphs.Link, name: str = "release", **components: bool) -> graphs.Graph:
     """The graph with a release node on everything that uses `link`."""
-    out = {
-        key: entry | {"inputs": {k: [name, 0] if v == link else v for k, v in entry["inputs"].items()}}
-        for key, entry in graph.items()
-    }
     choice = dict.fromkeys(RELEASE, False) | components
-    return out | {name: graphs.node("LowbitReleaseComponent", value=link, **choice)}
+    return graphs.between(graph, link, name, graphs.node("LowbitReleaseComponent", value=link, **choice))

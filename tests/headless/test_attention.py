@@ -18,17 +18,7 @@ from .conftest import faulty_server
 
 FAULTS = Path(__file__).with_name("attention_faults")
 NEAR = 2e-3
-SETTINGS = {
-    "backend": "auto",
-    "error_budget": "fast",
-    "if_unavailable": "fall back",
-    "pair_with_weights": True,
-    "exact_first_steps": 0,
-    "exact_last_steps": 0,
-    "exact_sigma_from": 0.0,
-    "exact_sigma_to": 0.0,
-    "exact_blocks": "",
-}
+SETTINGS = graphs.ATTENTION | {"error_budget": "fast"}
 
 
 class Attention:
@@ -54,14 +44,11 @@ class Attention:
 
 def with_attention(graph: dict, fault: str | None = None, source: str = "model", seed: int = 0, **settings) -> dict:
     """The graph with the attention node behind node `source`, and a report after sampling."""
-    last = "faulty" if fault else "attention"
-    out = {
-        key: entry | {"inputs": {k: [last, 0] if v == [source, 0] else v for k, v in entry["inputs"].items()}}
-        for key, entry in graph.items()
-    }
-    out["attention"] = graphs.node("LowbitAttention", model=[source, 0], **(SETTINGS | settings))
+    entry = graphs.node("LowbitAttention", model=[source, 0], **(SETTINGS | settings))
+    out, last = graphs.between(graph, [source, 0], "attention", entry), "attention"
     if fault:
-        out["faulty"] = graphs.node("TestFaultyAttention", model=["attention", 0], fault=fault, seed=seed)
+        entry = graphs.node("TestFaultyAttention", model=["attention", 0], fault=fault, seed=seed)
+        out, last = graphs.between(out, ["attention", 0], "faulty", entry), "faulty"
     out["report"] = graphs.node("LowbitAttentionReport", model=[last, 0], after=["sample", 0])
     out["json"] = graphs.node("PreviewAny", source=["report", 1])
     return out
