@@ -33,6 +33,7 @@ def manage(
         WrappersMP.PREPARE_SAMPLING: hooks.prepare_sampling,
         WrappersMP.SAMPLER_SAMPLE: hooks.sampler_sample,
         WrappersMP.CALC_COND_BATCH: hooks.calc_cond_batch,
+        WrappersMP.DIFFUSION_MODEL: hooks.fetcher,
     }
     for kind, wrapper in wrappers.items():
         # A manager further up the chain gives way to this one.

@@ -12,6 +12,7 @@ import comfy.sampler_helpers
 
 from ..memory.decisions import PassDemand, clears_now, runs_one_at_a_time
 from ..memory.policies import AUTO, EVERY, OFF, ON, Settings
+from .memory_fetching import BlockFetcher
 from .memory_preflight import check_sampling
 from .memory_release import take_over
 from .memory_room import again_after_oom, clear_out, make_way, shrink
@@ -28,6 +29,7 @@ class SamplingHooks:
         self.settings = settings
         self.node_id = node_id
         self._one_at_a_time: dict[Any, bool] = {}
+        self.fetcher = BlockFetcher(settings.row.fetches_ahead)
         self._forced = False
         self._step = (0, 0)
         self._cleared = False
@@ -126,7 +128,7 @@ class SamplingHooks:
             keep = [patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]
             left = clear_out(keep, what).names
             streamed = shrink(patcher, _SHRINK_FRACTION * session().limit.budget)
-            self._forced = True
+            self._forced, self.fetcher.enabled = True, False
             done = [f"{', '.join(left)} left the GPU" if left else "idle memory was given back"]
             done += [f"{streamed / 2**20:,.0f} MiB of weights stream from now on"] if streamed else []
             done += ["prompts run one at a time from here on"] if prompts > 1 else []

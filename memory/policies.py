@@ -29,6 +29,7 @@ class Policy:
         clearing_fraction: with automatic clearing, the part of the budget that PyTorch may hold unused.
         resident_fraction: the part of the budget that weights may take; the rest streams from main memory.
         sequential: the sequential CFG that `auto` stands for.
+        fetches_ahead: whether a block's streamed weights are fetched while the block before computes, into room of their own.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Policy:
     clearing_fraction: float
     resident_fraction: float
     sequential: str
+    fetches_ahead: bool
 
 
 _ROWS = (
@@ -49,6 +51,7 @@ _ROWS = (
         0.25,
         1.0,
         AUTO,
+        True,
     ),
     Policy(
         "speed",
@@ -58,6 +61,7 @@ _ROWS = (
         0.5,
         1.0,
         OFF,
+        True,
     ),
     Policy(
         "balanced",
@@ -68,6 +72,7 @@ _ROWS = (
         0.15,
         0.8,
         AUTO,
+        True,
     ),
     Policy(
         "lowest",
@@ -78,6 +83,7 @@ _ROWS = (
         0.05,
         0.1,
         ON,
+        False,
     ),
 )
 

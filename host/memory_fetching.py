@@ -1,0 +1,107 @@
+"""Fetches a block's streamed weights while the block before it computes, by core's own queue for blocks.
+
+With dynamic VRAM core fetches one layer ahead in models whose code does not ask for more, Wan and Qwen-Image among them.
+A layer with many weights and little to compute, such as a modulation, is then waited for. comfy.model_prefetch fetches
+whole blocks, from hooks in a model's code; here the same calls are made from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import comfy.ldm.qwen_image.model
+import comfy.ldm.wan.model
+import comfy.model_management
+import comfy.model_prefetch
+import torch
+
+BLOCKS: dict[type[torch.nn.Module], str] = {
+    comfy.ldm.wan.model.WanModel: "blocks",
+    comfy.ldm.qwen_image.model.QwenImageTransformer2DModel: "transformer_blocks",
+}
+"""Diffusion model -> its attribute with the blocks that run one after the other."""
+
+_DYNAMIC = "prefetch_dynamic_vbars"
+"""What core puts into the transformer options of a model whose weights dynamic VRAM moves."""
+
+
+class BlockFetcher:
+    """A wrapper of a diffusion model's forward that fetches each block's weights ahead, while some of them stream.
+
+    Fetching has streams and buffers of its own: what a patch's layers stream within a block goes through core's, and
+    would overwrite the block's weights there. Two blocks' streamed weights lie on the GPU at a time: where there was no
+    memory for that once, it stays off.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self._streams: dict[Any, tuple[Any, Any]] = {}
+
+    def __call__(self, executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`executor`, with hooks on the model's blocks for as long as it runs."""
+        blocks = blocks_of(executor.class_obj)  # type: ignore[attr-defined]
+        queue = None
+        if self.enabled and stream(blocks) and not torch.compiler.is_compiling():
+            queue = comfy.model_prefetch.make_prefetch_queue(list(blocks), x.device, _options(args, kwargs))
+        if queue is None:
+            return executor(x, *args, **kwargs)
+        hooks = [block.register_forward_pre_hook(partial(self._fetch, queue, x.device)) for block in blocks]
+        try:
+            out = executor(x, *args, **kwargs)
+            del queue[1:-1]  # what was skipped
+            self._pop(queue, x.device, None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return out
+
+    def _fetch(self, queue: list[Any], device: torch.device, block: torch.nn.Module, inputs: Any) -> None:
+        """Before a block runs. One that runs out of its turn, or once more, streams layer by layer."""
+        place = next((place for place, waiting in enumerate(queue) if place and waiting is block), None)
+        if place is None or any("_prefetch" in vars(module) for module in block.modules()):
+            return
+        del queue[1:place]
+        self._pop(queue, device, block)
+
+    def _pop(self, queue: list[Any], device: torch.device, block: torch.nn.Module | None) -> None:
+        with self._own_streams(device):
+            comfy.model_prefetch.prefetch_queue_pop(queue, device, block)
+
+    @contextlib.contextmanager
+    def _own_streams(self, device: torch.device) -> Iterator[None]:
+        """Core's tables of streams hold ours for a while."""
+        tables = comfy.model_management.STREAMS, comfy.model_management.stream_counters
+        theirs = [table.pop(device, None) for table in tables]
+        for table, own in zip(tables, self._streams.get(device, (None, None)), strict=True):
+            if own is not None:
+                table[device] = own
+        try:
+            yield
+        finally:
+            self._streams[device] = tables[0].pop(device, None), tables[1].pop(device, None)
+            for table, their in zip(tables, theirs, strict=True):
+                if their is not None:
+                    table[device] = their
+
+
+def blocks_of(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+    """The blocks of a diffusion model that this knows, in the order they run; those that are compiled fetch for themselves."""
+    name = next((name for kind, name in BLOCKS.items() if isinstance(model, kind)), None)
+    blocks = () if name is None else tuple(getattr(model, name))
+    return () if any(hasattr(block, "_orig_mod") for block in blocks) else blocks
+
+
+def stream(blocks: Sequence[torch.nn.Module]) -> bool:
+    """Whether dynamic VRAM has some of these blocks' model in main memory only."""
+    paged = (vars(module).get("_v") for block in blocks for module in block.modules())
+    pages = next((page[0] for page in paged if page is not None), None)
+    return pages is not None and int(pages.loaded_size()) < int(pages.offset)
+
+
+def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The transformer options among a forward's arguments, where each model has them in another place."""
+    given = (value for value in (*args, *kwargs.values()) if isinstance(value, dict) and _DYNAMIC in value)
+    return next(given, {})
