@@ -1,13 +1,14 @@
-"""Runs the memory benchmark's rows beside each other, one queue of them per GPU, and merges what they measured.
+"""Runs the memory benchmark's rows beside each other, one at a time on each GPU, and merges what they measured.
 
-    python -m benchmarks.memory_parallel write rows growth --work FOLDER --out memory.json [--seconds 560] [--files auto|disk|cache]
-                                           [--fill GIB]
+    python -m benchmarks.memory_parallel write_qwen qwen --work FOLDER --out memory.json [--gpus 2] [--seconds 560]
+                                           [--files auto|disk|cache] [--fill GIB]
     python -m benchmarks.memory_parallel probe --work FOLDER     (what the machine can do; about 20 seconds)
     python -m benchmarks.memory_parallel merge PART.json ... --out memory.json
 
-Each entry of a queue is a process of its own that sees one GPU. Their rows are shown as they come and lie in FOLDER/parts;
-at the end of --seconds whatever runs is ended, servers among it, and --out gets every row that any call wrote there.
-The processes share the disk, the page cache and the processor, so load times are those of a machine in use.
+Each entry of a plan is a process of its own that sees one GPU; a GPU that is done takes the next entry. Rows are shown as
+they come and lie in FOLDER/parts; at the end of --seconds whatever runs is ended, servers among it, and --out gets every
+row that any call wrote there. A plan needs its checkpoints' size in FOLDER, and each GPU a server's main memory beside
+them (qwen 80 + 60 a GPU, wan 55 + 64, in GiB): on a smaller machine empty FOLDER/models between plans. The processes share the disk, the page cache and the processor, so load times are those of a machine in use.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,7 +30,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks import memory_files
+from benchmarks import memory_cases, memory_files
 from benchmarks.memory_cases import CONTENDERS
 from benchmarks.memory_group import create_group
 
@@ -40,24 +42,35 @@ KEYS = {"rows": ("case", "contender", "dynamic_vram", "vram_cap"), "growth": ("c
 OVERHEAD = ("--only", "overhead", "--seconds", "480")
 GENERATIONS = ("--only", "50_generations", "--steps", "2", "--seconds", "480")
 TALK = ("--only", "infinitetalk", "--steps", "1", "--seconds", "520")
-WAN = ("--only", "wan_2_2", "--steps", "6", "--caps")
 TINY_QWEN = ("--tiny", "--only", "qwen_image", "--contenders")
-BIG = ("--write", "qwen_image", "wan_2_2", "--quantize")
-BIG_TURNED = ("--write", "wan_2_2", "qwen_image", "--quantize")
-PLANS: dict[str, tuple[tuple[Entry, ...], ...]] = {
-    "write": ((BIG,), (BIG_TURNED,), (("--write", "infinitetalk"), BIG), (BIG_TURNED,)),
-    "rows": (
-        ((*WAN, "24"), ("--only", "qwen_image", "--caps", "16")),
-        ((*WAN, "16"),),
-        (("--only", "qwen_image", "--caps", "32"), ("--only", "qwen_image", "--caps", "24")),
-    ),
-    "growth": ((GENERATIONS,), (TALK,), (OVERHEAD,)),
+
+
+def row_entries(case: str, *options: str) -> tuple[Entry, ...]:
+    """One entry for each of a case's GPU sizes and its contenders without the pack, and one for those with it."""
+    return tuple(
+        ("--only", case, *options, "--caps", str(cap), "--contenders", *names)
+        for cap in memory_cases.CASES[case].vram
+        for names in (
+            [one.name for one in CONTENDERS if one.has_pack],
+            [one.name for one in CONTENDERS if not one.has_pack],
+        )
+    )
+
+
+PLANS: dict[str, tuple[Entry, ...]] = {
+    "write_qwen": (("--write", "qwen_image", "--quantize"),) * 2,
+    "write_wan": (("--write", "wan_2_2", "--quantize"),) * 2,
+    "write_talk": (("--write", "infinitetalk"),),
+    "qwen": row_entries("qwen_image"),
+    "wan": row_entries("wan_2_2", "--steps", "6"),
+    "growth": (GENERATIONS, TALK, OVERHEAD),
     "tiny": (
-        (("--tiny", "--write", "qwen_image", "--quantize"), (*TINY_QWEN, "stock ComfyUI")),
-        ((*TINY_QWEN, "memory manager, format auto"),),
+        ("--tiny", "--write", "qwen_image", "--quantize"),
+        (*TINY_QWEN, "memory manager, format auto"),
+        (*TINY_QWEN, "stock ComfyUI"),
     ),
 }
-"""Queues of each plan, the first for GPU 0: what one entry writes, those of other queues wait for.
+"""Entries of each plan: what one of them writes, others wait for, or write the next file meanwhile.
 
 Plans run one after the other. A call with the same --work goes on where the one before ran out of time.
 """
@@ -81,19 +94,23 @@ GRACE = 12
 
 
 @dataclass
-class Queue:
-    """Entries for one GPU, run one after the other until the deadline."""
+class Lane:
+    """A GPU that takes entries from a list which all GPUs share, until it is empty or the deadline is there."""
 
     gpu: int
-    entries: Sequence[Entry]
+    entries: deque[Entry]
     work: Path
     common: Entry
     deadline: float
     process: subprocess.Popen[str] | None = field(default=None, init=False)
 
     def run(self) -> None:
-        """Runs every entry for which there is time."""
-        for index, wanted in enumerate(self.entries):
+        """Runs entries as long as there are any, and time."""
+        while True:
+            try:
+                wanted = self.entries.popleft()
+            except IndexError:
+                return
             entry = remaining(wanted, sorted((self.work / "parts").glob("*.json")))
             if entry is None:
                 self.say(f"has {' '.join(wanted)} already")
@@ -103,7 +120,7 @@ class Queue:
                 self.say(f"no time left for {' '.join(entry)}")
                 continue
             self.say(f"starts {' '.join(entry)}")
-            self.run_one(entry, self.work / "parts" / f"{int(time.time())}-{self.gpu}-{index}.json", left)
+            self.run_one(entry, self.work / "parts" / f"{time.time_ns()}-{self.gpu}.json", left)
 
     def run_one(self, entry: Entry, part: Path, left: float) -> None:
         """One entry in a session of its own, so that its servers can be ended with it."""
@@ -142,29 +159,30 @@ def remaining(entry: Entry, parts: Iterable[Path]) -> Entry | None:
         return entry
     found = merge(parts)
     case = entry[entry.index("--only") + 1]
-    if "--caps" not in entry:
+    if "--contenders" not in entry:
         done = any(one["case"] == case and not one["error"] for kind in ("growth", "overhead") for one in found[kind])
         return None if done else entry
     cap = int(entry[entry.index("--caps") + 1]) * memory_files.GIB
     done = {row["contender"] for row in found["rows"] if row["case"] == case and row["vram_cap"] == cap}
-    missing = [contender.name for contender in CONTENDERS if contender.name not in done]
-    return (*entry, "--contenders", *missing) if missing else None
+    names = entry.index("--contenders") + 1
+    missing = [name for name in entry[names:] if name not in done]
+    return (*entry[:names], *missing) if missing else None
 
 
-def run_plan(queues: Sequence[Queue], deadline: float) -> None:
-    """All queues at once; what runs past the deadline is asked to end, then killed."""
-    threads = [threading.Thread(target=queue.run, daemon=True) for queue in queues]
+def run_plan(lanes: Sequence[Lane], deadline: float) -> None:
+    """All GPUs at once; what runs past the deadline is asked to end, then killed."""
+    threads = [threading.Thread(target=lane.run, daemon=True) for lane in lanes]
     for thread in threads:
         thread.start()
     for how, until in ((signal.SIGTERM, deadline - GRACE), (signal.SIGKILL, deadline - GRACE / 3)):
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
-        for queue, thread in zip(queues, threads, strict=True):
+        for lane, thread in zip(lanes, threads, strict=True):
             if thread.is_alive():
-                queue.say(f"out of time: {how.name}")
-                queue.end(how)
-    for queue in queues:
-        queue.end(signal.SIGKILL)
+                lane.say(f"out of time: {how.name}")
+                lane.end(how)
+    for lane in lanes:
+        lane.end(signal.SIGKILL)
 
 
 def merge(parts: Iterable[Path]) -> dict[str, Any]:
@@ -235,6 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--seconds", type=float, default=560, help="the most that all of it may take")
+    parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument(
         "--files",
         choices=("auto", "disk", "cache"),
@@ -259,11 +278,12 @@ def main(arguments: list[str] | None = None) -> int:
     files = choose_files(work) if options.files == "auto" else options.files
     deadline, touched = started + options.seconds, 0
     for name in options.what:
-        if options.fill and not touched and any("--write" not in entry for queue in PLANS[name] for entry in queue):
+        if options.fill and not touched and any("--write" not in entry for entry in PLANS[name]):
             touched = fill_memory(options.fill)  # after the files are written: in memory, they take what was touched
         common = ("--files", files, "--touched", str(touched))
-        queues = [Queue(gpu, entries, work, common, deadline - GRACE) for gpu, entries in enumerate(PLANS[name])]
-        run_plan(queues, deadline)
+        entries = deque(PLANS[name])
+        lanes = [Lane(gpu, entries, work, common, deadline - GRACE) for gpu in range(options.gpus)]
+        run_plan(lanes, deadline)
     write_merged(sorted((work / "parts").glob("*.json")), options.out)
     return 0
 

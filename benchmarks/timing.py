@@ -28,7 +28,8 @@ def environment() -> dict[str, str]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+        found["driver"] = answer[0] if answer else "unknown"
     return found
 
 

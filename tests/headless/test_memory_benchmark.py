@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 import types
+from collections import deque
 
 import psutil
 import pytest
@@ -330,25 +331,48 @@ def test_the_newest_of_a_key_stays_when_parts_are_merged(tmp_path):
 def test_a_part_that_cannot_be_read_stops_no_queue(tmp_path, monkeypatch):
     """A process that was killed while it wrote, or writes now: the GPUs' other entries run all the same."""
     started = []
-    monkeypatch.setattr(memory_parallel.Queue, "run_one", lambda self, entry, part, left: started.append(entry))
+    monkeypatch.setattr(memory_parallel.Lane, "run_one", lambda self, entry, part, left: started.append(entry))
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "1.json").write_text('{"rows": [')
-    entries = (("--only", "overhead"), ("--only", "qwen_image", "--caps", "16"))
+    entries = [("--only", "overhead"), ("--only", "qwen_image", "--caps", "16", "--contenders", STOCK.name)]
     deadline = time.monotonic() + 100
-    memory_parallel.run_plan([memory_parallel.Queue(0, entries, tmp_path, (), deadline)], deadline)
-    assert started == [entries[0], (*entries[1], "--contenders", *(contender.name for contender in CONTENDERS))]
+    memory_parallel.run_plan([memory_parallel.Lane(0, deque(entries), tmp_path, (), deadline)], deadline)
+    assert started == entries
+
+
+def test_every_row_of_a_case_is_in_its_plan_once():
+    for name, case in (("qwen", "qwen_image"), ("wan", "wan_2_2")):
+        rows = []
+        for entry in memory_parallel.PLANS[name]:
+            names = entry[entry.index("--contenders") + 1 :]
+            rows += [(int(entry[entry.index("--caps") + 1]), contender) for contender in names]
+        assert sorted(rows) == sorted((cap, one.name) for cap in CASES[case].vram for one in CONTENDERS)
+
+
+def test_gpus_take_entries_from_one_list(tmp_path, monkeypatch):
+    """A long entry on one GPU leaves the others to the other."""
+    taken = {0: [], 1: []}
+
+    def run_one(lane, entry, part, left):
+        taken[lane.gpu].append(entry[-1])
+        time.sleep(1.0 if entry[-1] == "a" else 0.01)
+
+    monkeypatch.setattr(memory_parallel.Lane, "run_one", run_one)
+    entries, deadline = deque(("--write", name) for name in "abcd"), time.monotonic() + 100
+    memory_parallel.run_plan([memory_parallel.Lane(gpu, entries, tmp_path, (), deadline) for gpu in (0, 1)], deadline)
+    assert sorted(taken.values()) == [["a"], ["b", "c", "d"]]
 
 
 def test_a_later_call_measures_only_the_contenders_that_are_missing(tmp_path):
     row = {"case": "qwen_image", "dynamic_vram": True, "vram_cap": 16 * GIB, "completed": True}
     part = {"environment": {}, "rows": [], "growth": [], "overhead": [{"case": "overhead", "error": None}]}
     path = tmp_path / "0.json"
-    caps = ("--only", "qwen_image", "--caps", "16")
+    caps, names = ("--only", "qwen_image", "--caps", "16", "--contenders"), [one.name for one in CONTENDERS]
     for measured in range(len(CONTENDERS) + 1):
         part["rows"] = [row | {"contender": contender.name} for contender in CONTENDERS[:measured]]
         path.write_text(json.dumps(part))
-        left = tuple(contender.name for contender in CONTENDERS[measured:])
-        assert memory_parallel.remaining(caps, [path]) == ((*caps, "--contenders", *left) if left else None)
+        left = names[measured:]
+        assert memory_parallel.remaining((*caps, *names), [path]) == ((*caps, *left) if left else None)
     assert memory_parallel.remaining(("--only", "overhead"), [path]) is None
     assert memory_parallel.remaining(("--only", "infinitetalk"), [path]) == ("--only", "infinitetalk")
     assert memory_parallel.remaining(("--write", "qwen_image"), [path]) == ("--write", "qwen_image")
@@ -366,9 +390,9 @@ def test_memory_is_touched_after_the_files_are_written(tmp_path, monkeypatch):
     """Files in memory would take what was touched, and the first row pay for its own."""
     done = []
     monkeypatch.setattr(memory_parallel, "fill_memory", lambda gib: done.append(f"fill {gib}") or 300)
-    monkeypatch.setattr(memory_parallel, "run_plan", lambda queues, deadline: done.append(queues[0].common))
+    monkeypatch.setattr(memory_parallel, "run_plan", lambda lanes, deadline: done.append(lanes[0].common))
     options = ["--work", str(tmp_path), "--out", str(tmp_path / "out.json"), "--files", "cache", "--fill", "400"]
-    assert memory_parallel.main(["write", "rows", "growth", *options]) == 0
+    assert memory_parallel.main(["write_qwen", "qwen", "growth", *options]) == 0
     common = ("--files", "cache", "--touched")
     assert done == [(*common, "0"), "fill 400", (*common, "300"), (*common, "300")]
 
@@ -384,8 +408,8 @@ def test_what_runs_past_the_deadline_is_ended_with_everything_it_started(tmp_pat
     )
     monkeypatch.setattr(memory_parallel, "GRACE", 2)
     deadline = time.monotonic() + 6
-    queue = memory_parallel.Queue(0, (("--only", "x"),), tmp_path, (), deadline)
-    memory_parallel.run_plan([queue], deadline)
+    lane = memory_parallel.Lane(0, deque([("--write", "x")]), tmp_path, (), deadline)
+    memory_parallel.run_plan([lane], deadline)
     assert time.monotonic() < deadline + 2
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(int(started.read_text()))
