@@ -356,7 +356,7 @@ def attention_over_best(shape: dict[str, Any], budget: str) -> float:
 
 def memory() -> str:
     """ComfyUI on a smaller machine, with and without the manager."""
-    return readme_memory.memory(read("memory.json"))
+    return readme_memory.memory(read("memory.json"), read("pinning.json"))
 
 
 def support() -> str:

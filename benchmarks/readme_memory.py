@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.markdown import table
+from benchmarks.memory_cases import CONTENDERS
 
 MEMORY_TITLES = {
     "qwen_image": "Qwen-Image, 1328x1328",
@@ -16,12 +17,22 @@ MEMORY_NOT_RUN = """It was tested in headless ComfyUI on the CPU, with a stand-i
 `benchmarks/memory.py` measures Qwen-Image and Wan 2.2 under VRAM and RAM caps beside stock ComfyUI, and has not run."""
 
 
-def memory(result: dict[str, Any] | None) -> str:
-    """ComfyUI on a smaller machine, with and without the manager; growth; what the manager costs. `result`: memory.json."""
+def memory(result: dict[str, Any] | None, pinning: dict[str, Any] | None = None) -> str:
+    """ComfyUI on a smaller machine, with and without the manager; growth; what the manager costs.
+
+    result: memory.json; pinning: pinning.json.
+    """
     if result is None:
         return MEMORY_NOT_RUN
-    order = list(MEMORY_TITLES)
-    measured = sorted(result["rows"], key=lambda row: (order.index(row["case"]), -(row["vram_cap"] or 0)))
+    order, contenders = list(MEMORY_TITLES), [contender.name for contender in CONTENDERS]
+    measured = sorted(
+        result["rows"],
+        key=lambda row: (
+            order.index(row["case"]),
+            -(row["vram_cap"] or 0),
+            contenders.index(row["contender"]),
+        ),
+    )
     header = ("", "VRAM", "", "", "peak VRAM", "peak RAM", "s/step", "load, s", "total, s")
     # Whoever runs first in a virtual machine that has not been given its memory yet loads longer for it.
     fair = [loads_fairly(row) for row in measured]
@@ -40,7 +51,7 @@ def memory(result: dict[str, Any] | None) -> str:
         parts.append(table(header, grown))
         parts += [window_frames(entry) for entry in result["growth"] if entry["case"] == "infinitetalk"]
     parts += [memory_overhead(entry) for entry in result["overhead"]]
-    parts += measuring_share(measured)
+    parts += measuring_share(measured, pinning)
     return "\n\n".join(parts)
 
 
@@ -125,14 +136,24 @@ def memory_overhead(entry: dict[str, Any]) -> str:
     )
 
 
-def measuring_share(rows: list[dict[str, Any]]) -> list[str]:
-    """How much of the steps' time measuring them took in the worst of the rows with a manager."""
+def measuring_share(rows: list[dict[str, Any]], pinning: dict[str, Any] | None) -> list[str]:
+    """How much of the steps' time measuring them took in the worst and the middle row with a manager, and why."""
     reports = [row["report"] for row in rows if row.get("report") and row["report"]["stepping_seconds"]]
     if not reports:
         return []
+    shares = sorted(report["measuring_steps_seconds"] / report["stepping_seconds"] for report in reports)
     worst = max(reports, key=lambda report: report["measuring_steps_seconds"] / report["stepping_seconds"])
     took, steps = worst["measuring_steps_seconds"], worst["stepping_seconds"]
-    return [
-        f"In the {len(reports)} rows with a manager, measuring the steps took at most {took:.2f} s beside {steps:.1f} s of steps "
-        f"({100 * took / steps:.1f} %); it stops once it is past its share, which a single measurement can be."
-    ]
+    text = (
+        f"In the {len(reports)} rows with a manager, measuring took {100 * shares[len(shares) // 2]:.2f} % of the steps' time in "
+        f"the middle row, and {took:.2f} s beside {steps:.1f} s of steps ({100 * took / steps:.1f} %) in the worst; it stops "
+        "once it is past its share, which a single measurement can be."
+    )
+    if pinning is not None:
+        alone, beside = pinning["alone"], pinning["other_process"]
+        text += (
+            " The driver answers nobody while another process on the host pins memory: asking what is free took at most "
+            f"{alone['mem_get_info']:.1f} ms alone, and {beside['mem_get_info'] / 1000:.1f} s while {pinning['gib']} GiB were "
+            "pinned (`pinning.json`), as the server beside each row does when it loads."
+        )
+    return [text]

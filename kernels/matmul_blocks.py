@@ -3,8 +3,8 @@
 A word is one block of 16 columns. Tensor core operands hold pairs of neighbours
 along K, so column j of two neighbouring words is decoded in one register and multiplied by the pair of their scales, and
 every j has its own small dot. Words are loaded in a shape that gives each thread what the tensor cores want of it: no
-number has to move to another thread after it is decoded. A program keeps its part of x and goes over some rows of the
-weight, whose next words arrive while it multiplies; the parts along K are added up by a second kernel.
+number has to move to another thread after it is decoded. A program keeps its part of x, some steps of words, and goes over
+some tiles of the weight's rows; the words of the next step arrive while it multiplies. A second kernel adds up the parts.
 """
 
 from __future__ import annotations
@@ -220,16 +220,18 @@ def _matmul_blocks_kernel(
     BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
+    STEPS: tl.constexpr,
     TILES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Partial products (K / (16 x WORDS), M, N) in float32, without scale and bias; stride_wn counts words.
+    """Partial products (K / (16 x WORDS x STEPS), M, N) in float32, without scale and bias; stride_wn counts words.
 
     A program holds its part of x and goes over TILES x ROWS rows of the weight. EVEN: no tile goes beyond N.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TOTAL: tl.constexpr = (K + 15) // 16
-    MASKED: tl.constexpr = not EVEN or TOTAL % WORDS != 0
+    PART: tl.constexpr = WORDS * STEPS
+    MASKED: tl.constexpr = not EVEN or TOTAL % PART != 0
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(1)
@@ -237,50 +239,59 @@ def _matmul_blocks_kernel(
     four, half, below, octet, pair = _across(tl.arange(0, 4), half, two, tl.arange(0, WORDS // 8), two)
     row = half // 8 * 16 + half % 8 + below * 8
     word = octet * 8 + four * 2 + pair
-    word_left = TOTAL - part * WORDS - word
+    word_left = TOTAL - part * PART - word
     w_offset = row.to(tl.int64) * stride_wn + word
     scale_offset = swizzled_offset(row, word, tiles_per_row)
-    w_ptr += part * WORDS
-    block_scale_ptr += part * (WORDS // 4) * 512
+    w_ptr += part * PART
+    block_scale_ptr += part * (PART // 4) * 512
     tile = tl.program_id(0) * TILES
+    last = tl.minimum(tile + TILES, (N + ROWS - 1) // ROWS) - 1
     words, stored = _load_words(
         w_ptr, block_scale_ptr, tile, row, word_left, w_offset, scale_offset, N, stride_wn, tiles_per_row, ROWS, MASKED
     )
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (part * WORDS + tl.arange(0, WORDS))[:, None, None, None] * 16
+    column = (part * PART + tl.arange(0, WORDS))[:, None, None, None] * 16
     first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :, None, None] * stride_xm + column * stride_xk
-    x = _columns(first, stride_xk, K - column, K % (16 * WORDS) != 0, ACTIVATION)
-    last = tile + TILES - 1
-    for _ in range(TILES):
-        # The last tile loads itself again, which the cache holds: less than a branch costs.
-        next_words, next_stored = _load_words(
-            w_ptr,
-            block_scale_ptr,
-            tl.minimum(tile + 1, last),
-            row,
-            word_left,
-            w_offset,
-            scale_offset,
-            N,
-            stride_wn,
-            tiles_per_row,
-            ROWS,
-            MASKED,
+    x = ()
+    for step in tl.static_range(STEPS):
+        skipped = step * 16 * WORDS
+        x = x + (
+            _columns(first + skipped * stride_xk, stride_xk, K - skipped - column, K % (16 * PART) != 0, ACTIVATION),
         )
+    for _ in range(TILES):
+        # Beyond the last tile it is done once more, by words that the cache holds: less than a branch costs.
+        following = tl.minimum(tile + 1, last)
         acc = tl.zeros([ROWS, BLOCK_M], dtype=tl.float32)
-        acc = _add_product(acc, words, stored, x, DTYPE, ASSEMBLY, ROWS, WORDS)
+        for step in tl.static_range(STEPS):
+            ahead = (step + 1) % STEPS
+            next_words, next_stored = _load_words(
+                w_ptr + ahead * WORDS,
+                block_scale_ptr + ahead * (WORDS // 4) * 512,
+                tile if step + 1 < STEPS else following,
+                row,
+                word_left - ahead * WORDS,
+                w_offset,
+                scale_offset,
+                N,
+                stride_wn,
+                tiles_per_row,
+                ROWS,
+                MASKED,
+            )
+            acc = _add_product(acc, words, stored, x[step], DTYPE, ASSEMBLY, ROWS, WORDS)
+            words, stored = next_words, next_stored
         _store_partial(out_ptr, acc, tile, part, m, M, N, DTYPE, ASSEMBLY, ROWS)
-        words, stored = next_words, next_stored
-        tile += 1
+        tile = following
 
 
-WORDS_PER_PART = 16
+WORDS_PER_STEP = 16
+STEPS_PER_PART = 2
 ROWS_PER_TILE = 64
 
 
 def block_splits(columns: int) -> int:
     """Parts of K that are multiplied side by side."""
-    return ceil_div(columns, 16 * WORDS_PER_PART)
+    return ceil_div(columns, 16 * WORDS_PER_STEP * STEPS_PER_PART)
 
 
 def matmul_blocks(
@@ -329,15 +340,16 @@ def matmul_blocks(
         ),
         {
             "K": columns,
-            "EVEN": weight.rows % (ROWS_PER_TILE * tiles) == 0,
+            "EVEN": weight.rows % ROWS_PER_TILE == 0,
             "ACTIVATION": activation,
             "ASSEMBLY": assembly,
             "BLOCK_M": block_m,
             "ROWS": ROWS_PER_TILE,
-            "WORDS": WORDS_PER_PART,
+            "WORDS": WORDS_PER_STEP,
+            "STEPS": STEPS_PER_PART,
             "TILES": tiles,
             "OVERLAP": overlap,
         },
-        stages=2,
+        stages=1,
     )
     sum_splits(partial, weight, bias, out, overlap)

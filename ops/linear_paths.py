@@ -199,10 +199,9 @@ def _multiply_blocks(x, weight, bias, activation, gpu, out, scratch, splits) -> 
 
 
 def _tiles_per_program(weight: StoredWeight, splits: int, device: torch.device) -> int:
-    """As many as four, as long as two programs meet on every multiprocessor."""
+    """Two, as long as two programs meet on every multiprocessor."""
     programs = splits * -(-weight.rows // ROWS_PER_TILE)
-    wanted = 2 * multiprocessor_count(device.index or 0)
-    return 4 if programs >= 4 * wanted else 2 if programs >= 2 * wanted else 1
+    return 2 if programs >= 4 * multiprocessor_count(device.index or 0) else 1
 
 
 def _multiply_decoded(method, x, weight, bias, gpu, out, scratch, splits) -> None:
