@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import readme_memory
-from benchmarks.markdown import fold, percent, table
+from benchmarks import readme_linear, readme_memory
+from benchmarks.markdown import percent, table
 from benchmarks.memory_cases import COMPLETE, QUANTIZED, STOCK, STOCK_COPIES
 from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS
 from lowbit.ops.formats import FORMATS, STORAGES
@@ -83,7 +83,7 @@ def headline_blocks() -> list[tuple[str, str, str]]:
     ms = {(r["block"], r["format"], r["contender"]): r["ms"] for r in results if "ms" in r}
     return [
         (f"{title}, `{name}`", f"{ms[block, name, 'core']:.2f} ms", f"{ms[block, name, 'lowbit']:.2f} ms")
-        for block, title in BLOCK_TITLES.items()
+        for block, title in readme_linear.BLOCK_TITLES.items()
         for name in HEADLINE_FORMATS
         if {(block, name, "core"), (block, name, "lowbit")} <= ms.keys()
     ]
@@ -155,163 +155,6 @@ def quantize() -> str:
             caption + "\n\n" + table(("", "MB/s of source", "peak RAM, MiB more than idle", "file, MiB"), rows)
         )
     return "\n\n".join(parts)
-
-
-LINEAR_FORMATS = (
-    "fp8_e4m3fn_scaled",
-    "fp8_e4m3fn_scaled_fast",
-    "int8",
-    "int8_fast",
-    "int8_convrot_fast",
-    "mxfp8",
-    "mxfp8_fast",
-    "fp4_scaled",
-    "fp4_scaled_fast",
-    "int4_convrot_fast",
-    "int4_asym_fast",
-)
-
-PEER_CASE = "wan_qkv"
-BLOCK_TITLES = {
-    "wan_14b": "A Wan 14B block, 32,760 tokens",
-    "qwen_image": "A Qwen-Image block, 4,096 image and 256 text tokens",
-}
-
-
-def linear() -> str:
-    """Time per shape: bf16, core's way (comfy-kitchen), ours; the product's error."""
-    result = read("linear.json")
-    if result is None:
-        return ""
-    by_key = {(r["case"], r["m"], r["k"], r["n"], r["format"], r["contender"]): r for r in result["results"]}
-    cases = dict.fromkeys((r["case"], r["m"], r["k"], r["n"]) for r in result["results"])
-    parts = []
-    for case in cases:
-        plain = by_key.get((*case, "bf16", "F.linear"))
-        if plain is None or not plain["us"]:
-            continue
-        rows = []
-        for name in LINEAR_FORMATS:
-            ours, core = (by_key.get((*case, name, who)) for who in ("lowbit", "comfy-kitchen"))
-            if ours is None or not ours["us"]:
-                continue
-            rows.append(
-                (
-                    f"`{name}`",
-                    f"{ours['us']:,.0f}",
-                    rate(case[1], ours),
-                    f"{core['us']:,.0f}" if core and core["us"] else "",
-                    f"{plain['us'] / ours['us']:.2f}",
-                    f"{1 / ours['ratio_to_bf16']:.2f}",
-                    f"{ours['extra_peak_mib']:,.0f} / {core['extra_peak_mib']:,.0f}" if core else "",
-                    percent(ours["relative_error"]),
-                )
-            )
-        title = f"**{case[0]}**: {case[1]:,} x {case[2]:,} x {case[3]:,}, bf16 {plain['us']:,.0f} us"
-        header = (
-            "format",
-            "Lowbit, us",
-            "",
-            "ComfyUI, us",
-            "times bf16",
-            "in turn",
-            "peak MiB, ours / ComfyUI",
-            "error",
-        )
-        parts.append(f"{title}\n\n{table(header, rows)}")
-    environment = result["environment"]
-    caption = (
-        f"{environment['gpu']}, torch {environment['torch']}, comfy-kitchen {environment['comfy-kitchen']}. Large products "
-        "are timed after 50 ms of the same one, at the clocks the power limit leaves; *in turn*: alternating with bf16's. The limits: "
-        f"{result['bandwidth_limit_bytes_per_second'] / 1e12:.1f} TB/s (a copy), 989 and 1,979 TFLOP/s (data sheet, 16 and 8 bit)."
-    )
-    parts.append(profile())
-    return caption + "\n\n" + fold("Every shape that was measured", "\n\n".join(parts))
-
-
-def profile() -> str:
-    """What Nsight Compute says of the few-row kernels: how near each is to a limit."""
-    result = read("linear_profile.json")
-    if result is None:
-        return ""
-    work, rows = result["workload"], []
-    for launch in result["launches"]:
-        if "matmul" in launch["kernel"] or "matvec" in launch["kernel"]:
-            values = (
-                f"{launch[key]:.0f} %" for key in ("dram_percent", "l1_percent", "sm_percent", "warps_active_percent")
-            )
-            rows.append((f"`{launch['kernel'].strip('_')}`", f"{launch['ns'] / 1e3:.1f}", *values))
-    order = ", ".join(f"{name} at {m} row{'s' if m > 1 else ''}" for name in work["formats"] for m in work["rows"])
-    caption = (
-        f"**Few rows under Nsight Compute**, {work['k']:,} to {work['n']:,}: {order}; {work['repeats']} launches each"
-    )
-    return f"{caption}\n\n{table(('kernel', 'us', 'DRAM', 'L1', 'SM', 'warps active'), rows)}"
-
-
-def peers() -> str:
-    """One shape beside the other libraries that import, from a run that measured them all."""
-    result = read("linear_peers.json")
-    if result is None:
-        return ""
-    found = [r for r in result["results"] if r["case"] == PEER_CASE and r["us"]]
-    names = list(dict.fromkeys(r["contender"] for r in found if r["contender"] != "F.linear"))
-    times = {(r["format"], r["contender"]): f"{r['us']:,.0f}" for r in found}
-    rows = [
-        (f"`{name}`", *(times.get((name, who), "") for who in names))
-        for name in LINEAR_FORMATS
-        if (name, names[0]) in times
-    ]
-    first, environment = found[0], result["environment"]
-    versions = ", ".join(f"{who} {environment[who]}" for who in names if who in environment)
-    caption = (
-        f"Beside other libraries, us for {first['m']:,} x {first['k']:,} x {first['n']:,} "
-        f"(bf16 {times['bf16', 'F.linear']}; {versions}):"
-    )
-    return f"{caption}\n\n{table(('format', *names), rows)}"
-
-
-def blocks() -> str:
-    """Whole transformer blocks: bf16, core's way, ours."""
-    result = read("blocks.json")
-    if result is None:
-        return ""
-    by_key = {(r["block"], r["format"], r["contender"]): r for r in result["results"] if "ms" in r}
-    parts = []
-    for block, title in BLOCK_TITLES.items():
-        plain = by_key[block, "bf16", "F.linear"]
-        rows = []
-        for name in LINEAR_FORMATS:
-            ours, core = by_key.get((block, name, "lowbit")), by_key.get((block, name, "core"))
-            if ours is None:
-                continue
-            rows.append(
-                (
-                    f"`{name}`",
-                    f"{ours['ms']:.2f}",
-                    f"{core['ms']:.2f}" if core else "",
-                    f"{ours['speedup_over_bf16']:.2f}",
-                    f"{core['speedup_over_bf16']:.2f}" if core else "",
-                    f"{ours['extra_peak_mib']:,.0f} / {core['extra_peak_mib']:,.0f}" if core else "",
-                )
-            )
-        header = (
-            "format",
-            "Lowbit, ms",
-            "ComfyUI, ms",
-            "times bf16",
-            "ComfyUI, times bf16",
-            "peak MiB, ours / ComfyUI",
-        )
-        caption = f"**{title}**, bf16 {plain['ms']:.2f} ms and {plain['extra_peak_mib']:,.0f} MiB"
-        parts.append(f"{caption}\n\n{table(header, rows)}")
-    return "\n\n".join(parts)
-
-
-def rate(rows: int, row: dict[str, Any]) -> str:
-    """Bandwidth of weight bytes for few rows, arithmetic rate for many."""
-    if rows <= 64:
-        return f"{row['weight_bytes_per_second'] / 1e12:.2f} TB/s"
-    return f"{row['tflops']:,.0f} TFLOP/s"
 
 
 def attention() -> str:
@@ -406,9 +249,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "quality": quality,
     "quantize": quantize,
-    "linear": linear,
-    "peers": peers,
-    "blocks": blocks,
+    "linear": lambda: readme_linear.linear(read("linear.json"), read("linear_profile.json")),
+    "peers": lambda: readme_linear.peers(read("linear_peers.json")),
+    "blocks": lambda: readme_linear.blocks(read("blocks.json"), read("blocks_slow_host.json")),
     "attention": attention,
     "memory": memory,
     "support": support,

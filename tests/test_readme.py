@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from benchmarks import readme
+from benchmarks import readme, readme_linear
 from benchmarks.readme import ROOT, TABLES, rendered
 
 
@@ -108,3 +108,22 @@ def test_the_first_table_takes_a_run_without_cgroups_too(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}))
     assert "bf16 file: 1.00 s/step, 41 GiB of RAM" in readme.headline()
+
+
+def test_goals_say_which_were_missed_and_what_the_hardware_would_allow():
+    """The worst of a goal's rows counts, whichever way is worse; what was not measured is left out."""
+    few = {"contender": "lowbit", "k": 4096, "n": 14336, "ratio_to_bf16": None}
+    rate = {"us": 16.0, "tflops": 1.0, "weight_bytes_per_second": 4.0e12}
+    rows = [
+        few | rate | {"case": "decode", "m": 1, "format": "fp8_e4m3fn_scaled"},
+        few | rate | {"case": "decode", "m": 1, "format": "int8", "us": 20.0, "weight_bytes_per_second": 2.0e12},
+        few | rate | {"case": "decode", "m": 1, "format": "int8", "contender": "comfy-kitchen", "us": 99.0},
+        few | rate | {"case": "qwen_modulation", "m": 1, "format": "int8", "weight_bytes_per_second": 3.5e12},
+        few | rate | {"case": "wan_qkv", "m": 32760, "format": "mxfp8_fast", "ratio_to_bf16": 0.5},
+    ]
+    text = readme_linear.goals({"results": rows, "bandwidth_limit_bytes_per_second": 4e12})
+    assert "| FP8, INT8, 1 row, 4,096 to 14,336 | 18 us | **20.0** | 10.0 | 50 % |" in text
+    assert "| INT8, 1 row, 3,072 to 18,432 | 3.4 TB/s | 3.50 | 4.00 | 88 % |" in text
+    assert "| MXFP8 fast, 32,760 x 5,120 x 5,120 | 1.04 x bf16 | 0.500 |  |  |" in text
+    assert "99" not in text
+    assert "16 rows" not in text
