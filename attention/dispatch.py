@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from . import checks, ranking
 from .backends import BACKENDS, CORE, Backend
 from .environment import Environment, detect
 from .masks import MaskMemory, normalized
-from .plan import NEVER, Candidate, Core, Plan, Policy, Request
+from .plan import AUTO, NEVER, Candidate, Core, Plan, Policy, Request
 from .planning import Planner
 from .report import TIMED_CALLS, Report, Struck, Tally
 from .timing_cache import TimingCache
+from .trial import MARGIN, Trial
 
 log = logging.getLogger("lowbit.attention")
 
@@ -50,9 +50,14 @@ class Dispatcher:
         backends: tuple[Backend, ...] = BACKENDS,
         environment: Callable[[torch.device], Environment] = detect,
         ranks: tuple[ranking.Rank, ...] = ranking.RANKS,
+        tried_on: Collection[str] = ("cuda",),
     ):
-        """backends, environment and ranks are the tables and the probe; tests pass their own."""
+        """backends, environment and ranks are the tables and the probe; tests pass their own.
+
+        tried_on: types of devices on which `auto`'s choice is timed beside ComfyUI's own attention.
+        """
         self.policy = policy
+        self.tried_on = tried_on
         self.report = Report()
         self.masks = MaskMemory()
         self.lossy_calls = 0
@@ -89,8 +94,21 @@ class Dispatcher:
         spread = self._model_calls * GOLDEN_RATIO % 1
         for plan in list(self._plans.values()):
             seen, plan.seen = plan.seen, plan.current.tally.calls
+            if plan.trial is not None:
+                self._judge(plan)
             if plan.current.lossy and self._known(plan):
                 plan.left = 1 + int(max(plan.seen - seen, 0) * spread)
+
+    def _judge(self, plan: Plan) -> None:
+        """Strikes off a backend that ComfyUI's own attention has outrun here; the next one is tried in its turn."""
+        verdict = None if plan.trial is None or plan.current.kernel is None else plan.trial.verdict(plan.current)
+        if verdict is None:
+            return
+        taken, own = verdict
+        if own < MARGIN * taken:
+            self._strike(plan, plan.current, f"it took {taken:.3g} ms here where ComfyUI's own took {own:.3g}")
+        else:
+            plan.trial = None
 
     def bar_lossy(self, reason: str) -> list[str]:
         """Strikes off every lossy backend that has taken calls, for all shapes. Returns their names."""
@@ -192,6 +210,9 @@ class Dispatcher:
         plan = planned.plan
         if planned.keep:
             self._plans[key] = plan
+        if self.policy.backend == AUTO and not planned.timed and request.q.device.type in self.tried_on:
+            own = next((c for c in plan.candidates if c.kernel is None and not c.lossy), None)
+            plan.trial = None if own is None or own is plan.current else Trial(own)
         for candidate in plan.candidates:
             error = planned.failed.get(candidate.backend)
             if error is not None and candidate.kernel is not None:
@@ -204,6 +225,8 @@ class Dispatcher:
         suspects: list[Candidate] = []
         mask = request.mask if request.mask is None else normalized(request.mask)
         plain = request._replace(mask=mask)
+        if plan.trial is not None and self._tries(plan) and not capturing:
+            plan.trial.call(plain)
         while True:
             candidate = plan.current
             if candidate.kernel is None and not candidate.lossy:
@@ -239,9 +262,14 @@ class Dispatcher:
         bounded = plan.current.lossy and plan.current.limit < float("inf")
         return bounded and self._model_calls > 0 and (plan.since == self._model_calls or not self._known(plan))
 
+    def _tries(self, plan: Plan) -> bool:
+        """Whether the next call is one of ComfyUI's own attention too: the backend's first calls are behind it."""
+        trial = plan.trial
+        return trial is not None and not trial.is_over and plan.current.kernel is not None and self._known(plan)
+
     def _next_check(self, plan: Plan) -> int:
         """Calls until the next one that is checked; `begin_model_call` sets it for the calls of later model calls."""
-        if not self._known(plan) or self._compares_all(plan):
+        if not self._known(plan) or self._compares_all(plan) or self._tries(plan):
             return 1
         return COMPARED_EVERY if plan.current.lossy and not self._model_calls else NEVER
 
@@ -319,17 +347,7 @@ class Dispatcher:
         known = len(tally.milliseconds) + len(tally.events)
         if capturing or tally.calls < CHECKED_CALLS or known >= TIMED_CALLS:
             return candidate.on(request)
-        if request.q.is_cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            out = candidate.on(request)
-            end.record()
-            tally.events.append((start, end))
-            return out
-        begin = time.perf_counter()
-        out = candidate.on(request)
-        tally.milliseconds.append((time.perf_counter() - begin) * 1e3)
-        return out
+        return tally.time(lambda: candidate.on(request), request.q.is_cuda)
 
     def _strike_for(self, plan: Plan, candidate: Candidate, error: Exception) -> None:
         self._strike(plan, candidate, _said(error), temporary=isinstance(error, torch.OutOfMemoryError))

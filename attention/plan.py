@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -12,6 +12,9 @@ from .backends import CORE_EXACT, AttentionCall, Backend
 from .calls import Kernel
 from .checks import prepared
 from .report import Struck, Tally
+
+if TYPE_CHECKING:
+    from .trial import Trial
 
 AUTO, MEASURED = "auto", "measured"
 NEVER = 0
@@ -102,12 +105,13 @@ class Plan:
 
     checked, attempts: calls whose output was judged, and those that could not be judged because their inputs were not
     finite. left: calls until the next one that is checked, which is then number 1; NEVER for none. since: the model call
-    in which the current candidate took over. references: exact kernels to compare with.
+    in which the current candidate took over. references: exact kernels to compare with. trial: of ComfyUI's own
+    attention beside the candidates, until one has stood it; None where the order was timed here, or asked for.
     """
 
     __slots__ = (
         "call", "candidates", "current", "checked", "attempts", "left", "since", "seen", "out_shape", "flat_shape",
-        "references",
+        "references", "trial",
     )  # fmt: skip
 
     def __init__(self, call: AttentionCall, candidates: list[Candidate], references: Sequence[Kernel], since: int = 0):
@@ -117,6 +121,7 @@ class Plan:
         self.out_shape = torch.Size((call.batch, call.heads, call.q_len, call.value_dim))
         self.flat_shape = (call.batch, call.q_len, call.heads * call.value_dim)
         self.current = candidates[0]
+        self.trial: Trial | None = None
         self.advance(since)
 
     def advance(self, since: int) -> None:

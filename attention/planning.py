@@ -19,11 +19,13 @@ from .timing_cache import TimingCache
 
 
 class Planned(NamedTuple):
-    """A new plan, the candidates that failed while they were timed, and whether it holds for later calls too."""
+    """A new plan, the candidates that failed while they were timed, whether it holds for later calls too, and whether
+    its order comes from timing."""
 
     plan: Plan
     failed: dict[str, Exception]
     keep: bool = True
+    timed: bool = False
 
 
 class _Case(NamedTuple):
@@ -84,7 +86,8 @@ class Planner:
         self._say_if_never_run(case, candidates)
         references = [candidate.kernel for candidate in usable.values() if not candidate.lossy and candidate.kernel]
         plan = Plan(case.call, [*candidates, *self._last_resorts(case)], references, since)
-        return Planned(plan, failed, keep=not (times and usable and capturing))
+        timing = bool(times and usable)
+        return Planned(plan, failed, keep=not (timing and capturing), timed=timing)
 
     def _times_here(self, case: _Case, usable: dict[str, Candidate]) -> bool:
         """Whether the order comes from timing on this graph: asked for, or `auto` on a GPU without measurements.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,6 +32,25 @@ class Tally:
     earlier_ms: float | None = None
     milliseconds: list[float] = field(default_factory=list)
     events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def time(self, call: Callable[[], torch.Tensor], on_gpu: bool) -> torch.Tensor:
+        """Makes a call and takes its time, without waiting for the GPU."""
+        if on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            out = call()
+            end.record()
+            self.events.append((start, end))
+            return out
+        begin = time.perf_counter()
+        out = call()
+        self.milliseconds.append((time.perf_counter() - begin) * 1e3)
+        return out
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether `resolve` knows a time, and need not wait for it."""
+        return bool(self.events or self.milliseconds) and all(end.query() for _, end in self.events)
 
     def resolve(self) -> float | None:
         """The median time of the timed calls in milliseconds; waits for the GPU when events are pending."""

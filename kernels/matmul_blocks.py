@@ -255,7 +255,7 @@ def _matmul_blocks_kernel(
     x = ()
     for step in tl.static_range(STEPS):
         skipped = step * 16 * WORDS
-        x = x + (
+        x = x + (  # type: ignore[assignment]
             _columns(first + skipped * stride_xk, stride_xk, K - skipped - column, K % (16 * PART) != 0, ACTIVATION),
         )
     for _ in range(TILES):
