@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ import torch
 from .checkpoint import Checkpoint, TensorEntry
 from .formats import FORMATS
 from .keep_rules import QUANTIZE
+from .overlap import read_ahead
 from .plan import QuantizationPlan
 from .quantize import absolute_maximum, core_config_tensor, quantize_weight
 from .stored import with_speed
@@ -49,7 +52,8 @@ def quantize_checkpoint(
 ) -> None:
     """Write the file that `plan` describes to `target`; nothing is left there when it fails or is cancelled.
 
-    Peak host memory over the idle process is about twice the largest tensor plus some 100 MiB.
+    Peak host memory over the idle process is about twice the largest tensor plus some 100 MiB; where another device
+    quantizes, one more tensor is read, and one written, in the meantime.
 
     Args:
         checkpoint: the source.
@@ -68,20 +72,41 @@ def quantize_checkpoint(
     header = {**carried_metadata(checkpoint.metadata), **(metadata or {})}
     header[METADATA_KEY] = json.dumps(_origin(checkpoint, plan))
     report = _Report(max(checkpoint.nbytes, 1), progress)
+    device = torch.device(device)
+    overlap = _overlaps(device)
     writer = CheckpointWriter(
         target,
         name_bytes=_PARTS * (names_nbytes(checkpoint.entries) + len(checkpoint.entries) * _SUFFIX_BYTES),
         name_count=_PARTS * len(checkpoint.entries),
         metadata=header,
         verified=report.verified,
+        behind=overlap,
     )
-    with writer:
-        for entry in checkpoint.entries.values():
-            _write_entry(writer, checkpoint, entry, plan, torch.device(device))
+    with writer, contextlib.closing(_tensors(checkpoint, plan, overlap)) as tensors:
+        for name in checkpoint.entries.keys() & plan.stored.dropped:
+            report.written(checkpoint.entries[name])
+        for name, take in tensors:
+            entry = checkpoint.entries[name]
+            _write_entry(writer, checkpoint, entry, take, plan, device)
             report.written(entry)
         _write_configs(writer, plan)
         # What was read of another state of the file must not get a name.
         checkpoint.check_unchanged()
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether reading and writing leave the device alone that quantizes."""
+    return device.type != "cpu"
+
+
+def _tensors(
+    checkpoint: Checkpoint, plan: QuantizationPlan, overlap: bool
+) -> Generator[tuple[str, Callable[[], torch.Tensor]], None, None]:
+    """Every tensor's name, and what reads it."""
+    names = [name for name in checkpoint.entries if name not in plan.stored.dropped]
+    if overlap:
+        return read_ahead(names, lambda name: checkpoint.entries[name].nbytes, checkpoint.read)
+    return ((name, partial(checkpoint.read, name)) for name in names)
 
 
 class _Report:
@@ -126,17 +151,20 @@ def _origin(checkpoint: Checkpoint, plan: QuantizationPlan) -> dict[str, object]
 
 
 def _write_entry(
-    writer: CheckpointWriter, checkpoint: Checkpoint, entry: TensorEntry, plan: QuantizationPlan, device: torch.device
+    writer: CheckpointWriter,
+    checkpoint: Checkpoint,
+    entry: TensorEntry,
+    take: Callable[[], torch.Tensor],
+    plan: QuantizationPlan,
+    device: torch.device,
 ) -> None:
-    if entry.name in plan.stored.dropped:
-        return
     layer_name, _, suffix = entry.name.rpartition(".")
     layer = plan.layers.get(layer_name)
     if layer is not None and layer.action == QUANTIZE and suffix == "weight":
-        _write_quantized(writer, checkpoint, entry.name, plan, device)
+        _write_quantized(writer, take, entry.name, _called(checkpoint, entry.name), plan, device)
         return
     target = plan.stored.scale_targets.get(entry.name)
-    tensor = checkpoint.read(entry.name)
+    tensor = take()
     if target is not None:
         writer.add(target.name, target.convert(tensor))
         return
@@ -147,12 +175,16 @@ def _write_entry(
 
 
 def _write_quantized(
-    writer: CheckpointWriter, checkpoint: Checkpoint, name: str, plan: QuantizationPlan, device: torch.device
+    writer: CheckpointWriter,
+    take: Callable[[], torch.Tensor],
+    name: str,
+    called: str,
+    plan: QuantizationPlan,
+    device: torch.device,
 ) -> None:
     layer = plan.layers[name.removesuffix(".weight")]
     row = FORMATS[layer.weight_format]
-    weight = checkpoint.read(name).to(device)
-    called = _called(checkpoint, name)
+    weight = take().to(device)
     parts = quantize_weight(weight, layer.storage, unit_scale=row.unit_scale, fast=row.fast, name=called)
     del weight
     for suffix in list(parts):

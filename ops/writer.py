@@ -11,6 +11,7 @@ import shutil
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +19,7 @@ import torch
 
 from ..errors import CheckpointError, StorageError
 from .checkpoint import DTYPES, Checkpoint, open_checkpoint
+from .overlap import WriteBehind
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 16 * 1024 * 1024
@@ -57,6 +59,7 @@ class CheckpointWriter:
         name_count: how many tensors will come, an upper bound.
         metadata: text entries of the header.
         verified: see `Verified`.
+        behind: write on a thread of its own: tensors must stay as they are until the writer is closed.
 
     Raises:
         StorageError: the folder cannot be written, or the disk is full.
@@ -70,8 +73,10 @@ class CheckpointWriter:
         name_count: int,
         metadata: Mapping[str, str],
         verified: Verified | None = None,
+        behind: bool = False,
     ) -> None:
         self.path = path
+        self._behind = WriteBehind() if behind else None
         self._verified = verified
         self._metadata = dict(metadata)
         reserved = len(json.dumps({"__metadata__": self._metadata})) + name_bytes + name_count * _HEADER_ENTRY_BYTES
@@ -129,10 +134,12 @@ class CheckpointWriter:
             for name, tensor in sorted(self._held, key=lambda item: -item[1].element_size()):
                 self._append(name, tensor)
             self._held.clear()
+            if self._behind is not None:
+                self._behind.wait()
             self._write_header()
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
+            self._end()
             self._verify()
             os.replace(self._temporary, self.path)
         except OSError as error:
@@ -144,10 +151,29 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Remove what was written so far."""
-        self._file.close()
+        self._end()
         self._temporary.unlink(missing_ok=True)
 
+    def _end(self) -> None:
+        """No more writes."""
+        if self._behind is not None:
+            self._behind.close()
+        self._file.close()
+
     def _append(self, name: str, tensor: torch.Tensor) -> None:
+        end = self._position + tensor.nbytes
+        self._header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._position, end],
+        }
+        self._position = end
+        if self._behind is None:
+            self._write(name, tensor)
+        else:
+            self._behind.add(tensor.nbytes, partial(self._write, name, tensor))
+
+    def _write(self, name: str, tensor: torch.Tensor) -> None:
         view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         checksum = 0
         try:
@@ -159,14 +185,7 @@ class CheckpointWriter:
             raise StorageError(
                 f"{self.path.name} could not be written to {self.path.parent} ({_strerror(error)}): free the disk."
             ) from None
-        end = self._position + tensor.nbytes
-        self._header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._position, end],
-        }
         self._checksums[name] = checksum
-        self._position = end
 
     def _write_header(self) -> None:
         table = {"__metadata__": self._metadata, **self._header} if self._metadata else self._header
