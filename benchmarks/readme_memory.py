@@ -33,11 +33,16 @@ def memory(result: dict[str, Any] | None, pinning: dict[str, Any] | None = None)
             contenders.index(row["contender"]),
         ),
     )
-    header = ("", "VRAM", "", "", "peak VRAM", "peak RAM", "s/step", "load, s", "total, s")
+    header = ("", "VRAM", "", "", "peak VRAM", "peak RAM", "s/step", "fastest", "load, s", "total, s")
     # Whoever runs first in a virtual machine that has not been given its memory yet loads longer for it.
     fair = [loads_fairly(row) for row in measured]
     shown = len(header) if any(fair) else -2
     parts = [memory_caption(result), table(header[:shown], [memory_row(row)[:shown] for row in measured])]
+    if not all(row.get("step_seconds") for row in measured if row["completed"]):
+        parts.append(
+            "Rows without a time per step are of an earlier run, in which a step was reported when the processor had queued it; "
+            "their totals are sound."
+        )
     if not all(fair):
         parts.append(
             "Load times are left out where the virtual machine was still being given its memory, at the first one's cost."
@@ -81,7 +86,8 @@ def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
     number = "{:.1f}".format
     fair = loads_fairly(row)
     loading = (row["load_seconds"], row["total_seconds"] if row["completed"] else None) if fair else (None, None)
-    times = (row["seconds_per_step"], *loading)
+    steps = row.get("step_seconds")  # absent in runs whose steps did not wait for the GPU
+    times = (row["seconds_per_step"] if steps else None, min(steps) if steps else None, *loading)
     return (
         MEMORY_TITLES[row["case"]],
         f"{row['vram_cap'] / 2**30:.0f} GiB" if row["vram_cap"] else "all",

@@ -50,6 +50,7 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
         "report": {"stepping_seconds": 20.0, "measuring_steps_seconds": 0.5},
         "load_seconds": 31.23,
         "seconds_per_step": 1.234,
+        "step_seconds": [1.3, 1.1, 1.234],
         "total_seconds": 66.6,
     }
     failed = {
@@ -80,7 +81,7 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     (tmp_path / "memory.json").write_text(json.dumps(result))
     text = readme.memory()
     assert "has not run" not in text
-    assert "| completed | 23.0 GiB | 41.0 GiB | 1.23 |\n" in text
+    assert "| completed | 23.0 GiB | 41.0 GiB | 1.23 | 1.10 |\n" in text
     assert "Load times are left out" in text
     assert "| stock ComfyUI | **failed**: GraphFailedError: a / b |" in text
     assert text.index("32 GiB | stock") < text.index("24 GiB | memory")
@@ -92,12 +93,19 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     result["rows"].append(row | {"vram_cap": 16 * gib, "memory_touched_gib": 256})
     (tmp_path / "memory.json").write_text(json.dumps(result))
     text = readme.memory()
-    assert "| 16 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 | 31.2 | 66.6 |" in text
-    assert "| 24 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 |  |  |" in text
+    assert "| 16 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 | 1.10 | 31.2 | 66.6 |" in text
+    assert "| 24 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 | 1.10 |  |  |" in text
     result["rows"][-1]["memory_touched_gib"] = 59
     (tmp_path / "memory.json").write_text(json.dumps(result))
     assert "66.6" not in readme.memory()
     assert "Load times are left out" in text
+    # A step that did not wait for the GPU says nothing.
+    assert "earlier run" not in text
+    del result["rows"][0]["step_seconds"]
+    (tmp_path / "memory.json").write_text(json.dumps(result))
+    text = readme.memory()
+    assert "earlier run" in text
+    assert "| 24 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB |  |  |\n" in text
 
 
 def test_the_first_table_takes_a_run_without_cgroups_too(monkeypatch, tmp_path):
@@ -108,6 +116,9 @@ def test_the_first_table_takes_a_run_without_cgroups_too(monkeypatch, tmp_path):
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}))
     assert "bf16 file: 1.00 s/step, 41 GiB of RAM" in readme.headline()
+    rows[0]["step_seconds"] = [0.7, 1.0, 1.4]
+    (tmp_path / "memory.json").write_text(json.dumps({"rows": rows}))
+    assert "bf16 file: 1.00 s/step (the fastest 0.70), 41 GiB of RAM" in readme.headline()
 
 
 def test_goals_say_which_were_missed_and_what_the_hardware_would_allow():
