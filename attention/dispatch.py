@@ -263,9 +263,11 @@ class Dispatcher:
         return bounded and self._model_calls > 0 and (plan.since == self._model_calls or not self._known(plan))
 
     def _tries(self, plan: Plan) -> bool:
-        """Whether the next call is one of ComfyUI's own attention too: the backend's first calls are behind it."""
+        """Whether ComfyUI's own attention gets the next call too: the backend's first calls are behind it, and a model
+        call will come that judges."""
         trial = plan.trial
-        return trial is not None and not trial.is_over and plan.current.kernel is not None and self._known(plan)
+        pending = trial is not None and not trial.is_over and self._model_calls > 0
+        return pending and plan.current.kernel is not None and self._known(plan)
 
     def _next_check(self, plan: Plan) -> int:
         """Calls until the next one that is checked; `begin_model_call` sets it for the calls of later model calls."""

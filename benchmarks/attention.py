@@ -71,6 +71,8 @@ SHAPES = (
     Shape("Wan 14B 480p image cross", 40, 32760, 257, kind="wan cross"),
     Shape("Wan 2.2 5B 704p cross", 24, 27280, 512, kind="wan cross"),
     Shape("Qwen-Image 1 MP", 24, 4608, 4608, flat=False, kind="qwen"),
+    Shape("Qwen-Image 1328 x 1328, 13 text tokens", 24, 6902, 6902, flat=False, kind="qwen"),
+    Shape("Qwen-Image 1328 x 1328, 13 text tokens, batch 2", 24, 6902, 6902, batch=2, flat=False, kind="qwen"),
     Shape("Qwen-Image 2 MP", 24, 8704, 8704, flat=False, kind="qwen"),
     Shape("Qwen-Image-Edit 1 MP, two references", 24, 13312, 13312, flat=False, kind="qwen"),
     Shape("Qwen-Image 1 MP, batch 2", 24, 4608, 4608, batch=2, flat=False, kind="qwen"),

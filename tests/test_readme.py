@@ -93,7 +93,9 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     result["rows"].append(row | {"vram_cap": 16 * gib, "memory_touched_gib": 256})
     (tmp_path / "memory.json").write_text(json.dumps(result))
     text = readme.memory()
-    assert "| 16 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 | 1.10 | 31.2 | 66.6 |" in text
+    assert (
+        "| 16 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 | 1.10 | 31.2 | 66.6 |" in text
+    )
     assert "| 24 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.23 | 1.10 |  |  |" in text
     result["rows"][-1]["memory_touched_gib"] = 59
     (tmp_path / "memory.json").write_text(json.dumps(result))

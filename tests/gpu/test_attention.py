@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -204,7 +206,7 @@ def test_a_lossy_backend_is_compared_in_every_block_and_then_once_a_model_call(n
     backends = tuple(backend for backend in BACKENDS if backend.name in (name, "sdpa"))
     capability = torch.cuda.get_device_capability()
     rank = Rank((capability, capability), "fast", (name, "core"), "a test")
-    dispatcher = Dispatcher(Policy("auto", "fast"), backends=backends, ranks=(rank,))
+    dispatcher = Dispatcher(Policy("auto", "fast"), backends=backends, ranks=(rank,), tried_on=())
     compared = []
     plain = dispatcher._error
     dispatcher._error = lambda *args: compared.append(1) or plain(*args)
@@ -216,6 +218,32 @@ def test_a_lossy_backend_is_compared_in_every_block_and_then_once_a_model_call(n
     (row,) = dispatcher.report.as_dict(dispatcher.settings(q.device))["calls"]
     assert row["backend"] == name
     assert 0 < row["error"] <= ERROR_LIMITS["fast"]
+
+
+def test_auto_gives_way_to_comfyuis_own_where_that_is_faster():
+    """The times come from events, without waiting: known when the next model call begins."""
+    q, k, v = make(heads=8, q_len=2001, kv_len=2001)
+    kernel, _ = bound("sdpa", q, k, v)
+
+    def slow(*args):
+        for _ in range(20):
+            out = kernel(*args)
+        return out
+
+    sdpa = next(backend for backend in BACKENDS if backend.name == "sdpa")
+    everywhere = ((0, 0), (99, 0))
+    for bind, taken in ((lambda environment: slow, "core"), (lambda environment: kernel, "sdpa")):
+        rank = Rank(everywhere, "exact", ("sdpa", "core"), "a test")
+        backend = dataclasses.replace(sdpa, bind=bind)
+        dispatcher = Dispatcher(Policy("auto", "exact"), backends=(backend,), ranks=(rank,))
+        for _ in range(2):
+            dispatcher.begin_model_call()
+            for _ in range(10):
+                out = dispatcher.run(q, k, v, None, None, False, torch_sdpa(q, k, v))
+                close(out, reference(q, k, v).transpose(1, 2).flatten(2), 6e-3)
+        report = dispatcher.report.as_dict(dispatcher.settings(q.device))
+        assert report["calls_by_backend"] == ({"sdpa": 10, "core": 10} if taken == "core" else {"sdpa": 20})
+        assert [struck["reason"][:7] for struck in report["struck_off"]] == (["it took"] if taken == "core" else [])
 
 
 def test_a_mask_that_was_idle_before_is_kept_in_a_captured_graph():

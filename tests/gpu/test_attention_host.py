@@ -44,7 +44,8 @@ def test_every_call_is_counted_and_self_attention_is_timed(result):
         # two runs of two steps of four blocks of a self and a cross attention, positive and negative in one batch or alone
         assert sum(report["calls_by_backend"].values()) in (32, 64), name
         assert report["sampling_runs"] == 2
-        assert report["struck_off"] == [], name
+        # On tensors this small ComfyUI's own attention may be the faster one.
+        assert all(struck["reason"].startswith("it took") for struck in report["struck_off"]), name
         assert any(call["ms_per_call"] for call in report["calls"] if call["q_len"] == call["kv_len"] == 9216)
 
 
