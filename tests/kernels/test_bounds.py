@@ -1,0 +1,72 @@
+"""No kernel reads or writes outside its tensors: in the interpreter, where every one of them ends at a page of its own.
+
+On a GPU compute-sanitizer looks at the same calls (tests/gpu/memcheck.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.kernels.runtime import INTERPRETED
+from lowbit.ops import linear_paths
+from lowbit.ops.linear_table import REFERENCE, Gpu, choose_path
+
+from .guarded import guarded
+from .stored import ROTATED, UNROTATED, make
+
+if not INTERPRETED:
+    pytest.skip("the interpreter reads the addresses that a kernel asks for", allow_module_level=True)
+
+SIZES = [(24, 256), (33, 80), (192, 512)]
+ROWS = ((1, torch.float16), (2, torch.float32), (17, torch.float16), (70, torch.float16))
+HOPPER = Gpu((9, 0), triton=True, kitchen=False)
+
+
+@pytest.mark.parametrize("at", ["end", "start"])
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("name", [*UNROTATED, *ROTATED])
+def test_products_stay_inside_their_tensors(name, fast, at, monkeypatch):
+    def scratch(device, *specs):
+        return [None if spec is None else guarded(torch.zeros(spec[0], dtype=spec[1]), at) for spec in specs]
+
+    def empty(*shape, dtype=None, **options):
+        return guarded(plain_empty(*shape, dtype=dtype, **options).zero_(), at)
+
+    plain_empty = torch.empty
+    monkeypatch.setattr(linear_paths, "take_scratch", scratch)
+    for count, columns in SIZES[:1] if name in ROTATED else SIZES:
+        weight = make(name, count, columns, torch.device("cpu"))
+        fields = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}
+        tensors = {key: guarded(value, at) for key, value in fields.items() if isinstance(value, torch.Tensor)}
+        weight = dataclasses.replace(weight, **tensors)
+        bias = guarded(torch.randn(count), at)
+        for rows, dtype in ROWS:
+            path = choose_path(weight.kind, fast, rows, count, columns, dtype, HOPPER)
+            if path == REFERENCE:
+                continue
+            x = guarded(torch.randn(rows, columns, dtype=dtype), at)
+            with monkeypatch.context() as patched:
+                patched.setattr(torch, "empty", empty)
+                out = linear_paths.LINEAR_PATHS[path](x, weight, bias, None, HOPPER)
+            assert out.isfinite().all()
+
+
+def test_a_read_past_the_end_is_noticed():
+    """The fence holds: else the tests above could not fail."""
+    for place, at in (("[-1:]", "end"), ("[:1]", "start")):
+        program = (
+            "import ctypes, torch\n"
+            "from guarded import guarded\n"
+            f"t = guarded(torch.arange(1000, dtype=torch.uint8), {at!r}){place}\n"
+            f"ctypes.string_at(t.data_ptr() - {16 if at == 'start' else 0}, 32)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, check=False
+        )
+        assert done.returncode < 0, (at, done.stderr[-500:])
