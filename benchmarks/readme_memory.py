@@ -40,8 +40,8 @@ def memory(result: dict[str, Any] | None, pinning: dict[str, Any] | None = None)
     parts = [memory_caption(result), table(header[:shown], [memory_row(row)[:shown] for row in measured])]
     if not all(row.get("step_seconds") for row in measured if row["completed"]):
         parts.append(
-            "Rows without a time per step are of an earlier run, in which a step was reported when the processor had queued it; "
-            "their totals are sound."
+            "~: from an earlier run, in which a step was reported when the processor had queued it, which says little over a few "
+            "steps; the totals are sound."
         )
     if not all(fair):
         parts.append(
@@ -87,7 +87,10 @@ def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
     fair = loads_fairly(row)
     loading = (row["load_seconds"], row["total_seconds"] if row["completed"] else None) if fair else (None, None)
     steps = row.get("step_seconds")  # absent in runs whose steps did not wait for the GPU
-    times = (row["seconds_per_step"] if steps else None, min(steps) if steps else None, *loading)
+    times = (row["seconds_per_step"], min(steps) if steps else None, *loading)
+    cells = ["" if time is None else number(time) if time >= 10 else f"{time:.2f}" for time in times]
+    if cells[0] and not steps:
+        cells[0] = f"~{cells[0]}"
     return (
         MEMORY_TITLES[row["case"]],
         f"{row['vram_cap'] / 2**30:.0f} GiB" if row["vram_cap"] else "all",
@@ -96,7 +99,7 @@ def memory_row(row: dict[str, Any]) -> tuple[str, ...]:
         if row["completed"]
         else f"**failed**: {row['error'][:120].replace('|', '/')}",
         *("" if size is None else f"{size / 2**30:.1f} GiB" for size in (row["usage"]["vram"], main_memory(row))),
-        *("" if time is None else number(time) if time >= 10 else f"{time:.2f}" for time in times),
+        *cells,
     )
 
 

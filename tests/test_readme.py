@@ -107,7 +107,7 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     (tmp_path / "memory.json").write_text(json.dumps(result))
     text = readme.memory()
     assert "earlier run" in text
-    assert "| 24 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB |  |  |\n" in text
+    assert "| 24 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | ~1.23 |  |\n" in text
 
 
 def test_the_first_table_takes_a_run_without_cgroups_too(monkeypatch, tmp_path):
