@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -95,14 +96,15 @@ class Dispatcher:
         for plan in list(self._plans.values()):
             seen, plan.seen = plan.seen, plan.current.tally.calls
             if plan.trial is not None:
-                self._judge(plan)
+                self._judge(plan, plan.trial)
             if plan.current.lossy and self._known(plan):
                 plan.left = 1 + int(max(plan.seen - seen, 0) * spread)
 
-    def _judge(self, plan: Plan) -> None:
+    def _judge(self, plan: Plan, trial: Trial) -> None:
         """Strikes off a backend that ComfyUI's own attention has outrun here; the next one is tried in its turn."""
-        verdict = None if plan.trial is None or plan.current.kernel is None else plan.trial.verdict(plan.current)
+        verdict = trial.verdict()
         if verdict is None:
+            plan.trial = None if trial.failed else trial
             return
         taken, own = verdict
         if own < MARGIN * taken:
@@ -211,7 +213,7 @@ class Dispatcher:
         if planned.keep:
             self._plans[key] = plan
         if self.policy.backend == AUTO and not planned.timed and request.q.device.type in self.tried_on:
-            own = next((c for c in plan.candidates if c.kernel is None and not c.lossy), None)
+            own = next((c for c in plan.candidates if c.kernel is None), None)
             plan.trial = None if own is None or own is plan.current else Trial(own)
         for candidate in plan.candidates:
             error = planned.failed.get(candidate.backend)
@@ -225,8 +227,7 @@ class Dispatcher:
         suspects: list[Candidate] = []
         mask = request.mask if request.mask is None else normalized(request.mask)
         plain = request._replace(mask=mask)
-        if plan.trial is not None and self._tries(plan) and not capturing:
-            plan.trial.call(plain)
+        trial = plan.trial if self._tries(plan) and not capturing else None
         while True:
             candidate = plan.current
             if candidate.kernel is None and not candidate.lossy:
@@ -234,7 +235,11 @@ class Dispatcher:
                 self._finish_core(plan, candidate, out, suspects, capturing)
                 return out
             try:
-                out = self._timed(candidate, plain, capturing)
+                if trial is None:
+                    out = self._timed(candidate, plain, capturing)
+                else:
+                    this, trial = trial, None  # one that fails is not tried with the backend after it
+                    out = this.call(plain, functools.partial(candidate.on, plain))
                 whole = _heads_first(out, candidate, plain)
                 if whole.shape != plan.out_shape or whole.dtype != request.q.dtype:
                     raise WrongOutput(

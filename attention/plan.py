@@ -131,3 +131,5 @@ class Plan:
         self.left = 1
         self.since = since
         self.seen = self.current.tally.calls
+        if self.trial is not None:
+            self.trial = None if self.current.kernel is None else self.trial.anew()

@@ -47,10 +47,20 @@ class Tally:
         self.milliseconds.append((time.perf_counter() - begin) * 1e3)
         return out
 
+    def clear(self) -> None:
+        """Forgets the times."""
+        self.milliseconds.clear()
+        self.events.clear()
+
     @property
-    def is_timed(self) -> bool:
-        """Whether `resolve` knows a time, and need not wait for it."""
-        return bool(self.events or self.milliseconds) and all(end.query() for _, end in self.events)
+    def has_times(self) -> bool:
+        """Whether any call was timed."""
+        return bool(self.events or self.milliseconds)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the timed calls have ended, so that `resolve` need not wait."""
+        return all(end.query() for _, end in self.events)
 
     def resolve(self) -> float | None:
         """The median time of the timed calls in milliseconds; waits for the GPU when events are pending."""

@@ -42,9 +42,11 @@ class BlockFetcher:
 
     def __call__(self, executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`executor`, with hooks on the model's blocks for as long as it runs."""
+        if torch.compiler.is_compiling() or not self.enabled:
+            return executor(x, *args, **kwargs)
         blocks = blocks_of(executor.class_obj)  # type: ignore[attr-defined]
         queue = None
-        if self.enabled and stream(blocks) and not torch.compiler.is_compiling():
+        if stream(blocks):
             queue = comfy.model_prefetch.make_prefetch_queue(list(blocks), x.device, _options(args, kwargs))
         if queue is None:
             return executor(x, *args, **kwargs)

@@ -90,6 +90,16 @@ class Core:
         return out if self.heads_first else out.transpose(1, 2).flatten(2)
 
 
+def report(target):
+    """What a dispatcher has counted, as plain data."""
+    return target.report.as_dict(target.settings(torch.device("cpu")))
+
+
+def counts(target):
+    """Calls by backend."""
+    return report(target)["calls_by_backend"]
+
+
 NOMINAL_LOOP_SECONDS = 0.001
 """What `_loop` takes on the machine that the 15 microseconds were set on."""
 

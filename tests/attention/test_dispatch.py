@@ -16,8 +16,6 @@ from lowbit.attention.dispatch import CHECKED_CALLS, Dispatcher
 from lowbit.attention.plan import Policy
 from lowbit.attention.planning import check_named
 from lowbit.attention.report import TIMED_CALLS, as_text
-from lowbit.attention.trial import TIMED_CALLS as OWN_CALLS
-from lowbit.attention.trial import WARM_CALLS
 from lowbit.errors import CapabilityError
 
 _spec = importlib.util.spec_from_file_location("attention_fakes", Path(__file__).with_name("fakes.py"))
@@ -40,12 +38,7 @@ def run(target, q, k, v, mask=None, scale=None, exact=False, heads_first=False, 
     return out
 
 
-def counts(target):
-    return target.report.as_dict(target.settings(torch.device("cpu")))["calls_by_backend"]
-
-
-def report(target):
-    return target.report.as_dict(target.settings(torch.device("cpu")))
+report, counts = fakes.report, fakes.counts
 
 
 def nan(q, k, v, mask, scale):
@@ -367,83 +360,3 @@ def test_the_table_of_backends_is_whole():
     assert len(set(names)) == len(names)
     assert {"sageattn_3_fp4", "sageattn_3_fp8", "sageattn_3", "sageattn"} <= set(names)
     assert {"comfy_kitchen_int8", "flash", "cudnn", "sdpa"} <= set(names)
-
-
-def slow(seconds):
-    def kernel(q, k, v, mask, scale):
-        time.sleep(seconds)
-        return fakes.attend(q, k, v, mask, scale)
-
-    return kernel
-
-
-def tried(*backends, policy=None):
-    """A dispatcher that tries its choice on the CPU, after as many calls as that takes and in the next model call."""
-    target = dispatcher(*backends, policy=policy, tried_on=("cpu",))
-    target.begin_model_call()
-    q, k, v = fakes.qkv()
-    core = fakes.Core(q, k, v)
-    want = run(target, q, k, v, core=core)
-    for _ in range(SETTLED + WARM_CALLS + OWN_CALLS):
-        assert torch.equal(run(target, q, k, v, core=core), want), "the trial's output is for nobody"
-    return target, core, (q, k, v)
-
-
-def test_a_backend_that_comfyui_outruns_here_is_struck_off():
-    """The table was measured on other shapes. The next backend takes over, and is tried in its turn."""
-    target, core, (q, k, v) = tried(fakes.backend("slow", slow(0.02)), fakes.backend("slow, too", slow(0.02)))
-    assert core.calls == WARM_CALLS + OWN_CALLS
-    assert counts(target) == {"slow": SETTLED + WARM_CALLS + OWN_CALLS + 1}
-    target.begin_model_call()
-    run(target, q, k, v, core=core, times=SETTLED)
-    target.begin_model_call()
-    run(target, q, k, v, core=core)
-    assert [(s["backend"], s["reason"][:7]) for s in report(target)["struck_off"]] == [
-        ("slow", "it took"),
-        ("slow, too", "it took"),
-    ]
-    assert counts(target)["core"] == 1
-    assert core.calls == WARM_CALLS + OWN_CALLS + 1, "its time is known by then"
-
-
-def test_a_faster_backend_stays_and_is_not_tried_again():
-    target = dispatcher(fakes.backend("good"), tried_on=("cpu",))
-    q, k, v = fakes.qkv()
-
-    class Slow(fakes.Core):
-        def __call__(self, drop_mask):
-            time.sleep(0.02)
-            return super().__call__(drop_mask)
-
-    core = Slow(q, k, v)
-    for _ in range(3):
-        target.begin_model_call()
-        run(target, q, k, v, core=core, times=SETTLED + 5)
-    assert core.calls == WARM_CALLS + OWN_CALLS
-    assert counts(target) == {"good": 3 * (SETTLED + 5)}
-    assert report(target)["struck_off"] == []
-
-
-@pytest.mark.parametrize("policy", [Policy("slow", "fast"), Policy("measured", "fast")])
-def test_what_was_asked_for_or_timed_is_not_tried(policy):
-    target, core, _ = tried(fakes.backend("slow", slow(0.002)), policy=policy)
-    assert all(plan.trial is None for plan in target._plans.values())
-
-
-def test_comfyui_failing_in_a_trial_costs_the_backend_nothing():
-    target = dispatcher(fakes.backend("good"), tried_on=("cpu",))
-    q, k, v = fakes.qkv()
-
-    class Failing(fakes.Core):
-        def __call__(self, drop_mask):
-            self.calls += 1
-            raise torch.OutOfMemoryError("no memory")
-
-    core = Failing(q, k, v)
-    target.begin_model_call()
-    run(target, q, k, v, core=core, times=SETTLED + 5)
-    target.begin_model_call()
-    run(target, q, k, v, core=core)
-    assert core.calls == 1
-    assert counts(target) == {"good": SETTLED + 6}
-    assert report(target)["struck_off"] == []

@@ -138,6 +138,17 @@ def test_nothing_is_fetched_where_nothing_streams_or_it_is_not_wanted(core, monk
     assert left_clean(core, model)
 
 
+def test_a_forward_that_is_being_compiled_asks_dynamic_vram_nothing(core, monkeypatch):
+    """It answers through ctypes, which cannot be traced."""
+
+    class Untraceable:
+        def loaded_size(self):
+            raise AssertionError("asked")
+
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert run(core, Model(Untraceable())).item() == 3
+
+
 @pytest.mark.parametrize(
     ("order", "fetched"), [([0, 2], [0, 2]), ([2], [2]), ([], []), ([1, 0, 2], [1, 2]), ([0, 0, 1], [0, 1])]
 )
