@@ -21,8 +21,10 @@ from demo import comfyui, tiny
 from demo.server import Server, prepare_base
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+# ComfyUI opens a workflow of its own last, which would take the place of what a test has drawn.
 READY = """() => window.app?.rootGraph && window.app.extensionManager?.command
-    && window.LiteGraph?.registered_node_types?.LowbitMemoryManager"""
+    && window.LiteGraph?.registered_node_types?.LowbitMemoryManager
+    && window.app.extensionManager.workflow?.activeWorkflow"""
 # Resolves with the event that ends the next run, or with what is known after a while.
 ENDED = """(seconds) => {
     window.lowbitEnded = new Promise((resolve) => {
