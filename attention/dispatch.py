@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -104,7 +103,6 @@ class Dispatcher:
         """Strikes off a backend that ComfyUI's own attention has outrun here; the next one is tried in its turn."""
         verdict = trial.verdict()
         if verdict is None:
-            plan.trial = None if trial.failed else trial
             return
         taken, own = verdict
         if own < MARGIN * taken:
@@ -239,7 +237,7 @@ class Dispatcher:
                     out = self._timed(candidate, plain, capturing)
                 else:
                     this, trial = trial, None  # one that fails is not tried with the backend after it
-                    out = this.call(plain, functools.partial(candidate.on, plain))
+                    out = this.call(plain, candidate)
                 whole = _heads_first(out, candidate, plain)
                 if whole.shape != plan.out_shape or whole.dtype != request.q.dtype:
                     raise WrongOutput(
@@ -351,10 +349,9 @@ class Dispatcher:
     def _timed(candidate: Candidate, request: Request, capturing: bool) -> torch.Tensor:
         """Runs the call; from the third on, until enough are known, its time is taken without waiting for the GPU."""
         tally: Tally = candidate.tally
-        known = len(tally.milliseconds) + len(tally.events)
-        if capturing or tally.calls < CHECKED_CALLS or known >= TIMED_CALLS:
+        if capturing or tally.calls < CHECKED_CALLS or len(tally.times) >= TIMED_CALLS:
             return candidate.on(request)
-        return tally.time(lambda: candidate.on(request), request.q.is_cuda)
+        return tally.times.take(lambda: candidate.on(request), request.q.is_cuda)
 
     def _strike_for(self, plan: Plan, candidate: Candidate, error: Exception) -> None:
         self._strike(plan, candidate, _said(error), temporary=isinstance(error, torch.OutOfMemoryError))

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 from .backends import AttentionCall
+from .times import Times
 
 TIMED_CALLS = 3
 
@@ -20,7 +17,7 @@ TIMED_CALLS = 3
 class Tally:
     """The calls of one shape that one backend took.
 
-    milliseconds: of the first few calls after the checked ones. earlier_ms: from when the shape was timed to choose, in
+    times: of the first few calls after the checked ones. earlier_ms: from when the shape was timed to choose, in
     this session or before it, or from an earlier prompt. error: the largest relative error seen in the calls that were compared.
     """
 
@@ -30,45 +27,12 @@ class Tally:
     calls: int = 0
     error: float | None = None
     earlier_ms: float | None = None
-    milliseconds: list[float] = field(default_factory=list)
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-
-    def time(self, call: Callable[[], torch.Tensor], on_gpu: bool) -> torch.Tensor:
-        """Makes a call and takes its time, without waiting for the GPU."""
-        if on_gpu:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            out = call()
-            end.record()
-            self.events.append((start, end))
-            return out
-        begin = time.perf_counter()
-        out = call()
-        self.milliseconds.append((time.perf_counter() - begin) * 1e3)
-        return out
-
-    def clear(self) -> None:
-        """Forgets the times."""
-        self.milliseconds.clear()
-        self.events.clear()
-
-    @property
-    def has_times(self) -> bool:
-        """Whether any call was timed."""
-        return bool(self.events or self.milliseconds)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the timed calls have ended, so that `resolve` need not wait."""
-        return all(end.query() for _, end in self.events)
+    times: Times = field(default_factory=Times)
 
     def resolve(self) -> float | None:
         """The median time of the timed calls in milliseconds; waits for the GPU when events are pending."""
-        for start, end in self.events:
-            end.synchronize()
-            self.milliseconds.append(start.elapsed_time(end))
-        self.events.clear()
-        return statistics.median(self.milliseconds) if self.milliseconds else None
+        times = self.times.resolved()
+        return statistics.median(times) if times else None
 
 
 @dataclass(frozen=True)
@@ -105,7 +69,7 @@ class Report:
             live = tally.resolve()
             tally.earlier_ms = tally.earlier_ms if live is None else live
             tally.calls, tally.error = 0, None
-            tally.milliseconds.clear()
+            tally.times = Times()
         self.struck = [struck for struck in self.struck if not struck.temporary]
         self.unhandled.clear()
         self.runs = self.masks_dropped = self.text_masks_dropped = self.model_calls_repeated = 0

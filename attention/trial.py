@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 
 from .plan import Candidate, Request
-from .report import Tally
+from .times import Times
 
 WARM_CALLS = 1
 TIMED_CALLS = 2
@@ -25,8 +25,8 @@ class Trial:
     def __init__(self, own: Candidate) -> None:
         self.own = own
         self._calls = 0
-        self._own_times = Tally(own.backend, own.tally.call, own.tally.budget)
-        self._times = Tally(own.backend, own.tally.call, own.tally.budget)
+        self._own_times = Times()
+        self._times = Times()
 
     def anew(self) -> Trial:
         """The same for another backend."""
@@ -37,34 +37,30 @@ class Trial:
         """Whether no more calls are needed."""
         return self._calls >= WARM_CALLS + TIMED_CALLS
 
-    def call(self, request: Request, backend: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def call(self, request: Request, backend: Candidate) -> torch.Tensor:
         """One call of both, ComfyUI's own first, so that only one of the two outputs is held at a time."""
         timed = self._calls >= WARM_CALLS
         self._calls += 1
         try:
-            self._run(lambda: self.own.on(request), self._own_times if timed else None, request)
+            _run(self.own, request, self._own_times if timed else None)
         except Exception:  # whatever it cannot do, it is not asked for; with no time of its own it loses
             self._calls = WARM_CALLS + TIMED_CALLS
-            self._own_times.clear()
-            return backend()
-        return self._run(backend, self._times if timed else None, request)
-
-    @staticmethod
-    def _run(call: Callable[[], torch.Tensor], times: Tally | None, request: Request) -> torch.Tensor:
-        return call() if times is None else times.time(call, request.q.is_cuda)
-
-    @property
-    def failed(self) -> bool:
-        """Whether it is over without times: ComfyUI's own could not take these calls."""
-        return self.is_over and not (self._own_times.has_times and self._times.has_times)
+            self._own_times = Times()
+            timed = False
+        return _run(backend, request, self._times if timed else None)
 
     def verdict(self) -> tuple[float, float] | None:
         """(the backend's shortest milliseconds, ComfyUI's own longest) once known, without waiting for the GPU.
 
         The longest beside the shortest: a call that was held up by something else is no reason to change a kernel.
+        ComfyUI's own takes for ever where it could not take these calls.
         """
-        if not self.is_over or self.failed or not (self._times.is_done and self._own_times.is_done):
+        if not (self.is_over and self._times.are_known and self._own_times.are_known):
             return None
-        self._times.resolve()
-        self._own_times.resolve()
-        return min(self._times.milliseconds), max(self._own_times.milliseconds)
+        return min(self._times.resolved(), default=0.0), max(self._own_times.resolved(), default=math.inf)
+
+
+def _run(candidate: Candidate, request: Request, times: Times | None) -> torch.Tensor:
+    if times is None:
+        return candidate.on(request)
+    return times.take(lambda: candidate.on(request), request.q.is_cuda)

@@ -8,7 +8,8 @@
 Each entry of a plan is a process of its own that sees one GPU; a GPU that is done takes the next entry. Rows are shown as
 they come and lie in FOLDER/parts; at the end of --seconds whatever runs is ended, servers among it, and --out gets every
 row that any call wrote there. A plan needs its checkpoints' size in FOLDER, and each GPU a server's main memory beside
-them (qwen 80 + 60 a GPU, wan 55 + 64, in GiB): on a smaller machine empty FOLDER/models between plans. The processes share the disk, the page cache and the processor, so load times are those of a machine in use.
+them (qwen 80 + 60 a GPU, wan 55 + 64, in GiB): on a smaller machine empty FOLDER/models between plans. The processes share
+the disk, the page cache and the processor, so load times are those of a machine in use.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks import memory_cases, memory_files
-from benchmarks.memory_cases import CONTENDERS
+from benchmarks import memory_files
+from benchmarks.memory_cases import CASES, CONTENDERS
 from benchmarks.memory_group import create_group
 
 Entry = tuple[str, ...]
@@ -49,7 +50,7 @@ def row_entries(case: str, *options: str) -> tuple[Entry, ...]:
     """One entry for each of a case's GPU sizes and its contenders without the pack, and one for those with it."""
     return tuple(
         ("--only", case, *options, "--caps", str(cap), "--contenders", *names)
-        for cap in memory_cases.CASES[case].vram
+        for cap in CASES[case].vram
         for names in (
             [one.name for one in CONTENDERS if one.has_pack],
             [one.name for one in CONTENDERS if not one.has_pack],

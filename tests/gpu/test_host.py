@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lowbit.ops.formats import FORMATS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.slow,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    pytest.mark.skipif(
-        not (Path(os.environ.get("COMFYUI_PATH") or Path.home() / "ComfyUI") / "comfy").exists(), reason="needs ComfyUI"
-    ),
-]
+pytestmark = [pytest.mark.headless, pytest.mark.slow]
 
 LARGEST_LAYER_MIB = 64
 """A few float32 copies of the largest matrix, 4096 x 1024: patching goes layer by layer."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from lowbit.ops import stream
 
 
 def wan_like(dim: int = 256, ffn: int = 512, blocks: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -47,3 +50,11 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "overlapping"])
+def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether the quantizer reads and writes beside its work, on the CPU too. No thread of its own is left afterwards."""
+    monkeypatch.setattr(stream, "_overlaps", lambda device: request.param)
+    yield request.param
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowbit-")]

@@ -126,13 +126,6 @@ def test_files_are_the_same(name, save, wan_tensors, tmp_path, monkeypatch):
     assert (tmp_path / "True.safetensors").read_bytes() == (tmp_path / "False.safetensors").read_bytes()
 
 
-def test_a_broken_weight_is_named_and_nothing_is_left(overlapping, save, wan_tensors, tmp_path):
-    wan_tensors["blocks.0.ffn.0.weight"].view(-1)[5] = float("nan")
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.ffn\.0\.weight holds NaN or Inf"):
-        _quantize(save(wan_tensors), tmp_path / "made" / "out.safetensors")
-    assert list((tmp_path / "made").iterdir()) == []
-
-
 def test_a_full_disk_is_said_and_nothing_is_left(overlapping, save, wan_tensors, tmp_path, monkeypatch):
     real, left = CheckpointWriter._write_all, [20]
 
@@ -145,19 +138,5 @@ def test_a_full_disk_is_said_and_nothing_is_left(overlapping, save, wan_tensors,
     monkeypatch.setattr(CheckpointWriter, "_write_all", full)
     with pytest.raises(StorageError, match="No space left on device"):
         _quantize(save(wan_tensors), tmp_path / "made" / "out.safetensors")
-    assert list((tmp_path / "made").iterdir()) == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowbit-")]
-
-
-def test_a_cancelled_run_leaves_nothing(overlapping, save, wan_tensors, tmp_path):
-    class CancelledError(Exception):
-        pass
-
-    def cancel(done, total, name):
-        if done > total // 2:
-            raise CancelledError
-
-    with pytest.raises(CancelledError):
-        _quantize(save(wan_tensors), tmp_path / "made" / "out.safetensors", progress=cancel)
     assert list((tmp_path / "made").iterdir()) == []
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lowbit-")]

@@ -104,14 +104,14 @@ def test_peak_memory_is_a_few_tensors_whatever_the_size_of_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("poison", ["blocks.0.ffn.0.weight", "blocks.1.self_attn.norm_q.weight", "head.head.weight"])
-def test_a_broken_weight_is_named_and_nothing_is_left(poison, save, wan_tensors, tmp_path):
+def test_a_broken_weight_is_named_and_nothing_is_left(overlaps, poison, save, wan_tensors, tmp_path):
     wan_tensors[poison].view(-1)[5] = float("nan")
     with pytest.raises(CheckpointError, match=rf"\.safetensors: {poison} holds NaN or Inf"):
         quantize(save(wan_tensors), tmp_path / "made" / "out.safetensors")
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_a_cancelled_run_leaves_nothing(save, wan_tensors, tmp_path):
+def test_a_cancelled_run_leaves_nothing(overlaps, save, wan_tensors, tmp_path):
     class CancelledError(Exception):
         pass
 
