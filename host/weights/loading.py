@@ -22,6 +22,7 @@ from ...ops.stored import normalize_state_dict
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .operations import adopt_quantized_linears
+from .output_head import attach_output_head, output_head_tensors
 
 logger = logging.getLogger("lowbit.host")
 
@@ -74,6 +75,7 @@ def load_text_encoder(
     if device == "cpu":
         model_options["load_device"] = model_options["offload_device"] = torch.device("cpu")
     state_dicts = [_read(path)[0] for path in paths]
+    heads = [output_head_tensors(state_dict) for state_dict in state_dicts]
     clip = comfy.sd.load_text_encoder_state_dicts(
         state_dicts,
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -81,6 +83,7 @@ def load_text_encoder(
         model_options=model_options,
         disable_dynamic=disable_dynamic,
     )
+    attach_output_head(clip, heads)
     take_over(clip.cond_stage_model)
     clip.patcher.cached_patcher_init = (_load_text_encoder_patcher, (list(paths), clip_type, device))
     return clip

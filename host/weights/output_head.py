@@ -1,0 +1,47 @@
+"""Gives Qwen2.5-VL the output head that its file has and core leaves out, so that it can write text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import comfy.model_management
+import comfy.sd
+import torch
+from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders.llama import Qwen25_7BVLI
+
+_PREFIX = "lm_head."
+
+
+def attach_output_head(clip: comfy.sd.CLIP, heads: Sequence[dict[str, torch.Tensor]]) -> bool:
+    """Load the first of `heads` that is not empty into the Qwen2.5-VL of `clip`; returns whether both are there.
+
+    The head becomes a part of the model (`model.lm_head`), so that it is loaded, patched, streamed and saved as the rest.
+    """
+    head = next((tensors for tensors in heads if tensors), None)
+    encoder = next(
+        (
+            module
+            for module in clip.cond_stage_model.modules()
+            if isinstance(module, SDClipModel) and isinstance(module.transformer, Qwen25_7BVLI)
+        ),
+        None,
+    )
+    if head is None or encoder is None:
+        return False
+    config = encoder.transformer.model.config
+    device = next(encoder.transformer.parameters()).device
+    module = encoder.operations.Linear(
+        config.hidden_size, config.vocab_size, bias=False, device=device, dtype=encoder.transformer.dtype
+    )
+    module.load_state_dict(head, strict=False, assign=clip.patcher.is_dynamic())
+    module.requires_grad_(False)
+    comfy.model_management.archive_model_dtypes(module)
+    encoder.transformer.model.lm_head = module
+    clip.patcher.size = 0  # core counts again
+    return True
+
+
+def output_head_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A text encoder file's `lm_head.*`, without the prefix."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name.startswith(_PREFIX)}

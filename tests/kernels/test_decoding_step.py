@@ -1,0 +1,108 @@
+"""Claims about the kernels of a decoding step: each equals its plain-torch reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit.kernels.attend_cache import attend_cache, attend_cache_reference
+from lowbit.kernels.cache_heads import HeadNorms, _cache_heads_reference, cache_heads
+from lowbit.kernels.gate_rows import gate_rows
+from lowbit.kernels.norm_rows import add_norm, add_norm_reference
+from lowbit.kernels.quantize_rows import apply_activation
+from lowbit.kernels.runtime import INTERPRETED
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+DTYPES = st.sampled_from(list(TOLERANCE))
+DOT_DTYPES = st.sampled_from([torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
+"""The interpreter has no products of bfloat16 tiles."""
+
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@given(DTYPES, st.integers(1, 300), st.booleans(), st.booleans())
+@settings(max_examples=6)
+def test_add_norm(dtype, width, has_branch, norms_branch):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, branch = torch.randn(2, 1, width, device=device).to(dtype)
+    weight, branch_weight = (1 + torch.randn(2, width, device=device) / 10).to(dtype)
+    arguments = (x, branch if has_branch else None, branch_weight if norms_branch else None, weight, 1e-6)
+    for actual, expected in zip(add_norm(*arguments), add_norm_reference(*arguments), strict=True):
+        near(actual, expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gate_rows(activation, dtype, device):
+    gate, up = torch.randn(2, 1, 1300, device=device).to(dtype)
+    gate[0, 0], gate[0, 1] = 30.0, -30.0
+    near(gate_rows(gate, up, activation), apply_activation(gate, activation) * up)
+
+
+@given(
+    DTYPES,
+    st.sampled_from([(4, 2, 32, 16), (7, 1, 40, 20), (6, 3, 48, 8), (2, 2, 24, 12)]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 4),
+)
+@settings(max_examples=6)
+def test_cache_heads(dtype, sizes, norms_heads, norms_value, step):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    heads, kv_heads, width, half = sizes
+    q, k, v = (torch.randn(count, width, device=device).to(dtype) for count in (heads, kv_heads, kv_heads))
+    angle = torch.rand(5, half, device=device) * 6
+    weights = (1 + torch.randn(2, width, device=device) / 10).to(dtype) if norms_heads else (None, None)
+    norms = HeadNorms(*weights, norms_value)
+    slot = torch.randint(0, 9, (kv_heads,), device=device)
+    caches = torch.randn(2, kv_heads, 9, width, device=device).to(dtype)
+    expected_caches = caches.clone()
+    place = torch.tensor([step], device=device)
+    tables = (angle.cos(), angle.sin())
+    near(
+        cache_heads(q, k, v, norms, *tables, place, slot, *caches),
+        _cache_heads_reference(q, k, v, norms, *tables, place, slot, *expected_caches),
+    )
+    near(caches, expected_caches)
+    # A layer that reads another one's cache writes nothing.
+    before = caches.clone()
+    near(
+        cache_heads(q, None, None, norms, *tables, place, slot, *caches),
+        _cache_heads_reference(q, None, None, norms, *tables, place, slot, *expected_caches),
+    )
+    assert torch.equal(before, caches)
+
+
+@given(
+    DOT_DTYPES,
+    st.sampled_from([(4, 2, 32), (7, 1, 40), (20, 1, 16), (3, 3, 64)]),
+    st.integers(1, 150),
+    st.integers(0, 40),
+    st.integers(0, 3),
+    st.booleans(),
+)
+@settings(max_examples=8)
+def test_attend_cache_reads_what_is_filled(dtype, sizes, slots, start, step, gathers):
+    """Slots that are not filled yet hold NaN: nothing of them may get through."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    heads, kv_heads, width = sizes
+    length = min(start + step + 1, slots)
+    q = torch.randn(heads, width, device=device).to(dtype)
+    caches = torch.randn(2, kv_heads, slots, width, device=device).to(dtype)
+    caches[:, :, length:] = torch.nan
+    scale = width**-0.5
+    gathered = torch.rand(kv_heads, slots, device=device) if gathers else None
+    expected, weights = attend_cache_reference(q, *caches, length, scale)
+    before = None if gathered is None else gathered.clone()
+    near(attend_cache(q, *caches, torch.tensor([step], device=device), start, scale, gathered), expected)
+    if gathered is not None:
+        before[:, :length] += weights
+        torch.testing.assert_close(gathered, before, rtol=2e-3, atol=2e-3)
