@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..kernels.attend_cache import attend_cache
 from ..kernels.cache_heads import HeadNorms, cache_heads
-from ..kernels.gate_rows import gate_rows
 from .caches import LayerCache
-
-Linears = Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-"""(1, K) -> (1, N) of each of the linears that share this input."""
+from .linears import Linears
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Attention:
         gated: the query projection makes a gate too, head by head, which the output is multiplied by (Qwen3.5).
     """
 
-    project: Linears
+    project: Callable[[torch.Tensor], Sequence[torch.Tensor]]
     output: Linears
     heads: int
     head_dim: int
@@ -86,8 +83,7 @@ class FeedForward:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(1, K) -> (1, K)."""
-        gate, up = self.gate_up(x)
-        return self.down(gate_rows(gate, up, self.activation))[0]
+        return self.down(self.gate_up.gated(x, self.activation))[0]
 
 
 @dataclass

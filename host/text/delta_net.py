@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...text.layers import Linears
+from ...text.linears import Linears
 
 
 @dataclass

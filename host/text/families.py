@@ -102,9 +102,6 @@ def _norm(module: Any, weights: Weights) -> torch.Tensor:
 def _feed_forward(module: Any, weights: Weights, config: Any) -> FeedForward:
     activation = GATES[config.mlp_activation]
     down = weights.linears(module.down_proj)
-    if getattr(module, "merged_mlp", False):
-        merged = weights.linears(module.gate_up_proj)
-        return FeedForward(lambda x: merged(x)[0].contiguous().chunk(2, dim=-1), down, activation)
     return FeedForward(weights.linears(module.gate_proj, module.up_proj), down, activation)
 
 
@@ -156,16 +153,8 @@ def build_llama(owner: Any, weights: Weights, prompt: Prompt) -> Model:
 
 
 def _llama_attention(module: Any, weights: Weights, rotation: Rotation, cache: LayerCache) -> Attention:
-    if getattr(module, "merged_qkv", False):
-        merged, sizes = weights.linears(module.qkv_proj), (module.inner_size, module.kv_size, module.kv_size)
-
-        def project(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return merged(x)[0].split(sizes, dim=-1)
-
-    else:
-        project = weights.linears(module.q_proj, module.k_proj, module.v_proj)
     return Attention(
-        project,
+        weights.linears(module.q_proj, module.k_proj, module.v_proj),
         weights.linears(module.o_proj),
         module.num_heads,
         module.head_dim,

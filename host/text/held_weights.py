@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.ops
 import torch
-import torch.nn.functional as F
 
-from ...ops.linear import quantized_linear
-from ...text.layers import Linears
+from ...kernels.gate_rows import gate_rows
+from ...text.linears import HeldLinears, Linear, Linears
 
 
 class StreamedWeightsError(Exception):
@@ -45,7 +45,7 @@ class HeldWeights:
         Raises:
             StreamedWeightsError: as `weight`.
         """
-        return HeldLinears([_Held(*self.weight(module), getattr(module, "pre_quant_scale", None)) for module in modules])
+        return HeldLinears([Linear(*self.weight(module), getattr(module, "pre_quant_scale", None)) for module in modules])
 
     def tensor(self, stored: torch.Tensor) -> torch.Tensor:
         """A small tensor of the model, on the device in the dtype of the residual stream."""
@@ -88,7 +88,7 @@ class StreamedWeights:
 
     def linears(self, *modules: Any) -> Linears:
         """The modules themselves."""
-        return lambda x: tuple(module(x) for module in modules)
+        return ModuleLinears(modules)
 
     def tensor(self, stored: torch.Tensor) -> torch.Tensor:
         """As of `HeldWeights`."""
@@ -98,29 +98,19 @@ class StreamedWeights:
         """Nothing is held."""
 
 
-class _Held:
-    """x @ weight.T + bias of one held linear."""
+class ModuleLinears:
+    """Linears that share their input, each core's own module."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, input_scale: torch.Tensor | None) -> None:
-        self.weight, self.bias, self.input_scale = weight, bias, input_scale
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.input_scale is not None:
-            x = x * self.input_scale.to(x)
-        if hasattr(self.weight, "_layout_cls"):
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return quantized_linear(x, self.weight, bias, fast=False)
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class HeldLinears:
-    """Linears that share their input."""
-
-    def __init__(self, linears: list[_Held]) -> None:
-        self.linears = linears
+    def __init__(self, modules: Sequence[Any]) -> None:
+        self.modules = modules
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(linear(x) for linear in self.linears)
+        """(1, K) -> (1, N) of each."""
+        return tuple(module(x) for module in self.modules)
+
+    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
+        """act(first) * second."""
+        return gate_rows(*self(x), activation)
 
 
 def _is_plain(module: Any) -> bool:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lowbit.kernels.attend_cache import attend_cache, attend_cache_reference
 from lowbit.kernels.cache_heads import HeadNorms, _cache_heads_reference, cache_heads
 from lowbit.kernels.gate_rows import gate_rows
+from lowbit.kernels.matvec_together import PLAIN, matvec_together
 from lowbit.kernels.norm_rows import add_norm, add_norm_reference
 from lowbit.kernels.quantize_rows import apply_activation
 from lowbit.kernels.runtime import INTERPRETED
@@ -106,3 +107,41 @@ def test_attend_cache_reads_what_is_filled(dtype, sizes, slots, start, step, gat
     if gathered is not None:
         before[:, :length] += weights
         torch.testing.assert_close(gathered, before, rtol=2e-3, atol=2e-3)
+
+
+@given(
+    DTYPES,
+    st.sampled_from(["int8", "e4m3", PLAIN]),
+    st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    st.integers(1, 40),
+    st.sampled_from([None, "row", "tensor"]),
+    st.booleans(),
+)
+@settings(max_examples=15)
+def test_matvec_together(dtype, kind, rows, columns, scaled, has_bias):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    columns *= 16
+    x = torch.randn(1, columns, device=device).to(dtype)
+    weights, scales, biases = [], [], []
+    for count in rows:
+        values = torch.randn(count, columns, device=device)
+        stored = {"int8": (values * 40).clamp(-128, 127).to(torch.int8), "e4m3": values.to(torch.float8_e4m3fn)}
+        weights.append(stored.get(kind, values.to(dtype)))
+        sizes = {"row": count, "tensor": 1}
+        scales.append(None if scaled is None or kind == PLAIN else torch.rand(sizes[scaled], device=device) + 0.1)
+        biases.append(torch.randn(count, device=device).to(dtype) if has_bias else None)
+    out = torch.full((1, sum(rows)), torch.nan, device=device).to(dtype)
+    options = {"kind": kind, "assembly": not INTERPRETED}
+    matvec_together(x, weights, scales, biases, out, **options)
+    expected = [
+        (x.float() @ weight.float().T) * (1.0 if scale is None else scale) + (0.0 if bias is None else bias.float())
+        for weight, scale, bias in zip(weights, scales, biases, strict=True)
+    ]
+    size = torch.cat(expected, dim=1).abs().mean()
+    near((out.float() / size).to(dtype), (torch.cat(expected, dim=1) / size).to(dtype))
+    if len(rows) == 2 and rows[0] == rows[1]:
+        out = torch.full((1, rows[0]), torch.nan, device=device).to(dtype)
+        matvec_together(x, weights, scales, biases, out, gate="silu", **options)
+        gate, up = (part.to(dtype) for part in expected)
+        wanted = torch.nn.functional.silu(gate) * up
+        near((out.float() / size**2).to(dtype), (wanted.float() / size**2).to(dtype))

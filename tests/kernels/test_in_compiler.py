@@ -17,6 +17,7 @@ import torch
 from lowbit.kernels.attend_cache import attend_cache
 from lowbit.kernels.cache_heads import HeadNorms, cache_heads
 from lowbit.kernels.gate_rows import gate_rows
+from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.norm_rows import add_norm
 from lowbit.kernels.runtime import SMALLEST_DOT
 from lowbit.ops import linear_paths
@@ -36,6 +37,7 @@ LAUNCHING = (
     "matmul_decode",
     "matmul_rows",
     "matmul_split",
+    "matvec_together",
     "norm_rows",
     "quantize_rows",
     "rotate_rows",
@@ -152,3 +154,20 @@ def test_every_launch_of_a_decoding_step_compiles_and_fits(cc, sizes, dtype, com
     assert len(compiled.kernels) == 6
     for metadata in compiled.kernels:
         assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
+
+
+@pytest.mark.parametrize("cc", SHARED_KIB)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("int8", torch.int8), ("e4m3", torch.float8_e4m3fn), ("plain", torch.bfloat16)]
+)
+def test_weights_multiplied_together_compile(cc, kind, dtype, compiled):
+    if kind == "e4m3" and cc < (8, 9):
+        pytest.skip("this GPU does not convert e4m3")
+    compiled.use(cc)
+    x, out = torch.randn(1, 3584).bfloat16(), torch.zeros(1, 9999).bfloat16()
+    scale = None if kind == "plain" else torch.ones(1)
+    for rows, gate in (((3584, 512, 512), None), ((9000, 9000), "silu"), ((100,), None)):
+        weights = [torch.zeros(count, 3584, dtype=dtype) for count in rows]
+        options = {"kind": kind, "gate": gate, "assembly": True}
+        matvec_together(x, weights, [scale] * len(rows), [None] * len(rows), out, **options)
+    assert len(compiled.kernels) == 3
