@@ -67,6 +67,17 @@ class RingCache(LayerCache):
         return ((step + self.start) % self.slots).expand(self.key.shape[0])
 
 
+def ring_cache(key: torch.Tensor, value: torch.Tensor, count: int, window: int) -> RingCache:
+    """The newest `window` of the first `count` tokens of (KV, at least `count`, D), each in the slot of its position."""
+    newest = torch.arange(max(0, count - window), count, device=key.device)
+    parts = []
+    for source in (key, value):
+        target = source.new_zeros(source.shape[0], window, source.shape[2])
+        target[:, newest % window] = source[:, newest]
+        parts.append(target)
+    return RingCache(parts[0], parts[1], count)
+
+
 class HeavyHitterCache(LayerCache):
     """The newest `window` tokens and the heaviest of the others, one token more than the policy keeps.
 

@@ -62,13 +62,13 @@ class HeldLinears:
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(1, K) -> (1, N) of each."""
-        if self._together is not None and self._together.pays(x, len(self.linears)):
+        if self._together is not None and x.shape[0] == 1:
             return self._together(x, None).split([linear.weight.shape[0] for linear in self.linears], dim=-1)
         return tuple(linear(x) for linear in self.linears)
 
     def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """act(first) * second."""
-        if self._together is not None and self._together.pays(x, len(self.linears)):
+        if self._together is not None and x.shape[0] == 1:
             return self._together(x, activation)
         return gate_rows(*self(x), activation)
 
@@ -99,11 +99,9 @@ class _Together:
         biases = [linear.bias for linear in linears]
         return cls(kind, [part[1] for part in found], [part[2] for part in found], biases)
 
-    def pays(self, x: torch.Tensor, count: int) -> bool:
-        """Whether one launch is better than one a linear: 16-bit weights alone are cuBLAS's."""
-        return x.is_contiguous() and (self.kind != PLAIN or count > 1)
-
     def __call__(self, x: torch.Tensor, gate: str | None) -> torch.Tensor:
+        """One row through all of them, or act(first) * second."""
+        x = x.contiguous()
         total = sum(weight.shape[0] for weight in self.weights) if gate is None else self.weights[0].shape[0]
         out = torch.empty((1, total), dtype=x.dtype, device=x.device)
         options = {"kind": self.kind, "gate": gate, "assembly": not INTERPRETED}

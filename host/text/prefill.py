@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 
-from ...text.caches import FULL, CachePolicy, HeavyHitterCache, LayerCache, RingCache
-
-_MOST_SCORES = 1 << 26
-"""Scores of a prompt that are held at once while it is told what every token gathers: 256 MiB."""
-
+from ...text.caches import FULL, CachePolicy, HeavyHitterCache, LayerCache, ring_cache
+from ...text.gathered import gathered_by_key
 
 class Gathered:
     """What every token of a prompt gathers, layer by layer: (KV, T) float32."""
@@ -37,34 +34,12 @@ class Gathered:
             attention = kwargs["optimized_attention"]
 
             def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **options: Any) -> torch.Tensor:
-                self.by_layer[index] = gathered_by_key(q[0], k[0], options.get("mask"))
+                self.by_layer[index] = gathered_by_key(q[0], k[0], options.get("mask"), q.shape[-1] ** -0.5)
                 return attention(q, k, v, heads, **options)
 
             return args, {**kwargs, "optimized_attention": watched}
 
         return replace
-
-
-def gathered_by_key(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(KV, T) float32: the probabilities that every key is given, over all queries and those heads that share it.
-
-    Args:
-        q: (H, T, D).
-        k: (KV, T, D).
-        mask: (..., T, T) added to the scores, or None for one token.
-    """
-    heads, count, width = q.shape
-    groups = heads // k.shape[0]
-    gathered = torch.zeros(k.shape[0], k.shape[1], dtype=torch.float32, device=q.device)
-    rows = max(1, _MOST_SCORES // (heads * k.shape[1]))
-    keys = k.transpose(1, 2).unsqueeze(1)
-    for start in range(0, count, rows):
-        part = q[:, start : start + rows].reshape(k.shape[0], groups, -1, width)
-        scores = (part @ keys).float() * width**-0.5
-        if mask is not None:
-            scores += mask.reshape(mask.shape[-2:])[start : start + rows]
-        gathered += scores.softmax(dim=-1).sum(dim=(1, 2))
-    return gathered
 
 
 def take_cache(
@@ -82,18 +57,7 @@ def take_cache(
     """
     key, value = filled[0][0], filled[1][0]
     if window is not None and window < room:
-        return _ring(key, value, count, window)
+        return ring_cache(key, value, count, window)
     if policy.kind != FULL and gathered is not None:
         return HeavyHitterCache(policy, key[:, :count], value[:, :count], gathered)
     return LayerCache(key, value, count)
-
-
-def _ring(key: torch.Tensor, value: torch.Tensor, count: int, window: int) -> RingCache:
-    """The newest `window` tokens, each in the slot of its position."""
-    newest = torch.arange(max(0, count - window), count, device=key.device)
-    parts = []
-    for source in (key, value):
-        target = source.new_zeros(source.shape[0], window, source.shape[2])
-        target[:, newest % window] = source[:, newest]
-        parts.append(target)
-    return RingCache(*parts, count)

@@ -228,20 +228,6 @@ def test_a_stop_token_ends_the_text_at_once(host, built, place):
     assert write(host, model, host.full, {**options, "stop_tokens": [stop]}, do_sample=False) == wanted
 
 
-def test_what_a_prompt_gathers_is_what_attention_gives(host, built):
-    """Against the whole matrix of probabilities."""
-    from lowbit.host.text import prefill
-
-    q, k = torch.randn(4, 7, 8), torch.randn(2, 7, 8)
-    mask = torch.full((7, 7), float("-inf")).triu(1)
-    scores = (q @ k.repeat_interleave(2, dim=0).transpose(1, 2)) * 8**-0.5 + mask
-    expected = scores.softmax(dim=-1).sum(dim=1).view(2, 2, 7).sum(dim=1)
-    for most in (1 << 26, 60):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prefill, "_MOST_SCORES", most)
-            torch.testing.assert_close(prefill.gathered_by_key(q, k, mask), expected)
-
-
 def test_an_interrupt_ends_the_text(host, built):
     import comfy.model_management as core
 
