@@ -69,7 +69,9 @@ def _attend_kernel(
         slot = begin + lane
         valid = slot < last
         offset = base + slot.to(tl.int64) * D
-        keys = tl.load(key_ptr + offset[:, None] + column[None, :], mask=valid[:, None] & (column < D)[None, :], other=0.0)
+        keys = tl.load(
+            key_ptr + offset[:, None] + column[None, :], mask=valid[:, None] & (column < D)[None, :], other=0.0
+        )
         scores = tl.dot(keys, q, input_precision="ieee") * scale
         scores = tl.where(valid[:, None], scores, float("-inf"))
         if KEEPS_SCORES:

@@ -119,35 +119,28 @@ def _matvec_together_kernel(
     lane = tl.arange(0, BLOCK_N)
     if GATE is not None:
         n = tile * BLOCK_N + lane
-        gate = _row_sums(
-            x_ptr, w_ptr, scale_ptr, bias_ptr, n, N, stride_w, K, KIND, SCALE, HAS_BIAS, ASSEMBLY, BLOCK_K
-        )
+        gate = _row_sums(x_ptr, w_ptr, scale_ptr, bias_ptr, n, N, stride_w, K, KIND, SCALE, HAS_BIAS, ASSEMBLY, BLOCK_K)
         up = _row_sums(
             x_ptr, w_ptr_1, scale_ptr_1, bias_ptr_1, n, N, stride_w_1, K, KIND, SCALE, HAS_BIAS, ASSEMBLY, BLOCK_K
         )
         gate = _activate(gate.to(element).to(tl.float32), GATE).to(element).to(tl.float32)
         tl.store(out_ptr + n, (gate * up.to(element).to(tl.float32)).to(element), mask=n < N)
     else:
-        if COUNT > 2:
-            if tile >= tl.cdiv(N, BLOCK_N) + tl.cdiv(N_1, BLOCK_N):
-                tile -= tl.cdiv(N, BLOCK_N) + tl.cdiv(N_1, BLOCK_N)
-                w_ptr, scale_ptr, bias_ptr = w_ptr_2, scale_ptr_2, bias_ptr_2
-                stride_w = stride_w_2
-                out_ptr += N + N_1
-                N = N_2
-            elif tile >= tl.cdiv(N, BLOCK_N):
-                tile -= tl.cdiv(N, BLOCK_N)
-                w_ptr, scale_ptr, bias_ptr = w_ptr_1, scale_ptr_1, bias_ptr_1
-                stride_w = stride_w_1
+        # One weight after the other: a program that lies beyond the tiles of a weight goes on to the next.
+        if COUNT > 1:
+            beyond = tile - tl.cdiv(N, BLOCK_N)
+            if beyond >= 0:
+                tile = beyond
+                w_ptr, scale_ptr, bias_ptr, stride_w = w_ptr_1, scale_ptr_1, bias_ptr_1, stride_w_1
                 out_ptr += N
                 N = N_1
-        elif COUNT > 1:
-            if tile >= tl.cdiv(N, BLOCK_N):
-                tile -= tl.cdiv(N, BLOCK_N)
-                w_ptr, scale_ptr, bias_ptr = w_ptr_1, scale_ptr_1, bias_ptr_1
-                stride_w = stride_w_1
-                out_ptr += N
-                N = N_1
+                if COUNT > 2:
+                    beyond = tile - tl.cdiv(N, BLOCK_N)
+                    if beyond >= 0:
+                        tile = beyond
+                        w_ptr, scale_ptr, bias_ptr, stride_w = w_ptr_2, scale_ptr_2, bias_ptr_2, stride_w_2
+                        out_ptr += N
+                        N = N_2
         n = tile * BLOCK_N + lane
         total = _row_sums(
             x_ptr, w_ptr, scale_ptr, bias_ptr, n, N, stride_w, K, KIND, SCALE, HAS_BIAS, ASSEMBLY, BLOCK_K

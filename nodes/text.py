@@ -25,7 +25,15 @@ class GenerateText(io.ComfyNode):
                 "Generate Text, and every other node that lets this CLIP write, decodes on the GPU: one captured graph a "
                 "token, straight from the quantized weights. What the CLIP encodes for sampling stays as it is."
             ),
-            search_aliases=["LLM", "prompt enhance", "rewrite prompt", "heavy hitters", "H2O", "KV cache", "CUDA graph"],
+            search_aliases=[
+                "LLM",
+                "prompt enhance",
+                "rewrite prompt",
+                "heavy hitters",
+                "H2O",
+                "KV cache",
+                "CUDA graph",
+            ],
             inputs=[
                 io.Clip.Input(
                     "clip",

@@ -72,7 +72,9 @@ def read_architecture(configuration: Mapping[str, Any], name: str) -> Architectu
     config = {**configuration, **nested} if isinstance(nested, dict) else dict(configuration)
     kind = str(config.get("model_type", ""))
     if kind not in FAMILIES:
-        raise CheckpointError(f"{name} is a '{kind}', which lowbit generate does not know: use one of {', '.join(FAMILIES)}.")
+        raise CheckpointError(
+            f"{name} is a '{kind}', which lowbit generate does not know: use one of {', '.join(FAMILIES)}."
+        )
     heads, count = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
     gemma = bool(FAMILIES[kind].get("adds_one"))
@@ -192,8 +194,8 @@ def read_configuration(folder: Path) -> dict[str, Any]:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a model's configuration ({error}): download the folder again.") from None
+            raise CheckpointError(
+                f"{path} is not a model's configuration ({error}): download the folder again."
+            ) from None
         merged |= values if name == "config.json" else {k: v for k, v in values.items() if k == "eos_token_id" and v}
     return merged
-
-

@@ -90,7 +90,9 @@ class HeavyHitterCache(LayerCache):
         kept = choose_kept(policy, gathered)
         heads, count = kept.shape
         slots = policy.kept + 1
-        super().__init__(key.new_zeros(heads, slots, key.shape[2]), value.new_zeros(heads, slots, value.shape[2]), count)
+        super().__init__(
+            key.new_zeros(heads, slots, key.shape[2]), value.new_zeros(heads, slots, value.shape[2]), count
+        )
         index = kept.unsqueeze(-1).expand(-1, -1, key.shape[2])
         self.key[:, :count] = key.gather(1, index)
         self.value[:, :count] = value.gather(1, index)

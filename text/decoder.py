@@ -74,9 +74,7 @@ class Decoder:
         return model.logits(add_norm(x, branch, branch_norm, model.norm, model.eps)[1])
 
 
-def add_branch(
-    x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor | None, eps: float
-) -> torch.Tensor:
+def add_branch(x: torch.Tensor, branch: torch.Tensor | None, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """x + RMSNorm(branch) (or x + branch, where there is no weight)."""
     if branch is None:
         return x

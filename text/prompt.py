@@ -14,9 +14,7 @@ from .layers import Attention
 from .reading import rotation
 
 
-def run_prompt(
-    model: Model, shape: Architecture, tokens: torch.Tensor, room: int, policy: CachePolicy
-) -> torch.Tensor:
+def run_prompt(model: Model, shape: Architecture, tokens: torch.Tensor, room: int, policy: CachePolicy) -> torch.Tensor:
     """(T, V) logits after every token of a prompt (T,); the layers' caches and rotary tables are made for what follows.
 
     Args:

@@ -53,7 +53,9 @@ class Reader:
         prefix = self._prefix()
         table = self._tensor(f"{prefix}embed_tokens.weight")
         layers = [self._layer(f"{prefix}layers.{index}", index, stored) for index in range(shape.layers)]
-        head = next((name for name in ("lm_head", f"{prefix}lm_head") if f"{name}.weight" in self.checkpoint.entries), None)
+        head = next(
+            (name for name in ("lm_head", f"{prefix}lm_head") if f"{name}.weight" in self.checkpoint.entries), None
+        )
         logits = HeldLinears([Linear(table)] if head is None else [self._linear(head, shape.width, stored)])
         return Model(
             lambda token: (F.embedding(token.view(-1), table) * shape.embedding_scale).to(self.dtype),

@@ -46,9 +46,7 @@ class Sampling:
 class Sampler:
     """Draws tokens one after the other; its state (what was generated, the random numbers) stays on the device."""
 
-    def __init__(
-        self, sampling: Sampling, vocabulary: int, device: torch.device, history: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, sampling: Sampling, vocabulary: int, device: torch.device, history: Sequence[int] = ()) -> None:
         """`history`: tokens that count as generated before."""
         self.sampling = sampling
         self.generator = None

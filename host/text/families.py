@@ -200,9 +200,7 @@ def build_qwen35(owner: Any, weights: Weights, prompt: Prompt) -> Model:
                 _norm(layer.post_attention_layernorm, weights),
             )
         )
-    return Model(
-        embed, layers, _norm(transformer.norm, weights), _logits(owner, weights, table), config.rms_norm_eps
-    )
+    return Model(embed, layers, _norm(transformer.norm, weights), _logits(owner, weights, table), config.rms_norm_eps)
 
 
 # --- Gemma 4
@@ -213,7 +211,10 @@ def build_gemma4(owner: Any, weights: Weights, prompt: Prompt) -> Model:
     transformer = owner.model
     config = transformer.config
     embed, table = _embedding(transformer, weights)
-    rotations = [_gemma4_rotation(group) for group in transformer.compute_freqs_cis(prompt.positions, weights.device, weights.dtype)]
+    rotations = [
+        _gemma4_rotation(group)
+        for group in transformer.compute_freqs_cis(prompt.positions, weights.device, weights.dtype)
+    ]
     first_shared = config.num_hidden_layers - config.num_kv_shared_layers
     sources: dict[bool, LayerCache] = {}
     layers = []
@@ -240,9 +241,7 @@ def build_gemma4(owner: Any, weights: Weights, prompt: Prompt) -> Model:
 
 
 def _gemma4_rotation(matrices: torch.Tensor) -> Rotation:
-    return Rotation(
-        matrices[0, 0, :, :, 0, 0].float().contiguous(), matrices[0, 0, :, :, 1, 0].float().contiguous()
-    )
+    return Rotation(matrices[0, 0, :, :, 0, 0].float().contiguous(), matrices[0, 0, :, :, 1, 0].float().contiguous())
 
 
 def _gemma4_cache(filled: Any, count: int) -> LayerCache:
@@ -252,9 +251,7 @@ def _gemma4_cache(filled: Any, count: int) -> LayerCache:
     return kind(filled.key[0], filled.value[0], count)
 
 
-def _gemma4_attention(
-    module: Any, weights: Weights, rotation: Rotation, cache: LayerCache, shared: bool
-) -> Attention:
+def _gemma4_attention(module: Any, weights: Weights, rotation: Rotation, cache: LayerCache, shared: bool) -> Attention:
     parts = [module.q_proj]
     if not shared:
         parts += [module.k_proj] + ([] if module.v_proj is None else [module.v_proj])

@@ -174,7 +174,7 @@ def _run_prompt(
     if request.deepstack_embeds is not None:
         options = {"deepstack_embeds": request.deepstack_embeds, "visual_pos_masks": request.visual_pos_masks}
     gathered = Gathered()
-    watched = [] if keeps_all else [layer for layer in owner.model.layers]
+    watched = [] if keeps_all else owner.model.layers
     with gathered.watch(watched):
         x, _, caches = owner.model.forward(
             None,

@@ -45,7 +45,9 @@ class HeldWeights:
         Raises:
             StreamedWeightsError: as `weight`.
         """
-        return HeldLinears([Linear(*self.weight(module), getattr(module, "pre_quant_scale", None)) for module in modules])
+        return HeldLinears(
+            [Linear(*self.weight(module), getattr(module, "pre_quant_scale", None)) for module in modules]
+        )
 
     def tensor(self, stored: torch.Tensor) -> torch.Tensor:
         """A small tensor of the model, on the device in the dtype of the residual stream."""

@@ -11,6 +11,7 @@ import torch
 from ...text.caches import FULL, CachePolicy, HeavyHitterCache, LayerCache, ring_cache
 from ...text.gathered import gathered_by_key
 
+
 class Gathered:
     """What every token of a prompt gathers, layer by layer: (KV, T) float32."""
 

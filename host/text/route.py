@@ -88,7 +88,9 @@ def _generate_from_images(
     """Core's `SDClipModel.generate` for Qwen2.5-VL, with the positions of images that core gives its encoding only."""
     if isinstance(tokens, dict):
         tokens = next(iter(tokens.values()))
-    embeds, _, _, infos = module.process_tokens([[token[0] for token in line] for line in tokens], module.execution_device)
+    embeds, _, _, infos = module.process_tokens(
+        [[token[0] for token in line] for line in tokens], module.execution_device
+    )
     positions = qwen_vl.qwen2vl_mrope_position_ids(infos, embeds.shape[1], embeds.device)
     return module.transformer.generate(
         embeds,

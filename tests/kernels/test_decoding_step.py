@@ -21,7 +21,6 @@ DOT_DTYPES = st.sampled_from([torch.float32, torch.float16, *([] if INTERPRETED 
 """The interpreter has no products of bfloat16 tiles."""
 
 
-
 def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape

@@ -85,7 +85,9 @@ def test_a_prompt_leaves_its_newest_and_heaviest_tokens(count, window, heavy):
 def test_a_cache_that_holds_everything_never_gives_a_token_up():
     keys, values, gathered = prompt(5)
     cache = HeavyHitterCache(CachePolicy(HEAVY_HITTERS, 8, 8), keys, values, gathered)
-    assert [cache.slot(torch.tensor([step])).tolist() for step in range(11)] == [[slot] * KV_HEADS for slot in range(5, 16)]
+    assert [cache.slot(torch.tensor([step])).tolist() for step in range(11)] == [
+        [slot] * KV_HEADS for slot in range(5, 16)
+    ]
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(LayerCache, [5, 6, 7]), (RingCache, [1, 2, 3])])

@@ -74,7 +74,7 @@ def fill(model: Any) -> Any:
 
 def build(host, name: str) -> Any:
     """A tiny model of a family, and what its CLIP passes to `generate` besides."""
-    llama, gemma4 = host.llama, host.gemma4
+    llama = host.llama
     extra: dict[str, Any] = {}
     if name == "Qwen3-VL":
         bases = (llama.BaseLlama, llama.BaseQwen3, llama.BaseGenerate, torch.nn.Module)
@@ -132,8 +132,7 @@ def _gemma4(host, shares: bool) -> Any:
     config = host.gemma4.Gemma4Config(**fields)
     for name, value in options.items():
         setattr(config, name, value)
-    model = _part(host, config, host.gemma4.Gemma4Base, transformer=host.gemma4.Gemma4Transformer)
-    return model
+    return _part(host, config, host.gemma4.Gemma4Base, transformer=host.gemma4.Gemma4Transformer)
 
 
 FAMILIES = (
