@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .launch import launch
 from .runtime import ceil_div, kernels_run_on, multiprocessor_count, power_of_two, tl, triton
 
-_BLOCK = 32
+_TILE_NBYTES = 16 << 10
 _MOST_SPLITS = 64
 
 
@@ -193,7 +193,8 @@ def attend_cache(
         return out
     groups = heads // kv_heads
     block_g, block_d = max(16, power_of_two(groups)), power_of_two(width)
-    splits = _choose_splits(kv_heads, slots, q.device)
+    block_n = min(64, max(16, _TILE_NBYTES // (block_d * key.element_size())))
+    splits = _choose_splits(kv_heads, slots, block_n, q.device)
     device = q.device
     part = torch.empty((kv_heads, splits, block_g, block_d), dtype=torch.float32, device=device)
     largest, total = torch.empty((2, kv_heads, splits, block_g), dtype=torch.float32, device=device)
@@ -204,7 +205,7 @@ def attend_cache(
         _attend_kernel,
         (kv_heads, splits, 1),
         (q, key, value, step, part, largest, total, scores, start, slots, scale, key.stride(0)),
-        {"GROUPS": groups, "D": width, "KEEPS_SCORES": gathered is not None, **blocks, "BLOCK_N": _BLOCK},
+        {"GROUPS": groups, "D": width, "KEEPS_SCORES": gathered is not None, **blocks, "BLOCK_N": block_n},
         stages=2,
     )
     blocks = {"SPLITS": splits, "BLOCK_SPLITS": power_of_two(splits), "BLOCK_G": block_g}
@@ -224,7 +225,7 @@ def attend_cache(
     return out
 
 
-def _choose_splits(kv_heads: int, slots: int, device: torch.device) -> int:
+def _choose_splits(kv_heads: int, slots: int, block_n: int, device: torch.device) -> int:
     """Parts so that one program meets on every multiprocessor, none shorter than a block."""
     wanted = ceil_div(multiprocessor_count(device.index or 0), kv_heads)
-    return max(1, min(wanted, ceil_div(slots, _BLOCK), _MOST_SPLITS))
+    return max(1, min(wanted, ceil_div(slots, block_n), _MOST_SPLITS))

@@ -80,6 +80,7 @@ def _cache_heads_kernel(
     stride_k,
     stride_v,
     stride_table,
+    stride_slot,
     stride_cache,
     HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -102,7 +103,7 @@ def _cache_heads_kernel(
         )  # fmt: skip
     else:
         kv = head - HEADS
-        place = kv.to(tl.int64) * stride_cache + tl.load(slot_ptr + kv).to(tl.int64) * D
+        place = kv.to(tl.int64) * stride_cache + tl.load(slot_ptr + kv * stride_slot).to(tl.int64) * D
         _store_rotated(
             k_ptr + kv * stride_k, key_ptr + place, k_weight_ptr, cosine, sine, eps, D, HALF, K_NORM, BLOCK_HALF,
             BLOCK_D,
@@ -134,7 +135,7 @@ def cache_heads(
         norms: what every head goes through first.
         cosine, sine: (T, R) float32 tables, 2 x R <= D, one row a generated token.
         step: one int32 or int64, which row of the tables.
-        slot: (KV,) int32 or int64, where in the cache each key head goes.
+        slot: (KV,) int32 or int64 of any stride, where in the cache each key head goes.
         key, value: (KV, slots, D) contiguous caches, written.
 
     Returns:
@@ -166,6 +167,7 @@ def cache_heads(
             0 if k is None else k.stride(0),
             0 if v is None else v.stride(0),
             cosine.stride(0),
+            slot.stride(0),
             key.stride(0),
         ),
         {

@@ -62,7 +62,7 @@ def test_cache_heads(dtype, sizes, norms_heads, norms_value, step):
     angle = torch.rand(5, half, device=device) * 6
     weights = (1 + torch.randn(2, width, device=device) / 10).to(dtype) if norms_heads else (None, None)
     norms = HeadNorms(*weights, norms_value)
-    slot = torch.randint(0, 9, (kv_heads,), device=device)
+    slot = torch.randint(0, 9, (kv_heads if norms_value else 1,), device=device).expand(kv_heads)
     caches = torch.randn(2, kv_heads, 9, width, device=device).to(dtype)
     expected_caches = caches.clone()
     place = torch.tensor([step], device=device)
