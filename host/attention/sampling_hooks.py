@@ -6,17 +6,15 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from comfy_execution.utils import get_executing_context
 
 from ...attention.checks import is_finite
 from ...attention.schedule import CALLS_AHEAD, StepCounter
+from .override import AttentionOverride
 from .routes import ROUTES
-
-if TYPE_CHECKING:
-    from .override import AttentionOverride
 
 log = logging.getLogger("lowbit.attention")
 
