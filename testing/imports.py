@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from .comfyui import CHECKOUT
@@ -76,3 +76,56 @@ def circles(arrows: Mapping[Module, set[Module]]) -> list[set[Module]]:
         if len(circle) > 1 and circle not in found:
             found.append(circle)
     return found
+
+
+def names_of(path: Path, packages: Collection[str]) -> set[str]:
+    """Full names of what a file takes from these packages: imported, as attributes, or written out in a string.
+
+    `getattr(module, f"attention_{name}")` gives `module.attention_*`.
+    """
+    tree = parse(path)
+    known: dict[str, str] = {}
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] in packages:
+                    found.add(alias.name)
+                    known[alias.asname or alias.name.split(".")[0]] = (
+                        alias.name if alias.asname else alias.name.split(".")[0]
+                    )
+        elif isinstance(node, ast.ImportFrom) and not node.level and str(node.module).split(".")[0] in packages:
+            for alias in node.names:
+                found.add(f"{node.module}.{alias.name}")
+                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_dotted(node.value, packages):
+            found.add(node.value)
+    for node in ast.walk(tree):
+        name = _full_name(node, known)
+        if name is not None:
+            found.add(name)
+    return found
+
+
+def _is_dotted(text: str, packages: Collection[str]) -> bool:
+    first, *others = text.split(".")
+    return first in packages and bool(others) and all(part.isidentifier() for part in others)
+
+
+def _full_name(node: ast.AST, known: Mapping[str, str]) -> str | None:
+    """The name of an attribute of something imported, however deep; None for any other expression."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    if isinstance(node, ast.Attribute):
+        inner = _full_name(node.value, known)
+        return None if inner is None else f"{inner}.{node.attr}"
+    if isinstance(node, ast.Call) and node.args:
+        function, first = ast.unparse(node.func), node.args[0]
+        if function == "importlib.import_module" and isinstance(first, ast.Constant):
+            return str(first.value)
+        if function == "getattr" and isinstance(node.args[1], (ast.Constant, ast.JoinedStr)):
+            inner, attribute = _full_name(first, known), node.args[1]
+            text = attribute if isinstance(attribute, ast.Constant) else attribute.values[0]
+            beginning = f"{text.value}*" if attribute is not text else text.value
+            return None if inner is None else f"{inner}.{beginning}"
+    return None

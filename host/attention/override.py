@@ -34,7 +34,7 @@ KEYWORDS = frozenset(
 _CORE_CHOOSER = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
 # Core's attention functions that do what SDPA does in 16 bits: the rest (sage, INT8, other packs') is held to the budget.
 EXACT_NAMES = ("basic", "sub_quad", "split", "pytorch", "xformers", "flash")
-_EXACT = [getattr(core_attention, f"attention_{name}") for name in EXACT_NAMES]
+_EXACT = [function for name in EXACT_NAMES if (function := getattr(core_attention, f"attention_{name}", None))]
 EXACT_FUNCTIONS = frozenset((*_EXACT, *(inspect.unwrap(function) for function in _EXACT)))
 UNKNOWN_ARGUMENTS = "arguments that core's attention does not have"
 UNKNOWN_SHAPES = "shapes that are not those of attention"
