@@ -180,7 +180,7 @@ def _tokenizer(path: Path, reader: GGUFReader) -> TensorEntry:
     for token, score, kind in zip(*tokens, strict=True):
         model.pieces.add(piece=bytes(token).decode("utf-8"), score=float(score[0]), type=int(kind[0]))
     model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
-    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.byte_fallback = any(piece.type == piece.BYTE for piece in model.pieces)
     model.trainer_spec.vocab_size = len(model.pieces)
     model.trainer_spec.eos_id = _number(reader, "tokenizer.ggml.eos_token_id")
     model.trainer_spec.pad_id = _number(reader, "tokenizer.ggml.padding_token_id")

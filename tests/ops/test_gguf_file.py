@@ -177,3 +177,33 @@ def test_every_architecture_names_what_comfyui_tells_it_by():
     )
     assert TEXT_ARCHITECTURES["qwen3"].name("blk.0.attn_q_norm.weight") == "model.layers.0.self_attn.q_norm.weight"
     assert TEXT_ARCHITECTURES["qwen2vl"].name("blk.0.attn_k.bias") == "model.layers.0.self_attn.k_proj.bias"
+
+
+def test_the_tokenizer_that_is_made_anew_cuts_words_as_the_old_one(tmp_path, monkeypatch):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    from lowbit.ops import gguf_file
+    from testing.tiny.text_encoders import sentencepiece_model
+
+    content = sentencepiece_model(128).numpy().tobytes()
+    old = sentencepiece.SentencePieceProcessor(model_proto=content)
+    count = old.get_piece_size()
+    monkeypatch.setattr(gguf_file, "_UNIGRAM_VOCABULARY", count)
+    writer = gguf.GGUFWriter(tmp_path / "umt5.gguf", "t5encoder")
+    writer.add_token_list([old.id_to_piece(index) for index in range(count)])
+    writer.add_token_scores([old.get_score(index) for index in range(count)])
+    kinds = [3 if old.is_control(index) else 2 if old.is_unknown(index) else 1 for index in range(count)]
+    writer.add_token_types(kinds)
+    for name, number in (("eos_token_id", 1), ("padding_token_id", 0)):
+        writer.add_uint32(f"tokenizer.ggml.{name}", number)
+    writer.add_bool("tokenizer.ggml.add_space_prefix", True)
+    writer.add_bool("tokenizer.ggml.remove_extra_whitespaces", True)
+    writer.add_tensor("token_embd.weight", numbers(count, 32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = open_checkpoint(tmp_path / "umt5.gguf").read("spiece_model")
+    new = sentencepiece.SentencePieceProcessor(model_proto=made.numpy().tobytes())
+    for text in ("a red train", "a  cat on   a wall", "Zürich"):
+        assert new.encode(text) == old.encode(text)
