@@ -40,7 +40,7 @@ COMFYUI = {
 ONLY_IN_HOST = {"comfy_aimdo"}
 OTHER_PACKAGES: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
-    "ops": {"torch", "safetensors", "einops", "comfy_kitchen"},
+    "ops": {"torch", "safetensors", "einops", "comfy_kitchen", "gguf", "sentencepiece"},
     "attention": {"torch", "einops"},
     "memory": {"torch", "PIL", "psutil"},
     "text": {"torch", "einops", "triton"},
