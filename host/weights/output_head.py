@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import comfy.model_management
 import comfy.sd
 import torch
-from comfy.sd1_clip import SDClipModel
-from comfy.text_encoders.llama import Qwen25_7BVLI
+
+from ...versions import find
 
 _PREFIX = "lm_head."
 
@@ -18,12 +17,16 @@ def attach_output_head(clip: comfy.sd.CLIP, heads: Sequence[dict[str, torch.Tens
 
     The head becomes a part of the model (`model.lm_head`), so that it is loaded, patched, streamed and saved as the rest.
     """
+    wrapper, kind = find("comfy.sd1_clip.SDClipModel"), find("comfy.text_encoders.llama.Qwen25_7BVLI")
+    archive_dtypes = find("comfy.model_management.archive_model_dtypes")
+    if wrapper is None or kind is None or archive_dtypes is None:
+        return False
     head = next((tensors for tensors in heads if tensors), None)
     encoder = next(
         (
             module
             for module in clip.cond_stage_model.modules()
-            if isinstance(module, SDClipModel) and isinstance(module.transformer, Qwen25_7BVLI)
+            if isinstance(module, wrapper) and isinstance(module.transformer, kind)
         ),
         None,
     )
@@ -36,7 +39,7 @@ def attach_output_head(clip: comfy.sd.CLIP, heads: Sequence[dict[str, torch.Tens
     )
     module.load_state_dict(head, strict=False, assign=clip.patcher.is_dynamic())
     module.requires_grad_(False)
-    comfy.model_management.archive_model_dtypes(module)
+    archive_dtypes(module)
     encoder.transformer.model.lm_head = module
     clip.patcher.size = 0  # core counts again
     return True
