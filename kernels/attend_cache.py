@@ -184,9 +184,10 @@ def attend_cache(
     if not kernels_run_on(q):
         length = min(start + int(step) + 1, slots)
         if gathered is None:
-            enlarged = {"enable_gqa": True} if heads != kv_heads else {}
             keys, values = key[None, :, :length], value[None, :, :length]
-            out = F.scaled_dot_product_attention(q[None, :, None], keys, values, scale=scale, **enlarged)
+            out = F.scaled_dot_product_attention(
+                q[None, :, None], keys, values, scale=scale, enable_gqa=heads != kv_heads
+            )
             return out.reshape(q.shape)
         out, probabilities = attend_cache_reference(q, key, value, length, scale)
         gathered[:, :length] += probabilities

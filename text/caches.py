@@ -102,16 +102,17 @@ class HeavyHitterCache(LayerCache):
         self._age = torch.full((heads, slots), -(1 << 40), dtype=torch.int64, device=key.device)
         self._age[:, :count] = kept - gathered.shape[1]
         self._window = policy.window
-        self._numbers = torch.arange(slots, device=key.device)
 
     def slot(self, step: torch.Tensor) -> torch.Tensor:
+        gathered = self.gathered
+        assert gathered is not None
         filled = self.start + step
         protected = self._age > step - 1 - self._window
-        weight = self.gathered.masked_fill(protected, torch.inf)
+        weight = gathered.masked_fill(protected, torch.inf)
         free = torch.minimum(filled, torch.full_like(filled, self.slots - 1))
         slot = torch.where(filled < self.slots, free.expand(weight.shape[0]), weight.argmin(dim=1)).unsqueeze(1)
         self._age.scatter_(1, slot, step.expand(slot.shape[0]).unsqueeze(1))
-        self.gathered.scatter_(1, slot, 0.0)
+        gathered.scatter_(1, slot, 0.0)
         return slot.squeeze(1)
 
 

@@ -70,7 +70,8 @@ class HeldLinears:
         """act(first) * second."""
         if self._together is not None and x.shape[0] == 1:
             return self._together(x, activation)
-        return gate_rows(*self(x), activation)
+        gate, up = self(x)
+        return gate_rows(gate, up, activation)
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,8 @@ class _Together:
         x = x.contiguous()
         total = sum(weight.shape[0] for weight in self.weights) if gate is None else self.weights[0].shape[0]
         out = torch.empty((1, total), dtype=x.dtype, device=x.device)
-        options = {"kind": self.kind, "gate": gate, "assembly": not INTERPRETED}
-        matvec_together(x, self.weights, self.scales, self.biases, out, **options)
+        kind, assembly = self.kind, not INTERPRETED
+        matvec_together(x, self.weights, self.scales, self.biases, out, kind=kind, gate=gate, assembly=assembly)
         return out
 
 

@@ -112,7 +112,8 @@ class ModuleLinears:
 
     def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """act(first) * second."""
-        return gate_rows(*self(x), activation)
+        gate, up = self(x)
+        return gate_rows(gate, up, activation)
 
 
 def _is_plain(module: Any) -> bool:
