@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.evict_slot import evict_slot
+
 FULL, HEAVY_HITTERS = "full", "heavy_hitters"
 
 
@@ -99,21 +101,14 @@ class HeavyHitterCache(LayerCache):
         self.gathered = torch.zeros(heads, slots, dtype=torch.float32, device=key.device)
         self.gathered[:, :count] = gathered.gather(1, kept)
         # Relative to the first step: -1 is the prompt's last token.
-        self._age = torch.full((heads, slots), -(1 << 40), dtype=torch.int64, device=key.device)
-        self._age[:, :count] = kept - gathered.shape[1]
+        self._born = torch.full((heads, slots), -(1 << 40), dtype=torch.int64, device=key.device)
+        self._born[:, :count] = kept - gathered.shape[1]
         self._window = policy.window
 
     def slot(self, step: torch.Tensor) -> torch.Tensor:
-        gathered = self.gathered
-        assert gathered is not None
-        filled = self.start + step
-        protected = self._age > step - 1 - self._window
-        weight = gathered.masked_fill(protected, torch.inf)
-        free = torch.minimum(filled, torch.full_like(filled, self.slots - 1))
-        slot = torch.where(filled < self.slots, free.expand(weight.shape[0]), weight.argmin(dim=1)).unsqueeze(1)
-        self._age.scatter_(1, slot, step.expand(slot.shape[0]).unsqueeze(1))
-        gathered.scatter_(1, slot, 0.0)
-        return slot.squeeze(1)
+        """As of every cache; what it gives up is gone."""
+        assert self.gathered is not None
+        return evict_slot(self.gathered, self._born, step, self.start, self._window)
 
 
 def choose_kept(policy: CachePolicy, gathered: torch.Tensor) -> torch.Tensor:

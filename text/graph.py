@@ -38,8 +38,13 @@ class StepGraph:
         if self._generator is not None:
             graph.register_generator_state(self._generator)
         self._stream.wait_stream(current)
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._step()
+        # Not torch.cuda.graph: it empties the allocator's cache first, which takes as long as dozens of tokens.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._step()
+            finally:
+                graph.capture_end()
         current.wait_stream(self._stream)
         self._graph = graph
         graph.replay()

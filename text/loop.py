@@ -26,7 +26,7 @@ def generate(
         decoder: fresh, its first token drawn.
         stop_tokens: end the text.
         graph: replay a CUDA graph, where the device is a GPU.
-        seen: told how many tokens were new, after every look; what it raises ends the run.
+        seen: told how many tokens after the first were new, at every look; what it raises ends the run.
     """
     tokens = decoder.tokens
     step: Callable[[], None] = decoder.step
@@ -34,20 +34,17 @@ def generate(
     if graph and tokens.is_cuda:
         step = captured = StepGraph(decoder.step, decoder.sampler.generator)
     look = STEPS_A_LOOK if tokens.is_cuda else 1
-    made: list[int] = []
+    made: list[int] = tokens[:1].tolist()
     try:
-        while True:
-            made_now = tokens[len(made) : len(made) + look if made else 1].tolist()
-            for token in made_now:
-                made.append(token)
-                if token in stop_tokens:
-                    seen(made_now.index(token) + 1)
-                    return made
-            seen(len(made_now))
-            if len(made) == tokens.numel():
-                return made
-            for _ in range(min(look, tokens.numel() - len(made))):
+        while made[-1] not in stop_tokens and len(made) < tokens.numel():
+            count = min(look, tokens.numel() - len(made))
+            for _ in range(count):
                 step()
+            fresh = tokens[len(made) : len(made) + count].tolist()
+            stop = next((place for place, token in enumerate(fresh) if token in stop_tokens), count - 1)
+            made += fresh[: stop + 1]
+            seen(stop + 1)
+        return made
     finally:
         if captured is not None:
             torch.cuda.current_stream().synchronize()

@@ -85,6 +85,9 @@ class Writer:
         logits = run_prompt(self.model, self.architecture, prompt, most, policy)[-1:]
         sampler = Sampler(sampling, logits.shape[-1], self.device)
         decoder = Decoder(self.model, sampler, sampler.draw(logits), most)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seen(1)
         stops = self.architecture.stop_tokens if stop_tokens is None else stop_tokens
         return generate(decoder, set(stops), graph=graph, seen=seen)
 

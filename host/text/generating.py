@@ -105,19 +105,24 @@ def generate_text(owner: Any, settings: TextGeneration, *args: Any, **kwargs: An
     prompt, logits = _run_prompt(owner, family, request, embeds.to(dtype), settings)
     sampler = Sampler(request.sampling, logits.shape[-1], device, request.initial_tokens)
     first = sampler.draw(logits)
-    weights, model = _read_model(owner, family, device, dtype, prompt, settings)
-    # Core's caches and the prompt's own tensors are the decoder's now, or nobody's.
-    del prompt, logits
     bar = comfy.utils.ProgressBar(request.max_length)
 
     def seen(count: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update(count)
 
+    stops = stop_tokens(owner, request.stop_tokens)
+    made = [int(first)]
+    seen(1)
+    if made[0] in stops or request.max_length == 1:
+        return made
+    weights, model = _read_model(owner, family, device, dtype, prompt, settings)
+    # Core's caches and the prompt's own tensors are the decoder's now, or nobody's.
+    del prompt, logits
     try:
         decoder = Decoder(model, sampler, first, request.max_length)
         graph = settings.cuda_graph and isinstance(weights, HeldWeights)
-        return generate(decoder, stop_tokens(owner, request.stop_tokens), graph=graph, seen=seen)
+        return generate(decoder, stops, graph=graph, seen=seen)
     finally:
         weights.release()
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lowbit.kernels.attend_cache import attend_cache, attend_cache_reference
 from lowbit.kernels.cache_heads import HeadNorms, _cache_heads_reference, cache_heads
+from lowbit.kernels.evict_slot import evict_slot, evict_slot_reference
 from lowbit.kernels.gate_rows import gate_rows
 from lowbit.kernels.matvec_together import PLAIN, matvec_together
 from lowbit.kernels.norm_rows import add_norm, add_norm_reference
@@ -144,3 +145,20 @@ def test_matvec_together(dtype, kind, rows, columns, scaled, has_bias):
         gate, up = (part.to(dtype) for part in expected)
         wanted = torch.nn.functional.silu(gate) * up
         near((out.float() / size**2).to(dtype), (wanted.float() / size**2).to(dtype))
+
+
+@given(st.integers(1, 5), st.integers(2, 40), st.integers(1, 12), st.integers(0, 45), st.integers(0, 30))
+@settings(max_examples=20)
+def test_evict_slot(heads, slots, window, start, step):
+    """A free slot while there is one; then the lightest token outside the window, and the first of equals."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    window, start = min(window, slots - 1), min(start, slots)
+    gathered = torch.randint(0, 4, (heads, slots), device=device).float()
+    newest = torch.arange(slots, device=device) - slots + step
+    born = torch.stack([newest[torch.randperm(slots, device=device)] for _ in range(heads)])
+    twins = gathered.clone(), born.clone()
+    place = torch.tensor([step], device=device)
+    slot = evict_slot(gathered, born, place, start, window)
+    assert slot.tolist() == evict_slot_reference(*twins, place, start, window).tolist()
+    assert torch.equal(gathered, twins[0])
+    assert torch.equal(born, twins[1])

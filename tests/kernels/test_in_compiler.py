@@ -16,6 +16,7 @@ import torch
 
 from lowbit.kernels.attend_cache import attend_cache
 from lowbit.kernels.cache_heads import HeadNorms, cache_heads
+from lowbit.kernels.evict_slot import evict_slot
 from lowbit.kernels.gate_rows import gate_rows
 from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.norm_rows import add_norm
@@ -32,6 +33,7 @@ LAUNCHING = (
     "attend_cache",
     "cache_heads",
     "decode_rows",
+    "evict_slot",
     "gate_rows",
     "matmul_blocks",
     "matmul_decode",
@@ -42,7 +44,7 @@ LAUNCHING = (
     "quantize_rows",
     "rotate_rows",
 )
-DECODING = ("attend_cache", "cache_heads", "gate_rows", "norm_rows")
+DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "norm_rows")
 """Of them, those that choose between Triton and plain torch themselves."""
 
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -151,7 +153,8 @@ def test_every_launch_of_a_decoding_step_compiles_and_fits(cc, sizes, dtype, com
     gate_rows(x, x, "gelu_tanh")
     cache_heads(q, kv, kv, HeadNorms(weight, weight, True), table, table, step, slot, *caches)
     attend_cache(q, *caches, step, 100, 0.1, torch.zeros(kv_heads, 505))
-    assert len(compiled.kernels) == 6
+    evict_slot(torch.zeros(kv_heads, 505), torch.zeros(kv_heads, 505, dtype=torch.int64), step, 505, 252)
+    assert len(compiled.kernels) == 7
     for metadata in compiled.kernels:
         assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
 
