@@ -7,6 +7,7 @@ MODEL: a Hugging Face folder. Of `random:WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEAD
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import types
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from benchmarks.timing import environment
 from lowbit.ops.formats import find_format
 from lowbit.text.architecture import Architecture
 from lowbit.text.caches import FULL, HEAVY_HITTERS, CachePolicy
+from lowbit.text.layers import Attention
 from lowbit.text.reading import Reader
 from lowbit.text.sampling import Sampling
 from lowbit.text.writer import Stopwatch, Writer, load_tokenizer
@@ -32,17 +34,17 @@ HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to write: the format of the weights (None: 16 bits) and what the cache keeps."""
+    """One way to write: what the weights are called, their format (None: as they are), and what the cache keeps."""
 
-    name: str
+    weights: str
     weight_format: str | None
     cache: str
 
 
 MODES = (
-    Mode("16-bit, full cache", None, FULL),
-    Mode("INT8, full cache", "int8", FULL),
-    Mode("INT8, heavy hitters", "int8", HEAVY_HITTERS),
+    Mode("bf16", None, FULL),
+    Mode("int8", "int8", FULL),
+    Mode("int8", "int8", HEAVY_HITTERS),
 )
 
 
@@ -118,33 +120,47 @@ def measure(writer: Writer, prompt: list[int], length: int, policy: CachePolicy,
         writer.write(prompt, length, Sampling(), policy, stop_tokens=(), seen=watch.seen)
         first.append(watch.first)
         rate.append(watch.rate)
-    peak = torch.cuda.max_memory_allocated() if writer.device.type == "cuda" else 0
-    caches = sum(layer.mixer.cache.nbytes for layer in writer.model.layers)  # type: ignore[attr-defined]
+    caches = [layer.mixer.cache for layer in writer.model.layers if isinstance(layer.mixer, Attention)]
     return {
-        "first_token_s": statistics.median(first),
         "tokens_per_second": statistics.median(rate),
-        "peak_mib": peak / 2**20,
-        "cache_mib": caches / 2**20,
+        "first_token_seconds": statistics.median(first),
+        "peak_bytes": torch.cuda.max_memory_allocated() if writer.device.type == "cuda" else 0,
+        "cache_bytes": sum(cache.nbytes for cache in caches),
     }
 
 
-def judged(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of one model's rows."""
-    plain, quantized, heavy = (rows.get(mode.name, {}) for mode in MODES)
+def judged(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
+    """The three modes of one model against each other."""
+    plain, quantized, heavy = rows
 
-    def ratio(above: Mapping[str, Any], below: Mapping[str, Any], key: str) -> list[float | None]:
+    def ratio(above: dict[str, Any], below: dict[str, Any], key: str) -> list[float | None]:
         return [above[key] / below[key] if above.get(key) and below.get(key) else None]
 
-    return [
-        Goal("INT8, tokens a second", 1.5, "x 16-bit").judged(ratio(quantized, plain, "tokens_per_second")),
-        Goal("INT8, perplexity", 1.02, "x 16-bit", at_most=True).judged(ratio(quantized, plain, "perplexity")),
-        Goal("heavy hitters, tokens a second", 0.95, "x the full cache").judged(
+    found = [
+        Goal(f"{model}: INT8, tokens a second", 1.5, "x bf16").judged(ratio(quantized, plain, "tokens_per_second")),
+        Goal(f"{model}: heavy hitters, tokens a second", 0.95, "x the full cache").judged(
             ratio(heavy, quantized, "tokens_per_second")
         ),
-        Goal("heavy hitters, memory of the cache", 1.0, "x the full cache", at_most=True).judged(
-            ratio(heavy, quantized, "cache_mib")
+        Goal(f"{model}: heavy hitters, bytes of the cache", 1.0, "x the full cache", at_most=True).judged(
+            ratio(heavy, quantized, "cache_bytes")
         ),
     ]
+    if "perplexity" in plain:
+        found.append(
+            Goal(f"{model}: INT8, perplexity", 1.02, "x bf16", at_most=True).judged(
+                ratio(quantized, plain, "perplexity")
+            )
+        )
+    return found
+
+
+def keep(path: Path, model: str, rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    """Write the rows and goals of one model into a results file, in place of what it has of that model."""
+    record = json.loads(path.read_text()) if path.exists() else {"rows": [], "goals": []}
+    record["environment"] = environment()
+    record["rows"] = [row for row in record["rows"] if row["model"] != model] + rows
+    record["goals"] = [goal for goal in record["goals"] if not goal["name"].startswith(f"{model}: ")] + found
+    goals.write(path, record)
 
 
 def main() -> None:
@@ -152,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a Hugging Face folder, or random:WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/textgen.json"))
+    parser.add_argument("--name", default="", help="what the model is called in the table")
     parser.add_argument("--text", type=Path, default=None, help="a text file, for perplexity")
     parser.add_argument("--prefill", type=int, default=500, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=1000, help="tokens that are written")
@@ -167,17 +184,19 @@ def main() -> None:
         text = tokenizer(options.text.read_text(encoding="utf-8"))["input_ids"][: options.prefill + options.decode]
     generator = torch.Generator().manual_seed(0)
     prompt = (text or torch.randint(100, 30000, (options.prefill,), generator=generator).tolist())[: options.prefill]
-    rows: dict[str, dict[str, Any]] = {}
+    model = options.name or Path(options.model).name
+    rows: list[dict[str, Any]] = []
     for mode in MODES:
         writer = load(options.model, mode, device)
         policy = CachePolicy(mode.cache, options.window, options.heavy_hitters)
-        rows[mode.name] = measure(writer, prompt, options.decode, policy, options.runs)
+        row = {"model": model, "weights": mode.weights, "contender": f"lowbit, {mode.cache} cache"}
+        row |= measure(writer, prompt, options.decode, policy, options.runs)
         if text is not None:
-            rows[mode.name]["perplexity"] = writer.perplexity(text, options.prefill, policy)
-        print(mode.name, {key: round(value, 3) for key, value in rows[mode.name].items()}, flush=True)
+            row["perplexity"] = writer.perplexity(text, options.prefill, policy)
+        print(row, flush=True)
+        rows.append(row)
         del writer
-    settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    goals.write(options.out, {"environment": environment(), "settings": settings, "rows": rows, "goals": judged(rows)})
+    keep(options.out, model, rows, judged(rows, model))
 
 
 if __name__ == "__main__":

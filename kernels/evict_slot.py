@@ -49,9 +49,7 @@ def _evict_slot_kernel(
     tl.store(slot_ptr + head, chosen)
 
 
-def evict_slot(
-    gathered: torch.Tensor, born: torch.Tensor, step: torch.Tensor, start: int, window: int
-) -> torch.Tensor:
+def evict_slot(gathered: torch.Tensor, born: torch.Tensor, step: torch.Tensor, start: int, window: int) -> torch.Tensor:
     """(KV,) int64 slot of the token of `step`: a free one, or that of the lightest token outside the window.
 
     Args:

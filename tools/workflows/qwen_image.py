@@ -130,24 +130,24 @@ def rewrite_the_prompt(info: ObjectInfo) -> Design:
     )
     flat["written"] = edit.own("PreviewAny", "The prompt that was written", {"source": ("write", 0)})
     flat[_POSITIVE].links["text"] = ("write", 0)
-    edit.relink(flat, ("memory", 1), ("writer", 0), but=("writer",))
+    flat[_POSITIVE].links["clip"] = ("writer", 0)
     design.subgraphs["rewrite"] = Subgraph(
         "Rewrite the prompt",
-        row("writer", "write", "written"),
+        row("writer", column("write", above=160), column(_POSITIVE, "written")),
         inputs={"clip": ("memory", 1)},
-        outputs={"clip": ("writer", 0), "prompt": ("write", 0)},
+        outputs={"positive": (_POSITIVE, 0)},
         widgets=[Exposed("prompt", (("write", "prompt"),)), Exposed("seed", (("write", "sampling_mode.seed"),))],
     )
-    design.box = _root(row(column("rewrite", above=410), _prompts()))
-    design.routes[(_TEXT.decode, "vae")] = (f"under rewrite {_NEGATIVE} {_LATENT}",)
-    design.extra_heights |= {"rewrite": 160, "write": 200, "written": 160, _POSITIVE: 0}
+    design.box = _root(_prompts("rewrite", above=480))
+    design.routes[(_TEXT.decode, "vae")] = (f"under {_NEGATIVE} {_LATENT}",)
+    design.extra_heights |= {"rewrite": 150, "write": 200, "written": 160, _POSITIVE: 0}
     return design
 
 
-def _prompts() -> Box:
+def _prompts(positive: str = _POSITIVE, above: int = 320) -> Box:
     return row(
-        column(_POSITIVE, _NEGATIVE),
-        column(_LATENT, above=320),
+        column(positive, _NEGATIVE),
+        column(_LATENT, above=above),
         title="Prompt and size",
         above=410,
     )
