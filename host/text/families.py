@@ -108,8 +108,8 @@ def _feed_forward(module: Any, weights: Weights, config: Any) -> FeedForward:
 def _head_norms(attention: Any, weights: Weights, value: bool = False) -> HeadNorms:
     modules = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
     eps = next((module.eps for module in modules if module is not None), 1e-6)
-    query, key = (None if module is None else _norm(module, weights) for module in modules)
-    return HeadNorms(query=query, key=key, value=value, eps=eps)
+    parts: list[Any] = [None if module is None else _norm(module, weights) for module in modules]
+    return HeadNorms(*parts, value=value, eps=eps)
 
 
 def _rotations(tables: Any) -> list[Rotation]:
