@@ -106,10 +106,12 @@ def _feed_forward(module: Any, weights: Weights, config: Any) -> FeedForward:
 
 
 def _head_norms(attention: Any, weights: Weights, value: bool = False) -> HeadNorms:
-    modules = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    eps = next((module.eps for module in modules if module is not None), 1e-6)
-    parts: list[Any] = [None if module is None else _norm(module, weights) for module in modules]
-    return HeadNorms(*parts, value=value, eps=eps)
+    options: dict[str, Any] = {"value": value}
+    for ours, name in (("query", "q_norm"), ("key", "k_norm")):
+        module = getattr(attention, name, None)
+        if module is not None:
+            options |= {ours: _norm(module, weights), "eps": module.eps}
+    return HeadNorms(**options)
 
 
 def _rotations(tables: Any) -> list[Rotation]:
