@@ -7,21 +7,20 @@ import logging
 import comfy.model_detection
 import comfy.quant_ops
 import comfy.sd
-import torch
 from comfy_kitchen.tensor.base import LAYOUTS
 
 from ...errors import CapabilityError, CheckpointError
 from ...ops.checkpoint import Checkpoint
+from ...ops.core_names import diffusion_names
 from ...ops.formats import STORAGES
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan
+from .core_build import OPEN_CLIP, on_meta
 
 logger = logging.getLogger("lowbit.host")
 
 MODEL_PATCH_SIGNATURE = "audio_proj.proj1.weight"
 """A tensor that every InfiniteTalk and MultiTalk patch has."""
-
-_OPEN_CLIP = "transformer.resblocks.0.ln_1.weight"
 
 
 def check_diffusion_model(checkpoint: Checkpoint) -> None:
@@ -43,7 +42,7 @@ def check_text_encoder(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no text encoder that this ComfyUI knows.
     """
-    if _OPEN_CLIP not in checkpoint.entries and comfy.sd.detect_te_model(_on_meta(checkpoint)) is None:
+    if OPEN_CLIP not in checkpoint.entries and comfy.sd.detect_te_model(on_meta(checkpoint)) is None:
         raise CheckpointError(
             f"{checkpoint.path.name} is no text encoder that this ComfyUI knows: check that it is not a diffusion model "
             "or a LoRA, or update ComfyUI."
@@ -83,9 +82,8 @@ def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
 
 
 def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
-    tensors = _on_meta(checkpoint)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    tensors = on_meta(checkpoint)
+    tensors = {name: tensors[source] for name, source in diffusion_names(tensors)[1].items()}
     try:
         if comfy.model_detection.model_config_from_unet(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
             return True
@@ -98,8 +96,3 @@ def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
         logger.debug("The architecture of %s cannot be told from its header: %s", checkpoint.path.name, error)
         return True
 
-
-def _on_meta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in checkpoint.entries.items()
-    }

@@ -16,7 +16,7 @@ import torch
 from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, TensorEntry
 from .loading import load_diffusion_model, take_over
-from .preparing import Planned, Request, plan_checkpoint, plan_file, prepared_file
+from .preparing import Planned, Request, plan_diffusion_model, plan_file, prepared_file
 from .saving import source_checkpoint
 
 logger = logging.getLogger("lowbit.host")
@@ -67,7 +67,7 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
     origin = source_checkpoint(patcher)
     if origin is not None:
         return plan_file(origin.path, request, patcher.load_device)
-    return plan_checkpoint(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
+    return plan_diffusion_model(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
 
 
 def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) -> comfy.model_patcher.ModelPatcher:

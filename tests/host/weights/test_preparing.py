@@ -27,7 +27,8 @@ def test_the_diffusion_part_of_a_checkpoint_keeps_its_description_in_the_header(
     parts = quantize_weight(matrix(), "nvfp4")
     del parts["comfy_quant"]
     tensors = {f"{PREFIX}blocks.0.q.{suffix}": part for suffix, part in parts.items()}
-    tensors |= {f"{PREFIX}blocks.1.q.weight": matrix(), "first_stage_model.x.weight": matrix()}
+    tensors |= {f"{PREFIX}blocks.{number}.q.weight": matrix() for number in range(1, 7)}
+    tensors["first_stage_model.x.weight"] = matrix()
     layers = {f"{PREFIX}blocks.0.q": {"format": "nvfp4"}, "text_encoder.y": {"format": "nvfp4"}}
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
     save_file(tensors, tmp_path / "all_in_one.safetensors", metadata=metadata)
