@@ -98,30 +98,45 @@ class _Recorder(torch.overrides.TorchFunctionMode):
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self._sources = {id(tensor): {name} for name, tensor in tensors.items()}
-        self._held: list[torch.Tensor] = list(tensors.values())
+        self._sources = {_memory(tensor): {name} for name, tensor in tensors.items()}
+        # Or another tensor could get the place of one that is gone.
+        self._held = list(tensors.values())
         self.written: set[int] = set()
 
     def sources(self, tensor: torch.Tensor) -> set[str]:
-        return self._sources.get(id(_base(tensor)), set())
+        return self._sources.get(_memory(tensor), set())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, torch.Tensor)]
-        into_first = getattr(func, "__name__", "") in ("__setitem__", "copy_", "set_")
-        target = args[0] if into_first else result
+        writes = getattr(func, "__name__", "") in ("__setitem__", "copy_")
+        target = args[0] if writes else result
         if isinstance(target, torch.Tensor):
-            target = _base(target)
+            given = [value for value in _flat((*args, *(kwargs or {}).values())) if isinstance(value, torch.Tensor)]
             self._held.append(target)
-            made_of = set().union(*(self.sources(value) for value in given)) if given else set()
-            self._sources[id(target)] = self.sources(target) | made_of
-            if into_first:
-                self.written.add(id(target))
+            self._sources[_memory(target)] = self.sources(target).union(*(self.sources(value) for value in given))
+            if writes:
+                self.written.add(_memory(target))
+        elif isinstance(result, (tuple, list)):
+            self._note_parts(result, args)
         return result
 
+    def _note_parts(self, parts: Iterable[Any], args: Any) -> None:
+        """Of `chunk` and its like."""
+        made_of = set().union(*(self.sources(value) for value in _flat(args) if isinstance(value, torch.Tensor)))
+        for part in parts:
+            if isinstance(part, torch.Tensor):
+                self._held.append(part)
+                self._sources[_memory(part)] = self.sources(part) | made_of
 
-def _base(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor._base is None else tensor._base
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    for value in values:
+        yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Tells the memory of one tensor and its views from any other's, where there is none too."""
+    return tensor.untyped_storage()._cdata
 
 
 def _converted(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, TensorEntry] | None:
@@ -135,7 +150,7 @@ def _converted(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, TensorEntr
     for name, tensor in made.items():
         sources = recorder.sources(tensor)
         whole = next((source for source in sources if tensors[source] is tensor), None)
-        if whole is not None and id(tensor) not in recorder.written:
+        if whole is not None and _memory(tensor) not in recorder.written:
             entries[name] = replace(checkpoint.entries[whole], name=name)
         else:
             entries[name] = _joined(checkpoint, tensors, name, tensor, sources)
