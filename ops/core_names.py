@@ -9,7 +9,6 @@ import fnmatch
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
-
 DIFFUSION_PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
 """Of a diffusion model in a file of several parts, or saved by its trainer."""
 

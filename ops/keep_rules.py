@@ -190,7 +190,7 @@ GENERIC = ModelFamily(
         Rule("head", reason=_INPUT_OUTPUT),
         Rule("proj_out", reason=_INPUT_OUTPUT),
         # Core renames its weight alone.
-    Rule("lm_head", reason=_INPUT_OUTPUT, structural=True),
+        Rule("lm_head", reason=_INPUT_OUTPUT, structural=True),
         Rule("shared", reason=_EMBEDDINGS, structural=True),
     ),
 )

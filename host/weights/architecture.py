@@ -95,4 +95,3 @@ def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
         # Some detections look at values, which a header does not have: loading will tell.
         logger.debug("The architecture of %s cannot be told from its header: %s", checkpoint.path.name, error)
         return True
-

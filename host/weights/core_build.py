@@ -179,9 +179,7 @@ def _renamed(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, TensorEntry]
     if config is None:
         return None
     ours = comfy.utils.unet_to_diffusers(config.unet_config)
-    return {
-        ours[name]: replace(entry, name=ours[name]) for name, entry in checkpoint.entries.items() if name in ours
-    }
+    return {ours[name]: replace(entry, name=ours[name]) for name, entry in checkpoint.entries.items() if name in ours}
 
 
 def pinned_layers(checkpoint: Checkpoint) -> dict[str, str] | None:
@@ -301,7 +299,9 @@ def _whole(given: Tensors, made: Tensors, suffix: str) -> dict[str, str]:
 
 def _matrices(tensors: Tensors) -> Iterable[str]:
     return (
-        name.removesuffix(".weight") for name, tensor in tensors.items() if name.endswith(".weight") and tensor.dim() == 2
+        name.removesuffix(".weight")
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.dim() == 2
     )
 
 

@@ -100,9 +100,7 @@ def plan_diffusion_model(checkpoint: Checkpoint, request: Request, device: torch
 def plan_text_encoder(path: Path, request: Request) -> Planned:
     """`plan_file` for a text encoder."""
     checkpoint = open_checkpoint(path)
-    return plan_checkpoint(
-        checkpoint, request, pinned=pinned_text_layers(checkpoint), look=comfy.sd.detect_te_model
-    )
+    return plan_checkpoint(checkpoint, request, pinned=pinned_text_layers(checkpoint), look=comfy.sd.detect_te_model)
 
 
 def plan_model_patch(path: Path, request: Request) -> Planned:
@@ -214,7 +212,10 @@ def _core_reads(checkpoint: Checkpoint) -> bool:
     return (
         checkpoint.path.suffix.lower() != SUFFIX
         and checkpoint.files == (checkpoint.path,)
-        and all(entry.dtype != torch.float8_e8m0fnu and entry.path in checkpoint.files for entry in checkpoint.entries.values())
+        and all(
+            entry.dtype != torch.float8_e8m0fnu and entry.path in checkpoint.files
+            for entry in checkpoint.entries.values()
+        )
     )
 
 

@@ -16,8 +16,8 @@ import torch
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, TensorEntry
-from .loading import load_diffusion_model, take_over
 from .core_build import on_meta, under_core_names
+from .loading import load_diffusion_model, take_over
 from .preparing import Planned, Request, diffusion_part, plan_diffusion_model, prepared_file
 from .saving import source_checkpoint
 from .told import told, with_told

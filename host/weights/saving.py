@@ -62,9 +62,7 @@ def source_checkpoint(patcher: comfy.model_patcher.ModelPatcher) -> Checkpoint |
         return None
 
 
-def _write(
-    tensors: dict[str, torch.Tensor], target: Path, origin: Checkpoint | None, metadata: dict[str, str]
-) -> None:
+def _write(tensors: dict[str, torch.Tensor], target: Path, origin: Checkpoint | None, metadata: dict[str, str]) -> None:
     count = len(tensors)
     bar = comfy.utils.ProgressBar(2 * count)
 

@@ -33,7 +33,7 @@ def told(model: Any, tensors: Tensors, metadata: Mapping[str, str]) -> tuple[dic
     wanted = model.model_config
     alike = None
     try:
-        for header in _headers(wanted, metadata):
+        for header in _headers(wanted, tensors, metadata):
             for extra in _markers(wanted):
                 difference = _difference(model, detected({**tensors, **extra}, header), {**tensors, **extra})
                 if difference == "":
@@ -68,10 +68,12 @@ def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
     )
 
 
-def _headers(wanted: Any, metadata: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The text entries that core's detection may have read: none, or the model's whole configuration."""
+def _headers(wanted: Any, tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """The text entries that core's detection may have read: none, or what the tensors do not say of the model."""
     yield dict(metadata)
-    config = {name: value for name, value in _comparable(wanted).items() if name not in ("image_model", "dtype")}
+    found = detected(tensors, metadata)
+    known = {} if found is None else _comparable(found)
+    config = {name: value for name, value in _comparable(wanted).items() if name not in known or known[name] != value}
     for further in ({}, {"is_512": "true"}):
         yield {**metadata, "config": json.dumps({"transformer": config}), **further}
 
@@ -94,9 +96,11 @@ def _difference(model: Any, found: Any | None, tensors: Tensors) -> str | None:
     wanted = model.model_config
     if found is None or type(found) is not type(wanted):
         return "class"
-    if type(found).model_type is not comfy.supported_models_base.BASE.model_type:
-        if found.model_type(tensors, "") != model.model_type or found.sampling_settings != wanted.sampling_settings:
-            return "sampling"
+    samples = type(found).model_type is not comfy.supported_models_base.BASE.model_type
+    if samples and found.model_type(tensors, "") != model.model_type:
+        return "model_type"
+    if samples and found.sampling_settings != wanted.sampling_settings:
+        return "sampling_settings"
     ours, theirs = _comparable(wanted), _comparable(found)
     differing = next((name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]), None)
     if differing is not None:

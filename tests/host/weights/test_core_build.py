@@ -74,7 +74,9 @@ def stable_diffusion_3(**options: Any) -> torch.nn.Module:
 def aura_flow(**options: Any) -> torch.nn.Module:
     from comfy.ldm.aura.mmdit import MMDiT
 
-    return MMDiT(dim=128, n_layers=3, n_double_layers=1, n_heads=2, global_conddim=128, cond_seq_dim=2048, max_seq=16, **options)
+    return MMDiT(
+        dim=128, n_layers=3, n_double_layers=1, n_heads=2, global_conddim=128, cond_seq_dim=2048, max_seq=16, **options
+    )
 
 
 def pixart(**options: Any) -> torch.nn.Module:
@@ -194,6 +196,8 @@ def test_a_u_net_in_diffusers_names_is_planned_in_core_names(host, tmp_path):
     config = {"num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10]}
     config |= {"transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10}
     ours = comfy.utils.unet_to_diffusers(config)
+    # Stable Diffusion 2's name of what SDXL calls `add_embedding`.
+    ours = {name: core for name, core in ours.items() if not name.startswith("class_embedding")}
     tensors = {name: torch.full((2, 3), float(index)) for index, name in enumerate(ours)}
     tensors["conv_in.weight"] = torch.zeros(320, 4, 3, 3)
     tensors["add_embedding.linear_1.weight"] = torch.zeros(32, 2816)
@@ -243,7 +247,9 @@ def test_scales_that_core_would_lose_are_refused_by_name(host, files, tmp_path):
     tensors[f"{name}.weight_scale"] = torch.tensor(0.5)
     save_file(tensors, tmp_path / "scaled.safetensors")
     for name in ("int8", "none"):
-        with pytest.raises(CheckpointError, match="transformer_blocks.0.attn.to_q' quantized under a name of diffusers'"):
+        with pytest.raises(
+            CheckpointError, match="transformer_blocks.0.attn.to_q' quantized under a name of diffusers'"
+        ):
             host.preparing.plan_file(tmp_path / "scaled.safetensors", host.preparing.Request(name))
 
 
@@ -259,15 +265,75 @@ def test_a_diffusion_model_is_found_under_every_prefix_of_core(host, prefix):
     assert set(diffusion_names(tensors)[1]) == set(below)
 
 
-def test_a_table_is_never_packed_whatever_the_rules_say(host, tmp_path):
-    """Wan S2V's `trainable_cond_mask`, told from core's code; `quantize` is asked for by name."""
-    from lowbit.host.weights.core_build import pinned_layers
-    from testing import tiny
+def wan_s2v() -> dict[str, torch.Tensor]:
+    import comfy.ops
+    from comfy.ldm.wan.model import WanModel_S2V
 
-    path = tiny.write("diffusion_models/wan_t2v.safetensors", tmp_path)
+    sizes = {"dim": 128, "ffn_dim": 256, "text_dim": 64, "num_heads": 1, "num_layers": 1, "audio_dim": 64}
+    model = WanModel_S2V(
+        **sizes, audio_inject_layers=[0], device="meta", dtype=torch.bfloat16, operations=comfy.ops.manual_cast
+    )
+    return {name: torch.randn(tensor.shape).bfloat16() * 0.02 for name, tensor in model.state_dict().items()}
+
+
+def test_what_core_uses_as_a_table_is_told_from_its_code(host, tmp_path):
+    tensors = wan_s2v()
+    tensors["trainable_cond_mask.weight"] = torch.randn(64, 128).bfloat16()
+    save_file(tensors, tmp_path / "s2v.safetensors")
+    pinned = pinned_of(tmp_path / "s2v.safetensors")
+    assert set(pinned) == {"trainable_cond_mask"}
+    assert "Embedding" in pinned["trainable_cond_mask"]
+    for name in ("fp4_scaled", "mxfp8", "int4_asym_fast", "int8"):
+        request = host.preparing.Request(name, "!trainable_cond_mask\n!time_embedding")
+        layers = host.preparing.plan_file(tmp_path / "s2v.safetensors", request).plan.layers
+        assert layers["trainable_cond_mask"].action == "keep"
+        assert layers["time_embedding.0"].action == "quantize"
+
+
+def pinned_of(path):
+    from lowbit.host.weights.core_build import pinned_layers
+
     pinned = pinned_layers(open_checkpoint(path))
     assert pinned is not None
-    assert not any("attn" in name or "ffn" in name for name in pinned)
+    return pinned
+
+
+def test_what_core_takes_apart_when_it_loads_is_not_quantized(host):
+    """HunyuanVideo's names are changed, scales and all; what PixelDiT's loading splits would lose them."""
+    import comfy.supported_models
+
+    from lowbit.host.weights.core_build import _landed
+
+    config = comfy.supported_models.HunyuanVideo
+    meta = {
+        name: torch.empty(64, 64, device="meta")
+        for name in ("double_blocks.0.img_mod.linear.weight", "double_blocks.0.img_mlp.fc1.weight")
+    }
+    landed = _landed(meta, lambda given: config.process_unet_state_dict(None, given))
+    assert landed["double_blocks.0.img_mod.linear"] == "double_blocks.0.img_mod.lin"
+    split = {"a.weight": torch.empty(6, 2, device="meta"), "b.weight": torch.empty(6, 2, device="meta")}
+
+    def process(given):
+        weight = given.pop("a.weight")
+        return {**given, "a1.weight": weight[:3], "a2.weight": weight[3:]}
+
+    assert _landed(split, process) == {"b": "b"}
+
+
+def test_a_text_encoders_tables_are_never_quantized(host, tmp_path):
+    """Gemma 3's vision tower, and a CLIP model in its trainer's names, of which core takes some layers apart."""
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(64, 256).bfloat16(),
+        "model.lm_head.weight": torch.randn(64, 256).bfloat16(),
+        "vision_model.embeddings.position_embedding.weight": torch.randn(64, 256).bfloat16(),
+    }
+    save_file(tensors, tmp_path / "gemma.safetensors")
+    for name in ("mxfp8", "fp4", "int8"):
+        planned = host.preparing.plan_text_encoder(
+            tmp_path / "gemma.safetensors", host.preparing.Request(name, "!position_embedding\n!lm_head\n!q_proj")
+        )
+        kept = {layer.name for layer in planned.plan.layers.values() if layer.action == "keep"}
+        assert kept == {"vision_model.embeddings.position_embedding", "model.lm_head"}
 
 
 def test_every_embedding_of_core_is_known_by_its_name(host):
