@@ -15,8 +15,8 @@ import torch
 from .errors import CapabilityError, CheckpointError, LowbitError, StorageError
 from .ops.auto_format import choose_format
 from .ops.checkpoint import open_checkpoint
-from .ops.core_names import converted_model
 from .ops.device_info import device_info
+from .ops.diffusion_names import converted_model
 from .ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, find_format
 from .ops.keep_rules import parse_rules
 from .ops.layer_errors import layer_errors

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .core_names import part_prefix, tables
+from .diffusion_names import part_prefix, tables
 from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
 from .keep_rules import KEEP, QUANTIZE, ModelFamily, Rule, detect_family, expand_rules, first_match, unmatched_rules
 from .quantize import require_layout

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from .core_names import described_weight
+from .diffusion_names import described_weight
 from .header import load_json
 from .quantize import core_config_tensor
 from .stored_scales import check_scales

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import logging
 
-import comfy.model_detection
-import comfy.quant_ops
-import comfy.sd
 from comfy_kitchen.tensor.base import LAYOUTS
 
 from ...errors import CapabilityError, CheckpointError
 from ...ops.checkpoint import Checkpoint
-from ...ops.core_names import diffusion_names
+from ...ops.diffusion_names import diffusion_names
 from ...ops.formats import STORAGES
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan
+from ...versions import find
 from .core_build import OPEN_CLIP, on_meta
 
 logger = logging.getLogger("lowbit.host")
 
 MODEL_PATCH_SIGNATURE = "audio_proj.proj1.weight"
 """A tensor that every InfiniteTalk and MultiTalk patch has."""
+
+_DETECTION = (
+    "comfy.model_detection.model_config_from_unet",
+    "comfy.model_detection.convert_diffusers_mmdit",
+    "comfy.model_detection.model_config_from_diffusers_unet",
+)
 
 
 def check_diffusion_model(checkpoint: Checkpoint) -> None:
@@ -42,7 +46,8 @@ def check_text_encoder(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no text encoder that this ComfyUI knows.
     """
-    if OPEN_CLIP not in checkpoint.entries and comfy.sd.detect_te_model(on_meta(checkpoint)) is None:
+    detect = find("comfy.sd.detect_te_model")
+    if detect is not None and OPEN_CLIP not in checkpoint.entries and detect(on_meta(checkpoint)) is None:
         raise CheckpointError(
             f"{checkpoint.path.name} is no text encoder that this ComfyUI knows: check that it is not a diffusion model "
             "or a LoRA, or update ComfyUI."
@@ -68,12 +73,15 @@ def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
     Raises:
         CapabilityError: ComfyUI, or its comfy-kitchen, does not have a format of the plan.
     """
+    known = find("comfy.quant_ops.QUANT_ALGOS")
+    if known is None:
+        return
     formats = {name: layer.core_format for name, layer in plan.stored.layers.items()}
     formats |= {
         name: STORAGES[layer.storage].core_format for name, layer in plan.layers.items() if layer.action == QUANTIZE
     }
     for name, core_format in formats.items():
-        row = comfy.quant_ops.QUANT_ALGOS.get(core_format)
+        row = known.get(core_format)
         if row is None or row["comfy_tensor_layout"] not in LAYOUTS:
             raise CapabilityError(
                 f"{checkpoint.path.name}: the layer '{name}' would be loaded as '{core_format}', a format that this ComfyUI "
@@ -82,15 +90,15 @@ def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
 
 
 def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
+    find_config, convert, find_diffusers_config = (find(name) for name in _DETECTION)
+    if None in (find_config, convert, find_diffusers_config):
+        return True
     tensors = on_meta(checkpoint)
     tensors = {name: tensors[source] for name, source in diffusion_names(tensors)[1].items()}
     try:
-        if comfy.model_detection.model_config_from_unet(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
+        if find_config(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
             return True
-        return (
-            comfy.model_detection.convert_diffusers_mmdit(dict(tensors), "") is not None
-            or comfy.model_detection.model_config_from_diffusers_unet(tensors) is not None
-        )
+        return convert(dict(tensors), "") is not None or find_diffusers_config(tensors) is not None
     except (NotImplementedError, RuntimeError) as error:
         # Some detections look at values, which a header does not have: loading will tell.
         logger.debug("The architecture of %s cannot be told from its header: %s", checkpoint.path.name, error)

@@ -8,17 +8,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import comfy.model_detection
 import comfy.ops
-import comfy.utils
 import torch
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, TensorEntry
-from ...ops.core_names import tables
+from ...ops.diffusion_names import converted_model, tables
 from ...ops.formats import STORAGES, stored_shape
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan, find_stored
+from ...versions import find
 
 logger = logging.getLogger("lowbit.host")
 
@@ -27,10 +26,23 @@ Process = Callable[[Tensors], Tensors]
 Look = Callable[[Tensors], Any]
 """What core finds in a state dict."""
 
+_DETECT = "comfy.model_detection.model_config_from_unet"
+_DETECT_U_NET = "comfy.model_detection.model_config_from_diffusers_unet"
+_CONVERT = "comfy.model_detection.convert_diffusers_mmdit"
+_U_NET_NAMES = "comfy.utils.unet_to_diffusers"
+
 OPEN_CLIP = "transformer.resblocks.0.ln_1.weight"
 """A tensor of a CLIP model in its trainer's names, which core converts."""
 
 _TAKEN_APART = "ComfyUI takes it apart, or names it anew, when it loads it"
+
+
+def _core(name: str) -> Any:
+    """A function of core's; a missing one tells as little as one that needs numbers."""
+    found = find(name)
+    if found is None:
+        raise NotImplementedError(name)
+    return found
 
 
 def on_meta(checkpoint: Checkpoint) -> Tensors:
@@ -46,7 +58,7 @@ def detected(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
     Raises:
         NotImplementedError, RuntimeError: core looks at a tensor's numbers, which a header does not have.
     """
-    return comfy.model_detection.model_config_from_unet(tensors, "", metadata=dict(metadata))
+    return _core(_DETECT)(tensors, "", metadata=dict(metadata))
 
 
 def under_core_names(checkpoint: Checkpoint) -> Checkpoint:
@@ -56,7 +68,7 @@ def under_core_names(checkpoint: Checkpoint) -> Checkpoint:
     so here, one tensor at a time. Other files are left as they are.
 
     Raises:
-        CheckpointError: layers are stored with scales, which core does not take along.
+        CheckpointError: layers are stored with scales, which core does not take along, or core does not tell.
     """
     tensors = on_meta(checkpoint)
     try:
@@ -65,6 +77,12 @@ def under_core_names(checkpoint: Checkpoint) -> Checkpoint:
         entries = _converted(checkpoint, tensors) or _renamed(checkpoint, tensors)
     except (NotImplementedError, RuntimeError) as error:
         logger.debug("What core builds of %s cannot be told from its header: %s", checkpoint.path.name, error)
+        model = converted_model(checkpoint.entries)
+        if model is not None:
+            raise CheckpointError(
+                f"{checkpoint.path.name} has diffusers' names of {model}, and what ComfyUI makes of them cannot be told: "
+                "use the file in ComfyUI's own names."
+            ) from None
         return checkpoint
     if entries is None:
         return checkpoint
@@ -143,7 +161,7 @@ def _converted(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, TensorEntr
     """The entries that core's conversion of transformers makes, or None where it has none for these names."""
     recorder = _Recorder(tensors)
     with recorder:
-        made = comfy.model_detection.convert_diffusers_mmdit(dict(tensors), "")
+        made = _core(_CONVERT)(dict(tensors), "")
     if made is None or detected(made, {}) is None:
         return None
     entries = {}
@@ -170,15 +188,15 @@ def _joined(
 def _convert(every: Tensors, name: str, names: tuple[str, ...], parts: list[torch.Tensor]) -> torch.Tensor:
     """One tensor of core's, made of those of the file by core's own conversion."""
     taken = _Selected(every, dict(zip(names, parts, strict=True)))
-    return comfy.model_detection.convert_diffusers_mmdit(taken, "")[name]
+    return _core(_CONVERT)(taken, "")[name]
 
 
 def _renamed(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, TensorEntry] | None:
     """The entries of a U-Net with diffusers' names, which core only names anew."""
-    config = comfy.model_detection.model_config_from_diffusers_unet(tensors)
+    config = _core(_DETECT_U_NET)(tensors)
     if config is None:
         return None
-    ours = comfy.utils.unet_to_diffusers(config.unet_config)
+    ours = _core(_U_NET_NAMES)(config.unet_config)
     return {ours[name]: replace(entry, name=ours[name]) for name, entry in checkpoint.entries.items() if name in ours}
 
 
@@ -213,8 +231,9 @@ def pinned_text_layers(checkpoint: Checkpoint) -> dict[str, str]:
     """Matrices of a text encoder that are no Linears by their names, or that core takes apart when it loads them."""
     tensors = on_meta(checkpoint)
     pinned = tables(_matrices(tensors))
-    if OPEN_CLIP in tensors:
-        landed = _landed(tensors, lambda given: comfy.utils.clip_text_transformers_convert(given, "", ""))
+    convert = find("comfy.utils.clip_text_transformers_convert")
+    if OPEN_CLIP in tensors and convert is not None:
+        landed = _landed(tensors, lambda given: convert(given, "", ""))
         pinned |= {layer: _TAKEN_APART for layer in _matrices(tensors) if layer not in landed}
     return pinned
 

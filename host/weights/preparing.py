@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import comfy.model_management
-import comfy.sd
 import comfy.utils
 import torch
 
@@ -17,8 +16,8 @@ from ...errors import StorageError
 from ...ops.auto_format import choose_format
 from ...ops.cache import cached_path, quantized_file
 from ...ops.checkpoint import Checkpoint, open_checkpoint
-from ...ops.core_names import diffusion_names, tables
 from ...ops.device_info import DeviceInfo, device_info
+from ...ops.diffusion_names import diffusion_names, tables
 from ...ops.formats import AS_STORED, AUTO, find_format
 from ...ops.gguf_file import SUFFIX
 from ...ops.keep_rules import parse_rules
@@ -26,6 +25,7 @@ from ...ops.plan import QuantizationPlan, make_plan
 from ...ops.plan_report import plan_report, plan_summary
 from ...ops.stored import metadata_below
 from ...ops.writer import check_free_space
+from ...versions import find
 from .architecture import MODEL_PATCH_SIGNATURE, check_formats, check_model_patch
 from .core_build import Look, detected, pinned_layers, pinned_text_layers, shape_pinned, signature, under_core_names
 from .folders import CACHE_VARIABLE, cache_folder
@@ -100,7 +100,9 @@ def plan_diffusion_model(checkpoint: Checkpoint, request: Request, device: torch
 def plan_text_encoder(path: Path, request: Request) -> Planned:
     """`plan_file` for a text encoder."""
     checkpoint = open_checkpoint(path)
-    return plan_checkpoint(checkpoint, request, pinned=pinned_text_layers(checkpoint), look=comfy.sd.detect_te_model)
+    return plan_checkpoint(
+        checkpoint, request, pinned=pinned_text_layers(checkpoint), look=find("comfy.sd.detect_te_model")
+    )
 
 
 def plan_model_patch(path: Path, request: Request) -> Planned:

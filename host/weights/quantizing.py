@@ -37,12 +37,8 @@ class LoadedModel(Checkpoint):
 
     tensors: Mapping[str, torch.Tensor]
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name` itself: not to be written to."""
-        return self.tensors[name]
-
     def read_stored(self, name: str) -> torch.Tensor:
-        """`read`: none is coded."""
+        """The tensor `name` itself: not to be written to."""
         return self.tensors[name]
 
     @property

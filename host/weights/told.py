@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.supported_models_base
 import torch
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, TensorEntry
+from ...versions import find
 from .core_build import Tensors, detected
 
 logger = logging.getLogger("lowbit.host")
@@ -81,7 +81,7 @@ def _headers(wanted: Any, tensors: Tensors, metadata: Mapping[str, str]) -> Iter
 def _markers(wanted: Any) -> Iterator[Tensors]:
     """The tensors by which checkpoints of Stable Diffusion say how they sample."""
     yield {}
-    if type(wanted).model_type is comfy.supported_models_base.BASE.model_type:
+    if not _tells_sampling(wanted):
         return
     settings, empty = wanted.sampling_settings, torch.zeros(1)
     yield {"v_pred": empty}
@@ -96,7 +96,7 @@ def _difference(model: Any, found: Any | None, tensors: Tensors) -> str | None:
     wanted = model.model_config
     if found is None or type(found) is not type(wanted):
         return "class"
-    samples = type(found).model_type is not comfy.supported_models_base.BASE.model_type
+    samples = _tells_sampling(found)
     if samples and found.model_type(tensors, "") != model.model_type:
         return "model_type"
     if samples and found.sampling_settings != wanted.sampling_settings:
@@ -106,6 +106,12 @@ def _difference(model: Any, found: Any | None, tensors: Tensors) -> str | None:
     if differing is not None:
         return differing
     return "" if ours == theirs else None
+
+
+def _tells_sampling(config: Any) -> bool:
+    """Whether core reads off a file how the model samples."""
+    base = find("comfy.supported_models_base.BASE")
+    return base is not None and type(config).model_type is not base.model_type
 
 
 def _comparable(config: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError
 from lowbit.ops.checkpoint import open_checkpoint
-from lowbit.ops.core_names import converted_model, diffusion_names, tables
+from lowbit.ops.diffusion_names import converted_model, diffusion_names, tables
 
 
 @dataclass(frozen=True)
