@@ -37,8 +37,8 @@ from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, Case,
 from benchmarks.memory_files import CACHE, drop_from_page_cache, quantize_all
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
 from benchmarks.timing import environment
-from demo import comfyui, graphs
-from demo.server import Server, ServerDiedError, prepare_base
+from testing import comfyui, graphs
+from testing.server import Server, ServerDiedError, prepare_base
 
 SAMPLERS = ("sample", "sample_high")
 FAILURES = (RuntimeError, TimeoutError, aiohttp.ClientError)
@@ -134,7 +134,7 @@ class Steps:
 def run_server(
     site: Site, contender: Contender, scale: Scale, machine: SmallerMachine, synchronized: bool = False
 ) -> Server:
-    """A fresh ComfyUI with its own defaults; stock has no pack in it. synchronized: see demo/shims/steps.py."""
+    """A fresh ComfyUI with its own defaults; stock has no pack in it. synchronized: see testing/shims/steps.py."""
     return Server(
         site.base,
         comfyui.find(),

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.memory_files import CACHE, Quantized, quantize_all, second_name, write_checkpoint
-from demo import graphs, tiny
-from demo.tiny import infinitetalk, qwen_image, text_encoders, vae, wan
+from testing import graphs, tiny
+from testing.tiny import infinitetalk, qwen_image, text_encoders, vae, wan
 
 QWEN_IMAGE = qwen_image.QwenImageConfig(heads=24, layers=60, joint=3584)
 QWEN25 = text_encoders.Qwen25Config(3584, 18944, 28, 4, 28, 1280, 3420, 32)

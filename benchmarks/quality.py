@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from demo import comfyui, report, shapes_in_comfyui
-from demo.server import Server, prepare_base
+from demo import shapes_in_comfyui
+from demo.shapes import SCENES
 from demo.shapes_in_comfyui import REFERENCE, SHOWN, Quality
-from demo.train.shapes import SCENES
 from lowbit.ops.formats import FORMATS
+from testing import comfyui
+from testing.measure import environment
+from testing.server import Server, prepare_base
 
 OTHERS = [scene for scene in SCENES if scene not in SHOWN][::3]
 
@@ -53,7 +55,7 @@ def main() -> None:
         variables = {"LOWBIT_CACHE_DIR": str(cache)}
         with Server(base, path, cpu=not torch.cuda.is_available(), environment=variables) as server:
             found = dict(shapes_in_comfyui.measure(server, cache, options.formats.split(","), scenes))
-    facts = report.environment(f"ComfyUI {comfyui.version(path)}")
+    facts = environment(f"ComfyUI {comfyui.version(path)}")
     rows = {"bf16" if name == REFERENCE else name: entry(quality) for name, quality in found.items()}
     result = {"environment": facts, "prompts": [scene.prompt() for scene in scenes], "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,1 +1,1 @@
-"""Scripts around the pack: tiny checkpoints of the real architectures, a headless ComfyUI, the demo itself."""
+"""The demo: a trained model and tiny ones in every format, as clips and a table. Not installed."""

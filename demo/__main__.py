@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 from lowbit.ops.formats import FORMATS
+from testing import comfyui
 
-from . import comfyui, report
+from . import report
 from .report import Row
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from . import shapes_in_comfyui, tiny
-from .graphs import Graph, dump, node
-from .measure import relative_error
+from testing import tiny
+from testing.graphs import Graph, dump, node
+from testing.measure import relative_error
+from testing.server import GraphFailedError, Server, prepare_base
+
+from . import shapes_in_comfyui
 from .progress import ProgressLine
 from .report import Row
-from .server import GraphFailedError, Server, prepare_base
 
 PROMPTS = Path(__file__).parent / "prompts"
 REFERENCE = "none"

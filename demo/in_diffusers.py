@@ -18,11 +18,11 @@ from lowbit.ops.linear import quantized_linear
 from lowbit.ops.plan import QuantizationPlan, make_plan
 from lowbit.ops.quantize import assemble
 from lowbit.ops.stream import quantize_checkpoint
+from testing.measure import held_bytes, relative_error
+from testing.tiny.tensors import draw, write
 
-from .measure import held_bytes, relative_error
 from .progress import ProgressLine
 from .report import Row
-from .tiny.tensors import draw, write
 
 REFERENCE = "none"
 STEPS = 4

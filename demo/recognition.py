@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .train.shapes import AREAS, BACKGROUND, COLOURS, DIRECTIONS, SHAPES, Scene, signed_distance
+from .shapes import AREAS, BACKGROUND, COLOURS, DIRECTIONS, SHAPES, Scene, signed_distance
 
 _LEAST_AREA = 40
 _LEAST_WAY = 5.0

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+from testing.measure import environment
 
 
 @dataclass(frozen=True)
@@ -91,25 +87,6 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines) + "\n"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def environment(host: str) -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-    cuda = torch.cuda.is_available()
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "host": host,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
-        "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "comfy-kitchen", "lowbit", "diffusers")},
-    }
 
 
 def write(folder: Path, rows: Sequence[Row], host: str) -> None:

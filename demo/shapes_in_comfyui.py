@@ -14,14 +14,15 @@ from statistics import fmean
 import torch
 from safetensors.torch import load_file
 
+from testing.graphs import Graph, dump, node
+from testing.server import GraphFailedError, Server
+
 from .contact_sheet import contact_sheet, side_by_side
-from .graphs import Graph, dump, node
 from .progress import ProgressLine
 from .recognition import recognise
 from .report import Row
-from .server import GraphFailedError, Server
-from .train.files import FOLDER, PLACES, TRANSFORMER
-from .train.shapes import Scene
+from .shapes import Scene
+from .trained_files import FOLDER, PLACES, TRANSFORMER
 
 MODEL = "Moving shapes (trained)"
 REFERENCE = "none"

@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 from ..attention.backends import BUDGETS, backend_names
 from ..attention.plan import AUTO, MEASURED, Policy
 from ..attention.schedule import Schedule, parse_blocks
-from ..host import attention
-from ..host.folders import cache_folder
+from ..host.attention.override import find, install
+from ..host.weights.folders import cache_folder
 from .common import CATEGORY, show_text
 
 FALL_BACK, STOP = "fall back", "stop"
@@ -120,7 +120,7 @@ class Attention(io.ComfyNode):
         schedule = Schedule(
             exact_first_steps, exact_last_steps, exact_sigma_from, exact_sigma_to, parse_blocks(exact_blocks)
         )
-        patched, remark = attention.install(model, policy, schedule, pair_with_weights, cache_folder())
+        patched, remark = install(model, policy, schedule, pair_with_weights, cache_folder())
         if remark is not None:
             show_text(cls.hidden.unique_id, remark)
         return io.NodeOutput(patched)
@@ -158,7 +158,7 @@ class AttentionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, after: object) -> io.NodeOutput:
-        override = attention.find(model)
+        override = find(model)
         report = {"error": NO_NODE} if override is None else override.report()
         text = NO_NODE if override is None else override.text()
         return io.NodeOutput(after, json.dumps(report, indent=1), ui=ui.PreviewText(text))

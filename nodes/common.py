@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..errors import CheckpointError
-from ..host.folders import model_path
+from ..host.weights.folders import model_path
 from ..ops.checkpoint import open_checkpoint
 
 CATEGORY = "lowbit"

@@ -6,7 +6,9 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..host import memory, memory_release, memory_report
+from ..host.memory.manager import manage
+from ..host.memory.release import release
+from ..host.memory.report import chart_image, running_report
 from ..memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
 from ..memory.policies import AUTO, POLICIES, SEQUENTIAL_CFG, STEP_CLEARING, Settings
 from .common import CATEGORY, show_text
@@ -116,7 +118,7 @@ class MemoryManager(io.ComfyNode):
     ) -> io.NodeOutput:
         limit = int(vram_limit_gib * GIB) or None
         settings = Settings(policy, step_clearing, every_n_steps, limit, sequential_cfg)
-        return io.NodeOutput(*memory.manage(model, clip, vae, settings, cls.hidden.unique_id))
+        return io.NodeOutput(*manage(model, clip, vae, settings, cls.hidden.unique_id))
 
 
 RELEASE_INPUTS = {
@@ -168,7 +170,7 @@ class ReleaseComponent(io.ComfyNode):
     @classmethod
     def execute(cls, value: object, **chosen: bool) -> io.NodeOutput:
         names = [component for name, (component, _, _) in RELEASE_INPUTS.items() if chosen.get(name)]
-        show_text(cls.hidden.unique_id, memory_release.release(names).text)
+        show_text(cls.hidden.unique_id, release(names).text)
         return io.NodeOutput(value)
 
 
@@ -212,8 +214,8 @@ class MemoryReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, value: object) -> io.NodeOutput:
-        report = memory_report.report()
-        chart = memory_report.image(report)
+        report = running_report()
+        chart = chart_image(report)
         shown = ui.PreviewImage(chart).as_dict() | ui.PreviewText(report.text).as_dict()
         return io.NodeOutput(value, chart, report.text, json.dumps(report.data), ui=shown)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..host.preparing import Request
-from ..host.quantizing import plan_model, quantize_model
-from ..host.saving import save_diffusion_model
+from ..host.weights.preparing import Request
+from ..host.weights.quantizing import plan_model, quantize_model
+from ..host.weights.saving import save_diffusion_model
 from .common import CATEGORY
 from .loaders import execute_plan, format_inputs, loader_schema
 

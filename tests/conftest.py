@@ -23,9 +23,9 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 
 import torch  # noqa: E402
 
-sys.path.append(str(TESTS.parent))  # for the scripts in demo/, which are not part of the installed package
+sys.path.append(str(TESTS.parent))  # for demo/, testing/ and tools/, which are not part of the installed package
 
-from demo import comfyui  # noqa: E402
+from testing import comfyui  # noqa: E402
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("lowbit", deadline=None)
@@ -47,7 +47,7 @@ LONGEST_FIRST = (
     "headless/test_lora.py",
     "headless/test_attention.py",
     "browser/test_meter.py",
-    "demo/test_training_models.py",
+    "tools/test_training_models.py",
     "headless/test_command_line.py",
     "headless/test_memory_report.py",
 )

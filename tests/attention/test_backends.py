@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +15,7 @@ from lowbit.attention import backends, calls, environment
 from lowbit.attention.backends import BACKENDS, ERROR_LIMITS, AttentionCall
 from lowbit.attention.environment import Environment
 
-_spec = importlib.util.spec_from_file_location("attention_fakes", Path(__file__).with_name("fakes.py"))
-fakes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fakes)
+from . import fakes
 
 TABLE = {backend.name: backend for backend in BACKENDS}
 CALL = AttentionCall("cuda", torch.bfloat16, 1, 24, 24, 4608, 4608, 128, 128)

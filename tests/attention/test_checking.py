@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,9 +14,7 @@ from lowbit.attention.dispatch import CHECKED_CALLS, COMPARED_EVERY, UNJUDGED_CA
 from lowbit.attention.plan import Policy
 from lowbit.attention.report import TIMED_CALLS, Report, Struck, as_text
 
-_spec = importlib.util.spec_from_file_location("attention_fakes", Path(__file__).with_name("fakes.py"))
-fakes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fakes)
+from . import fakes
 
 SETTLED = CHECKED_CALLS + TIMED_CALLS
 BLOCKS = 12

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import logging
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +16,7 @@ from lowbit.attention.planning import check_named
 from lowbit.attention.report import TIMED_CALLS, Struck, as_text
 from lowbit.errors import CapabilityError
 
-_spec = importlib.util.spec_from_file_location("attention_fakes", Path(__file__).with_name("fakes.py"))
-fakes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fakes)
+from . import fakes
 
 SETTLED = CHECKED_CALLS + TIMED_CALLS
 

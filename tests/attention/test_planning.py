@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +16,7 @@ from lowbit.attention.plan import Policy
 from lowbit.attention.report import as_text
 from lowbit.attention.timing_cache import FILE_NAME, TimingCache
 
-_spec = importlib.util.spec_from_file_location("attention_fakes", Path(__file__).with_name("fakes.py"))
-fakes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fakes)
+from . import fakes
 
 CPU = torch.device("cpu")
 # A GPU as the tables see it; the tensors stay on the CPU.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +13,7 @@ from lowbit.attention.report import TIMED_CALLS
 from lowbit.attention.trial import TIMED_CALLS as OWN_CALLS
 from lowbit.attention.trial import WARM_CALLS
 
-_spec = importlib.util.spec_from_file_location("attention_fakes", Path(__file__).with_name("fakes.py"))
-fakes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fakes)
+from . import fakes
 
 SETTLED = CHECKED_CALLS + TIMED_CALLS
 TRIED = SETTLED + WARM_CALLS + OWN_CALLS

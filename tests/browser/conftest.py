@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from demo import comfyui, tiny
-from demo.server import Server, prepare_base
+from testing import comfyui, tiny
+from testing.server import Server, prepare_base
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 # ComfyUI opens a workflow of its own last, which would take the place of what a test has drawn.

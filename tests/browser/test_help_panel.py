@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from demo import comfyui
+from testing import comfyui
 
 pytestmark = [pytest.mark.browser, pytest.mark.headless, pytest.mark.slow]
 

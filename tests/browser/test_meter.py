@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from demo import graphs
+from testing import graphs
 
 pytestmark = [pytest.mark.browser, pytest.mark.headless, pytest.mark.slow]
 

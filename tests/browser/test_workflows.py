@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from demo import comfyui
-from demo.tiny import official
-from demo.workflows.small import scale_down
-from demo.workflows.unfold import api_form, unfold
+from testing import comfyui
+from testing.tiny import official
+from tools.workflows.small import scale_down
+from tools.workflows.unfold import api_form, unfold
 
 pytestmark = [pytest.mark.browser, pytest.mark.headless, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from demo.recognition import recognise
-from demo.train.shapes import BACKGROUND, FRAMES, SCENES, SIZE, Scene, batch, draw
+from demo.shapes import BACKGROUND, FRAMES, SCENES, SIZE, Scene, batch, draw
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.prompt())

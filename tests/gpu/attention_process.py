@@ -39,11 +39,11 @@ def run(patcher, reference: torch.Tensor, folder: Path, backend: str, budget: st
     """One policy: the error against core's attention on the same weights, twice, and the report."""
     from lowbit.attention.plan import Policy
     from lowbit.attention.schedule import Schedule
-    from lowbit.host import attention
+    from lowbit.host.attention import override
 
-    patched, _ = attention.install(patcher, Policy(backend, budget), Schedule(**schedule), True, folder)
+    patched, _ = override.install(patcher, Policy(backend, budget), Schedule(**schedule), True, folder)
     errors = [comfy_process.relative(sample(patched), reference) for _ in range(2)]
-    override = attention.find(patched)
+    override = override.find(patched)
     return {"errors": errors, "report": override.report(), "text": override.text()}
 
 
@@ -53,8 +53,8 @@ def main() -> None:
         folder = Path(name)
         os.environ["LOWBIT_CACHE_DIR"] = str(folder / "cache")
         comfy_process.start_core([*options, "--base-directory", name])
-        from lowbit.host.loading import load_diffusion_model
-        from lowbit.host.preparing import Request, plan_file, prepared_file
+        from lowbit.host.weights.loading import load_diffusion_model
+        from lowbit.host.weights.preparing import Request, plan_file, prepared_file
 
         model, _ = comfy_process.write_models(folder)
         patcher = load_diffusion_model(str(model))

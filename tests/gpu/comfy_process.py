@@ -50,8 +50,8 @@ def write_models(folder: Path) -> tuple[Path, Path]:
     """A Wan of 1024 channels and a LoRA for it."""
     from safetensors.torch import save_file
 
-    from demo.tiny import lora, wan
-    from demo.tiny.tensors import draw, linear_names, write
+    from testing.tiny import lora, wan
+    from testing.tiny.tensors import draw, linear_names, write
 
     config = wan.WanConfig(dim=1024, ffn=4096, heads=8, layers=4, text=256)
     tensors = draw(wan.shapes(config))
@@ -101,9 +101,9 @@ def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, refe
     """One format: its error, the LoRA's delta under it, and whether it multiplies as before once the LoRA is gone."""
     import comfy.model_management
 
-    from lowbit.host.loading import load_diffusion_model
-    from lowbit.host.operations import QuantizedLinear
-    from lowbit.host.preparing import Request, plan_file, prepared_file
+    from lowbit.host.weights.loading import load_diffusion_model
+    from lowbit.host.weights.operations import QuantizedLinear
+    from lowbit.host.weights.preparing import Request, plan_file, prepared_file
 
     planned = plan_file(model, Request(name))
     patcher = load_diffusion_model(str(prepared_file(planned)))
@@ -140,10 +140,10 @@ def run_text_encoder(folder: Path, name: str) -> dict:
     import comfy.model_management
     import comfy.sd
 
-    from demo import tiny
-    from lowbit.host.loading import load_text_encoder
-    from lowbit.host.operations import QuantizedLinear
-    from lowbit.host.preparing import Request, plan_file, prepared_file
+    from lowbit.host.weights.loading import load_text_encoder
+    from lowbit.host.weights.operations import QuantizedLinear
+    from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+    from testing import tiny
 
     source = tiny.write("text_encoders/umt5.safetensors", folder)
 
@@ -173,9 +173,9 @@ def main() -> None:
         start_core([*options, "--base-directory", folder])
         import comfy.model_management
 
-        from demo.shims import detection
-        from lowbit.host.loading import load_diffusion_model
+        from lowbit.host.weights.loading import load_diffusion_model
         from lowbit.ops.formats import FORMATS
+        from testing.shims import detection
 
         detection.install()
         model, lora = write_models(Path(folder))

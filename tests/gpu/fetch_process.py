@@ -73,7 +73,7 @@ def strangers(patcher, others) -> list:
 
 def compare(patcher, count: list[int]) -> dict:
     """The same sampling both ways."""
-    from lowbit.host.memory import manage
+    from lowbit.host.memory.manager import manage
     from lowbit.memory.policies import Settings
 
     found = {}
@@ -94,9 +94,9 @@ def main() -> None:
         start_core(["--base-directory", folder])
         import comfy.model_management
 
-        from demo.shims import detection
-        from lowbit.host.loading import load_diffusion_model
-        from lowbit.host.preparing import Request, plan_file, prepared_file
+        from lowbit.host.weights.loading import load_diffusion_model
+        from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+        from testing.shims import detection
 
         detection.install()
         streaming_policies()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from demo import comfyui
+from testing import comfyui
 
 SCRIPT = Path(__file__).with_name("attention_process.py")
 NEAR = {"exact": 0.02, "comfy_kitchen_int8": 0.1}

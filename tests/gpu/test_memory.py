@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
-from demo import graphs, tiny
-from demo.measure import relative_error
-from demo.server import GraphFailedError, Server, prepare_base
+from testing import graphs, tiny
+from testing.measure import relative_error
+from testing.server import GraphFailedError, Server, prepare_base
+
+from ..headless import memory_bench as bench
 
 pytestmark = [pytest.mark.headless, pytest.mark.slow]
-
-_spec = importlib.util.spec_from_file_location(
-    "lowbit_memory_bench", Path(__file__).parents[1] / "headless" / "memory_bench.py"
-)
-bench = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = bench
-_spec.loader.exec_module(bench)
 
 BIG = tiny.wan.WanConfig(dim=2048, ffn=8192, heads=16, layers=8)
 """Half a gigabyte of weights: many of dynamic VRAM's 32 MiB pages."""

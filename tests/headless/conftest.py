@@ -2,8 +2,8 @@
 
 HOWTO (every test below tests/headless/ is marked `headless` and left out where there is no ComfyUI):
 
-    from demo import graphs
-    from demo.measure import relative_error
+    from testing import graphs
+    from testing.measure import relative_error
 
     def test_something(bench):
         graph = graphs.wan_t2v(
@@ -17,13 +17,13 @@ HOWTO (every test below tests/headless/ is marked `headless` and left out where 
 - `bench`: the running ComfyUI with the pack (session scope). `bench.sample(graph)` runs a graph and returns node
   `sample`'s latent and, when the graph has it, node `images`' images. `bench.tensors(graph, a=["node", 0], ...)` returns
   any LATENT, IMAGE or CONDITIONING. `bench.facts(graph, ["model", 0])` returns the bytes a loaded model holds and each
-  Linear's class and format. `bench.server` (demo/server.py) has run, queue, wait, interrupt, history, object_info, log;
+  Linear's class and format. `bench.server` (testing/server.py) has run, queue, wait, interrupt, history, object_info, log;
   it raises GraphRejectedError (HTTP 400), GraphFailedError (a node's error, with `.exception_message`), GraphInterruptedError.
 - `stock`: a second ComfyUI on the same base directory without the pack, started when first asked for.
 - `memory`: a server with the pack and faults for the memory tests (memory_bench.py).
 - `models`: the models folder of both, with every file of `tiny.FILES` in it. Write more files there under fresh names
   (`bench.models / "diffusion_models" / "mine.safetensors"`), and take them away again.
-- Graphs: demo/graphs.py (node ids: model, clip, positive, negative, latent, sample, vae, images, patch, lora).
+- Graphs: testing/graphs.py (node ids: model, clip, positive, negative, latent, sample, vae, images, patch, lora).
 - A graph whose every node and input was seen before is answered from ComfyUI's cache: give a fresh `seed` or call
   `bench.server.free()` when the loading itself is the point.
 """
@@ -41,8 +41,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo import comfyui, graphs, tiny
-from demo.server import Server, prepare_base
+from testing import comfyui, graphs, tiny
+from testing.server import Server, prepare_base
 
 from .memory_bench import FAULTS, MemoryBench
 

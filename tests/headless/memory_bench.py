@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from demo import graphs
-from demo.server import Result, Server
+from testing import graphs
+from testing.server import Result, Server
 
 FAULTS = Path(__file__).parent / "memory_faults"
 FAKE_NAME = "fake device (host memory)"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from demo import graphs
-from demo.measure import relative_error
-from demo.server import GraphFailedError, Server
+from testing import graphs
+from testing.measure import relative_error
+from testing.server import GraphFailedError, Server
 
 from .conftest import faulty_server
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo import graphs, tiny
-from demo.server import GraphFailedError, GraphRejectedError
-from demo.tiny.quantized import write_sharded
+from testing import graphs, tiny
+from testing.server import GraphFailedError, GraphRejectedError
+from testing.tiny.quantized import write_sharded
 
 COND = graphs.conditioning_random(width=256)
 

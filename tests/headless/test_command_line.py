@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from demo import graphs
-from demo.cases import CASES
-from demo.measure import relative_error
 from lowbit.cli import main
 from lowbit.ops.formats import FORMATS
+from testing import graphs
+from testing.cases import CASES
+from testing.measure import relative_error
 
 MEASURED = json.loads((Path(__file__).parent / "tolerances.json").read_text())["largest_error"]
 SEED = 1

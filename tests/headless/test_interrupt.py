@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from demo import graphs, tiny
-from demo.server import GraphInterruptedError
+from testing import graphs, tiny
+from testing.server import GraphInterruptedError
 
 BIG = tiny.wan.WanConfig(dim=512, ffn=2048, heads=4, layers=10)
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from demo import graphs, tiny
-from demo.cases import CASES
-from demo.measure import relative_error
 from lowbit.ops.formats import FORMATS, STORAGES
+from testing import graphs, tiny
+from testing.cases import CASES
+from testing.measure import relative_error
 
 MEASURED = json.loads((Path(__file__).parent / "tolerances.json").read_text())["largest_error"]
 SEED = 1
@@ -77,7 +77,7 @@ def test_linears_are_stored_in_the_format_and_multiply_through_the_pack(bench, n
     allowed = {STORAGES[row.storage].core_format, STORAGES[row.substitute].core_format}
     assert len(quantized) >= 14
     assert {layer["format"] for layer in quantized} <= allowed
-    assert all(layer["class"].endswith("lowbit.host.operations.Linear") for layer in quantized)
+    assert all(layer["class"].endswith("lowbit.host.weights.operations.Linear") for layer in quantized)
 
 
 @pytest.mark.parametrize("format", ["fp8_e4m3fn_scaled", "int8", "fp4_scaled", "int4_asym_fast"])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from demo import graphs
-from demo.cases import CASES
-from demo.measure import relative_error
 from lowbit.ops.formats import FORMATS
+from testing import graphs
+from testing.cases import CASES
+from testing.measure import relative_error
 
 LORAS = {"wan_t2v": "wan.safetensors", "qwen_image": "qwen_image.safetensors"}
 SEED = 1

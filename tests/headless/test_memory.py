@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
-from demo import graphs
-from demo.measure import relative_error
-from demo.server import GraphFailedError
+from testing import graphs
+from testing.measure import relative_error
+from testing.server import GraphFailedError
 
 from .memory_bench import (
     FAKE_NAME,

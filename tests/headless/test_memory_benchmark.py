@@ -18,8 +18,8 @@ from benchmarks.memory_cases import CASES, COMPLETE, CONTENDERS, MANAGED, QUANTI
 from benchmarks.memory_files import drop_from_page_cache, second_name, write_checkpoint
 from benchmarks.memory_group import create_group
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch
-from demo.server import ServerDiedError
-from demo.tiny import infinitetalk, qwen_image, text_encoders, wan
+from testing.server import ServerDiedError
+from testing.tiny import infinitetalk, qwen_image, text_encoders, wan
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import statistics
 
 import pytest
 
-from demo import graphs
-from demo.measure import relative_error
-from demo.server import GraphFailedError, GraphInterruptedError
+from testing import graphs
+from testing.measure import relative_error
+from testing.server import GraphFailedError, GraphInterruptedError
 
 from .memory_bench import NEAR, ROOMY, UMT5, managed, wan, weights
 

@@ -8,7 +8,7 @@ import time
 import pytest
 from PIL import Image
 
-from demo import graphs
+from testing import graphs
 
 from .memory_bench import FAKE_NAME, ROOMY, UMT5, managed, released, reported, wan
 

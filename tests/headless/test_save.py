@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from demo import graphs, tiny
-from demo.cases import CASES
-from demo.measure import relative_error
 from lowbit.ops.formats import FORMATS
+from testing import graphs, tiny
+from testing.cases import CASES
+from testing.measure import relative_error
 
 SEED = 1
 

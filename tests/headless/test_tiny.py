@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from demo import graphs
+from testing import graphs
 
 UMT5 = graphs.load_text_encoder("umt5.safetensors", "wan")
 QWEN25 = graphs.load_text_encoder("qwen25_vl.safetensors", "qwen_image")

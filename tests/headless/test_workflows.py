@@ -1,6 +1,6 @@
 """Every bundled workflow and the official template it came from, end to end on tiny checkpoints under the real file names.
 
-Only what demo/workflows/small.py lists is changed for the run: frames, sizes, steps, drawn masks, the GPU's memory limit.
+Only what tools/workflows/small.py lists is changed for the run: frames, sizes, steps, drawn masks, the GPU's memory limit.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from demo import comfyui, graphs, tiny
-from demo.measure import relative_error
-from demo.tiny import official
-from demo.workflows import edit, infinitetalk, tidy
-from demo.workflows.__main__ import FOLDER, text, untidy
-from demo.workflows.bundle import WORKFLOWS, Workflow
-from demo.workflows.small import scale_down
-from demo.workflows.unfold import Flat, api_form, unfold
+from testing import comfyui, graphs, tiny
+from testing.measure import relative_error
+from testing.tiny import official
+from tools.workflows import edit, infinitetalk, tidy
+from tools.workflows.__main__ import FOLDER, text, untidy
+from tools.workflows.bundle import WORKFLOWS, Workflow
+from tools.workflows.small import scale_down
+from tools.workflows.unfold import Flat, api_form, unfold
 
 pytest.importorskip("comfyui_workflow_templates_json")
 

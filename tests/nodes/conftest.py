@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from demo import comfyui
+from testing import comfyui
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from demo import comfyui
 from lowbit.attention.backends import BACKENDS
 from lowbit.ops.auto_format import AUTO_ROWS
 from lowbit.ops.formats import FORMAT_CHOICES
+from testing import comfyui
 
 pytestmark = pytest.mark.headless
 

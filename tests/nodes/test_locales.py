@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from demo import comfyui
 from lowbit.memory.components import COMPONENTS
+from testing import comfyui
 
 pytestmark = pytest.mark.headless
 
@@ -105,7 +105,7 @@ def test_no_text_holds_the_translators_own_syntax(language, name, locale):
 
 
 def test_the_meter_has_a_text_for_every_phase_and_component(locale):
-    sources = [path.read_text(encoding="utf-8") for path in (comfyui.CHECKOUT / "host").glob("memory*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in (comfyui.CHECKOUT / "host" / "memory").glob("*.py")]
     phases = {phase for text in sources for phase in re.findall(r"observe\(\s*\"(\w+)\"", text)}
     assert phases
     assert phases | set(COMPONENTS) <= set(locale("en", "main.json")["lowbitMeter"])

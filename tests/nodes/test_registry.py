@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from demo import comfyui
+from testing import comfyui
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,6 +18,7 @@ else:
     import tomli as tomllib
 
 PACK = comfyui.CHECKOUT
+OUTSIDE = ("benchmarks", "demo", "testing", "tests", "tools")
 TORCH = re.compile(r"torch(vision|audio)?|triton.*|nvidia-.*|xformers|.*attn.*|sageattention", re.IGNORECASE)
 
 
@@ -92,5 +93,6 @@ def test_the_icon_is_what_the_registry_takes():
 
 
 def test_every_folder_of_the_pack_is_in_the_package(project):
-    folders = {path.parent.name for path in PACK.glob("*/__init__.py")} - {"demo"}
-    assert {f"lowbit.{name}" for name in folders} | {"lowbit"} == set(project["tool"]["setuptools"]["packages"])
+    folders = {path.parent.relative_to(PACK) for path in PACK.glob("[a-z]*/**/__init__.py")}
+    names = {".".join(("lowbit", *folder.parts)) for folder in folders if folder.parts[0] not in OUTSIDE}
+    assert names | {"lowbit"} == set(project["tool"]["setuptools"]["packages"])

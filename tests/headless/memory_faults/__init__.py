@@ -51,7 +51,7 @@ class FakeGpu:
         self.kept = []
 
     def read(self):
-        module = pack_module("host.memory_components")
+        module = pack_module("host.memory.loaded_models")
         weights = sum(module.component_bytes(self.torch_device).values())
         allocated = weights + self.working + sum(tensor.nbytes for tensor in self.kept)
         self._peak = max(self._peak, allocated)
@@ -84,7 +84,7 @@ class TestDevice:
         return float("nan")
 
     def use(self, value, mib, idle_mib):
-        sessions = pack_module("host.memory_session")
+        sessions = pack_module("host.memory.session")
         sessions.session().limit.remove()
         core_device = sessions._core_device()
         current = sessions.use_device(FakeGpu(int(mib * MIB)) if mib else core_device)
@@ -126,7 +126,7 @@ class _Faults:
 
     def apply_model(self, executor, x, *args, **kwargs):
         self.batches.append(x.shape[0])
-        device = pack_module("host.memory_session").session().device
+        device = pack_module("host.memory.session").session().device
         working = x.shape[0] * 3 * MIB
         if isinstance(device, FakeGpu):
             device.working += working
@@ -261,7 +261,7 @@ class TestLeak:
         return float("nan")
 
     def leak(self, value, mib):
-        device = pack_module("host.memory_session").session().device
+        device = pack_module("host.memory.session").session().device
         device.kept.append(torch.ones(int(mib * MIB), dtype=torch.uint8))
         return (value,)
 
@@ -286,8 +286,8 @@ class TestMemoryState:
         if count:
             gc.collect()
         management = comfy.model_management
-        components = pack_module("host.memory_components")
-        session = pack_module("host.memory_session").session()
+        components = pack_module("host.memory.loaded_models")
+        session = pack_module("host.memory.session").session()
         living = gc.get_objects() if count else ()
         kinds = Counter(type(item).__name__ for item in living if ".host.memory" in str(type(item).__module__))
         state = {

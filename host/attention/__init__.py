@@ -1,0 +1,1 @@
+"""Attention in ComfyUI: start with override.py, which core calls for every attention."""

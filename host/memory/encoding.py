@@ -1,0 +1,67 @@
+"""A text encoder under the memory manager: makes way before it loads, and encodes again after running out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...memory.policies import Settings
+from .release import take_over
+from .room import again_after_oom, clear_out, make_way
+from .session import session
+
+_SETTINGS = "_lowbit_memory"
+
+
+class ManagedClip:
+    """Mixin over core's CLIP: only loading and encoding differ."""
+
+    patcher: Any
+    _lowbit_memory: tuple[Settings, str | None]
+
+    def clone(self, *args: Any, **kwargs: Any) -> Any:
+        """A clone is managed too; core makes its clones anew."""
+        return manage_clip(super().clone(*args, **kwargs), *self._lowbit_memory)  # type: ignore[misc]
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Core's load, after making way for it."""
+        settings, node_id = self._lowbit_memory
+        take_over(node_id, settings.limit_bytes)
+        make_way(settings.row.release_before_sampling, self.patcher, 0, what="the text encoder")
+        session().observe("load")
+        out = super().load_model(*args, **kwargs)  # type: ignore[misc]
+        session().observe("encode")
+        return out
+
+    def encode_from_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """Core's encode, once more with all other models off the GPU if it runs out of memory."""
+
+        def encode() -> Any:
+            return super(ManagedClip, self).encode_from_tokens(*args, **kwargs)  # type: ignore[misc]
+
+        def make_room() -> str:
+            self.patcher.detach()
+            clear_out((), "the text encoder")
+            return "everything left the GPU"
+
+        out = again_after_oom(encode, make_room, "the text encoder")
+        session().observe("encoded")
+        return out
+
+
+def manage_clip(clip: Any, settings: Settings, node_id: str | None) -> Any:
+    """Make this CLIP (a clone of the user's) a managed one."""
+    clip.__class__ = managed_class(type(clip), ManagedClip)
+    setattr(clip, _SETTINGS, (settings, node_id))
+    return clip
+
+
+def managed_class(core_class: type, mixin: type) -> type:
+    """Core's class with `mixin` in front; one for each class, kept on it, so that both go together."""
+    if issubclass(core_class, mixin):
+        return core_class
+    name = f"_lowbit_{mixin.__name__}"
+    managed = core_class.__dict__.get(name)
+    if managed is None:
+        managed = type(core_class.__name__, (mixin, core_class), {"__module__": core_class.__module__})
+        setattr(core_class, name, managed)
+    return managed

@@ -1,0 +1,105 @@
+"""Asks core, from a file's header alone, whether it knows the architecture: before anything is quantized or loaded."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_detection
+import comfy.quant_ops
+import comfy.sd
+import torch
+from comfy_kitchen.tensor.base import LAYOUTS
+
+from ...errors import CapabilityError, CheckpointError
+from ...ops.checkpoint import Checkpoint
+from ...ops.formats import STORAGES
+from ...ops.keep_rules import QUANTIZE
+from ...ops.plan import QuantizationPlan
+
+logger = logging.getLogger("lowbit.host")
+
+MODEL_PATCH_SIGNATURE = "audio_proj.proj1.weight"
+"""A tensor that every InfiniteTalk and MultiTalk patch has."""
+
+_OPEN_CLIP = "transformer.resblocks.0.ln_1.weight"
+
+
+def check_diffusion_model(checkpoint: Checkpoint) -> None:
+    """Refuse what core cannot tell the architecture of.
+
+    Raises:
+        CheckpointError: it is no diffusion model that this ComfyUI knows.
+    """
+    if not checkpoint.entries or not _known_diffusion_model(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint.path.name} is no diffusion model that this ComfyUI knows: check that it is not a LoRA, a VAE "
+            "or a text encoder, or update ComfyUI."
+        )
+
+
+def check_text_encoder(checkpoint: Checkpoint) -> None:
+    """Refuse what core would take for a CLIP model for want of anything better.
+
+    Raises:
+        CheckpointError: it is no text encoder that this ComfyUI knows.
+    """
+    if _OPEN_CLIP not in checkpoint.entries and comfy.sd.detect_te_model(_on_meta(checkpoint)) is None:
+        raise CheckpointError(
+            f"{checkpoint.path.name} is no text encoder that this ComfyUI knows: check that it is not a diffusion model "
+            "or a LoRA, or update ComfyUI."
+        )
+
+
+def check_model_patch(checkpoint: Checkpoint, *, quantizes: bool) -> None:
+    """Refuse to quantize any patch but InfiniteTalk's and MultiTalk's, whose modules are known.
+
+    Raises:
+        CheckpointError: it is another patch, and a format was asked for.
+    """
+    if quantizes and MODEL_PATCH_SIGNATURE not in checkpoint.entries:
+        raise CheckpointError(
+            f"{checkpoint.path.name} is no InfiniteTalk or MultiTalk patch, the only ones that can be quantized: choose "
+            "the format 'none'."
+        )
+
+
+def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
+    """Refuse formats that this ComfyUI would not load.
+
+    Raises:
+        CapabilityError: ComfyUI, or its comfy-kitchen, does not have a format of the plan.
+    """
+    formats = {name: layer.core_format for name, layer in plan.stored.layers.items()}
+    formats |= {
+        name: STORAGES[layer.storage].core_format for name, layer in plan.layers.items() if layer.action == QUANTIZE
+    }
+    for name, core_format in formats.items():
+        row = comfy.quant_ops.QUANT_ALGOS.get(core_format)
+        if row is None or row["comfy_tensor_layout"] not in LAYOUTS:
+            raise CapabilityError(
+                f"{checkpoint.path.name}: the layer '{name}' would be loaded as '{core_format}', a format that this ComfyUI "
+                "and its comfy-kitchen do not have: update both, or use another file or format."
+            )
+
+
+def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
+    tensors = _on_meta(checkpoint)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    try:
+        if comfy.model_detection.model_config_from_unet(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
+            return True
+        return (
+            comfy.model_detection.convert_diffusers_mmdit(dict(tensors), "") is not None
+            or comfy.model_detection.model_config_from_diffusers_unet(tensors) is not None
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        # Some detections look at values, which a header does not have: loading will tell.
+        logger.debug("The architecture of %s cannot be told from its header: %s", checkpoint.path.name, error)
+        return True
+
+
+def _on_meta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in checkpoint.entries.items()
+    }

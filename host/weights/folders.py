@@ -1,0 +1,54 @@
+"""Where ComfyUI keeps models, and where this pack keeps the quantized files it makes."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ...errors import CheckpointError
+from ...ops.checkpoint import INDEX_NAME
+
+CACHE_VARIABLE = "LOWBIT_CACHE_DIR"
+"""Environment variable that names the folder for quantized files."""
+
+
+def cache_folder() -> Path:
+    """Folder of quantized files: `$LOWBIT_CACHE_DIR`, or `lowbit_cache` in ComfyUI's models folder."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(folder_paths.models_dir) / "lowbit_cache")
+
+
+def model_names(folder: str) -> list[str]:
+    """What a loader offers from a models folder: core's list, and sharded sets by their index."""
+    names = set(folder_paths.get_filename_list(folder))
+    # Core walks the tree, links included, and walks it again only when a folder's time changes: so do we.
+    _, folders, _ = folder_paths.filename_list_cache.get(folder) or folder_paths.get_filename_list_(folder)
+    return sorted(names | _indices(tuple(folder_paths.get_folder_paths(folder)), tuple(folders.items())))
+
+
+@functools.lru_cache(maxsize=16)
+def _indices(roots: tuple[str, ...], folders: tuple[tuple[str, float], ...]) -> frozenset[str]:
+    """Indices of sharded sets in `folders` (path and time of last change), relative to the root each is below."""
+    found = set()
+    for folder, _ in folders:
+        root = next((root for root in roots if Path(folder).is_relative_to(root)), None)
+        if root is not None and os.path.isdir(folder):
+            relative = Path(folder).relative_to(root)
+            found |= {(relative / name).as_posix() for name in os.listdir(folder) if INDEX_NAME.match(name)}
+    return frozenset(found)
+
+
+def model_path(folder: str, name: str) -> Path:
+    """Full path of `name` in a models folder.
+
+    Raises:
+        CheckpointError: it is not there, or lies outside the folder.
+    """
+    for root in folder_paths.get_folder_paths(folder):
+        candidate = Path(root) / name
+        inside = candidate.resolve().is_relative_to(Path(root).resolve()) or candidate.is_symlink()
+        if os.path.isfile(candidate) and ".." not in Path(name).parts and (inside or not Path(name).is_absolute()):
+            return candidate
+    raise CheckpointError(f"{name} is not in the {folder} folder: refresh the list or check the file's name.")

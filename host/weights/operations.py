@@ -1,0 +1,131 @@
+"""Gives core's quantized Linear modules our multiply, leaving their loading, casting and patching to core."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ...ops.linear import quantized_linear
+from ...ops.linear_weight import LAYOUT_READERS
+
+INPUT_ACTIVATIONS = {
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+}
+"""What `QuantizedLinear.forward` can apply to its input on the way, in plain torch."""
+
+
+class QuantizedLinear(torch.nn.Module):
+    """Mixin over core's `mixed_precision_ops(...).Linear`: only the multiply differs.
+
+    The weight reaches `quantized_linear` still quantized, whether it is resident, streamed by the legacy patcher or
+    faulted in by dynamic VRAM. Calls that core must see whole (training, a LoRA applied as a weight function, an input
+    that is quantized already) go to core unchanged, for as long as they last.
+    """
+
+    weight: Any
+    weight_function: list[Any]
+    bias_function: list[Any]
+    _full_precision_mm: bool
+    _full_precision_mm_config: bool
+    _disabled_formats: Collection[str]
+
+    def forward(self, input: torch.Tensor, *args: Any, activation: str | None = None, **kwargs: Any) -> torch.Tensor:
+        """act(input) @ weight.T + bias; `activation` is None, "gelu_tanh" or "silu"."""
+        if not self._multiplies_here(input):
+            if activation is not None:
+                input = INPUT_ACTIVATIONS[activation](input)
+            return super().forward(input, *args, **kwargs)
+        comfy.ops.run_every_op()
+        pre_quant_scale = getattr(self, "pre_quant_scale", None)
+        if pre_quant_scale is not None:
+            if activation is not None:
+                input, activation = INPUT_ACTIVATIONS[activation](input), None
+            input = input * comfy.model_management.cast_to_device(pre_quant_scale, input.device, input.dtype)
+        # The weight's own dtype is asked for: any other would make core dequantize it here.
+        with comfy.ops.CastBiasWeightContext(
+            self,
+            input=None,
+            dtype=self.weight.dtype,
+            device=input.device,
+            bias_dtype=input.dtype,
+            offloadable=True,
+            compute_dtype=input.dtype,
+            want_requant=True,
+        ) as (weight, bias):
+            if not isinstance(weight, QuantizedTensor):
+                weight = weight.to(input.dtype)
+            return quantized_linear(input, weight, bias, fast=self.fast, activation=activation)
+
+    @property
+    def fast(self) -> bool:
+        """Whether activations may be quantized too: what the file says, not what core can emulate.
+
+        Never where core asks for a 16-bit product whatever the GPU: it builds every text encoder so, and the legacy
+        patcher says it once more by forcing the compute dtype. A format that core only emulates on this GPU sets the
+        same flag; that one says nothing about what we may do.
+        """
+        if self._full_precision_mm_config or getattr(self, "comfy_force_cast_weights", False):
+            return False
+        emulated_by_core = getattr(self, "quant_format", None) in self._disabled_formats
+        return emulated_by_core or not self._full_precision_mm
+
+    def _multiplies_here(self, input: torch.Tensor) -> bool:
+        return (
+            isinstance(self.weight, QuantizedTensor)
+            and not isinstance(input, QuantizedTensor)
+            and not input.requires_grad
+            and input.is_floating_point()
+            and self.weight._layout_cls in LAYOUT_READERS
+            and len(self.weight_function) == 0
+            and len(self.bias_function) == 0
+        )
+
+
+def takes_activation(module: Any) -> bool:
+    """Whether `module` can be handed the activation before it: a linear of ours whose input nobody else looks at.
+
+    A LoRA by bypass replaces the forward of a module, and adds what it makes of the input; hooks see the input too.
+    Both were made for what comes after the activation.
+    """
+    return (
+        isinstance(module, QuantizedLinear)
+        and getattr(module.forward, "__func__", None) is QuantizedLinear.forward
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+    )
+
+
+def adopt_quantized_linears(model: torch.nn.Module) -> int:
+    """Make every Linear of `model` that holds a quantized weight multiply through this pack.
+
+    Returns:
+        How many modules multiply here now, those of an earlier call included.
+    """
+    adopted = 0
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            adopted += 1
+        elif isinstance(getattr(module, "weight", None), QuantizedTensor) and _is_core_linear(module):
+            module.__class__ = _subclass_with_our_multiply(type(module))
+            adopted += 1
+    return adopted
+
+
+def _is_core_linear(module: torch.nn.Module) -> bool:
+    """Core's quantized Linear: its banks of experts have the same attributes, but no forward of their own."""
+    return hasattr(module, "_full_precision_mm_config") and hasattr(module, "forward_comfy_cast_weights")
+
+
+def _subclass_with_our_multiply(core_class: Any) -> type:
+    """One subclass for each class core makes (it makes one for each model), kept on that class, so both go together."""
+    subclass = core_class.__dict__.get("_lowbit_subclass")
+    if subclass is None:
+        subclass = type("Linear", (QuantizedLinear, core_class), {"__module__": __name__})
+        core_class._lowbit_subclass = subclass
+    return subclass

@@ -1,0 +1,199 @@
+"""Turns a file and a node's choices into the core-format file to load, quantizing on the way where that is asked for."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ...errors import StorageError
+from ...ops.auto_format import choose_format
+from ...ops.cache import cached_path, quantized_file
+from ...ops.checkpoint import Checkpoint, open_checkpoint
+from ...ops.device_info import DeviceInfo, device_info
+from ...ops.formats import AS_STORED, AUTO, find_format
+from ...ops.keep_rules import parse_rules
+from ...ops.plan import QuantizationPlan, make_plan
+from ...ops.plan_report import plan_report, plan_summary
+from ...ops.stored import metadata_below
+from ...ops.writer import check_free_space
+from .architecture import MODEL_PATCH_SIGNATURE, check_formats, check_model_patch
+from .folders import CACHE_VARIABLE, cache_folder
+from .temporary import temporary_folder
+
+logger = logging.getLogger("lowbit.host")
+
+_DIFFUSION_PREFIX = "model.diffusion_model."
+_QUANTIZER_HEADROOM = 1 << 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """A loader node's choices.
+
+    Attributes:
+        weight_format: a name of `FORMAT_CHOICES`.
+        keep_rules: `auto` or a text of globs.
+        keep_file: whether the quantized file stays for the next start.
+    """
+
+    weight_format: str = AUTO
+    keep_rules: str = "auto"
+    keep_file: bool = True
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will happen to a file: nothing is written or loaded yet."""
+
+    checkpoint: Checkpoint
+    plan: QuantizationPlan
+    request: Request
+    device: DeviceInfo
+    choice: str
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return plan_summary(self.plan)
+
+    @property
+    def report(self) -> str:
+        """Every layer, what happens to it and why, and what this device makes of the formats."""
+        return plan_report(self.checkpoint, self.plan, self.device, self.choice)
+
+
+def plan_file(path: Path, request: Request, device: torch.device | None = None) -> Planned:
+    """Read `path`'s header and decide.
+
+    Args:
+        path: a safetensors file, shard or index.
+        request: the node's choices.
+        device: where the model will run; None for core's choice.
+
+    Raises:
+        CheckpointError: the file is damaged, missing or a pickle.
+        FormatError: the format or a rule is unknown.
+        CapabilityError: ComfyUI or comfy-kitchen does not have a format that the file holds or was asked for.
+    """
+    return plan_checkpoint(diffusion_part(open_checkpoint(path)), request, device)
+
+
+def plan_model_patch(path: Path, request: Request) -> Planned:
+    """`plan_file` for a model patch; `auto` leaves alone the patches that cannot be quantized.
+
+    Raises:
+        CheckpointError: as `plan_file`, or a format was asked for by name for such a patch.
+    """
+    checkpoint = open_checkpoint(path)
+    if request.weight_format == AUTO and MODEL_PATCH_SIGNATURE not in checkpoint.entries:
+        planned = plan_checkpoint(checkpoint, replace(request, weight_format=AS_STORED))
+        return replace(planned, choice=f"{AS_STORED}: only InfiniteTalk and MultiTalk patches can be quantized")
+    planned = plan_checkpoint(checkpoint, request)
+    check_model_patch(checkpoint, quantizes=planned.plan.changes_weights)
+    return planned
+
+
+def plan_checkpoint(checkpoint: Checkpoint, request: Request, device: torch.device | None = None) -> Planned:
+    """`plan_file` for a checkpoint that is open already."""
+    rules = parse_rules(request.keep_rules)
+    where = device_info(device if device is not None else comfy.model_management.get_torch_device())
+    name, reason = request.weight_format, "asked for"
+    if name == AUTO:
+        name, reason = choose_format(checkpoint, where, rules)
+    weight_format = None if name == AS_STORED else find_format(name)
+    plan = make_plan(checkpoint, weight_format, rules, named=request.weight_format != AUTO)
+    check_formats(checkpoint, plan)
+    return Planned(checkpoint, plan, request, where, f"{name}: {reason}")
+
+
+def prepared_file(planned: Planned) -> Path:
+    """The file to load: the source itself when nothing changes, else its quantized file.
+
+    Raises:
+        CheckpointError: a weight holds NaN or Inf, or the source is damaged.
+        StorageError: the quantized file cannot be written.
+    """
+    source = planned.checkpoint.path
+    if not _needs_file(planned):
+        return source
+    folder = _folder(planned)
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cuda":
+        largest = max((entry.nbytes for entry in planned.checkpoint.entries.values()), default=0)
+        comfy.model_management.free_memory(2 * largest + _QUANTIZER_HEADROOM, device)
+    try:
+        try:
+            return quantized_file(planned.checkpoint, planned.plan, folder, device=device, progress=_progress())
+        except torch.OutOfMemoryError:
+            logger.warning("Too little free GPU memory to quantize %s there: it is done on the CPU.", source.name)
+        return quantized_file(planned.checkpoint, planned.plan, folder, device="cpu", progress=_progress())
+    except StorageError as error:
+        raise _with_variable(error) from None
+
+
+def check_disk(planned: Planned) -> None:
+    """Raise unless the quantized file is there, or there is room for it: `prepared_file`'s check, without the work.
+
+    Raises:
+        StorageError: the disk is too small.
+    """
+    if not _needs_file(planned):
+        return
+    path = cached_path(planned.checkpoint, planned.plan, _folder(planned))
+    if not os.path.exists(path):
+        try:
+            check_free_space(path.parent, planned.plan.nbytes_after, f"The quantized {planned.checkpoint.path.name}")
+        except StorageError as error:
+            raise _with_variable(error) from None
+
+
+def _needs_file(planned: Planned) -> bool:
+    return planned.plan.changes_weights or not _core_reads(planned.checkpoint)
+
+
+def _folder(planned: Planned) -> Path:
+    return cache_folder() if planned.request.keep_file else temporary_folder()
+
+
+def _with_variable(error: StorageError) -> StorageError:
+    return StorageError(f"{str(error).rstrip('.')}; {CACHE_VARIABLE} names the folder of quantized files.")
+
+
+def _core_reads(checkpoint: Checkpoint) -> bool:
+    """Whether core's memory-mapped reader takes the file: not a sharded set, nor block scales stored as E8M0."""
+    return checkpoint.files == (checkpoint.path,) and all(
+        entry.dtype != torch.float8_e8m0fnu for entry in checkpoint.entries.values()
+    )
+
+
+def diffusion_part(checkpoint: Checkpoint) -> Checkpoint:
+    """The diffusion model of an all-in-one checkpoint, under names of its own; any other checkpoint as it is."""
+    names = [name for name in checkpoint.entries if name.startswith(_DIFFUSION_PREFIX)]
+    if not names or len(names) == len(checkpoint.entries):
+        return checkpoint
+    entries = {
+        name.removeprefix(_DIFFUSION_PREFIX): replace(
+            checkpoint.entries[name], name=name.removeprefix(_DIFFUSION_PREFIX)
+        )
+        for name in names
+    }
+    return replace(checkpoint, entries=entries, metadata=metadata_below(checkpoint.metadata, _DIFFUSION_PREFIX))
+
+
+def _progress():
+    """A callback that moves ComfyUI's bar and lets the user's interrupt through."""
+    bar = None
+
+    def report(done: int, total: int, name: str) -> None:
+        nonlocal bar
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    return report

@@ -1,0 +1,1 @@
+"""The test rig: a headless ComfyUI, graphs, tiny checkpoints of real architectures, and shims for tests. Not installed."""

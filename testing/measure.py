@@ -1,0 +1,56 @@
+"""Errors, sizes and where they were measured, as the demo, the benchmarks and the tests report them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of the reference, in float64."""
+    difference = value.double() - reference.double()
+    return float(difference.norm() / reference.double().norm())
+
+
+def held_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all parameters and buffers of a module, quantized data and scales as stored, shared storage once."""
+    storages: dict[int, int] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        for part in _plain_tensors(tensor):
+            storage = part.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor itself, or the data and scales of a quantized one."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor.detach()
+        return
+    for name in flatten()[0]:
+        yield from _plain_tensors(getattr(tensor, name))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(host: str) -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    cuda = torch.cuda.is_available()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": host,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "python": platform.python_version(),
+        **{package: _version(package) for package in ("torch", "comfy-kitchen", "lowbit", "diffusers")},
+    }

@@ -1,0 +1,321 @@
+"""A headless ComfyUI in a process of its own, and a synchronous client for its HTTP and websocket API."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import importlib.util
+import json
+import os
+import queue
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from . import comfyui
+
+Graph = Mapping[str, Mapping[str, Any]]
+Event = dict[str, Any]
+SHIMS_NAME = "lowbit_tiny_shims"
+_FINAL = ("execution_success", "execution_error", "execution_interrupted")
+
+
+class GraphRejectedError(RuntimeError):
+    """The server answered HTTP 400: `node_errors` says what is wrong with which node."""
+
+    def __init__(self, answer: Mapping[str, Any]):
+        self.error = answer.get("error", {})
+        self.node_errors = answer.get("node_errors", {})
+        details = [
+            f"{node['class_type']}: {error['message']}: {error['details']}"
+            for node in self.node_errors.values()
+            for error in node["errors"]
+        ]
+        super().__init__("; ".join(details) or str(self.error))
+
+
+class GraphFailedError(RuntimeError):
+    """A node raised: its class, the exception's type, its message and the traceback."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        self.node_id = data["node_id"]
+        self.node_type = data["node_type"]
+        self.exception_type = data["exception_type"]
+        self.exception_message = data["exception_message"].strip()
+        self.traceback = "".join(data["traceback"])
+        where = "".join(data["traceback"][-3:])
+        super().__init__(f"{self.node_type}: {self.exception_type}: {self.exception_message}\n{where}")
+
+
+class GraphInterruptedError(RuntimeError):
+    """The prompt was interrupted before it was done."""
+
+
+class ServerDiedError(RuntimeError):
+    """The server process ended, or did not come up; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished prompt: the outputs of its output nodes, every websocket event, and the seconds it took."""
+
+    prompt_id: str
+    outputs: dict[str, Any]
+    events: list[Event] = field(repr=False)
+    seconds: float = 0.0
+
+
+def prepare_base(
+    base: Path, pack: Path | None = comfyui.CHECKOUT, copy: bool = False, models: Path | None = None
+) -> Path:
+    """Makes a ComfyUI base directory with the pack (linked, or copied on request) and the shims as custom nodes.
+
+    models: a folder of models that several base directories share, linked; None makes one.
+    """
+    if models is not None:
+        base.mkdir(parents=True, exist_ok=True)
+        (base / "models").symlink_to(models, target_is_directory=True)
+    custom_nodes = base / "custom_nodes"
+    for folder in (custom_nodes, base / "models", base / "input", base / "output", base / "temp", base / "user"):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, source in (("lowbit", pack), (SHIMS_NAME, comfyui.CHECKOUT / "testing" / "shims")):
+        target = custom_nodes / name
+        if source is None or target.exists():
+            continue
+        if copy and source == pack:
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "__pycache__", "demo-output"))
+        else:
+            target.symlink_to(source, target_is_directory=True)
+    return base
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _no_frontend(base: Path) -> list[str]:
+    """Arguments for a ComfyUI whose web pages are not installed: it ends without some, and nobody looks at them here."""
+    if importlib.util.find_spec("comfyui_frontend_package") is not None:
+        return []
+    folder = base / "frontend"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.html").write_text("<html></html>")
+    return ["--front-end-root", str(folder)]
+
+
+class Server:
+    """A running headless ComfyUI. Use as a context manager, or call `close`; it is killed at exit in any case."""
+
+    def __init__(
+        self,
+        base: Path,
+        comfyui_path: Path,
+        *,
+        arguments: Iterable[str] = (),
+        cpu: bool = True,
+        only_shims: bool = False,
+        dynamic_vram: bool = True,
+        launcher: Iterable[str] = (),
+        cache: Iterable[str] = ("--cache-lru", "8"),
+        environment: Mapping[str, str] | None = None,
+        name: str = "server",
+        start_timeout: float = 180,
+    ):
+        """Starts ComfyUI from `comfyui_path` on the base directory `base` and waits until it answers.
+
+        only_shims: custom nodes are disabled but for the test shims: this is stock ComfyUI without the pack.
+        dynamic_vram: False passes --disable-dynamic-vram. launcher: what Python runs that then runs main.py.
+        cache: how node results are kept; empty for ComfyUI's own default, which watches main memory.
+        Log: `base/{name}.log`. Raises ServerDiedError.
+        """
+        self.base = Path(base)
+        self.log_path = self.base / f"{name}.log"
+        self.address = f"127.0.0.1:{_free_port()}"
+        self._client_id = uuid.uuid4().hex
+        command = [sys.executable, *launcher, "main.py", "--port", self.address.rpartition(":")[2]]
+        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += ["--disable-api-nodes", *cache, *(["--cpu"] if cpu else [])]
+        command += [] if dynamic_vram else ["--disable-dynamic-vram"]
+        command += _no_frontend(self.base)
+        command += ["--disable-all-custom-nodes", "--whitelist-custom-nodes", SHIMS_NAME] if only_shims else []
+        variables = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        if cpu:
+            variables["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread waits more than it works
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments],
+                cwd=comfyui_path,
+                env=os.environ | variables | dict(environment or {}),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        atexit.register(self.close)
+        self._queues: dict[str, queue.Queue[Event]] = {}
+        self._lock = threading.Lock()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-client", daemon=True)
+        self._thread.start()
+        try:
+            self._call(self._connect(start_timeout))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the server and the client; safe to call twice."""
+        atexit.unregister(self.close)
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        if self._loop.is_running():
+            self._call(self._disconnect())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self.process.poll() is None
+
+    def log(self) -> str:
+        """Everything the server has written so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def run(self, graph: Graph, timeout: float = 120, on_event: Callable[[Event], None] | None = None) -> Result:
+        """Queues an API-form prompt and waits. Raises GraphRejectedError, GraphFailedError, GraphInterruptedError, TimeoutError."""
+        return self.wait(self.queue(graph), timeout, on_event)
+
+    def queue(self, graph: Graph) -> str:
+        """Queues a prompt; returns its id. Raises GraphRejectedError."""
+        prompt_id = str(uuid.uuid4())
+        with self._lock:
+            self._queues[prompt_id] = queue.Queue()
+        body = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id}
+        status, answer = self._call(self._post("/prompt", body))
+        if status != 200:
+            raise GraphRejectedError(json.loads(answer))
+        return prompt_id
+
+    def wait(self, prompt_id: str, timeout: float = 120, on_event: Callable[[Event], None] | None = None) -> Result:
+        """Waits for a queued prompt to end, calling `on_event` with each of its websocket messages."""
+        started, events = time.monotonic(), []
+        while True:
+            left = timeout - (time.monotonic() - started)
+            if left <= 0:
+                raise TimeoutError(f"prompt {prompt_id} was not done after {timeout} s")
+            try:
+                event = self._queues[prompt_id].get(timeout=min(left, 1.0))
+            except queue.Empty:
+                if not self.alive:
+                    raise ServerDiedError(self.log()[-4000:]) from None
+                continue
+            events.append(event)
+            if on_event:
+                on_event(event)
+            if event["type"] in _FINAL:
+                break
+        if event["type"] == "execution_error":
+            raise GraphFailedError(event["data"])
+        if event["type"] == "execution_interrupted":
+            raise GraphInterruptedError(prompt_id)
+        outputs = self.history(prompt_id).get("outputs", {})
+        return Result(prompt_id, outputs, events, time.monotonic() - started)
+
+    def interrupt(self) -> None:
+        """Interrupts the running prompt."""
+        self._call(self._post("/interrupt", {}))
+
+    def free(self) -> None:
+        """Asks the server to unload its models and drop its caches."""
+        self._call(self._post("/free", {"unload_models": True, "free_memory": True}))
+        time.sleep(0.2)  # the server's worker does it when it next wakes, and nothing tells when it has
+
+    def history(self, prompt_id: str) -> dict[str, Any]:
+        """The history entry of a finished prompt; waits a little for it to be written."""
+        for _ in range(100):
+            entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
+            if entry:
+                return entry
+            time.sleep(0.02)
+        raise TimeoutError(f"prompt {prompt_id} is not in the history")
+
+    def object_info(self, node: str) -> dict[str, Any] | None:
+        """The description of a node class, None when the server has no such node."""
+        return self.get_json(f"/object_info/{node}").get(node)
+
+    def get_json(self, path: str) -> Any:
+        """GET `path`, decoded."""
+        return json.loads(self._call(self._get(path)))
+
+    def fetch(self, output: Mapping[str, str]) -> bytes:
+        """The bytes of one file of a prompt's outputs (an entry with filename, subfolder and type)."""
+        query = "&".join(f"{key}={output.get(key, '')}" for key in ("filename", "subfolder", "type"))
+        return self._call(self._get(f"/view?{query}"))
+
+    def _call(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _connect(self, timeout: float) -> None:
+        self._session = aiohttp.ClientSession(f"http://{self.address}")
+        deadline = time.monotonic() + timeout
+        while True:
+            if not self.alive or time.monotonic() > deadline:
+                raise ServerDiedError(f"ComfyUI did not come up; the end of {self.log_path}:\n{self.log()[-4000:]}")
+            try:
+                async with self._session.get("/system_stats") as answer:
+                    if answer.status == 200:
+                        break
+                    if answer.status >= 500:
+                        raise ServerDiedError(f"ComfyUI answers HTTP {answer.status}:\n{self.log()[-4000:]}")
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.1)
+        self._socket = await self._session.ws_connect(f"/ws?clientId={self._client_id}", max_msg_size=0)
+        self._reader = asyncio.ensure_future(self._read())
+
+    async def _disconnect(self) -> None:
+        if hasattr(self, "_reader"):
+            self._reader.cancel()
+        if hasattr(self, "_session"):
+            await self._session.close()
+
+    async def _read(self) -> None:
+        async for message in self._socket:
+            if message.type != aiohttp.WSMsgType.TEXT:
+                continue
+            event = json.loads(message.data)
+            with self._lock:
+                waiting = self._queues.get((event.get("data") or {}).get("prompt_id", ""))
+            if waiting is not None:
+                waiting.put(event)
+
+    async def _get(self, path: str) -> bytes:
+        async with self._session.get(path) as answer:
+            return await answer.read()
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
+        async with self._session.post(path, json=body) as answer:
+            return answer.status, await answer.read()

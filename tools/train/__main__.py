@@ -1,0 +1,96 @@
+"""`python -m tools.train`: trains the demo's text-to-video model on this machine's CPU and writes demo/trained/.
+
+About an hour on two cores. The result depends on how many steps fit into the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from demo.shapes import batch
+from demo.trained_files import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
+from testing.tiny.tensors import write
+
+from . import dit, fit_dit, fit_vae, text_encoder, vae
+
+# Mean and deviation of each latent channel, which ComfyUI takes off (comfy/latent_formats.py, Wan21).
+MEAN = torch.tensor(
+    (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
+    + (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+)
+DEVIATION = torch.tensor(
+    (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
+    + (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tools.train", description=__doc__)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder for the three files")
+    parser.add_argument("--vae-seconds", type=float, default=1500, help="time for the VAE; 0 takes the one in --out")
+    parser.add_argument("--seconds", type=float, default=2400, help="time for the transformer and the text encoder")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def standardized(parameters: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """The same VAE with latents of Wan's mean and deviation, folded into the 1x1x1 convolutions next to the latent."""
+    clips, _ = batch(200, torch.Generator().manual_seed(seed))
+    latent = torch.cat([vae.encode(parameters, part * 2 - 1) for part in clips.split(10)])
+    deviation, mean = torch.std_mean(latent, dim=(0, 1, 3, 4))
+    out = {key: value.clone() for key, value in parameters.items()}
+    channels = len(mean)
+    scale = DEVIATION / deviation
+    out["conv1.weight"][:channels] *= scale.view(-1, 1, 1, 1, 1)
+    out["conv1.bias"][:channels] = (out["conv1.bias"][:channels] - mean) * scale + MEAN
+    out["conv2.weight"] /= scale.view(1, -1, 1, 1, 1)
+    out["conv2.bias"] += parameters["conv2.weight"][..., 0, 0, 0] @ mean - out["conv2.weight"][..., 0, 0, 0] @ MEAN
+    return out
+
+
+def _stored(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value if value.dtype == torch.uint8 else value.bfloat16() for key, value in parameters.items()}
+
+
+def _train_vae(path: Path, arguments: argparse.Namespace) -> None:
+    trained = fit_vae.fit(arguments.vae_seconds, arguments.seed, _say)
+    write(path, _stored(standardized(trained, arguments.seed + 1)))
+
+
+def _train_transformer(arguments: argparse.Namespace) -> None:
+    parameters = {key: value.float() for key, value in load_file(arguments.out / VAE).items()}
+    _say("encoding clips")
+    data = fit_dit.latents(parameters, MEAN, DEVIATION, arguments.seed + 2)
+    spiece_model = text_encoder.tokenizer(fit_dit.all_prompts())
+    trained = fit_dit.fit(data, fit_dit.prompts(spiece_model), arguments.seconds, arguments.seed + 3, _say)
+    encoder = {key: value for key, value in trained.items() if key.startswith(("encoder.", "shared."))}
+    transformer = {key: value for key, value in trained.items() if key not in encoder}
+    write(arguments.out / TEXT_ENCODER, _stored(encoder | {"spiece_model": spiece_model}))
+    write(arguments.out / TRANSFORMER, _stored(transformer), dit.CONFIG.metadata())
+
+
+_BEGAN = time.monotonic()
+
+
+def _say(text: str) -> None:
+    print(f"{time.monotonic() - _BEGAN:6.0f} s  {text}", flush=True)
+
+
+def main() -> None:
+    """Trains what the arguments ask for."""
+    arguments = _arguments()
+    if arguments.vae_seconds > 0:
+        _train_vae(arguments.out / VAE, arguments)
+    if arguments.seconds > 0:
+        _train_transformer(arguments)
+
+
+if __name__ == "__main__":
+    main()
