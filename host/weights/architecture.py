@@ -15,6 +15,7 @@ from ...ops.checkpoint import Checkpoint
 from ...ops.formats import STORAGES
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan
+from ...ops.stored import foreign_weight
 
 logger = logging.getLogger("lowbit.host")
 
@@ -30,6 +31,7 @@ def check_diffusion_model(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no diffusion model that this ComfyUI knows.
     """
+    _refuse_foreign(checkpoint)
     if not checkpoint.entries or not _known_diffusion_model(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path.name} is no diffusion model that this ComfyUI knows: check that it is not a LoRA, a VAE "
@@ -43,7 +45,12 @@ def check_text_encoder(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no text encoder that this ComfyUI knows.
     """
-    if _OPEN_CLIP not in checkpoint.entries and comfy.sd.detect_te_model(_on_meta(checkpoint)) is None:
+    _refuse_foreign(checkpoint)
+    try:
+        known = _OPEN_CLIP in checkpoint.entries or comfy.sd.detect_te_model(_on_meta(checkpoint)) is not None
+    except KeyError as error:
+        raise _incomplete(checkpoint, error) from None
+    if not known:
         raise CheckpointError(
             f"{checkpoint.path.name} is no text encoder that this ComfyUI knows: check that it is not a diffusion model "
             "or a LoRA, or update ComfyUI."
@@ -93,10 +100,28 @@ def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
             comfy.model_detection.convert_diffusers_mmdit(dict(tensors), "") is not None
             or comfy.model_detection.model_config_from_diffusers_unet(tensors) is not None
         )
+    except KeyError as error:
+        raise _incomplete(checkpoint, error) from None
     except (NotImplementedError, RuntimeError) as error:
         # Some detections look at values, which a header does not have: loading will tell.
         logger.debug("The architecture of %s cannot be told from its header: %s", checkpoint.path.name, error)
         return True
+
+
+def _refuse_foreign(checkpoint: Checkpoint) -> None:
+    foreign = foreign_weight(checkpoint.entries)
+    if foreign is not None:
+        raise CheckpointError(f"{checkpoint.path.name}: {foreign}")
+
+
+def _incomplete(checkpoint: Checkpoint, error: KeyError) -> CheckpointError:
+    layer = str(error.args[0]).rpartition(".")[0]
+    instead = next((name for name in checkpoint.entries if name.startswith(f"{layer}.") and ".bias" not in name), None)
+    there = "" if instead is None else f" (but '{instead}' is)"
+    return CheckpointError(
+        f"{checkpoint.path.name} is incomplete: ComfyUI tells models apart by {error}, which is not there{there}; download "
+        "it again, or use another file."
+    )
 
 
 def _on_meta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:

@@ -74,7 +74,6 @@ def described(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str
         env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "LOWBIT_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert path.exists(), done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(path.read_text())

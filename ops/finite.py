@@ -1,0 +1,94 @@
+"""Finds what is no number (NaN, Inf) among stored weights and scales, about as fast as memory can be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+_CHUNK = 4 << 20
+_PIECE = 64 << 20
+_MOST_THREADS = 8
+
+
+@dataclass(frozen=True)
+class FloatBits:
+    """Where a dtype keeps NaN and Inf: read as integers, they are the largest of either sign.
+
+    Attributes:
+        unsigned: an integer of the same size.
+        positive: the smallest bits of a positive NaN or Inf; None where there is none.
+        negative: the same with the sign bit.
+    """
+
+    unsigned: type
+    positive: int | None
+    negative: int
+
+    def any_not_finite(self, data: np.ndarray) -> bool:
+        """Whether `data`, bytes of such numbers, holds one."""
+        bits = data.view(self.unsigned)
+        if bits.max(initial=0) >= self.negative:
+            return True
+        return self.positive is not None and bits.view(f"i{bits.itemsize}").max(initial=0) >= self.positive
+
+
+FLOAT_BITS: Mapping[torch.dtype, FloatBits] = MappingProxyType(
+    {
+        torch.float8_e4m3fn: FloatBits(np.uint8, 0x7F, 0xFF),
+        torch.float8_e5m2: FloatBits(np.uint8, 0x7C, 0xFC),
+        torch.float8_e8m0fnu: FloatBits(np.uint8, None, 0xFF),
+        torch.float16: FloatBits(np.uint16, 0x7C00, 0xFC00),
+        torch.bfloat16: FloatBits(np.uint16, 0x7F80, 0xFF80),
+        torch.float32: FloatBits(np.uint32, 0x7F800000, 0xFF800000),
+        torch.float64: FloatBits(np.uint64, 0x7FF0000000000000, 0xFFF0000000000000),
+    }
+)
+
+
+class FiniteCheck:
+    """Looks at tensors on threads of its own, beside whatever the caller does in the meantime.
+
+    Args:
+        tensors: names and tensors in host memory; those of other dtypes than `FLOAT_BITS` are passed over.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        threads = min(_MOST_THREADS, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
+        self._found = self._pool.map(_look, _pieces(tensors))
+
+    def first(self) -> str | None:
+        """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers."""
+        try:
+            return next((name for name, found in self._found if found), None)
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first of `tensors` that holds NaN or Inf; None where all are numbers."""
+    return FiniteCheck(tensors).first()
+
+
+def _pieces(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, FloatBits, np.ndarray]]:
+    for name, tensor in tensors:
+        bits = FLOAT_BITS.get(tensor.dtype)
+        # Text encoders store their causal mask, which is -Inf where a token must not look.
+        if bits is None or tensor.numel() == 0 or "mask" in name.rpartition(".")[2]:
+            continue
+        data = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        for start in range(0, data.size, _PIECE):
+            yield name, bits, data[start : start + _PIECE]
+
+
+def _look(piece: tuple[str, FloatBits, np.ndarray]) -> tuple[str, bool]:
+    name, bits, data = piece
+    # In parts that stay in the processor's cache for the second look.
+    parts = (data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK))
+    return name, any(bits.any_not_finite(part) for part in parts)
