@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 
 import comfy_kitchen as ck
 import pytest
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowbit.kernels.decode import decode_reference
 from lowbit.kernels.stored_weight import MXFP8, NVFP4, StoredWeight
@@ -234,6 +241,69 @@ def test_few_rows_of_int8_go_through_int_mm_on_a_gpu_without_kernels(rows, monke
     out = linear_reference_module._int8_matmul(a.as_subclass(OnGpu), b)
     assert torch.equal(out.as_subclass(torch.Tensor).double(), a.double() @ b.double().t())
     assert products == [32 if rows <= 16 else rows]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_float32_gives_the_very_integers_on_a_cpu(data):
+    """Also where every product is the largest there is, and where the sums are beyond what float32 holds exactly."""
+    sizes = [data.draw(st.integers(0, 40)), data.draw(st.sampled_from([0, 1, 7, 256, 1040, 1041, 3000])), 9]
+    seed, extreme = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([-128, -127, 1, 7, 127, None]))
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns, count = sizes
+    a, b = (
+        torch.full((size, columns), extreme, dtype=torch.int8)
+        if extreme is not None
+        else torch.randint(-128, 128, (size, columns), dtype=torch.int8, generator=generator)
+        for size in (rows, count)
+    )
+    b[::2] = -b[::2].clamp(min=-127)
+    assert torch.equal(linear_reference_module.float_int8_matmul(a, b).long(), a.long() @ b.long().t())
+
+
+def _overflowing(a, b):
+    """As oneDNN's products without VNNI instructions: pairs are added in 16 bits, the one side made unsigned."""
+    shifted, b = a.long() + 128, b.long()
+    pairs = (shifted.unsqueeze(2) * b.unsqueeze(0)).unflatten(1, (-1, 2)).sum(2).clamp(-32768, 32767)
+    return (pairs.sum(1) - 128 * b.sum(0)).int()
+
+
+def _slow(a, b):
+    time.sleep(0.2)
+    return (a.long() @ b.long()).int()
+
+
+def _missing(a, b):
+    raise RuntimeError("not implemented for 'Char'")
+
+
+@pytest.mark.parametrize("int_mm", [_overflowing, _slow, _missing])
+def test_int_mm_that_is_wrong_slow_or_missing_on_a_cpu_is_not_used(int_mm, monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    linear_reference_module._cpu_has_int_mm.cache_clear()
+    try:
+        a, b = (torch.randint(-128, 128, (8, 512), dtype=torch.int8) for _ in range(2))
+        assert torch.equal(linear_reference_module._int8_matmul(a, b).long(), a.long() @ b.long().t())
+        assert not linear_reference_module._cpu_has_int_mm()
+    finally:
+        linear_reference_module._cpu_has_int_mm.cache_clear()
+
+
+OLDER_CPU = """
+    import torch
+    from lowbit.ops.linear_reference import _int8_matmul
+    for value in (127, -128, None):
+        a, b = (torch.full((64, 1536), value or 0, dtype=torch.int8) for _ in range(2))
+        if value is None:
+            a, b = (torch.randint(-128, 128, (64, 1536), dtype=torch.int8) for _ in range(2))
+        assert torch.equal(_int8_matmul(a, b).long(), a.long() @ b.long().t()), value
+"""
+
+
+@pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "AVX512_CORE"])
+def test_a_cpu_without_int8_instructions_gives_the_very_integers(instructions):
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(OLDER_CPU)], env=environment, check=True)
 
 
 def test_scratch_made_in_inference_mode_can_be_written_outside():
