@@ -32,7 +32,7 @@ class FloatBits:
 
     def any_not_finite(self, data: np.ndarray) -> bool:
         """Whether `data`, bytes of such numbers, holds one."""
-        bits = data.view(self.unsigned)
+        bits: np.ndarray = data.view(self.unsigned)
         if bits.max(initial=0) >= self.negative:
             return True
         return self.positive is not None and bits.view(f"i{bits.itemsize}").max(initial=0) >= self.positive

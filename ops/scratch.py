@@ -50,7 +50,8 @@ class Scratch:
 
     def release(self) -> tuple[None, Views]:
         """Give the buffer back to PyTorch's allocator, as soon as no view of it is in use."""
-        self._held = nothing = (None, {})
+        nothing: tuple[None, Views] = (None, {})
+        self._held = nothing
         return nothing
 
 

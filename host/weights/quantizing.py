@@ -38,6 +38,8 @@ class LoadedModel(Checkpoint):
         """The tensor `name` itself: not to be written to."""
         return self.tensors[name]
 
+    read_stored = read
+
     @property
     def place(self) -> str:
         """Nowhere: another content is another model, whose file this one's must not replace."""
