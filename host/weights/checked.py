@@ -18,6 +18,7 @@ from ...ops.header import FileStamp
 from ...ops.multiplied_out import multiplied_out
 from ...ops.quantize import not_finite
 from ...ops.stored_scales import as_numbers
+from ...ops.stream import RECIPE_KEY
 from .operations import is_core_linear
 
 StateDict = Mapping[str, torch.Tensor]
@@ -106,16 +107,24 @@ class NumbersCheck:
     Args:
         file: its name.
         stamps: the state it is in; one that was looked at before is not looked at again.
+        metadata: its text entries: what this pack keeps in its cache it has looked at when it wrote it.
         stored: its tensors as they lie there.
         normalized: the same in core's names, which tell what the bytes of block scales are.
         prefix: of the names of the tensors that will be used.
     """
 
     def __init__(
-        self, file: str, stamps: tuple[FileStamp, ...], stored: StateDict, normalized: StateDict, prefix: str
+        self,
+        file: str,
+        stamps: tuple[FileStamp, ...],
+        metadata: Mapping[str, str],
+        stored: StateDict,
+        normalized: StateDict,
+        prefix: str,
     ) -> None:
         self._file, self._key = file, stamps
-        self._check = None if stamps in _finite else FiniteCheck(_numbers(stored, normalized, prefix))
+        known = stamps in _finite or RECIPE_KEY in metadata
+        self._check = None if known else FiniteCheck(_numbers(stored, normalized, prefix))
 
     def finish(self) -> None:
         """Wait for the end.

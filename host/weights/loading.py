@@ -191,4 +191,4 @@ def _read(path: str, part: str = "") -> tuple[StateDict, dict[str, str], Numbers
     # Core would apply this a second time, to names that are final by now.
     metadata.pop("_quantization_metadata", None)
     prefix = part if any(tensor.startswith(part) for tensor in stored) else ""
-    return normalized, metadata, NumbersCheck(name, stamps, stored, normalized, prefix)
+    return normalized, metadata, NumbersCheck(name, stamps, metadata, stored, normalized, prefix)

@@ -99,6 +99,20 @@ def test_a_16_bit_file_that_is_loaded_as_it_is_is_looked_at_too(host, tmp_path, 
         built(host, damaged(path, name, b"\xff", 2))
 
 
+def test_a_file_is_looked_at_once_and_one_of_the_cache_was_when_it_was_written(host, tmp_path, monkeypatch):
+    looked = []
+    monkeypatch.setattr("lowbit.ops.finite._look", lambda piece: (looked.append(piece[0]), (piece[0], False))[1])
+    path = save(tiny.wan_tensors(), tmp_path / "wan.safetensors")
+    built(host, path)
+    assert {name for name, tensor in tiny.wan_tensors().items() if tensor.is_floating_point()} == set(looked)
+    looked.clear()
+    built(host, path)
+    cached = host.preparing.prepared_file(host.preparing.plan_file(path, host.preparing.Request("int8")))
+    looked.clear()
+    built(host, cached)
+    assert looked == []
+
+
 def test_another_part_of_a_checkpoint_decides_nothing(host, tmp_path):
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in tiny.wan_tensors().items()}
     tensors["first_stage_model.x.weight"] = torch.full((4, 4), torch.nan)
