@@ -52,7 +52,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
     """
     check_diffusion_model(open_checkpoint(path))
     name = Path(path).name
-    state_dict, metadata, numbers = _read(path, _DIFFUSION_PREFIX)
+    state_dict, metadata, numbers = read_stored_file(path, _DIFFUSION_PREFIX)
     with watched(name) as arrivals:
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, metadata=metadata, disable_dynamic=disable_dynamic
@@ -84,7 +84,7 @@ def load_text_encoder(
     if device == "cpu":
         model_options["load_device"] = model_options["offload_device"] = torch.device("cpu")
     names = ", ".join(Path(path).name for path in paths)
-    state_dicts, _, checks = zip(*(_read(path) for path in paths), strict=True)
+    state_dicts, _, checks = zip(*(read_stored_file(path) for path in paths), strict=True)
     with watched(names) as arrivals:
         clip = comfy.sd.load_text_encoder_state_dicts(
             list(state_dicts),
@@ -111,7 +111,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
     if MODEL_PATCH_SIGNATURE not in checkpoint.entries:
         return _load_other_patch(path)
     dimensions = _patch_dimensions(checkpoint)
-    state_dict, _, numbers = _read(path)
+    state_dict, _, numbers = read_stored_file(path)
     device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     compute_dtype = comfy.model_management.unet_manual_cast(
@@ -176,7 +176,7 @@ def _load_other_patch(path: str) -> comfy.model_patcher.ModelPatcher:
     raise CheckpointError(f"{Path(path).name} lies outside the model_patches folders: move it there.")
 
 
-def _read(path: str, part: str = "") -> tuple[StateDict, dict[str, str], NumbersCheck]:
+def read_stored_file(path: str, part: str = "") -> tuple[StateDict, dict[str, str], NumbersCheck]:
     """The file through core's loader (memory-mapped under dynamic VRAM), in core's names for quantized weights.
 
     The check that it holds numbers has begun; with `part`, of the tensors below that prefix, where there are any.

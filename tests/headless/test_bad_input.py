@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from testing import graphs, tiny
 from testing.server import GraphFailedError, GraphRejectedError
@@ -214,6 +215,20 @@ def test_a_text_encoder_s_bad_weight_is_named(bench, name):
     try:
         error = failure(bench, {"load": load, "use": graphs.node("TinyFacts", value=["load", 0], name="bad")})
         assert_clear(error, path.name, layer)
+    finally:
+        path.unlink()
+
+
+def test_a_vae_s_bad_weight_is_named(bench):
+    path = tiny.write("vae/wan_vae.safetensors", bench.models)
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.startswith("decoder.") and name.endswith(".weight"))
+    tensors[name].view(-1)[-1] = torch.nan
+    path = tiny.write_file(bench.models / "vae" / "bad_nan.safetensors", tensors)
+    load = graphs.node("LowbitLoadVAE", vae_name=path.name, precision="auto")
+    try:
+        error = failure(bench, {"load": load, "use": graphs.node("TinyFacts", value=["load", 0], name="bad")})
+        assert_clear(error, path.name, name)
     finally:
         path.unlink()
 
