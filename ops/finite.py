@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-import numpy as np
 import torch
 
 _CHUNK = 4 << 20
@@ -21,18 +21,18 @@ class FloatBits:
     """Where a dtype keeps NaN and Inf: read as integers, they are the largest of either sign.
 
     Attributes:
-        unsigned: an integer of the same size.
+        unsigned: an integer of the same size, by its NumPy code.
         positive: the smallest bits of a positive NaN or Inf; None where there is none.
         negative: the same with the sign bit.
     """
 
-    unsigned: type
+    unsigned: str
     positive: int | None
     negative: int
 
-    def any_not_finite(self, data: np.ndarray) -> bool:
-        """Whether `data`, bytes of such numbers, holds one."""
-        bits: np.ndarray = data.view(self.unsigned)
+    def any_not_finite(self, data: Any) -> bool:
+        """Whether `data`, a NumPy array of the bytes of such numbers, holds one."""
+        bits = data.view(self.unsigned)
         if bits.max(initial=0) >= self.negative:
             return True
         return self.positive is not None and bits.view(f"i{bits.itemsize}").max(initial=0) >= self.positive
@@ -40,13 +40,13 @@ class FloatBits:
 
 FLOAT_BITS: Mapping[torch.dtype, FloatBits] = MappingProxyType(
     {
-        torch.float8_e4m3fn: FloatBits(np.uint8, 0x7F, 0xFF),
-        torch.float8_e5m2: FloatBits(np.uint8, 0x7C, 0xFC),
-        torch.float8_e8m0fnu: FloatBits(np.uint8, None, 0xFF),
-        torch.float16: FloatBits(np.uint16, 0x7C00, 0xFC00),
-        torch.bfloat16: FloatBits(np.uint16, 0x7F80, 0xFF80),
-        torch.float32: FloatBits(np.uint32, 0x7F800000, 0xFF800000),
-        torch.float64: FloatBits(np.uint64, 0x7FF0000000000000, 0xFFF0000000000000),
+        torch.float8_e4m3fn: FloatBits("u1", 0x7F, 0xFF),
+        torch.float8_e5m2: FloatBits("u1", 0x7C, 0xFC),
+        torch.float8_e8m0fnu: FloatBits("u1", None, 0xFF),
+        torch.float16: FloatBits("u2", 0x7C00, 0xFC00),
+        torch.bfloat16: FloatBits("u2", 0x7F80, 0xFF80),
+        torch.float32: FloatBits("u4", 0x7F800000, 0xFF800000),
+        torch.float64: FloatBits("u8", 0x7FF0000000000000, 0xFFF0000000000000),
     }
 )
 
@@ -76,7 +76,7 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     return FiniteCheck(tensors).first()
 
 
-def _pieces(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, FloatBits, np.ndarray]]:
+def _pieces(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, FloatBits, Any]]:
     for name, tensor in tensors:
         bits = FLOAT_BITS.get(tensor.dtype)
         # Text encoders store their causal mask, which is -Inf where a token must not look.
@@ -87,7 +87,7 @@ def _pieces(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, 
             yield name, bits, data[start : start + _PIECE]
 
 
-def _look(piece: tuple[str, FloatBits, np.ndarray]) -> tuple[str, bool]:
+def _look(piece: tuple[str, FloatBits, Any]) -> tuple[str, bool]:
     name, bits, data = piece
     # In parts that stay in the processor's cache for the second look.
     parts = (data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK))

@@ -93,7 +93,9 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
     """
     for arrival in arrivals:
         modules = dict(arrival.module.named_modules())
-        _check_linears(arrival, modules, file, optional_parts)
+        # A model may be filled from several files, one after the other.
+        given = {name for other in arrivals if other.module is arrival.module for name in other.state_dict}
+        _check_linears(arrival, modules, given, file, optional_parts)
         unused = set(arrival.unexpected)
         for layer in [name.removesuffix(_CONFIG) for name in unused if name.endswith(_CONFIG)]:
             # What the model does not have at all needs no scale either.
@@ -149,12 +151,14 @@ def _numbers(stored: StateDict, normalized: StateDict, prefix: str) -> list[tupl
     return numbers
 
 
-def _check_linears(arrival: Arrival, modules: Mapping[str, torch.nn.Module], file: str, optional_parts: bool) -> None:
-    lost = [name.removesuffix(".weight") for name in arrival.missing if name.endswith(".weight")]
+def _check_linears(
+    arrival: Arrival, modules: Mapping[str, torch.nn.Module], given: set[str], file: str, optional_parts: bool
+) -> None:
+    lost = [name.removesuffix(".weight") for name in arrival.missing if name.endswith(".weight") and name not in given]
     lost = [name for name in lost if _is_linear(modules.get(name))]
     lost += [name for name, module in modules.items() if is_core_linear(module) and module.weight is None]
     if optional_parts:
-        lost = [name for name in lost if _part(name) and any(key.startswith(_part(name)) for key in arrival.state_dict)]
+        lost = [name for name in lost if _part(name) and any(key.startswith(_part(name)) for key in given)]
     if not lost:
         return
     first = lost[0]

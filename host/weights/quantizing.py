@@ -34,11 +34,9 @@ class LoadedModel(Checkpoint):
 
     tensors: Mapping[str, torch.Tensor]
 
-    def read(self, name: str) -> torch.Tensor:
+    def read_stored(self, name: str) -> torch.Tensor:
         """The tensor `name` itself: not to be written to."""
         return self.tensors[name]
-
-    read_stored = read
 
     @property
     def place(self) -> str:

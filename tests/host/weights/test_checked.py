@@ -346,3 +346,23 @@ def test_a_text_encoder_may_lack_a_whole_part_but_no_block_of_one(host, left_out
         return
     with pytest.raises(CheckpointError, match=rf"te.safetensors has no weight for the model's layer '{named}'"):
         settle(arrivals, "te.safetensors", optional_parts=True)
+
+
+def test_a_model_that_two_files_fill_lacks_what_neither_has(host):
+    from lowbit.host.weights.checked import settle, watched
+
+    model = Encoder()
+    whole = model.state_dict()
+    for left_out in ("", "layers.1."):
+        with watched("two.safetensors") as arrivals:
+            for half in ("visual.", "layers."):
+                tensors = {name: tensor for name, tensor in whole.items() if name.startswith(half)}
+                kept = {
+                    name: tensor for name, tensor in tensors.items() if not left_out or not name.startswith(left_out)
+                }
+                model.load_state_dict(kept, strict=False)
+        if left_out:
+            with pytest.raises(CheckpointError, match=r"'layers.1'"):
+                settle(arrivals, "two.safetensors", optional_parts=True)
+        else:
+            settle(arrivals, "two.safetensors", optional_parts=True)
