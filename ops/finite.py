@@ -59,16 +59,15 @@ class FiniteCheck:
     """
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        threads = min(_MOST_THREADS, os.cpu_count() or 1)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
-        self._found = self._pool.map(_look, _pieces(tensors))
+        # Half of them: loading and what comes after it work at the same time.
+        threads = min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
+        self._looks = [pool.submit(_look, piece) for piece in _pieces(tensors)]
+        pool.shutdown(wait=False)
 
     def first(self) -> str | None:
         """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers."""
-        try:
-            return next((name for name, found in self._found if found), None)
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+        return next((look.result()[0] for look in self._looks if look.result()[1]), None)
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:

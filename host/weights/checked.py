@@ -9,7 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_patcher
+import psutil
 import torch
+from comfy.patcher_extension import CallbacksMP
 from comfy.quant_ops import QuantizedTensor
 
 from ...errors import CheckpointError
@@ -25,6 +28,8 @@ StateDict = Mapping[str, torch.Tensor]
 
 _SCALE = ".weight_scale"
 _CONFIG = ".comfy_quant"
+_SMALL_FILE = 64 << 20
+_SMALL_TENSOR = 16 << 20
 _loading = threading.RLock()
 _finite: set[tuple[FileStamp, ...]] = set()
 """States of files whose weights are known to be numbers, for clones on other GPUs and models loaded again."""
@@ -104,7 +109,12 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
 
 
 class NumbersCheck:
-    """Whether a file holds nothing but numbers: looked at beside the loading, and said at its end.
+    """Whether a file holds nothing but numbers.
+
+    A small file is looked at when it has been loaded. Loading a large one reads only its header, and reading it all would
+    make that take several times as long: it is looked at beside what comes next, and said when the model is put on its
+    device, before anything is computed with it. Where main memory cannot hold the file, which would then be read from the
+    disk twice, only scales and other small tensors are looked at.
 
     Args:
         file: its name.
@@ -126,15 +136,26 @@ class NumbersCheck:
     ) -> None:
         self._file, self._key = file, stamps
         known = stamps in _finite or RECIPE_KEY in metadata
-        self._check = None if known else FiniteCheck(_numbers(stored, normalized, prefix))
+        self._numbers = [] if known else _numbers(stored, normalized, prefix)
 
-    def finish(self) -> None:
-        """Wait for the end.
+    def begin(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
+        """Look at the file that `patcher` was loaded from.
 
         Raises:
-            CheckpointError: a weight or a scale is NaN or Inf.
+            CheckpointError: a weight or a scale is NaN or Inf; for a large file, from `patcher`'s own loading later on.
         """
-        name = None if self._check is None else self._check.first()
+        numbers, self._numbers = self._numbers, []
+        nbytes = sum(tensor.nbytes for _, tensor in numbers)
+        if nbytes > psutil.virtual_memory().available:
+            numbers = [(name, tensor) for name, tensor in numbers if tensor.nbytes <= _SMALL_TENSOR]
+        check = FiniteCheck(numbers)
+        if nbytes <= _SMALL_FILE:
+            self._finish(check)
+        else:
+            patcher.add_callback(CallbacksMP.ON_LOAD, lambda *arguments, **options: self._finish(check))
+
+    def _finish(self, check: FiniteCheck) -> None:
+        name = check.first()
         if name is not None:
             raise not_finite(f"{self._file}: {name}")
         _finite.add(self._key)

@@ -60,7 +60,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
     if patcher is None:
         raise CheckpointError(f"{name} is no diffusion model that this ComfyUI can build: update ComfyUI.")
     settle(arrivals, name)
-    numbers.finish()
+    numbers.begin(patcher)
     take_over(patcher.model)
     patcher.cached_patcher_init = (load_diffusion_model, (path,))
     return patcher
@@ -95,7 +95,7 @@ def load_text_encoder(
         )
     settle(arrivals, names, optional_parts=True)
     for numbers in checks:
-        numbers.finish()
+        numbers.begin(clip.patcher)
     take_over(clip.cond_stage_model)
     clip.patcher.cached_patcher_init = (_load_text_encoder_patcher, (list(paths), clip_type, device))
     return clip
@@ -136,7 +136,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         raise CheckpointError(
             f"{Path(path).name} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
         ) from None
-    numbers.finish()
+    numbers.begin(patcher)
     take_over(model)
     patcher.cached_patcher_init = (load_model_patch, (path,))
     return patcher
@@ -189,7 +189,7 @@ def _of_model_patches(name: str) -> Any:
 def read_stored_file(path: str, part: str = "") -> tuple[StateDict, dict[str, str], NumbersCheck]:
     """The file through core's loader (memory-mapped under dynamic VRAM), in core's names for quantized weights.
 
-    The check that it holds numbers has begun; with `part`, of the tensors below that prefix, where there are any.
+    The check that it holds numbers is still to begin; with `part`, of the tensors below that prefix, where there are any.
     """
     name, stamps = Path(path).name, open_checkpoint(path).stamps
     stored, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,6 +113,31 @@ def test_a_file_is_looked_at_once_and_one_of_the_cache_was_when_it_was_written(h
     looked.clear()
     built(host, cached)
     assert looked == []
+
+
+def test_a_large_file_is_looked_at_after_loading_and_said_before_anything_is_computed(host, tmp_path, monkeypatch):
+    import comfy.model_management
+
+    monkeypatch.setattr("lowbit.host.weights.checked._SMALL_FILE", 0)
+    path, name = quantized_file(tmp_path, "fp8_e4m3fn_scaled"), f"{LAYER}.weight"
+    good = host.loading.load_diffusion_model(str(path))
+    comfy.model_management.load_models_gpu([good.clone()])
+    bad = host.loading.load_diffusion_model(str(damaged(path, name, b"\xff")))
+    for patcher in (bad, bad.clone(), bad):
+        with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
+            comfy.model_management.load_models_gpu([patcher])
+    planned = host.preparing.plan_file(path, host.preparing.Request("none"))
+    with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
+        comfy.model_management.load_models_gpu([host.quantizing.quantize_model(good, planned)])
+
+
+def test_of_a_file_that_main_memory_cannot_hold_the_scales_are_looked_at(host, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit.host.weights.checked._SMALL_TENSOR", 1024)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(available=0))
+    path = quantized_file(tmp_path, "fp8_e4m3fn_scaled")
+    built(host, damaged(path, f"{LAYER}.weight", b"\xff"))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}.weight_scale holds NaN or Inf"):
+        built(host, damaged(path, f"{LAYER}.weight_scale", b"\xff", 4))
 
 
 def test_another_part_of_a_checkpoint_decides_nothing(host, tmp_path):
