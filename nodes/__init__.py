@@ -47,8 +47,10 @@ class LowbitExtension(ComfyExtension):
     async def on_load(self) -> None:
         """Remove what killed runs left half-written: gigabytes that nobody else would ever miss."""
         try:
-            temporary = importlib.import_module("..host.weights.temporary", __name__)
-            temporary.remove_abandoned(temporary.cache_folder())
+            from ..host.weights.folders import cache_folder
+            from ..host.weights.temporary import remove_abandoned
+
+            remove_abandoned(cache_folder())
         except Exception as error:  # noqa: BLE001  # no reason to go without nodes
             log.warning("What killed runs left in Lowbit's cache was not looked for: %s", error)
 
