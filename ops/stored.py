@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from ..errors import CheckpointError
 from .diffusion_names import described_weight
 from .header import load_json
+from .multiplied_out import ScaledWeight, multiplied_out
 from .quantize import core_config_tensor
 from .stored_scales import check_scales
 
@@ -26,8 +27,20 @@ _CONFIG = ".comfy_quant"
 _MARKER = "scaled_fp8"
 _WEIGHT_SCALES = (".weight_scale", ".scale_weight")
 _INPUT_SCALES = (".input_scale", ".scale_input")
-_INTEGERS = frozenset({torch.int8, torch.uint8})
+_INTEGERS = frozenset(
+    {torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64}
+)
 _INTEGER_FORMATS = frozenset({"int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"})
+
+_FOREIGN_WEIGHTS = (
+    ".qweight",
+    ".q_weight",
+    ".weight_packed",
+    ".weight._data",
+    ".W_q",
+    ".trellis",
+)
+"""What other tools (GPTQ and AWQ, EXL2, compressed-tensors, quanto, HQQ, EXL3) store in place of a layer's weight."""
 
 _UNKNOWN_SCALINGS = (
     ".weight_scale_inv",
@@ -107,11 +120,13 @@ class StoredLayers:
         layers: by name.
         dropped: tensors that only described them and are not carried on.
         scale_targets: where each scale goes, by its name in the file.
+        scaled_weights: weights of convolutions and the like, whose scale nothing would apply later, by tensor name.
     """
 
     layers: Mapping[str, StoredLayer]
     dropped: frozenset[str]
     scale_targets: Mapping[str, ScaleTarget]
+    scaled_weights: Mapping[str, ScaledWeight] = field(default_factory=dict)
 
 
 def find_stored_layers(
@@ -137,6 +152,9 @@ def find_stored_layers(
         CheckpointError: a description is not readable, scales are missing or fit no scaling that core knows, or a
             weight is quantized in a way that nothing describes.
     """
+    foreign = foreign_weight(dtypes)
+    if foreign is not None:
+        raise CheckpointError(foreign)
     layers: dict[str, StoredLayer] = {}
     dropped = {name for name in dtypes if name == _MARKER or name.endswith(f".{_MARKER}")}
     # Two elements in a part's marker: its products are to stay in 16 bits.
@@ -163,6 +181,12 @@ def find_stored_layers(
         elif dtype in _INTEGERS:
             _refuse_nameless(layer, nameless)
             layers[layer] = _int8(layer, dtype, dtypes)
+    scaled_weights = {}
+    for name in [name for name in dtypes if name.endswith(".weight") and len(shapes[name]) != 2]:
+        scales = _scales_of_no_linear(name, layers, dtypes, shapes, full_precision)
+        if scales is not None and "weight_scale" in scales.scale_names:
+            scaled_weights[name] = ScaledWeight(scales.scale_names["weight_scale"], scales.config)
+            dropped |= set(scales.scale_names.values())
     check_scales(layers, shapes)
     targets = {
         source: ScaleTarget(f"{layer}.{suffix}", info.core_format)
@@ -171,7 +195,18 @@ def find_stored_layers(
     }
     # Core's integer formats always measure their input, and know no such parameter.
     dropped |= {source for source, to in targets.items() if to.name.endswith(".input_scale") and to.measures_input}
-    return StoredLayers(layers, frozenset(dropped), targets)
+    return StoredLayers(layers, frozenset(dropped), targets, scaled_weights)
+
+
+def foreign_weight(names: Iterable[str]) -> str | None:
+    """What is wrong with a file of these names: that it holds another tool's weights; None where nothing tells so."""
+    name = next((name for name in names if name.endswith(_FOREIGN_WEIGHTS)), None)
+    if name is None:
+        return None
+    return (
+        f"it holds '{name}', a weight quantized by another tool in a way that ComfyUI cannot load: use the 16-bit file, or "
+        "one in ComfyUI's own quantized format."
+    )
 
 
 def normalize_state_dict(
@@ -198,7 +233,10 @@ def normalize_state_dict(
         if name in stored.dropped:
             continue
         target = stored.scale_targets.get(name)
-        if target is None:
+        scaled = stored.scaled_weights.get(name)
+        if scaled is not None:
+            result[name] = multiplied_out(name, tensor, state_dict[scaled.scale_name], scaled.config)
+        elif target is None:
             result[name] = tensor
         else:
             result[target.name] = target.convert(tensor)
@@ -316,6 +354,23 @@ def _refuse_nameless(layer: str, nameless: Sequence[str]) -> None:
             f"the layer '{layer}' is stored as integers that nothing describes, and the header describes "
             f"'{nameless[0]}', which the file does not hold: use the 16-bit file, or one whose names agree."
         )
+
+
+def _scales_of_no_linear(
+    name: str,
+    layers: dict[str, StoredLayer],
+    dtypes: Mapping[str, torch.dtype],
+    shapes: Mapping[str, tuple[int, ...]],
+    full_precision: tuple[str, ...],
+) -> StoredLayer | None:
+    """How the weight `name`, which is no matrix, is scaled; taken out of `layers`. None: it is not, or core does it."""
+    layer, dtype = name.removesuffix(".weight"), dtypes[name]
+    if layer in layers:
+        # Core's banks of experts are quantized matrices side by side.
+        return None if len(shapes[name]) == 3 else layers.pop(layer)
+    if dtype in FLOAT8_FORMATS:
+        return _float8(layer, dtype, layer.startswith(full_precision), dtypes)
+    return _int8(layer, dtype, dtypes) if dtype in _INTEGERS else None
 
 
 def _scales(layer: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ...ops.formats import STORAGES
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan
 from ...versions import find
-from .core_build import OPEN_CLIP, on_meta
+from .core_build import OPEN_CLIP, incomplete, on_meta, refuse_foreign
 
 logger = logging.getLogger("lowbit.host")
 
@@ -33,6 +33,7 @@ def check_diffusion_model(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no diffusion model that this ComfyUI knows.
     """
+    refuse_foreign(checkpoint)
     if not checkpoint.entries or not _known_diffusion_model(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path.name} is no diffusion model that this ComfyUI knows: check that it is not a LoRA, a VAE "
@@ -46,8 +47,13 @@ def check_text_encoder(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no text encoder that this ComfyUI knows.
     """
+    refuse_foreign(checkpoint)
     detect = find("comfy.sd.detect_te_model")
-    if detect is not None and OPEN_CLIP not in checkpoint.entries and detect(on_meta(checkpoint)) is None:
+    try:
+        known = detect is None or OPEN_CLIP in checkpoint.entries or detect(on_meta(checkpoint)) is not None
+    except KeyError as error:
+        raise incomplete(checkpoint, error) from None
+    if not known:
         raise CheckpointError(
             f"{checkpoint.path.name} is no text encoder that this ComfyUI knows: check that it is not a diffusion model "
             "or a LoRA, or update ComfyUI."
@@ -99,6 +105,8 @@ def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
         if find_config(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
             return True
         return convert(dict(tensors), "") is not None or find_diffusers_config(tensors) is not None
+    except KeyError as error:
+        raise incomplete(checkpoint, error) from None
     except (NotImplementedError, RuntimeError) as error:
         # Some detections look at values, which a header does not have: loading will tell.
         logger.debug("The architecture of %s cannot be told from its header: %s", checkpoint.path.name, error)

@@ -17,6 +17,7 @@ from ...ops.diffusion_names import converted_model, tables
 from ...ops.formats import STORAGES, stored_shape
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan, find_stored
+from ...ops.stored import foreign_weight
 from ...versions import find
 
 logger = logging.getLogger("lowbit.host")
@@ -70,11 +71,14 @@ def under_core_names(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: layers are stored with scales, which core does not take along, or core does not tell.
     """
+    refuse_foreign(checkpoint)
     tensors = on_meta(checkpoint)
     try:
         if detected(tensors, checkpoint.metadata) is not None:
             return checkpoint
         entries = _converted(checkpoint, tensors) or _renamed(checkpoint, tensors)
+    except KeyError as error:
+        raise incomplete(checkpoint, error) from None
     except (NotImplementedError, RuntimeError) as error:
         logger.debug("What core builds of %s cannot be told from its header: %s", checkpoint.path.name, error)
         model = converted_model(checkpoint.entries)
@@ -93,6 +97,28 @@ def under_core_names(checkpoint: Checkpoint) -> Checkpoint:
             "its scales: use the 16-bit file, or one in ComfyUI's own names."
         )
     return replace(checkpoint, entries=entries)
+
+
+def refuse_foreign(checkpoint: Checkpoint) -> None:
+    """Refuse a file with weights as another tool stores them.
+
+    Raises:
+        CheckpointError: it names one.
+    """
+    foreign = foreign_weight(checkpoint.entries)
+    if foreign is not None:
+        raise CheckpointError(f"{checkpoint.path.name}: {foreign}")
+
+
+def incomplete(checkpoint: Checkpoint, error: KeyError) -> CheckpointError:
+    """The sentence for a tensor that core looked for and did not find."""
+    layer = str(error.args[0]).rpartition(".")[0]
+    instead = next((name for name in checkpoint.entries if name.startswith(f"{layer}.") and ".bias" not in name), None)
+    there = "" if instead is None else f" (but '{instead}' is)"
+    return CheckpointError(
+        f"{checkpoint.path.name} is incomplete: ComfyUI tells models apart by {error}, which is not there{there}; download "
+        "it again, or use another file."
+    )
 
 
 def signature(config: Any | None) -> object:

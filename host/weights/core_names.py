@@ -12,6 +12,7 @@ NEEDED = dotted(
         ),
         "comfy.model_patcher": "CoreModelPatcher ModelPatcher",
         "comfy.ops": "CastBiasWeightContext mixed_precision_ops",
+        "comfy.patcher_extension": "CallbacksMP",
         "comfy.quant_ops": "QuantizedTensor",
         "comfy.sd": "CLIP CLIPType VAE load_diffusion_model_state_dict load_text_encoder_state_dicts",
         "comfy.utils": "ProgressBar load_torch_file",

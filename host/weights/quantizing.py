@@ -13,6 +13,7 @@ from pathlib import Path
 
 import comfy.model_patcher
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, TensorEntry
@@ -88,6 +89,8 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
     result = patcher.clone(model_override=quantized.get_clone_model_override())
     result.cached_patcher_init = quantized.cached_patcher_init
     result.size = quantized.model_size()
+    for callback in quantized.get_all_callbacks(CallbacksMP.ON_LOAD):
+        result.add_callback(CallbacksMP.ON_LOAD, callback)
     # Core falls back to the parent when a clone goes: it must be a patcher of the same model.
     result.parent = quantized
     return result
