@@ -22,6 +22,7 @@ from ...ops.stored import normalize_state_dict
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .operations import adopt_quantized_linears
+from .patching import patch_beside_weights
 
 logger = logging.getLogger("lowbit.host")
 
@@ -53,7 +54,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
         raise CheckpointError(f"{Path(path).name} is no diffusion model that this ComfyUI can build: update ComfyUI.")
     take_over(patcher.model)
     patcher.cached_patcher_init = (load_diffusion_model, (path,))
-    return patcher
+    return patch_beside_weights(patcher)
 
 
 def load_text_encoder(
@@ -82,6 +83,7 @@ def load_text_encoder(
         disable_dynamic=disable_dynamic,
     )
     take_over(clip.cond_stage_model)
+    patch_beside_weights(clip.patcher)
     clip.patcher.cached_patcher_init = (_load_text_encoder_patcher, (list(paths), clip_type, device))
     return clip
 
@@ -122,7 +124,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         ) from None
     take_over(model)
     patcher.cached_patcher_init = (load_model_patch, (path,))
-    return patcher
+    return patch_beside_weights(patcher)
 
 
 def take_over(model: torch.nn.Module) -> int:

@@ -13,7 +13,7 @@ from testing import tiny
 @pytest.fixture(scope="module")
 def host(core_modules, tmp_path_factory):
     """The host modules with ComfyUI on its CPU setting, and a folder with tiny checkpoints and a cache of its own."""
-    from lowbit.host.weights import feed_forward, folders, loading, operations, preparing, quantizing, saving
+    from lowbit.host.weights import feed_forward, folders, loading, operations, patching, preparing, quantizing, saving
 
     folder = tmp_path_factory.mktemp("models")
     for name in ("wan_t2v.safetensors", "qwen_image.safetensors"):
@@ -27,6 +27,7 @@ def host(core_modules, tmp_path_factory):
                 folders=folders,
                 loading=loading,
                 operations=operations,
+                patching=patching,
                 preparing=preparing,
                 quantizing=quantizing,
                 saving=saving,
