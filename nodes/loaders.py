@@ -14,6 +14,7 @@ from ..host.weights.architecture import check_diffusion_model, check_text_encode
 from ..host.weights.folders import model_names, model_path
 from ..host.weights.loading import load_diffusion_model, load_model_patch, load_text_encoder
 from ..host.weights.preparing import Planned, Request, check_disk, plan_file, plan_model_patch, prepared_file
+from ..host.weights.temporary_files import removal_put_off
 from ..host.weights.vae import VAE_PRECISIONS, load_vae, vae_names
 from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS
 from .common import CATEGORY, file_fingerprint, show_text
@@ -81,10 +82,12 @@ def loader_schema(*, inputs: list[io.Input], output: io.Output, **names: Any) ->
 def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_id: str | None) -> io.NodeOutput:
     """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
-    if not dry_run:
+    if dry_run:
+        return io.NodeOutput(ExecutionBlocker(None), planned.report)
+    with removal_put_off():
         check_disk(planned)
         check_load(planned)
-    return io.NodeOutput(ExecutionBlocker(None) if dry_run else load(), planned.report)
+        return io.NodeOutput(load(), planned.report)
 
 
 class LoadDiffusionModel(io.ComfyNode):

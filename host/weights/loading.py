@@ -23,6 +23,7 @@ from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .operations import adopt_quantized_linears
 from .patching import patch_beside_weights
+from .temporary_files import remove_with
 
 logger = logging.getLogger("lowbit.host")
 
@@ -53,6 +54,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
     if patcher is None:
         raise CheckpointError(f"{Path(path).name} is no diffusion model that this ComfyUI can build: update ComfyUI.")
     take_over(patcher.model)
+    remove_with(patcher.model, path)
     patcher.cached_patcher_init = (load_diffusion_model, (path,))
     return patch_beside_weights(patcher)
 
@@ -83,6 +85,8 @@ def load_text_encoder(
         disable_dynamic=disable_dynamic,
     )
     take_over(clip.cond_stage_model)
+    for path in paths:
+        remove_with(clip.cond_stage_model, path)
     patch_beside_weights(clip.patcher)
     clip.patcher.cached_patcher_init = (_load_text_encoder_patcher, (list(paths), clip_type, device))
     return clip
@@ -123,6 +127,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
             f"{Path(path).name} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
         ) from None
     take_over(model)
+    remove_with(model, path)
     patcher.cached_patcher_init = (load_model_patch, (path,))
     return patch_beside_weights(patcher)
 

@@ -12,7 +12,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...ops.linear import quantized_linear
 from ...ops.linear_weight import LAYOUT_READERS
-from .side_product import SideProduct
+from ...ops.side_product import SideProduct
 
 INPUT_ACTIVATIONS = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),

@@ -41,6 +41,11 @@ def temporary_folder() -> Path:
     return _claimed(cache_folder())
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether `path` lies in such a folder."""
+    return path.parent.name.startswith(_PREFIX) and (path.parent / _LOCK).exists()
+
+
 @functools.lru_cache(maxsize=4)
 def _claimed(parent: Path) -> Path:
     try:

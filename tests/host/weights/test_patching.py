@@ -260,4 +260,4 @@ def test_every_name_that_core_lists_can_be_looked_up(host, name):
     assert set(found) == set(patcher.model_state_dict())
     for key, tensor in patcher.model_state_dict().items():
         if not key.endswith(".weight"):
-            assert torch.equal(found[key][0][0].view(torch.uint8), tensor.view(torch.uint8))
+            assert torch.equal(found[key][0][0].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.weight_adapter.lora import LoRAAdapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,29 +117,3 @@ class SideProduct:
                 spans.append((update.rows, slice(rank, end), [up]))
             rank = end
         return Factors(down, tuple((rows, ranks, torch.cat(ups, dim=1)) for rows, ranks, ups in spans))
-
-
-def low_rank_updates(patches: Sequence[Any], shape: Sequence[int]) -> list[LowRankUpdate] | None:
-    """Core's patches on a weight of (rows, columns) as low-rank updates, or None where one of them is anything else.
-
-    A DoRA, a LoHa or LoKr, a difference, another model's weight, a patch that scales the weight: those have no small
-    factors, or need the weight itself.
-    """
-    updates = [_low_rank_update(patch, shape) for patch in patches]
-    return None if None in updates else updates  # type: ignore[return-value]
-
-
-def _low_rank_update(patch: Any, shape: Sequence[int]) -> LowRankUpdate | None:
-    strength, adapter, strength_model, offset, function = patch
-    if type(adapter) is not LoRAAdapter or strength_model != 1.0 or function is not None:
-        return None
-    up, down, alpha, *others = adapter.weights
-    dimension, first_row, rows = offset if offset is not None else (0, 0, shape[0])
-    if dimension != 0 or any(other is not None for other in others):
-        return None
-    up, down = up.flatten(start_dim=1), down.flatten(start_dim=1)
-    fits = up.shape[0] == rows and first_row + rows <= shape[0] and down.shape == (up.shape[1], shape[1])
-    if not fits or not (up.is_floating_point() and down.is_floating_point()):
-        return None
-    scale = strength * (float(alpha) / down.shape[0] if alpha is not None else 1.0)
-    return LowRankUpdate(up, down, scale, first_row)
