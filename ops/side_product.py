@@ -48,6 +48,10 @@ class Factors:
     down: torch.Tensor
     ups: tuple[tuple[slice, slice, torch.Tensor], ...]
 
+    def covers(self, rows: int) -> bool:
+        """Whether there is one span only, of all rows."""
+        return len(self.ups) == 1 and self.ups[0][2].shape[0] == rows
+
     @property
     def nbytes(self) -> int:
         """Bytes of all matrices."""
@@ -99,8 +103,11 @@ class SideProduct:
         if flat.requires_grad or (torch.is_grad_enabled() and x.requires_grad):
             flat = flat.clone()
         hidden = F.linear(x.reshape(-1, x.shape[-1]), factors.down)
-        for rows, ranks, up in factors.ups:
-            flat[:, rows].addmm_(hidden[:, ranks], up.t())
+        if factors.covers(flat.shape[1]):
+            flat.addmm_(hidden, factors.ups[0][2].t())
+        else:
+            for rows, ranks, up in factors.ups:
+                flat[:, rows].addmm_(hidden[:, ranks], up.t())
         return flat.view(out.shape)
 
     def _factors(self, device: torch.device, dtype: torch.dtype) -> Factors:

@@ -43,6 +43,7 @@ class QuantizedLinear(torch.nn.Module):
     """
 
     side_product: SideProduct | None = None
+    comfy_patched_weights: bool
     weight: Any
     weight_function: list[Any]
     bias_function: list[Any]
@@ -69,10 +70,11 @@ class QuantizedLinear(torch.nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor | None:
         """Core's; where it asserts that nothing is updated in place, as hooks do, the weight is exchanged."""
+        core: Any = super()
         if return_weight or not inplace_update:
-            return super().set_weight(weight, seed=seed, return_weight=return_weight, **kwargs)
-        weight = super().set_weight(weight, seed=seed, return_weight=True, **kwargs)
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            return core.set_weight(weight, seed=seed, return_weight=return_weight, **kwargs)
+        patched = core.set_weight(weight, seed=seed, return_weight=True, **kwargs)
+        self.weight = torch.nn.Parameter(patched, requires_grad=False)
         return None
 
     def __getattr__(self, name: str) -> Any:

@@ -34,6 +34,7 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
     while it loads.
     """
 
+    patches: dict[str, list[Any]]
     _all_patches: dict[str, list[Any]] | None = None
 
     def clone(self, *args: Any, **kwargs: Any) -> comfy.model_patcher.ModelPatcher:
@@ -231,7 +232,7 @@ def _updates(modules: Mapping[str, QuantizedLinear], key: str, patches: Sequence
     return low_rank_updates(patches, module.weight.shape) if module is not None else None
 
 
-def _subclass_beside_weights(core_class: type) -> type:
+def _subclass_beside_weights(core_class: Any) -> type:
     """One subclass for each class of core's, kept on that class."""
     subclass = core_class.__dict__.get("_lowbit_subclass")
     if subclass is None:

@@ -41,12 +41,12 @@ def with_patches(patcher, *patches, strength: float = 1.0):
     return patched
 
 
-def resident(patcher):
+def resident(patcher, key: str = KEY):
     import comfy.model_management
 
     comfy.model_management.unload_all_models()
     comfy.model_management.load_models_gpu([patcher])
-    return linear(patcher)
+    return linear(patcher, key)
 
 
 def streamed(patcher):
@@ -261,3 +261,48 @@ def test_every_name_that_core_lists_can_be_looked_up(host, name):
     for key, tensor in patcher.model_state_dict().items():
         if not key.endswith(".weight"):
             assert torch.equal(found[key][0][0].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("formats", [("none", "int8"), ("int8", "none"), ("fp8_e4m3fn_scaled", "fp4_scaled")])
+def test_text_encoders_merge_whichever_is_quantized(host, umt5, formats):
+    from comfy_extras.nodes_model_merging import CLIPMergeSimple
+
+    first, second = (umt5(name) for name in formats)
+    name = next(
+        key.removesuffix(".comfy_quant")
+        for clip in (first, second)
+        for key in clip.cond_stage_model.state_dict()
+        if key.endswith("wi_0.comfy_quant")
+    )
+    values = [_values(clip.cond_stage_model.get_submodule(name)) for clip in (first, second)]
+    assert all(key in second.patcher.get_key_patches() for key in second.patcher.model_state_dict())
+    (merged,) = CLIPMergeSimple().merge(first, second, 0.25)
+    resident(merged.patcher, f"{name}.weight")
+    assert error(_values(merged.cond_stage_model.get_submodule(name)), 0.25 * values[0] + 0.75 * values[1]) < 0.06
+
+
+def test_a_lora_on_a_text_encoder_stands_beside_its_weights(host, umt5):
+    clip = umt5("int8")
+    name, module = next(iter(host.patching.quantized_linears(clip.patcher.model).items()))
+    before = clip.encode_from_tokens(clip.tokenize("a red train"))
+    patched = clip.clone()
+    patched.add_patches({f"{name}.weight": adapter(*module.weight.shape, size=0.5)})
+    assert not torch.equal(patched.encode_from_tokens(patched.tokenize("a red train")), before)
+    assert module.side_product is not None
+    assert torch.equal(clip.encode_from_tokens(clip.tokenize("a red train")), before)
+
+
+def test_a_linear_with_a_lora_compiles_whole(host):
+    module = resident(with_patches(load(host, "int8_convrot_fast"), {KEY: adapter()}))
+    x = torch.randn(7, 256)
+    torch._dynamo.reset()
+    compiled = torch.compile(module.forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_an_activation_on_the_way_comes_before_the_lora(host):
+    down = BLOCK + "ffn.2.weight"
+    module = resident(with_patches(load(host, "int8"), {down: adapter(256, 512)}), down)
+    hidden = torch.randn(7, 512)
+    activated = torch.nn.functional.gelu(hidden, approximate="tanh")
+    torch.testing.assert_close(module(hidden, activation="gelu_tanh"), module(activated))
