@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.model_patcher
@@ -16,6 +17,21 @@ from ...ops.side_product import LowRankUpdate, SideProduct
 from .operations import QuantizedLinear
 
 _WEIGHT = ".weight"
+_IN_WEIGHTS = "_lowbit_in_weights"
+"""On a model: what core has done to its weights since it was loaded."""
+
+
+@dataclass(frozen=True)
+class _InWeights:
+    """What core does to a model's weights for one patcher; equal for those that need not load them anew.
+
+    Attributes:
+        identity: names, strengths and the identities of the objects that hold the rest.
+        alive: those objects, so that no others get their identities.
+    """
+
+    identity: tuple[Any, ...]
+    alive: list[Any] = field(compare=False)
 
 
 class PatchedPart(comfy.model_patcher.LazyCastingParamPiece):
@@ -49,9 +65,21 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
             lowvram_model_memory = max(1, lowvram_model_memory - needed)
         with self._only_other_patches():
             super().load(device_to, lowvram_model_memory=lowvram_model_memory, **kwargs)
+        setattr(self.model, _IN_WEIGHTS, self._in_weights())
         self._keep_side_products()
         # Core has just counted the weights anew.
         self.model.model_loaded_weight_memory += sum(side.resident_nbytes for _, side in self._side_products())
+
+    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int | None:
+        """Core's; where only LoRAs beside the weights differ from what is loaded, the weights stay where they are."""
+        alike = getattr(self.model, _IN_WEIGHTS, None) == self._in_weights() and not force_patch_weights
+        if alike and self.model.current_weight_patches_uuid is not None:
+            self.model.current_weight_patches_uuid = self.patches_uuid
+        loaded = super().partially_load(device_to, extra_memory, force_patch_weights)
+        # Core leaves early where all is loaded.
+        self._set_side_products(self.current_hooks)
+        self.model.model_loaded_weight_memory += self._keep_side_products()
+        return loaded
 
     def partially_unload(self, *args: Any, **kwargs: Any) -> int:
         """Core's; the LoRAs of what left the GPU leave with it."""
@@ -66,6 +94,7 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
         """Core's; LoRAs leave with the other patches on weights."""
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
+            setattr(self.model, _IN_WEIGHTS, None)
             for module in quantized_linears(self.model).values():
                 module.side_product = None
 
@@ -166,6 +195,15 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
             yield
         finally:
             self.patches, self._all_patches = self._all_patches, None
+
+    def _in_weights(self) -> _InWeights:
+        patches = self._others(self._all_patches if self._all_patches is not None else self.patches)
+        identity: list[Any] = [self.force_cast_weights, str(self.load_device)]
+        for key, values in sorted(patches.items()):
+            identity += [(key, strength, id(value), *more[:2], id(more[2])) for strength, value, *more in values]
+        for key, functions in sorted(self.weight_wrapper_patches.items()):
+            identity.append((key, *map(id, functions)))
+        return _InWeights(tuple(identity), [patches, dict(self.weight_wrapper_patches)])
 
     def _others(self, patches: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         modules = quantized_linears(self.model)

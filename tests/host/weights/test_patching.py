@@ -190,6 +190,35 @@ def test_an_unquantized_model_keeps_cores_patcher(host):
     assert not isinstance(load(host, "none"), host.patching.QuantizedModelPatcher)
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_another_strength_moves_no_weight(host, other, monkeypatch):
+    """Core would unload the model and patch it anew, as it still does where a patch is in the weights."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    plain = load(host, "int8")
+    base = with_patches(plain, {FUSED: ("diff", (torch.full((512, 256), 0.1),))}) if other else plain
+    x = torch.randn(4, 256)
+    expected = resident(plain)(x) + 0.25 * x @ product(adapter()).t()
+    resident(with_patches(base, {KEY: adapter()}))
+    loads = []
+    load_weights = comfy.model_patcher.ModelPatcher.load
+    monkeypatch.setattr(
+        comfy.model_patcher.ModelPatcher,
+        "load",
+        lambda self, *a, **k: (loads.append(self), load_weights(self, *a, **k)),
+    )
+    changed = with_patches(base, {KEY: adapter()}, strength=0.25)
+    comfy.model_management.load_models_gpu([changed])
+    torch.testing.assert_close(linear(changed)(x), expected)
+    assert changed.loaded_size() == plain.model_size() + changed._side_products()[0][1].resident_nbytes
+    comfy.model_management.load_models_gpu([base])
+    assert linear(base).side_product is None
+    assert not loads
+    comfy.model_management.load_models_gpu([with_patches(base, {FUSED: ("diff", (torch.full((512, 256), 0.2),))})])
+    assert loads
+
+
 # Hooks: patches that sampling exchanges between the parts of one batch.
 
 
