@@ -55,7 +55,7 @@ def format_inputs() -> list[io.Input]:
             default=True,
             tooltip=(
                 "Keep the quantized file in models/lowbit_cache, so that the next start only has to load it. It is made "
-                "anew when the source changes. Off: it is removed when ComfyUI ends."
+                "anew when the source changes. Off: it is removed with the last model that uses it."
             ),
         ),
     ]
