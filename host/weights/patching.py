@@ -11,10 +11,15 @@ import comfy.model_patcher
 import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
-from comfy.weight_adapter.lora import LoRAAdapter
 
 from ...ops.side_product import LowRankUpdate, SideProduct
+from ...versions import find, missing
+from .core_names import PATCHING
 from .operations import QuantizedLinear
+
+_LoRA = find("comfy.weight_adapter.lora.LoRAAdapter")
+_Lazy = find("comfy.model_patcher.LazyCastingParamPiece") or torch.nn.Parameter
+_Caster = find("comfy.model_patcher.LazyCastingQuantizedParam")
 
 _WEIGHT = ".weight"
 _IN_WEIGHTS = "_lowbit_in_weights"
@@ -34,7 +39,7 @@ class _InWeights:
     alive: list[Any] = field(compare=False)
 
 
-class PatchedPart(comfy.model_patcher.LazyCastingParamPiece):
+class PatchedPart(_Lazy):  # type: ignore[misc, valid-type]
     """Core's placeholder for a tensor that is patched when it is written, for integers too."""
 
     def __new__(cls, caster: Any, key: str, tensor: torch.Tensor) -> PatchedPart:
@@ -161,7 +166,7 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
             for module in streamed:
                 module.comfy_patched_weights = False
         for name in pending:
-            caster = comfy.model_patcher.LazyCastingQuantizedParam(self, name + "weight")
+            caster = _Caster(self, name + "weight")
             for key in modules[name].weight.state_dict(name + "weight"):
                 own = key.removeprefix(prefix)
                 state[own] = PatchedPart(caster, key, state[own])
@@ -254,7 +259,9 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
 
 def patch_beside_weights(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
     """`patcher` itself, from now on a `QuantizedModelPatcher` where its model has quantized linears of ours."""
-    if not isinstance(patcher, QuantizedModelPatcher) and quantized_linears(patcher.model):
+    if isinstance(patcher, QuantizedModelPatcher) or not quantized_linears(patcher.model):
+        return patcher
+    if not missing(PATCHING):
         patcher.__class__ = _subclass_beside_weights(type(patcher))
     return patcher
 
@@ -291,7 +298,7 @@ def low_rank_updates(patches: Sequence[Any], shape: Sequence[int]) -> list[LowRa
 
 def _low_rank_update(patch: Any, shape: Sequence[int]) -> LowRankUpdate | None:
     strength, adapter, strength_model, offset, function = patch
-    if type(adapter) is not LoRAAdapter or strength_model != 1.0 or function is not None:
+    if type(adapter) is not _LoRA or strength_model != 1.0 or function is not None:
         return None
     up, down, alpha, *others = adapter.weights
     dimension, first_row, rows = offset if offset is not None else (0, 0, shape[0])

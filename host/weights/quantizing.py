@@ -42,12 +42,8 @@ class LoadedModel(Checkpoint):
 
     tensors: Mapping[str, torch.Tensor]
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor `name` itself: not to be written to."""
-        return self.tensors[name]
-
     def read_stored(self, name: str) -> torch.Tensor:
-        """The same: none is coded."""
+        """The tensor `name` itself: not to be written to."""
         return self.tensors[name]
 
     @property
