@@ -22,6 +22,7 @@ from ..host.weights.preparing import (
     plan_text_encoder,
     prepared_file,
 )
+from ..host.weights.temporary_files import removal_put_off
 from ..host.weights.vae import VAE_PRECISIONS, load_vae, vae_names
 from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS
 from .common import CATEGORY, file_fingerprint, show_text
@@ -62,7 +63,7 @@ def format_inputs() -> list[io.Input]:
             default=True,
             tooltip=(
                 "Keep the quantized file in models/lowbit_cache, so that the next start only has to load it. It is made "
-                "anew when the source changes. Off: it is removed when ComfyUI ends."
+                "anew when the source changes. Off: it is removed with the last model that uses it."
             ),
         ),
     ]
@@ -89,10 +90,12 @@ def loader_schema(*, inputs: list[io.Input], output: io.Output, **names: Any) ->
 def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_id: str | None) -> io.NodeOutput:
     """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
-    if not dry_run:
+    if dry_run:
+        return io.NodeOutput(ExecutionBlocker(None), planned.report)
+    with removal_put_off():
         check_disk(planned)
         check_load(planned)
-    return io.NodeOutput(ExecutionBlocker(None) if dry_run else load(), planned.report)
+        return io.NodeOutput(load(), planned.report)
 
 
 class LoadDiffusionModel(io.ComfyNode):

@@ -97,7 +97,9 @@ def with_lora(patcher, path: Path):
     return comfy.sd.load_lora_for_models(patcher, None, tensors, LORA_STRENGTH, 0)[0]
 
 
-def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor) -> dict:
+def run_format(
+    name: str, model: Path, merged: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor
+) -> dict:
     """One format: its error, the LoRA's delta under it, and whether it multiplies as before once the LoRA is gone."""
     import comfy.model_management
 
@@ -131,6 +133,9 @@ def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, refe
         "seconds": seconds,
         "finite": bool(torch.isfinite(patched).all() and torch.isfinite(after).all()),
     }
+    comfy.model_management.unload_all_models()
+    merged_first = sample(load_diffusion_model(str(prepared_file(plan_file(merged, Request(name))))))
+    row["merged_error"] = relative(merged_first, reference + reference_delta)
     comfy.model_management.unload_all_models()
     return row
 
@@ -174,6 +179,7 @@ def main() -> None:
         import comfy.model_management
 
         from lowbit.host.weights.loading import load_diffusion_model
+        from lowbit.host.weights.saving import save_diffusion_model
         from lowbit.ops.formats import FORMATS
         from testing.shims import detection
 
@@ -181,11 +187,13 @@ def main() -> None:
         model, lora = write_models(Path(folder))
         patcher = load_diffusion_model(str(model))
         reference = sample(patcher)
-        delta = sample(with_lora(patcher, lora)) - reference
+        patched = with_lora(patcher, lora)
+        delta = sample(patched) - reference
+        merged = save_diffusion_model(patched, "merged")
         comfy.model_management.unload_all_models()
         rows = {}
         for name in (*FORMATS, "auto", "none"):
-            rows[name] = run_format(name, model, lora, reference, delta)
+            rows[name] = run_format(name, model, merged, lora, reference, delta)
             print(
                 name, {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[name].items()}
             )
