@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import attention, loaders, memory, quantized_model
+from . import attention, loaders, memory, optimize, quantized_model
 
 
 class LowbitExtension(ComfyExtension):
     """Lists the pack's nodes to ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*loaders.NODES, *quantized_model.NODES, *attention.NODES, *memory.NODES]
+        return [*optimize.NODES, *loaders.NODES, *quantized_model.NODES, *attention.NODES, *memory.NODES]
