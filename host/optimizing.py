@@ -161,7 +161,9 @@ def _attention_line(model: Any) -> str:
         return "Attention: ComfyUI's own, as there is no GPU to choose a backend for."
     budget = find(model).dispatcher.policy.effective_budget
     limit = ERROR_LIMITS[budget]
-    names = [row.name for row in BACKENDS if ERROR_LIMITS[row.error_class] <= limit and not row.why_not_here(environment)]
+    names = [
+        row.name for row in BACKENDS if ERROR_LIMITS[row.error_class] <= limit and not row.why_not_here(environment)
+    ]
     measured = any(rank.capability[0] <= environment.capability <= rank.capability[1] for rank in RANKS)
     order = "in the order measured on this kind of GPU" if measured else "timed here when a shape first appears"
     return f"Attention: budget {budget} (errors up to {limit:.1%}); the fastest of {', '.join(names)}, {order}."

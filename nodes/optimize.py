@@ -22,7 +22,17 @@ class Optimize(io.ComfyNode):
                 "attention that is accurate enough, and keeps the graph within the GPU's memory. Put it behind any loader; "
                 "LoRAs may come before or after it. A model that is quantized already keeps its weights."
             ),
-            search_aliases=["quantize", "fp8", "fp4", "int8", "sage attention", "vram", "out of memory", "low vram", "speed"],
+            search_aliases=[
+                "quantize",
+                "fp8",
+                "fp4",
+                "int8",
+                "sage attention",
+                "vram",
+                "out of memory",
+                "low vram",
+                "speed",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A diffusion model from any loader: Wan, Qwen-Image or any other."),
                 io.Combo.Input(
@@ -32,7 +42,9 @@ class Optimize(io.ComfyNode):
                     tooltip="What counts most. " + " ".join(f"{row.name}: {row.summary}." for row in PRESETS.values()),
                 ),
                 io.Clip.Input(
-                    "clip", optional=True, tooltip="A text encoder to keep within the GPU's memory too. Its weights stay as they are."
+                    "clip",
+                    optional=True,
+                    tooltip="A text encoder to keep within the GPU's memory too. Its weights stay as they are.",
                 ),
                 io.Vae.Input(
                     "vae",

@@ -73,7 +73,9 @@ def test_quantizing_streams_from_the_loaders_file(bench):
 def test_a_model_that_the_packs_loader_quantized_keeps_its_weights(bench, preset):
     kept = graphs.load_diffusion_model(NAME, "fp8_e4m3fn_scaled", keep_rules="blocks.0.*\nauto")
     graph = wan("fp8_e4m3fn_scaled") | {"model": kept}
-    assert bench.facts(optimized(graph, preset), ["optimize", 0])["layers"] == bench.facts(graph, ["model", 0])["layers"]
+    assert (
+        bench.facts(optimized(graph, preset), ["optimize", 0])["layers"] == bench.facts(graph, ["model", 0])["layers"]
+    )
     weights = lines_of(bench, optimized(graph, preset))[0]
     assert "left as they are" in weights
     assert "quantized already" in weights
