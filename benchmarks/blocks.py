@@ -6,7 +6,6 @@ python benchmarks/blocks.py --out benchmarks/results/blocks.json [--only wan]
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import timing  # noqa: E402
+from goals import write  # noqa: E402
 from linear import FORMATS  # noqa: E402
 
 from lowbit.ops.layouts import register_layouts  # noqa: E402
@@ -211,7 +211,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     shapes = {block.name: {layer: list(size) for layer, size in block.linears.items()} for block in BLOCKS}
     record = {"environment": timing.environment(), "linears": shapes, "results": results}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import json
 import statistics
 from pathlib import Path
 
 import torch
 
+from benchmarks.goals import write
 from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.linear import quantized_linear
@@ -70,8 +70,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "comfy_kitchen": importlib.metadata.version("comfy-kitchen")},
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.out, result)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import random
 import statistics
@@ -24,6 +23,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import timing  # noqa: E402
+from goals import write  # noqa: E402
 
 from lowbit.ops.layouts import register_layouts  # noqa: E402
 from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes  # noqa: E402
@@ -320,7 +320,7 @@ def main() -> None:
             "scratch_mib_at_end": scratch_nbytes() / 2**20,
             "results": [asdict(r) for r in bench.results],
         }
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        write(arguments.out, record)
     show(bench.results)
 
 

@@ -33,6 +33,7 @@ import aiohttp
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.goals import write
 from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, Case, Contender, Scale, qwen_graph
 from benchmarks.memory_files import CACHE, drop_from_page_cache, quantize_all
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
@@ -295,9 +296,8 @@ class Results:
         results = json.loads(self.path.read_text()) if self.path.exists() else empty
         results["environment"] = environment() | versions() | {"tiny": self.tiny}
         results[kind].append(entry)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(results, indent=1))
+        write(partial, results)
         partial.replace(self.path)  # other processes read it meanwhile
         shown = {key: value for key, value in entry.items() if key not in ("report", "marks")}
         print(json.dumps(shown), flush=True)

@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from benchmarks import memory_files
+from benchmarks.goals import write
 from benchmarks.memory_cases import CASES, CONTENDERS
 from benchmarks.memory_group import create_group
 
@@ -204,8 +205,7 @@ def merge(parts: Iterable[Path]) -> dict[str, Any]:
 def write_merged(parts: Iterable[Path], out: Path) -> None:
     """Merges what can be read."""
     merged = merge(parts)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(merged, indent=1))
+    write(out, merged)
     print(f"{out}: {', '.join(f'{len(merged[kind])} {kind}' for kind in KEYS)}", flush=True)
 
 

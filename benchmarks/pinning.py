@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.goals import write
 from benchmarks.timing import environment
 
 SETTLE_SECONDS = 2.0
@@ -75,7 +76,7 @@ def main() -> None:
     found = {"environment": environment()} | measure(options.gib)
     print(json.dumps(found, indent=1))
     if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1))
+        write(options.out, found)
 
 
 if __name__ == "__main__":

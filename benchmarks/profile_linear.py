@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import timing  # noqa: E402
+from goals import write  # noqa: E402
 
 from lowbit.ops.layouts import register_layouts  # noqa: E402
 from lowbit.ops.linear import quantized_linear  # noqa: E402
@@ -75,7 +75,7 @@ def main() -> None:
         "workload": {"n": N, "k": K, "rows": ROWS, "repeats": REPEATS, "formats": list(FORMATS)},
         "launches": summarize(arguments.summarize.read_text()),
     }
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(arguments.out, record)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Runs ComfyUI (COMFYUI_PATH); the contact sheet and the animation go beside the J
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.goals import write
 from demo import shapes_in_comfyui
 from demo.shapes import SCENES
 from demo.shapes_in_comfyui import REFERENCE, SHOWN, Quality
@@ -58,7 +58,7 @@ def main() -> None:
     facts = environment(f"ComfyUI {comfyui.version(path)}")
     rows = {"bf16" if name == REFERENCE else name: entry(quality) for name, quality in found.items()}
     result = {"environment": facts, "prompts": [scene.prompt() for scene in scenes], "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.out, result)
     shapes_in_comfyui.draw(options.out.parent, found, scenes)
 
 

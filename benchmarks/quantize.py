@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.goals import write
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import FORMATS
@@ -124,7 +125,7 @@ def main() -> None:
         "rows": rows,
     }
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write(options.out, result)
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ class TestMemoryState:
             "hooked": [
                 n
                 for n in ("get_free_memory", "get_total_memory")
-                if "memory_limit" in getattr(management, n).__module__
+                if "host.memory.limit" in getattr(management, n).__module__
             ],
             "free": management.get_free_memory(torch.device("cpu")),
             "reserve": management.EXTRA_RESERVED_VRAM,

@@ -1,0 +1,430 @@
+"""Writes the tables of README and docs, between their markers, and the long ones beside their results.
+
+python -m benchmarks.tables [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowbit.attention.backends import BACKENDS, ERROR_LIMITS
+from lowbit.ops.formats import FORMATS, STORAGES
+from lowbit.ops.linear_describe import describe_linear
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+
+Row = dict[str, Any]
+GENERATIONS = {
+    "Turing 7.5": (7, 5),
+    "Ampere 8.0": (8, 0),
+    "Ampere 8.6": (8, 6),
+    "Ada 8.9": (8, 9),
+    "Hopper 9.0": (9, 0),
+    "Blackwell 10.0": (10, 0),
+    "Blackwell 12.0": (12, 0),
+    "CPU": None,
+}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`digits` significant ones, thousands set apart; nothing for None."""
+    if value is None:
+        return ""
+    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
+    text = f"{value:,.{min(decimals, 3)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def percent(error: float | None) -> str:
+    """A relative error in percent, two digits."""
+    return "" if error is None else f"{100 * error:.2g} %"
+
+
+def gib(nbytes: float | None) -> str:
+    """Bytes as GiB."""
+    return "" if nbytes is None else f"{nbytes / 2**30:.1f} GiB"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How the rows of one results file are shown.
+
+    Attributes:
+        file: in benchmarks/results.
+        rows: the file's content to rows.
+        columns: heading -> a key of a row, or what makes a cell of it.
+        note: a sentence above the table.
+    """
+
+    file: str
+    rows: Callable[[dict[str, Any]], Iterable[Row]]
+    columns: dict[str, str | Callable[[Row], str]] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The file, or None where no script has written it yet."""
+        path = RESULTS / self.file
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def text(self) -> str:
+        """Where it was measured, the goals, and the rows."""
+        record = self.record
+        if record is None:
+            return f"Not measured yet: no `{self.file}`."
+        parts = [f"{where(record)} (`benchmarks/results/{self.file}`). {self.note}".rstrip()]
+        if record.get("goals"):
+            parts.append(goals(record))
+        cells = [
+            [cell(row) if callable(cell) else number_or_text(row.get(cell)) for cell in self.columns.values()]
+            for row in self.rows(record)
+        ]
+        return "\n\n".join([*parts, table(list(self.columns), cells)])
+
+
+def number_or_text(value: Any) -> str:
+    """A cell."""
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value or "")
+
+
+def where(record: dict[str, Any]) -> str:
+    """The device, the versions and the day."""
+    facts = {**record, **record.get("versions", {}), **record.get("environment", {})}
+    device = facts.get("gpu") or facts.get("device") or "?"
+    names = ("torch", "triton", "comfyui", "comfy-kitchen", "comfy_kitchen")
+    versions = [f"{name.replace('_', '-')} {facts[name]}" for name in names if facts.get(name)]
+    return ", ".join([device, *versions, str(facts.get("date", ""))[:10]]).rstrip(", ")
+
+
+def goals(record: dict[str, Any]) -> str:
+    """What was aimed at and what was measured; in bold what was missed."""
+    rows = [
+        (
+            goal["name"],
+            f"{'at most' if goal.get('at_most') else 'at least'} {number(goal['target'])} {goal['unit']}",
+            ("{}" if goal["met"] else "**{}**").format(
+                number(goal["measured"])
+                if isinstance(goal["measured"], int | float)
+                else goal["measured"] or "not measured"
+            ),
+        )
+        for goal in record["goals"]
+    ]
+    return table(("goal", "aimed at", "measured, the worst (bold: missed)"), rows)
+
+
+def named_rows(record: dict[str, Any]) -> Iterable[Row]:
+    """Rows that stand under their names."""
+    return ({"name": f"`{name}`"} | row for name, row in record["rows"].items())
+
+
+def beside(*key: str, ours: str = "lowbit", others: dict[str, str]) -> Callable[[dict[str, Any]], Iterable[Row]]:
+    """Joins our rows with other contenders' of the same `key`: each under a prefix of `others`."""
+
+    def rows(record: dict[str, Any]) -> Iterable[Row]:
+        found = {(*(row[part] for part in key), row["contender"]): row for row in record["results"]}
+        plain = {
+            (*(row[part] for part in key if part != "format"),): row
+            for row in record["results"]
+            if row["format"] == "bf16"
+        }
+        for row in record["results"]:
+            if row["contender"] != ours:
+                continue
+            joined = dict(row)
+            for contender, prefix in others.items():
+                other = found.get((*(row[part] for part in key), contender), {})
+                joined |= {f"{prefix}{name}": value for name, value in other.items()}
+            base = plain.get((*(row[part] for part in key if part != "format"),), {})
+            yield joined | {f"bf16_{name}": value for name, value in base.items()}
+
+    return rows
+
+
+def rate(row: Row) -> str:
+    """TB/s of the weight for few rows, TFLOP/s for many."""
+    if not row.get("us"):
+        return ""
+    if row["m"] <= 64:
+        return f"{row['weight_bytes_per_second'] / 1e12:.2f} TB/s"
+    return f"{row['tflops']:,.0f} TFLOP/s"
+
+
+def ratio(over: str, under: str) -> Callable[[Row], str]:
+    """One value over another, two decimals."""
+    return lambda row: f"{row[over] / row[under]:.2f}" if row.get(over) and row.get(under) else ""
+
+
+def key_percent(key: str) -> Callable[[Row], str]:
+    """An error of a row."""
+    return lambda row: percent(row.get(key))
+
+
+def by_backend(record: dict[str, Any]) -> Iterable[Row]:
+    """Of attention.json: a row a shape and backend that ran."""
+    for shape in record["shapes"]:
+        for name, entry in shape["backends"].items():
+            if "ms" in entry:
+                yield shape | entry | {"backend": name}
+
+
+def worst_error(row: Row) -> str:
+    """Of a backend: without outliers and with."""
+    errors = row.get("error") or {}
+    plain = [value for kind, value in errors.items() if kind != "outliers"]
+    return f"{percent(max(plain))} / {percent(errors.get('outliers'))}" if plain else ""
+
+
+def peak_ram(row: Row) -> str:
+    """What could not be taken back, by the cgroup's count or the process's."""
+    usage = row["usage"]
+    return gib(usage["anonymous"] if usage["unreclaimable"] is None else usage["unreclaimable"])
+
+
+FORMAT_ERRORS = {
+    "format": "name",
+    "bits": "bits_per_weight",
+    "weights off by": key_percent("weight_error"),
+    "products off by": key_percent("product_error"),
+    "with outliers": key_percent("product_error_with_outliers"),
+}
+LINEAR = {
+    "case": lambda row: f"{row['case']} {row['m']:,} x {row['k']:,} x {row['n']:,}",
+    "format": "format",
+    "us": "us",
+    "": rate,
+    "comfy-kitchen, us": "kitchen_us",
+    "bf16, us": "bf16_us",
+    "times bf16": ratio("bf16_us", "us"),
+    "more memory at the peak, MiB": "extra_peak_mib",
+    "error": key_percent("relative_error"),
+}
+SHOWN: dict[str, Shown] = {
+    "steps": Shown(
+        "steps.json",
+        lambda record: record["rows"],
+        {
+            "model": "model",
+            "contender": "contender",
+            "s/step": "seconds",
+            "times stock bf16": "speedup",
+            "times stock FP8": "speedup_over_fp8",
+            "peak VRAM": lambda row: gib(row.get("peak_bytes")),
+            "error against bf16": key_percent("error"),
+        },
+        "Whole steps of real ComfyUI at real dimensions with fewer blocks and random weights, CFG on.",
+    ),
+    "formats": Shown("formats.json", named_rows, FORMAT_ERRORS, "Relative, on Gaussian weights."),
+    "quality": Shown(
+        "quality.json",
+        named_rows,
+        {
+            "format": "name",
+            "PSNR, dB": "psnr_mean_db",
+            "worst clip": "psnr_worst_db",
+            "shows what was asked": lambda row: f"{row['as_asked']} of {row['clips']}",
+            "transformer, MiB": lambda row: f"{row['transformer_bytes'] / 2**20:.1f}",
+        },
+        "On a CPU, where the `_fast` FP8 and FP4 formats do not quantize activations: their rows are those of the weights.",
+    ),
+    "quantize": Shown(
+        "quantize-h200.json",
+        named_rows,
+        {
+            "": "name",
+            "MB/s of source": "source_mb_per_second",
+            "peak RAM over idle, MiB": "peak_mib",
+            "file, MiB": "target_mib",
+        },
+        "A bf16 file of 3.9 GiB, largest tensor 72 MiB.",
+    ),
+    "blocks": Shown(
+        "blocks.json",
+        beside("block", "format", others={"core": "core_"}),
+        {
+            "block": "block",
+            "format": "format",
+            "ms": "ms",
+            "ComfyUI, ms": "core_ms",
+            "bf16, ms": "bf16_ms",
+            "times bf16": ratio("bf16_ms", "ms"),
+            "peak MiB": "extra_peak_mib",
+            "ComfyUI, peak MiB": "core_extra_peak_mib",
+        },
+        "Linears and attention of one block (Wan: 32,760 tokens; Qwen-Image: 4,096 image and 256 text tokens).",
+    ),
+    "linear": Shown(
+        "linear.json",
+        beside("case", "m", "format", others={"comfy-kitchen": "kitchen_"}),
+        LINEAR,
+        "Large products are timed after 50 ms of the same one, at the clocks that the power limit leaves.",
+    ),
+    "peers": Shown(
+        "linear_peers.json",
+        beside(
+            "case", "m", "format", others={"comfy-kitchen": "kitchen_", "torchao": "torchao_", "gemlite": "gemlite_"}
+        ),
+        LINEAR | {"torchao, us": "torchao_us", "gemlite, us": "gemlite_us"},
+        "An earlier run, beside other libraries.",
+    ),
+    "attention": Shown(
+        "attention.json",
+        by_backend,
+        {
+            "shape": "name",
+            "backend": "backend",
+            "ms": "ms",
+            "TFLOP/s": "tflops",
+            "times ComfyUI's": ratio("core_ms", "ms"),
+            "error, plain / outliers": worst_error,
+        },
+        "Quantizing counted in.",
+    ),
+    "memory": Shown(
+        "memory.json",
+        lambda record: record["rows"],
+        {
+            "case": "case",
+            "VRAM": lambda row: gib(row["vram_cap"]) or "all",
+            "contender": "contender",
+            "": lambda row: "completed" if row["completed"] else f"**failed**: {row['error'][:100]}",
+            "peak VRAM": lambda row: gib(row["usage"]["vram"]),
+            "peak RAM": peak_ram,
+            "s/step": "seconds_per_step",
+            "fastest": lambda row: number(min(row["step_seconds"])) if row.get("step_seconds") else "",
+            "load, s": "load_seconds",
+            "total, s": "total_seconds",
+        },
+        "Real dimensions, random weights; the card is filled up to the VRAM given, main memory is capped at 60 GiB "
+        "(Qwen-Image) and 64 GiB (Wan). Rows without a fastest step did not wait for the GPU at each step: only their "
+        "totals count. Each row is one run beside others on a machine whose processor was shared.",
+    ),
+    "textgen": Shown(
+        "textgen.json",
+        lambda record: record["rows"],
+        {
+            "model": "model",
+            "weights": "weights",
+            "decoder": "contender",
+            "tokens/s": "tokens_per_second",
+            "first token, s": "first_token_seconds",
+            "peak VRAM": lambda row: gib(row.get("peak_bytes")),
+        },
+    ),
+}
+"""A marker's name -> what stands there."""
+LONG = ("linear", "peers", "attention", "memory")
+"""Too long for a page: they stand beside their results, the goals in the page."""
+
+
+def support() -> str:
+    """How every format is multiplied on each generation."""
+    rows = [
+        (
+            f"`{name}`",
+            *(
+                describe_linear(STORAGES[row.storage].layout, fast=row.fast, cc=cc).support
+                for cc in GENERATIONS.values()
+            ),
+        )
+        for name, row in FORMATS.items()
+    ]
+    return table(("format", *GENERATIONS), rows)
+
+
+def backends() -> str:
+    """The attention backends' own words on where they run, the error they are allowed, and where we ran them."""
+    rows = [
+        (
+            f"`{backend.name}`",
+            backend.title,
+            f"compute capability {backend.needed_capability}" if backend.capabilities else "any",
+            bound(ERROR_LIMITS[backend.error_class]),
+            ", ".join(backend.tested_on) or "not run by us",
+        )
+        for backend in BACKENDS
+    ]
+    return table(("attention backend", "", "needs", "allowed error", "run by us on"), rows)
+
+
+def bound(limit: float) -> str:
+    """An error class in words."""
+    return "not bounded" if math.isinf(limit) else f"at most {percent(limit)}"
+
+
+def format_names() -> str:
+    """Every format and what it is."""
+    rows = [(f"`{name}`", STORAGES[row.storage].core_format, row.summary) for name, row in FORMATS.items()]
+    return table(("format", "stored as", ""), rows)
+
+
+def long_table(name: str) -> str:
+    """A link to the table beside its results, and the goals."""
+    shown = SHOWN[name]
+    record = shown.record
+    if record is None:
+        return f"Not measured yet: no `{shown.file}`."
+    link = f"{where(record)}: [every row](../benchmarks/results/{beside_results(name).name})."
+    return "\n\n".join([link, *([goals(record)] if record.get("goals") else [])])
+
+
+def beside_results(name: str) -> Path:
+    """Where a long table stands."""
+    return RESULTS / Path(SHOWN[name].file).with_suffix(".md").name
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{name: shown.text for name, shown in SHOWN.items() if name not in LONG},
+    **{name: (lambda name=name: long_table(name)) for name in LONG},
+    "support": support,
+    "backends": backends,
+    "format_names": format_names,
+}
+
+
+def rendered(text: str) -> str:
+    """`text` with every marked table made anew. Raises KeyError for a marker that no table has."""
+    pattern = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", text)
+
+
+def files() -> dict[Path, str]:
+    """Every file with a table, as it should be."""
+    pages = {ROOT / page: rendered((ROOT / page).read_text()) for page in PAGES}
+    titles = {beside_results(name): f"# {SHOWN[name].file}\n\n{SHOWN[name].text()}\n" for name in LONG}
+    return pages | {path: text for path, text in titles.items() if path.with_suffix(".json").exists()}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where a table is not what the results say")
+    check = parser.parse_args().check
+    stale = [path for path, text in files().items() if not path.exists() or path.read_text() != text]
+    if check:
+        print("\n".join(map(str, stale)))
+        return int(bool(stale))
+    for path, text in files().items():
+        path.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
