@@ -159,7 +159,8 @@ def _attention_line(model: Any) -> str:
     environment = detect(model.load_device)
     if environment.device_type != "cuda":
         return "Attention: ComfyUI's own, as there is no GPU to choose a backend for."
-    budget = find(model).dispatcher.policy.effective_budget
+    override = find(model)
+    budget = override.dispatcher.policy.effective_budget if override is not None else "exact"
     limit = ERROR_LIMITS[budget]
     names = [
         row.name for row in BACKENDS if ERROR_LIMITS[row.error_class] <= limit and not row.why_not_here(environment)
