@@ -62,7 +62,6 @@
     for (const node of graph.nodes)
       for (const widget of node.widgets ?? []) {
         if (!["combo", "number", "toggle", "text"].includes(widget.type) || widget.hidden) continue;
-        if (widget.advanced && !node.showAdvanced) continue;
         if (widget.type === "text" && String(widget.value).length > 60) continue;
         // Margins, arrows and the space between, as LiteGraph draws them.
         const needed = width(widget.label ?? widget.name) + width(widget.value) + 75;

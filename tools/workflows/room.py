@@ -15,7 +15,7 @@ ROOM: Mapping[str, int] = {
     # The same footer, and the live meter with every component in its legend.
     "LowbitMemoryManager": 230,
     # That, and the three lines that say what was done.
-    "LowbitOptimize": 340,
+    "LowbitOptimize": 360,
     # The footer alone.
     "LowbitLoadVAE": 40,
     "LowbitMemoryReport": 50,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from .layout import Size, node_height, note_height, text_width
 from .room import METER_WIDTH
 from .unfold import NOTES, Node
@@ -23,7 +20,7 @@ def node_size(node: Node, rows: Rows, info: ObjectInfo, extra: int = 0) -> Size:
     """Width and height of a node; `extra` is height beyond its rows."""
     if node.type in NOTES:
         return NOTE_WIDTH, note_height(node.values["text"])
-    widgets = [widget for widget in widgets_of(node, info) if not is_advanced(node, widget, info)]
+    widgets = widgets_of(node, info)
     texts = sum(is_text(node, widget, info) for widget in widgets)
     height = node_height(*rows, len(widgets), extra + texts * (TEXT_HEIGHT - 24))
     title = node.title or info[node.type]["display_name"] or node.type
@@ -54,16 +51,7 @@ def shown(node: Node, widget: str, info: ObjectInfo) -> str:
 
 def is_text(node: Node, widget: str, info: ObjectInfo) -> bool:
     """Whether a widget takes several lines of text."""
-    return bool(_options(node, widget, info).get("multiline"))
-
-
-def is_advanced(node: Node, widget: str, info: ObjectInfo) -> bool:
-    """Whether a widget is hidden until the advanced ones are asked for."""
-    return bool(_options(node, widget, info).get("advanced"))
-
-
-def _options(node: Node, widget: str, info: ObjectInfo) -> Mapping[str, Any]:
     for name, specification in walk(info[node.type], lambda key, _: node.values[key]):
         if name == widget and specification is not None:
-            return options_of(specification)
-    return {}
+            return bool(options_of(specification).get("multiline"))
+    return False
