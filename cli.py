@@ -59,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     quantize = commands.add_parser("quantize", help="write a quantized file that stock ComfyUI loads")
-    quantize.add_argument("source", type=Path, metavar="IN", help="a .safetensors file, shard or index.json")
+    quantize.add_argument(
+        "source", type=Path, metavar="IN", help="a .safetensors file, shard or index.json, or a .gguf"
+    )
     quantize.add_argument("target", type=Path, metavar="OUT", help="the .safetensors file to write")
     quantize.add_argument("--format", default=AUTO, choices=FORMAT_CHOICES, help="weight format (default: auto)")
     quantize.add_argument(
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.set_defaults(command=_quantize)
 
     inspect = commands.add_parser("inspect", help="show formats and sizes per layer, and what was kept and why")
-    inspect.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file, shard or index.json")
+    inspect.add_argument("file", type=Path, metavar="FILE", help="a .safetensors file, shard or index.json, or a .gguf")
     inspect.add_argument(
         "--against", type=Path, metavar="ORIGINAL", help="also show each layer's error against this original"
     )

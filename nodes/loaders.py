@@ -107,7 +107,7 @@ class LoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=model_names("diffusion_models"),
-                    tooltip="A safetensors file in models/diffusion_models, or the index of a sharded set.",
+                    tooltip="A safetensors file in models/diffusion_models, the index of a sharded set, or a GGUF file (decoded once, and stored anew in the format below).",
                 ),
                 *format_inputs(),
             ],
@@ -144,7 +144,7 @@ class LoadTextEncoder(io.ComfyNode):
                 io.Combo.Input(
                     "clip_name",
                     options=model_names("text_encoders"),
-                    tooltip="A safetensors file in models/text_encoders, or the index of a sharded set.",
+                    tooltip="A safetensors file in models/text_encoders, the index of a sharded set, or a GGUF file (decoded once, and stored anew in the format below).",
                 ),
                 io.Combo.Input(
                     "type",

@@ -13,9 +13,11 @@ from types import MappingProxyType
 import torch
 
 from ..errors import CheckpointError
+from .gguf_decode import decode
+from .gguf_file import SUFFIX, open_gguf
 from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, read_header
 
-__all__ = ["DTYPES", "INDEX_NAME", "Checkpoint", "TensorEntry", "open_checkpoint", "read_tensor"]
+__all__ = ["DTYPES", "INDEX_NAME", "Checkpoint", "TensorEntry", "decoded", "open_checkpoint", "read_tensor"]
 
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
 """Names of a sharded set's index: `model.safetensors.index.json`, in diffusers with a variant before `.json`."""
@@ -53,9 +55,18 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
+    @property
+    def plain_nbytes(self) -> int:
+        """Bytes of all tensors where none is coded."""
+        return sum(entry.plain_nbytes for entry in self.entries.values())
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in host memory of its own (not a view of the file)."""
         return read_tensor(self.entries[name])
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """`read`, but for block formats, whose bytes are left as they are: `decoded` makes numbers of them."""
+        return read_stored(self.entries[name])
 
     def identity(self) -> str:
         """Hex digest that changes when any file's name, size, time, header or sampled content does.
@@ -100,6 +111,10 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             its set is missing.
     """
     path = Path(path)
+    if path.suffix.lower() == SUFFIX:
+        entries, metadata, stamps = open_gguf(path)
+        files = tuple(stamp.path for stamp in stamps)
+        return Checkpoint(path, files, MappingProxyType(entries), MappingProxyType(metadata), stamps)
     if INDEX_NAME.match(path.name):
         return _open_indexed(path)
     shard = _SHARD.match(path.name)
@@ -118,6 +133,18 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     Raises:
         CheckpointError: the file is gone, cannot be read, or has become shorter since its header was read.
     """
+    return decoded(entry, read_stored(entry)).to(entry.dtype)
+
+
+def decoded(entry: TensorEntry, stored: torch.Tensor) -> torch.Tensor:
+    """What `read_stored` read, on whatever device it is now, as numbers: float32 where they were coded."""
+    return decode(stored, entry.encoding, entry.shape) if entry.encoding else stored
+
+
+def read_stored(entry: TensorEntry) -> torch.Tensor:
+    """`read_tensor`, but for block formats, whose bytes are left as they are: uint8."""
+    if entry.join is not None:
+        return entry.join([decoded(part, read_stored(part)) for part in entry.parts])
     if entry.nbytes == 0:
         return torch.empty(entry.shape, dtype=entry.dtype)
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
@@ -135,7 +162,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
                 filled += count
     except OSError as error:
         raise _unreadable(entry.path, error) from None
-    return buffer.view(entry.dtype).view(entry.shape)
+    return buffer if entry.encoding else buffer.view(entry.dtype).view(entry.shape)
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -48,7 +48,19 @@ _PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes at `offset` of `path`, and what they are."""
+    """Where one tensor lies, and what it is.
+
+    Attributes:
+        name: what it is called.
+        dtype: of its numbers.
+        shape: of the tensor.
+        path: the file.
+        offset: of its first byte.
+        nbytes: bytes in the file.
+        encoding: GGUF's name of the block format that its numbers are coded in, empty where they are plain.
+        parts: the tensors that it is made of, where it is not one of the file.
+        join: makes it of them.
+    """
 
     name: str
     dtype: torch.dtype
@@ -56,6 +68,14 @@ class TensorEntry:
     path: Path
     offset: int
     nbytes: int
+    encoding: str = ""
+    parts: tuple[TensorEntry, ...] = ()
+    join: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
+
+    @property
+    def plain_nbytes(self) -> int:
+        """Bytes of its numbers in `dtype`."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

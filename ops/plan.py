@@ -140,7 +140,7 @@ def make_plan(
         action, storage, format_name, reason = decision
         if action == QUANTIZE:
             require_layout(storage)
-        after = stored_nbytes(STORAGES[storage], *entry.shape) if action == QUANTIZE else entry.nbytes
+        after = stored_nbytes(STORAGES[storage], *entry.shape) if action == QUANTIZE else entry.plain_nbytes
         layers[name] = LayerPlan(
             name, entry.shape, entry.dtype, action, storage, format_name, reason, entry.nbytes, after
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, TensorEntry
+from .checkpoint import Checkpoint, TensorEntry, decoded
 from .formats import FORMATS
 from .keep_rules import QUANTIZE
 from .overlap import read_ahead
@@ -105,8 +105,8 @@ def _tensors(
     """Every tensor's name, and what reads it."""
     names = [name for name in checkpoint.entries if name not in plan.stored.dropped]
     if overlap:
-        return read_ahead(names, lambda name: checkpoint.entries[name].nbytes, checkpoint.read)
-    return ((name, partial(checkpoint.read, name)) for name in names)
+        return read_ahead(names, lambda name: checkpoint.entries[name].nbytes, checkpoint.read_stored)
+    return ((name, partial(checkpoint.read_stored, name)) for name in names)
 
 
 class _Report:
@@ -161,10 +161,10 @@ def _write_entry(
     layer_name, _, suffix = entry.name.rpartition(".")
     layer = plan.layers.get(layer_name)
     if layer is not None and layer.action == QUANTIZE and suffix == "weight":
-        _write_quantized(writer, take, entry.name, _called(checkpoint, entry.name), plan, device)
+        _write_quantized(writer, take, entry, _called(checkpoint, entry.name), plan, device)
         return
     target = plan.stored.scale_targets.get(entry.name)
-    tensor = take()
+    tensor = decoded(entry, take()).to(entry.dtype)
     if target is not None:
         writer.add(target.name, target.convert(tensor))
         return
@@ -177,14 +177,14 @@ def _write_entry(
 def _write_quantized(
     writer: CheckpointWriter,
     take: Callable[[], torch.Tensor],
-    name: str,
+    entry: TensorEntry,
     called: str,
     plan: QuantizationPlan,
     device: torch.device,
 ) -> None:
-    layer = plan.layers[name.removesuffix(".weight")]
+    layer = plan.layers[entry.name.removesuffix(".weight")]
     row = FORMATS[layer.weight_format]
-    weight = take().to(device)
+    weight = decoded(entry, take().to(device))
     parts = quantize_weight(weight, layer.storage, unit_scale=row.unit_scale, fast=row.fast, name=called)
     del weight
     for suffix in list(parts):

@@ -10,6 +10,7 @@ import folder_paths
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import INDEX_NAME
+from ...ops.gguf_file import SUFFIX
 
 CACHE_VARIABLE = "LOWBIT_CACHE_DIR"
 """Environment variable that names the folder for quantized files."""
@@ -21,23 +22,29 @@ def cache_folder() -> Path:
 
 
 def model_names(folder: str) -> list[str]:
-    """What a loader offers from a models folder: core's list, and sharded sets by their index."""
+    """What a loader offers from a models folder: core's list, sharded sets by their index, and GGUF files."""
     names = set(folder_paths.get_filename_list(folder))
     # Core walks the tree, links included, and walks it again only when a folder's time changes: so do we.
     _, folders, _ = folder_paths.filename_list_cache.get(folder) or folder_paths.get_filename_list_(folder)
-    return sorted(names | _indices(tuple(folder_paths.get_folder_paths(folder)), tuple(folders.items())))
+    return sorted(names | _further(tuple(folder_paths.get_folder_paths(folder)), tuple(folders.items())))
 
 
 @functools.lru_cache(maxsize=16)
-def _indices(roots: tuple[str, ...], folders: tuple[tuple[str, float], ...]) -> frozenset[str]:
-    """Indices of sharded sets in `folders` (path and time of last change), relative to the root each is below."""
+def _further(roots: tuple[str, ...], folders: tuple[tuple[str, float], ...]) -> frozenset[str]:
+    """Indices of sharded sets and GGUF files in `folders` (path and time of last change), relative to their roots."""
     found = set()
     for folder, _ in folders:
         root = next((root for root in roots if Path(folder).is_relative_to(root)), None)
         if root is not None and os.path.isdir(folder):
             relative = Path(folder).relative_to(root)
-            found |= {(relative / name).as_posix() for name in os.listdir(folder) if INDEX_NAME.match(name)}
+            found |= {(relative / name).as_posix() for name in os.listdir(folder) if _is_ours(name)}
     return frozenset(found)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a loader reads a file that core's lists leave out; a vision tower comes with its text encoder."""
+    gguf = name.lower().endswith(SUFFIX) and "mmproj" not in name.lower()
+    return gguf or INDEX_NAME.match(name) is not None
 
 
 def model_path(folder: str, name: str) -> Path:

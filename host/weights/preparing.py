@@ -17,6 +17,7 @@ from ...ops.cache import cached_path, quantized_file
 from ...ops.checkpoint import Checkpoint, open_checkpoint
 from ...ops.device_info import DeviceInfo, device_info
 from ...ops.formats import AS_STORED, AUTO, find_format
+from ...ops.gguf_file import SUFFIX
 from ...ops.keep_rules import parse_rules
 from ...ops.plan import QuantizationPlan, make_plan
 from ...ops.plan_report import plan_report, plan_summary
@@ -125,7 +126,7 @@ def prepared_file(planned: Planned) -> Path:
     folder = _folder(planned)
     device = comfy.model_management.get_torch_device()
     if device.type == "cuda":
-        largest = max((entry.nbytes for entry in planned.checkpoint.entries.values()), default=0)
+        largest = max((entry.plain_nbytes for entry in planned.checkpoint.entries.values()), default=0)
         comfy.model_management.free_memory(2 * largest + _QUANTIZER_HEADROOM, device)
     try:
         try:
@@ -166,9 +167,11 @@ def _with_variable(error: StorageError) -> StorageError:
 
 
 def _core_reads(checkpoint: Checkpoint) -> bool:
-    """Whether core's memory-mapped reader takes the file: not a sharded set, nor block scales stored as E8M0."""
-    return checkpoint.files == (checkpoint.path,) and all(
-        entry.dtype != torch.float8_e8m0fnu for entry in checkpoint.entries.values()
+    """Whether core's memory-mapped reader takes the file: no GGUF, not a sharded set, nor block scales stored as E8M0."""
+    return (
+        checkpoint.path.suffix.lower() != SUFFIX
+        and checkpoint.files == (checkpoint.path,)
+        and all(entry.dtype != torch.float8_e8m0fnu for entry in checkpoint.entries.values())
     )
 
 

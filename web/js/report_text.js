@@ -6,9 +6,9 @@ const NODE_TYPES = new Set(["LowbitAttentionReport", "LowbitOptimize", "LowbitSa
 const WIDGET = "lowbit_report_text";
 const LEAST_HEIGHT = 40;
 // A few lines are shown whole; a long report scrolls.
-const MOST_HEIGHT = 150;
-const LINE_HEIGHT = 15;
-const CHARACTER_WIDTH = 6;
+const MOST_HEIGHT = 170;
+const LINE_HEIGHT = 16;
+const CHARACTER_WIDTH = 6.5;
 const PADDING = 40;
 
 /** The height that the node's text needs, as it wraps in the node's width. */

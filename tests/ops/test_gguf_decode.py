@@ -1,0 +1,37 @@
+"""Every block format of GGUF decodes to what the `gguf` package makes of the same bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit.ops.gguf_decode import FORMATS, decode
+
+gguf = pytest.importorskip("gguf")
+NAMES = sorted({item.name for item in gguf.quants._type_traits} | {"BF16"})
+
+
+def raw_blocks(name: str, count: int, seed: int) -> np.ndarray:
+    """Random bytes whose float16 scales are finite."""
+    _, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    return np.random.default_rng(seed).integers(0, 256, (count, nbytes), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(count=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+def test_numbers_are_the_packages_own(name, count, seed):
+    kind = gguf.GGMLQuantizationType[name]
+    values, _ = gguf.GGML_QUANT_SIZES[kind]
+    raw = raw_blocks(name, count, seed)
+    with np.errstate(all="ignore"):
+        want = torch.from_numpy(np.ascontiguousarray(gguf.dequantize(raw, kind))).float()
+    got = decode(torch.from_numpy(raw), name, (count, values))
+    torch.testing.assert_close(got, want.view(count, values), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sizes_are_the_packages_own(name):
+    assert (FORMATS[name].values, FORMATS[name].nbytes) == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]

@@ -1,0 +1,209 @@
+"""GGUF files open as checkpoints: names, shapes and numbers are what ComfyUI would have had from safetensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowbit.errors import CheckpointError
+from lowbit.ops.checkpoint import open_checkpoint
+from lowbit.ops.formats import FORMATS
+from lowbit.ops.gguf_names import TEXT_ARCHITECTURES, halves_from_pairs
+from lowbit.ops.plan import make_plan
+from lowbit.ops.stream import quantize_checkpoint
+
+gguf = pytest.importorskip("gguf")
+Q8 = gguf.GGMLQuantizationType.Q8_0
+
+
+def write(path, arch, tensors, fields=None):
+    """A GGUF file; a tensor is float32 numbers, or (numbers, block format)."""
+    writer = gguf.GGUFWriter(path, arch)
+    for name, value in (fields or {}).items():
+        getattr(writer, f"add_{'array' if isinstance(value, list) else type(value).__name__.replace('int', 'uint32')}")(
+            name, value
+        )
+    for name, value in tensors.items():
+        if isinstance(value, tuple):
+            numbers, kind = value
+            writer.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_a_diffusion_models_tensors_have_their_names_shapes_and_numbers(tmp_path):
+    weight, patch = numbers(64, 96), numbers(64, 2, 1, 2, 2)
+    path = write(
+        tmp_path / "wan.gguf",
+        "wan",
+        {
+            "blocks.0.ffn.0.weight": (weight, Q8),
+            "patch_embedding.weight": patch.reshape(64, 8),
+            "blocks.0.norm.bias": numbers(64),
+        },
+        {"comfy.gguf.orig_shape.patch_embedding.weight": [64, 2, 1, 2, 2]},
+    )
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.entries["patch_embedding.weight"].shape == (64, 2, 1, 2, 2)
+    assert torch.equal(checkpoint.read("patch_embedding.weight"), torch.from_numpy(patch))
+    entry = checkpoint.entries["blocks.0.ffn.0.weight"]
+    assert (entry.shape, entry.dtype, entry.encoding) == ((64, 96), torch.bfloat16, "Q8_0")
+    want = torch.from_numpy(gguf.dequantize(gguf.quants.quantize(weight, Q8), Q8))
+    assert torch.equal(checkpoint.read("blocks.0.ffn.0.weight"), want.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3fn_scaled", "fp4_scaled"])
+def test_quantizing_starts_from_the_decoded_numbers_not_from_rounded_ones(tmp_path, format):
+    weight = numbers(64, 256)
+    coded = gguf.dequantize(gguf.quants.quantize(weight, Q8), Q8)
+    plain = write(tmp_path / "plain.gguf", "wan", {"blocks.0.ffn.0.weight": coded})
+    blocks = write(tmp_path / "blocks.gguf", "wan", {"blocks.0.ffn.0.weight": (weight, Q8)})
+    made = []
+    for source in (plain, blocks):
+        checkpoint = open_checkpoint(source)
+        plan = make_plan(checkpoint, FORMATS[format], None)
+        quantize_checkpoint(checkpoint, plan, tmp_path / f"{source.stem}.safetensors")
+        made.append(load_file(tmp_path / f"{source.stem}.safetensors"))
+    assert made[0].keys() == made[1].keys()
+    assert all(
+        torch.equal(made[0][name].reshape(-1).view(torch.uint8), made[1][name].reshape(-1).view(torch.uint8))
+        for name in made[0]
+    )
+
+
+def test_what_is_kept_is_counted_and_written_in_16_bits(tmp_path):
+    path = write(tmp_path / "wan.gguf", "wan", {"blocks.0.ffn.0.weight": (numbers(64, 256), Q8)})
+    checkpoint = open_checkpoint(path)
+    plan = make_plan(checkpoint, None, None)
+    assert (plan.nbytes_before, plan.nbytes_after) == (64 * 256 // 32 * 34, 64 * 256 * 2)
+    quantize_checkpoint(checkpoint, plan, tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["blocks.0.ffn.0.weight"].dtype == torch.bfloat16
+
+
+def test_halves_are_what_the_pairs_of_llama_cpp_were():
+    heads, head_dim = 2, 8
+    rows = torch.arange(heads * head_dim).view(-1, 1)
+    # What llama.cpp's converter does to Hugging Face's rows.
+    pairs = rows.reshape(heads, 2, head_dim // 2, 1).swapaxes(1, 2).reshape(rows.shape)
+    assert torch.equal(halves_from_pairs(pairs, heads), rows)
+
+
+def test_text_encoders_get_comfyuis_names(tmp_path):
+    q, norm = numbers(64, 64), np.ones(64, np.float32) * 1.5
+    fields = {"gemma3.attention.head_count": 4, "gemma3.attention.head_count_kv": 2}
+    path = write(
+        tmp_path / "gemma.gguf",
+        "gemma3",
+        {
+            "token_embd.weight": numbers(128, 64),
+            "blk.3.attn_q.weight": q,
+            "blk.3.ffn_norm.weight": norm,
+            "blk.3.attn_q_norm.weight": norm,
+            "rope_freqs.weight": norm,
+        },
+        fields,
+    )
+    checkpoint = open_checkpoint(path)
+    assert set(checkpoint.entries) == {
+        "model.embed_tokens.weight",
+        "model.layers.3.self_attn.q_proj.weight",
+        "model.layers.3.pre_feedforward_layernorm.weight",
+        "model.layers.3.self_attn.q_norm.weight",
+    }
+    assert torch.equal(checkpoint.read("model.layers.3.self_attn.q_norm.weight"), torch.full((64,), 0.5))
+    assert torch.equal(checkpoint.read("model.layers.3.self_attn.q_proj.weight"), torch.from_numpy(q))
+
+
+def test_llamas_queries_and_keys_are_put_in_halves(tmp_path):
+    q, k = numbers(64, 64), numbers(32, 64, seed=1)
+    fields = {"llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
+    path = write(tmp_path / "llama.gguf", "llama", {"blk.0.attn_q.weight": (q, Q8), "blk.0.attn_k.weight": k}, fields)
+    checkpoint = open_checkpoint(path)
+    want = halves_from_pairs(torch.from_numpy(k), 2)
+    assert torch.equal(checkpoint.read("model.layers.0.self_attn.k_proj.weight"), want)
+    decoded = torch.from_numpy(gguf.dequantize(gguf.quants.quantize(q, Q8), Q8))
+    assert torch.equal(
+        checkpoint.read("model.layers.0.self_attn.q_proj.weight"), halves_from_pairs(decoded, 4).to(torch.bfloat16)
+    )
+
+
+def test_a_vision_tower_comes_from_the_file_beside(tmp_path):
+    write(tmp_path / "Qwen2.5-VL-7B-Q4_K_M.gguf", "qwen2vl", {"blk.0.attn_q.weight": numbers(32, 32)})
+    q, k, v = (numbers(32, 32, seed=seed) for seed in range(3))
+    frames = [numbers(32, 3, 2, 2, seed=seed) for seed in (4, 5)]
+    tensors = {f"v.blk.0.attn_{name}.weight": value for name, value in zip("qkv", (q, k, v), strict=True)}
+    tensors |= {
+        "v.patch_embd.weight": frames[0],
+        "v.patch_embd.weight.1": frames[1],
+        "mm.0.weight": q,
+        "v.blk.0.ln1.weight": q[0],
+    }
+    write(tmp_path / "Qwen2.5-VL-7B-mmproj-F16.gguf", "clip", tensors)
+    checkpoint = open_checkpoint(tmp_path / "Qwen2.5-VL-7B-Q4_K_M.gguf")
+    assert torch.equal(checkpoint.read("visual.blocks.0.attn.qkv.weight"), torch.from_numpy(np.concatenate([q, k, v])))
+    patches = checkpoint.read("visual.patch_embed.proj.weight")
+    assert torch.equal(patches, torch.from_numpy(np.stack(frames, 2)))
+    assert {"visual.merger.mlp.0.weight", "visual.blocks.0.norm1.weight"} <= set(checkpoint.entries)
+    assert len(checkpoint.stamps) == 2, "a change of either file is a change"
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "arch"])
+def test_a_damaged_or_unknown_file_is_refused_in_one_sentence(tmp_path, damage):
+    path = write(tmp_path / "model.gguf", "qwen3vl" if damage == "arch" else "wan", {"a.weight": numbers(64, 64)})
+    raw = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(raw[:-100])
+    elif damage == "header":
+        path.write_bytes(raw[:8] + b"\xff" * 16 + raw[24:])
+    with pytest.raises(CheckpointError, match=r"model\.gguf"):
+        open_checkpoint(path)
+
+
+def test_every_architecture_names_what_comfyui_tells_it_by():
+    assert (
+        TEXT_ARCHITECTURES["t5"].name("enc.blk.23.ffn_up.weight")
+        == "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
+    )
+    assert TEXT_ARCHITECTURES["qwen3"].name("blk.0.attn_q_norm.weight") == "model.layers.0.self_attn.q_norm.weight"
+    assert TEXT_ARCHITECTURES["qwen2vl"].name("blk.0.attn_k.bias") == "model.layers.0.self_attn.k_proj.bias"
+
+
+def test_the_tokenizer_that_is_made_anew_cuts_words_as_the_old_one(tmp_path, monkeypatch):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    from lowbit.ops import gguf_file
+    from testing.tiny.text_encoders import sentencepiece_model
+
+    content = sentencepiece_model(128).numpy().tobytes()
+    old = sentencepiece.SentencePieceProcessor(model_proto=content)
+    count = old.get_piece_size()
+    monkeypatch.setattr(gguf_file, "_UNIGRAM_VOCABULARY", count)
+    writer = gguf.GGUFWriter(tmp_path / "umt5.gguf", "t5encoder")
+    writer.add_token_list([old.id_to_piece(index) for index in range(count)])
+    writer.add_token_scores([old.get_score(index) for index in range(count)])
+    kinds = [3 if old.is_control(index) else 2 if old.is_unknown(index) else 1 for index in range(count)]
+    writer.add_token_types(kinds)
+    for name, number in (("eos_token_id", 1), ("padding_token_id", 0)):
+        writer.add_uint32(f"tokenizer.ggml.{name}", number)
+    writer.add_bool("tokenizer.ggml.add_space_prefix", True)
+    writer.add_bool("tokenizer.ggml.remove_extra_whitespaces", True)
+    writer.add_tensor("token_embd.weight", numbers(count, 32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = open_checkpoint(tmp_path / "umt5.gguf").read("spiece_model")
+    new = sentencepiece.SentencePieceProcessor(model_proto=made.numpy().tobytes())
+    for text in ("a red train", "a  cat on   a wall", "Zürich"):
+        assert new.encode(text) == old.encode(text)
