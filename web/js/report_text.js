@@ -5,7 +5,7 @@ import { addStyle } from "./style.js";
 const NODE_TYPES = new Set(["LowbitAttentionReport", "LowbitOptimize", "LowbitSaveQuantizedModel"]);
 const WIDGET = "lowbit_report_text";
 const LEAST_HEIGHT = 40;
-// A few lines are shown whole; a long report scrolls.
+// A few lines are shown whole, with one to spare for words that wrap early; a long report scrolls.
 const MOST_HEIGHT = 170;
 const LINE_HEIGHT = 16;
 const CHARACTER_WIDTH = 6.5;
@@ -15,7 +15,7 @@ const PADDING = 40;
 function neededHeight(node, text) {
   const perLine = Math.max(1, (node.size[0] - PADDING) / CHARACTER_WIDTH);
   const lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / perLine)), 0);
-  return Math.min(MOST_HEIGHT, Math.max(LEAST_HEIGHT, lines * LINE_HEIGHT + 10));
+  return Math.min(MOST_HEIGHT, Math.max(LEAST_HEIGHT, (lines + 1) * LINE_HEIGHT + 10));
 }
 
 /** The element that shows the node's text. It is made with the first text, so that a node that never ran stays small. */
