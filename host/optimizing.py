@@ -182,4 +182,4 @@ def _memory_line(planned: Planned, preset: Preset) -> str:
 
 
 def _size(nbytes: int) -> str:
-    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB / 10 else f"{nbytes / 2**20:.2f} MiB"
+    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB else f"{nbytes / 2**20:.2f} MiB"
