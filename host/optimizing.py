@@ -17,7 +17,7 @@ from ..memory.policies import POLICIES, Settings
 from ..ops.auto_format import four_bit_format
 from ..ops.device_info import device_info
 from ..ops.formats import AS_STORED, AUTO
-from .attention.override import find, install
+from .attention.installing import find, install
 from .memory.manager import manage
 from .memory.preflight import check_load
 from .weights.folders import cache_folder
@@ -162,12 +162,19 @@ def _attention_line(model: Any) -> str:
     override = find(model)
     budget = override.dispatcher.policy.effective_budget if override is not None else "exact"
     limit = ERROR_LIMITS[budget]
-    names = [
+    usable = [
         row.name for row in BACKENDS if ERROR_LIMITS[row.error_class] <= limit and not row.why_not_here(environment)
     ]
-    measured = any(rank.capability[0] <= environment.capability <= rank.capability[1] for rank in RANKS)
-    order = "in the order measured on this kind of GPU" if measured else "timed here when a shape first appears"
-    return f"Attention: budget {budget} (errors up to {limit:.1%}); the fastest of {', '.join(names)}, {order}."
+    ranked = [
+        name
+        for rank in RANKS
+        if rank.budget == budget and rank.capability[0] <= environment.capability <= rank.capability[1]
+        for name in rank.order
+        if name in usable
+    ]
+    how = "as measured on this kind of GPU" if ranked else "timed here when a shape first appears"
+    names = ", ".join((*dict.fromkeys(ranked or usable), "ComfyUI's own"))
+    return f"Attention: budget {budget} (errors up to {limit:.1%}); the fastest of {names}, {how}."
 
 
 def _memory_line(planned: Planned, preset: Preset) -> str:
@@ -175,9 +182,12 @@ def _memory_line(planned: Planned, preset: Preset) -> str:
     head = f"Memory: policy {preset.memory_policy}"
     if not total:
         return f"{head}; there is no GPU to keep within, steps are measured."
-    room = int(POLICIES[preset.memory_policy].resident_fraction * total)
-    over = planned.plan.nbytes_after - room
-    fit = f"{_size(over)} of the weights stream from main memory at each step" if over > 0 else "the weights fit"
+    after = planned.plan.nbytes_after
+    over = after - int(POLICIES[preset.memory_policy].resident_fraction * total)
+    if over > 0:
+        fit = f"at least {_size(over)} of the weights stream from main memory at each step"
+    else:
+        fit = f"the weights leave {_size(total - after)} of it for the rest"
     return f"{head}, limit the whole card ({_size(total)}); {fit}."
 
 

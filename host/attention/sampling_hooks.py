@@ -6,19 +6,18 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from comfy_execution.utils import get_executing_context
 
 from ...attention.checks import is_finite
 from ...attention.schedule import CALLS_AHEAD, StepCounter
+from ...versions import find
+from .override import AttentionOverride
 from .routes import ROUTES
 
-if TYPE_CHECKING:
-    from .override import AttentionOverride
-
 log = logging.getLogger("lowbit.attention")
+get_executing_context = find("comfy_execution.utils.get_executing_context") or (lambda: None)
 
 KEY = "lowbit_attention"
 # Models that build an attention mask from a text mask in every block -> the name of that mask among the model's inputs.

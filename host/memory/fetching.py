@@ -12,17 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import comfy.ldm.qwen_image.model
-import comfy.ldm.wan.model
 import comfy.model_management
-import comfy.model_prefetch
 import torch
 
+from ...versions import find, missing
+from .core_names import FETCHING
+
 BLOCKS: dict[type[torch.nn.Module], str] = {
-    comfy.ldm.wan.model.WanModel: "blocks",
-    comfy.ldm.qwen_image.model.QwenImageTransformer2DModel: "transformer_blocks",
+    kind: blocks
+    for name, blocks in (
+        ("comfy.ldm.wan.model.WanModel", "blocks"),
+        ("comfy.ldm.qwen_image.model.QwenImageTransformer2DModel", "transformer_blocks"),
+    )
+    if (kind := find(name)) is not None
 }
 """Diffusion model -> its attribute with the blocks that run one after the other."""
+
+prefetch = find("comfy.model_prefetch")
 
 _DYNAMIC = "prefetch_dynamic_vbars"
 """What core puts into the transformer options of a model whose weights dynamic VRAM moves."""
@@ -37,7 +43,7 @@ class BlockFetcher:
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
+        self.enabled = enabled and not missing(FETCHING)
         self._streams: dict[Any, tuple[Any, Any]] = {}
 
     def __call__(self, executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +53,7 @@ class BlockFetcher:
         blocks = blocks_of(executor.class_obj)  # type: ignore[attr-defined]
         queue = None
         if stream(blocks):
-            queue = comfy.model_prefetch.make_prefetch_queue(list(blocks), x.device, _options(args, kwargs))
+            queue = prefetch.make_prefetch_queue(list(blocks), x.device, _options(args, kwargs))
         if queue is None:
             return executor(x, *args, **kwargs)
         hooks = [block.register_forward_pre_hook(partial(self._fetch, queue, x.device)) for block in blocks]
@@ -70,7 +76,7 @@ class BlockFetcher:
 
     def _pop(self, queue: list[Any], device: torch.device, block: torch.nn.Module | None) -> None:
         with self._own_streams(device):
-            comfy.model_prefetch.prefetch_queue_pop(queue, device, block)
+            prefetch.prefetch_queue_pop(queue, device, block)
 
     @contextlib.contextmanager
     def _own_streams(self, device: torch.device) -> Iterator[None]:

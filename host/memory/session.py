@@ -15,7 +15,7 @@ from ...memory.devices import CudaDevice, Device, HostDevice
 from ...memory.growth import Sentinel
 from ...memory.holders import BYTES, HOLDERS, Holder, Snapshot, find_growth, take_snapshot
 from ...memory.ledger import Ledger, Sample
-from ...ops.linear import release_scratch, scratch_nbytes
+from ...ops.scratch import release_scratch, scratch_nbytes
 from .limit import VramLimit
 from .loaded_models import component_bytes, outside_bytes, pinned_bytes, unnamed_bytes, weight_tensors
 from .meter import Meter

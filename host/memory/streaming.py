@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import comfy.model_prefetch
 import comfy_aimdo.model_vbar
+
+from ...versions import find
 
 _PARAMETERS = ("weight", "bias")
 
@@ -70,4 +71,6 @@ def forget_leftovers(patcher: Any) -> None:
 
 def forget_queues() -> None:
     """Forget what was fetched ahead for layers that did not get their turn."""
-    comfy.model_prefetch.cleanup_prefetch_queues()
+    forget = find("comfy.model_prefetch.cleanup_prefetch_queues")
+    if forget is not None:
+        forget()
