@@ -19,9 +19,9 @@ from ..ops.device_info import device_info
 from ..ops.formats import AS_STORED, AUTO
 from .attention.installing import find, install
 from .memory.manager import manage
-from .memory.preflight import check_load
 from .weights.folders import cache_folder
 from .weights.loading import load_diffusion_model
+from .weights.main_memory import check_load
 from .weights.preparing import Planned, Request, check_disk
 from .weights.quantizing import plan_model, quantize_model
 
