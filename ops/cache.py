@@ -34,7 +34,8 @@ class CacheKey:
 
     Attributes:
         recipe: digest of the source's place, the format and the rules.
-        content: digest of the recipe, the quantizer's version and the source's content.
+        content: digest of the recipe, the quantizer's version, the source's content, and what is decided for
+            its layers, names and text entries.
     """
 
     recipe: str
@@ -56,7 +57,10 @@ def cache_key(checkpoint: Checkpoint, plan: QuantizationPlan) -> CacheKey:
         ]
     )
     recipe_digest = hashlib.sha256(recipe.encode()).hexdigest()
-    content = f"{recipe_digest}{QUANTIZER_VERSION}{checkpoint.identity()}"
+    # What ComfyUI makes of the file's names, and which layers it multiplies with, may change with its version.
+    layers = [(layer.name, layer.action, layer.storage) for layer in plan.layers.values()]
+    decided = json.dumps([layers, list(checkpoint.entries), sorted(checkpoint.metadata.items())])
+    content = f"{recipe_digest}{QUANTIZER_VERSION}{checkpoint.identity()}{decided}"
     return CacheKey(recipe_digest, hashlib.sha256(content.encode()).hexdigest())
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
+from .diffusion_names import described_weight
 from .header import load_json
 from .quantize import core_config_tensor
 from .stored_scales import check_scales
@@ -137,9 +139,15 @@ def find_stored_layers(
     """
     layers: dict[str, StoredLayer] = {}
     dropped = {name for name in dtypes if name == _MARKER or name.endswith(f".{_MARKER}")}
-    full_precision = any(read(name).numel() == 2 for name in dropped)
-    for layer, config in _metadata_layers(metadata).items():
-        if f"{layer}.weight" in dtypes:
+    # Two elements in a part's marker: its products are to stay in 16 bits.
+    full_precision = tuple(name.removesuffix(_MARKER) for name in dropped if math.prod(shapes[name]) == 2)
+    nameless: list[str] = []
+    for described, config in _metadata_layers(metadata).items():
+        weight = described_weight(described, dtypes)
+        if weight is None:
+            nameless.append(described)
+        else:
+            layer = weight.removesuffix(".weight")
             layers[layer] = _described(layer, config, dtypes, "header metadata")
     for name in dtypes:
         if name.endswith(_CONFIG):
@@ -151,8 +159,9 @@ def find_stored_layers(
         if layer == name or layer in layers or len(shapes[name]) != 2:
             continue
         if dtype in FLOAT8_FORMATS:
-            layers[layer] = _float8(layer, dtype, full_precision, dtypes)
+            layers[layer] = _float8(layer, dtype, layer.startswith(full_precision), dtypes)
         elif dtype in _INTEGERS:
+            _refuse_nameless(layer, nameless)
             layers[layer] = _int8(layer, dtype, dtypes)
     check_scales(layers, shapes)
     targets = {
@@ -215,20 +224,26 @@ def with_speed(config: Mapping[str, Any], fast: bool | None) -> dict[str, Any]:
     return result
 
 
-def metadata_below(metadata: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Text entries whose description of quantized layers is that of the part of a model below `prefix`, renamed so.
+def metadata_below(metadata: Mapping[str, str], prefix: str, names: Collection[str]) -> dict[str, str]:
+    """Text entries whose description of quantized layers is that of the part of a file below `prefix`.
+
+    Args:
+        metadata: the file's.
+        prefix: of the part; it is taken off the names that have it.
+        names: every tensor of the file: what describes another part's layer is left out.
 
     Raises:
         CheckpointError: the description is not readable.
     """
     result = dict(metadata)
-    layers = {
-        name.removeprefix(prefix): config
-        for name, config in _metadata_layers(metadata).items()
-        if name.startswith(prefix)
-    }
-    if _METADATA in result:
-        result[_METADATA] = json.dumps({"layers": layers})
+    if _METADATA not in result:
+        return result
+    layers = {}
+    for name, config in _metadata_layers(metadata).items():
+        inside = name.startswith(prefix) or f"{prefix}{name}.weight" in names
+        if inside or f"{name}.weight" not in names:
+            layers[name.removeprefix(prefix)] = config
+    result[_METADATA] = json.dumps({"layers": layers})
     return result
 
 
@@ -292,6 +307,15 @@ def _int8(layer: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> 
             "is scaled: use the 16-bit file, or one in ComfyUI's own quantized format."
         )
     return StoredLayer({"format": "int8_tensorwise"}, scales, origin="scaled INT8")
+
+
+def _refuse_nameless(layer: str, nameless: Sequence[str]) -> None:
+    """What describes no tensor of the file may be this layer's description, under a name that nobody knows."""
+    if nameless:
+        raise CheckpointError(
+            f"the layer '{layer}' is stored as integers that nothing describes, and the header describes "
+            f"'{nameless[0]}', which the file does not hold: use the 16-bit file, or one whose names agree."
+        )
 
 
 def _scales(layer: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:

@@ -39,7 +39,9 @@ OPTIONAL = {
     "comfy.model_detection.convert_diffusers_mmdit": _DETECTION,
     "comfy.model_detection.model_config_from_diffusers_unet": _DETECTION,
     "comfy.model_detection.model_config_from_unet": _DETECTION,
-    "comfy.model_detection.unet_prefix_from_state_dict": _DETECTION,
+    "comfy.supported_models_base.BASE": "how a checkpoint of SDXL samples is not carried on where it is quantized once loaded",
+    "comfy.utils.clip_text_transformers_convert": "layers that ComfyUI takes apart are kept in 16 bits by their names alone",
+    "comfy.utils.unet_to_diffusers": "files of Stable Diffusion in diffusers' names are refused",
     "comfy_extras.nodes_model_patch.MultiTalkModelPatch": "InfiniteTalk and MultiTalk patches cannot be loaded",
     "comfy_extras.nodes_model_patch.ModelPatchLoader": "model patches other than InfiniteTalk's cannot be loaded",
 }

@@ -17,7 +17,8 @@ import torch
 
 from ...errors import CapabilityError, CheckpointError
 from ...ops.checkpoint import Checkpoint, open_checkpoint
-from ...ops.stored import normalize_state_dict
+from ...ops.diffusion_names import diffusion_names
+from ...ops.stored import metadata_below, normalize_state_dict
 from ...versions import advice, find
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .feed_forward import fuse_feed_forwards, route_input_activations
@@ -47,7 +48,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
         CheckpointError: the file is damaged, or of no architecture that this ComfyUI knows.
     """
     check_diffusion_model(open_checkpoint(path))
-    state_dict, metadata = _read(path)
+    state_dict, metadata = _read(path, diffusion_model=True)
     patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, metadata=metadata, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{Path(path).name} is no diffusion model that this ComfyUI can build: update ComfyUI.")
@@ -170,11 +171,16 @@ def _of_model_patches(name: str) -> Any:
     return found
 
 
-def _read(path: str) -> tuple[StateDict, dict[str, str]]:
+def _read(path: str, *, diffusion_model: bool = False) -> tuple[StateDict, dict[str, str]]:
     """The file through core's loader (memory-mapped under dynamic VRAM), in core's names for quantized weights."""
     open_checkpoint(path)
     state_dict, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     metadata = dict(metadata or {})
+    if diffusion_model:
+        # What a file's other parts hold decides nothing.
+        prefix, below = diffusion_names(state_dict)
+        metadata = metadata_below(metadata, prefix, state_dict)
+        state_dict = {name: state_dict[source] for name, source in below.items()}
     try:
         normalized = normalize_state_dict(state_dict, metadata)
     except CheckpointError as error:
