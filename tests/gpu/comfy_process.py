@@ -140,6 +140,31 @@ def run_format(
     return row
 
 
+def run_preset(name: str, model: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor) -> dict:
+    """The one node's preset behind core's own loader, with a LoRA before and behind it."""
+    import comfy.model_management
+    import comfy.sd
+
+    from lowbit.host.optimizing import PRESETS, optimize
+
+    loaded = comfy.sd.load_diffusion_model(str(model))
+    done = optimize(loaded, None, None, PRESETS[name], "1")
+    first = sample(done.model)
+    behind = sample(with_lora(done.model, lora))
+    before = sample(optimize(with_lora(loaded, lora), None, None, PRESETS[name], "1").model)
+    row = {
+        "text": done.text,
+        "dynamic": done.model.is_dynamic(),
+        "error": relative(first, reference),
+        "behind_error": relative(behind, reference + reference_delta),
+        "before_error": relative(before, reference + reference_delta),
+        "model_mib": done.model.model_size() / 2**20,
+        "loaded_mib": loaded.model_size() / 2**20,
+    }
+    comfy.model_management.unload_all_models()
+    return row
+
+
 def run_text_encoder(folder: Path, name: str) -> dict:
     """UMT5 in one format: how many linears quantize their input, freshly built and loaded by the patcher."""
     import comfy.model_management
@@ -178,6 +203,7 @@ def main() -> None:
         start_core([*options, "--base-directory", folder])
         import comfy.model_management
 
+        from lowbit.host.optimizing import PRESETS
         from lowbit.host.weights.loading import load_diffusion_model
         from lowbit.host.weights.saving import save_diffusion_model
         from lowbit.ops.formats import FORMATS
@@ -197,6 +223,8 @@ def main() -> None:
             print(
                 name, {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[name].items()}
             )
+        presets = {name: run_preset(name, model, lora, reference, delta) for name in PRESETS}
+        print(json.dumps(presets, indent=1))
         encoders = {name: run_text_encoder(Path(folder), name) for name in FORMATS}
         device = comfy.model_management.get_torch_device()
         result = {
@@ -204,6 +232,7 @@ def main() -> None:
             "options": options,
             "delta": relative(reference + delta, reference),
             "rows": rows,
+            "presets": presets,
             "text_encoders": encoders,
         }
         out.write_text(json.dumps(result, indent=1))
