@@ -104,7 +104,7 @@ def _sample(server: Server, prompt: Graph, name: str, format: str, seed: int, pr
     graph["model"]["inputs"]["format"] = format
     graph["sample"]["inputs"]["seed"] = seed
     graph["facts"] = node("TinyFacts", value=["model", 0], name=name, after=["sample", 0])
-    result = server.run(dump(graph, name, latent=["sample", 0]), timeout=600, on_event=progress)
+    result = server.run(dump(graph, name, latent=["sample", 0]), on_event=progress)
     latent = load_file(server.base / "output" / name / "latent.safetensors")["samples"]
     pictures = [
         Path(image["subfolder"], image["filename"])

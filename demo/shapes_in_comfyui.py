@@ -95,7 +95,7 @@ def measure(
         try:
             for seed, scene in enumerate(scenes):
                 where = f"shapes/{name}/{seed}"
-                seconds += server.run(graph(scene, name, seed, where), timeout=600, on_event=progress).seconds
+                seconds += server.run(graph(scene, name, seed, where), on_event=progress).seconds
                 clips.append(load_file(server.base / "output" / where / "clip.safetensors")["tensor"])
         except GraphFailedError as error:
             progress.finish(f"failed: {error.exception_message}")

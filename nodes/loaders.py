@@ -13,7 +13,15 @@ from ..host.weights.architecture import check_diffusion_model, check_text_encode
 from ..host.weights.folders import model_names, model_path
 from ..host.weights.loading import load_diffusion_model, load_model_patch, load_text_encoder
 from ..host.weights.main_memory import check_load
-from ..host.weights.preparing import Planned, Request, check_disk, plan_file, plan_model_patch, prepared_file
+from ..host.weights.preparing import (
+    Planned,
+    Request,
+    check_disk,
+    plan_file,
+    plan_model_patch,
+    plan_text_encoder,
+    prepared_file,
+)
 from ..host.weights.vae import VAE_PRECISIONS, load_vae, vae_names
 from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS
 from .common import CATEGORY, file_fingerprint, show_text
@@ -176,7 +184,7 @@ class LoadTextEncoder(io.ComfyNode):
         device: str,
     ) -> io.NodeOutput:
         path = model_path("text_encoders", clip_name)
-        planned = plan_file(path, Request(format, keep_rules, keep_quantized_file))
+        planned = plan_text_encoder(path, Request(format, keep_rules, keep_quantized_file))
         check_text_encoder(planned.checkpoint)
         clip_type = comfy.sd.CLIPType[type.upper()]
         return execute_plan(

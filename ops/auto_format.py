@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checkpoint import Checkpoint
@@ -46,15 +47,22 @@ TEXT_ENCODER_FORMAT = "int8"
 """Text encoders run once a prompt on few tokens: a 16-bit product loses no time and no accuracy."""
 
 
-def choose_format(checkpoint: Checkpoint, device: DeviceInfo, rules: tuple[Rule, ...] | None) -> tuple[str, str]:
+def choose_format(
+    checkpoint: Checkpoint,
+    device: DeviceInfo,
+    rules: tuple[Rule, ...] | None,
+    *,
+    pinned: Mapping[str, str] | None = None,
+) -> tuple[str, str]:
     """Format name and the reason for it.
 
     Args:
         checkpoint: the model.
         device: where it will run.
         rules: the user's keep rules, None for the family's.
+        pinned: as `make_plan` takes it.
     """
-    plan = make_plan(checkpoint, FORMATS[TEXT_ENCODER_FORMAT], rules)
+    plan = make_plan(checkpoint, FORMATS[TEXT_ENCODER_FORMAT], rules, pinned=pinned)
     if not any(layer.action == QUANTIZE for layer in plan.layers.values()):
         return AS_STORED, "the file's weights are quantized already, or too small to be"
     if plan.family.kind == "text_encoder":

@@ -177,13 +177,18 @@ def storage_for(weight_format: WeightFormat, columns: int) -> str:
     return weight_format.substitute
 
 
+def stored_shape(storage: Storage, rows: int, columns: int) -> tuple[int, int]:
+    """Shape that the tensor of a (rows, columns) weight has in `storage`."""
+    return _round_up(rows, storage.pad or 1), _round_up(columns, storage.pad or 1) * storage.bits // 8
+
+
 def stored_nbytes(storage: Storage, rows: int, columns: int) -> int:
     """Bytes that a (rows, columns) weight takes in `storage`, scales included, the `comfy_quant` JSON not."""
-    padded_rows = _round_up(rows, storage.pad or 1)
-    padded_columns = _round_up(columns, storage.pad or 1)
-    nbytes = padded_rows * padded_columns * storage.bits // 8
+    stored_rows, stored_columns = stored_shape(storage, rows, columns)
+    nbytes = stored_rows * stored_columns
     if storage.pad:
-        block_scales = _round_up(padded_rows, 128) * _round_up(padded_columns // storage.columns_per_scale, 4)
+        blocks = _round_up(columns, storage.pad) // storage.columns_per_scale
+        block_scales = _round_up(stored_rows, 128) * _round_up(blocks, 4)
         return nbytes + block_scales + (4 if storage.core_format == "nvfp4" else 0)
     if storage.core_format == "asym_w4a8_int8":
         codebook = 16 * 4

@@ -28,7 +28,7 @@ NEEDED = dotted(
 _FETCHING = "streamed weights are fetched a layer ahead, by ComfyUI itself, and not a block"
 FETCHING = dotted(
     {
-        "comfy.model_management": "STREAMS stream_counters",
+        "comfy.model_management": "STREAMS get_offload_stream stream_counters",
         "comfy.model_prefetch": "cleanup_prefetch_queues make_prefetch_queue prefetch_queue_pop",
     }
 )
@@ -50,6 +50,13 @@ OPTIONAL = {
             "comfy_extras.nodes_model_patch",
         ),
         "models of one kind are counted as another in the memory report",
+    ),
+    **dict.fromkeys(
+        (
+            "comfy_execution.cache_provider.register_cache_provider",
+            "comfy_execution.cache_provider.unregister_cache_provider",
+        ),
+        "a VRAM limit ends when the next prompt begins, and not with its own",
     ),
     "comfy.model_management.STREAM_AIMDO_CAST_BUFFERS": "cast buffers of dynamic VRAM are not in the report",
     "server.PromptServer": _METER,

@@ -12,6 +12,7 @@ NEEDED = dotted(
         ),
         "comfy.model_patcher": "CoreModelPatcher ModelPatcher",
         "comfy.ops": "CastBiasWeightContext mixed_precision_ops",
+        "comfy.patcher_extension": "CallbacksMP",
         "comfy.quant_ops": "QuantizedTensor",
         "comfy.sd": "CLIP CLIPType VAE load_diffusion_model_state_dict load_text_encoder_state_dicts",
         "comfy.utils": "ProgressBar load_torch_file",
@@ -39,7 +40,9 @@ OPTIONAL = {
     "comfy.model_detection.convert_diffusers_mmdit": _DETECTION,
     "comfy.model_detection.model_config_from_diffusers_unet": _DETECTION,
     "comfy.model_detection.model_config_from_unet": _DETECTION,
-    "comfy.model_detection.unet_prefix_from_state_dict": _DETECTION,
+    "comfy.supported_models_base.BASE": "how a checkpoint of SDXL samples is not carried on where it is quantized once loaded",
+    "comfy.utils.clip_text_transformers_convert": "layers that ComfyUI takes apart are kept in 16 bits by their names alone",
+    "comfy.utils.unet_to_diffusers": "files of Stable Diffusion in diffusers' names are refused",
     "comfy_extras.nodes_model_patch.MultiTalkModelPatch": "InfiniteTalk and MultiTalk patches cannot be loaded",
     "comfy_extras.nodes_model_patch.ModelPatchLoader": "model patches other than InfiniteTalk's cannot be loaded",
 }

@@ -115,13 +115,13 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             adopted += 1
-        elif isinstance(getattr(module, "weight", None), QuantizedTensor) and _is_core_linear(module):
+        elif isinstance(getattr(module, "weight", None), QuantizedTensor) and is_core_linear(module):
             module.__class__ = _subclass_with_our_multiply(type(module))
             adopted += 1
     return adopted
 
 
-def _is_core_linear(module: torch.nn.Module) -> bool:
+def is_core_linear(module: torch.nn.Module) -> bool:
     """Core's quantized Linear: its banks of experts have the same attributes, but no forward of their own."""
     return hasattr(module, "_full_precision_mm_config") and hasattr(module, "forward_comfy_cast_weights")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import zlib
 from collections.abc import Mapping
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import comfy.model_patcher
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, TensorEntry
+from .core_build import on_meta, under_core_names
 from .loading import load_diffusion_model, take_over
-from .preparing import Planned, Request, plan_checkpoint, plan_file, prepared_file
+from .preparing import Planned, Request, diffusion_part, plan_diffusion_model, prepared_file
 from .saving import source_checkpoint
+from .told import told, with_told
 
 logger = logging.getLogger("lowbit.host")
 
@@ -49,7 +53,7 @@ class LoadedModel(Checkpoint):
 
     @functools.cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(sorted(self.metadata.items())).encode())
         for name, tensor in self.tensors.items():
             content = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
             digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0{zlib.crc32(content)}\0".encode())
@@ -66,8 +70,10 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
     """
     origin = source_checkpoint(patcher)
     if origin is not None:
-        return plan_file(origin.path, request, patcher.load_device)
-    return plan_checkpoint(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
+        checkpoint = under_core_names(diffusion_part(origin))
+        checkpoint = with_told(checkpoint, patcher.model, on_meta(checkpoint))
+        return plan_diffusion_model(checkpoint, request, patcher.load_device)
+    return plan_diffusion_model(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
 
 
 def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) -> comfy.model_patcher.ModelPatcher:
@@ -83,6 +89,8 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
     result = patcher.clone(model_override=quantized.get_clone_model_override())
     result.cached_patcher_init = quantized.cached_patcher_init
     result.size = quantized.model_size()
+    for callback in quantized.get_all_callbacks(CallbacksMP.ON_LOAD):
+        result.add_callback(CallbacksMP.ON_LOAD, callback)
     # Core falls back to the parent when a clone goes: it must be a patcher of the same model.
     result.parent = quantized
     return result
@@ -103,7 +111,10 @@ def loaded_model(patcher: comfy.model_patcher.ModelPatcher) -> LoadedModel:
         state = patcher.model.model_config.process_unet_state_dict_for_saving(state)
         tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
         entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
-        return LoadedModel(Path("loaded-model"), (), entries, {}, (), tensors)
+        metadata, extra = told(patcher.model, tensors, {})
+        tensors |= extra
+        entries |= {name: _entry(name, tensor) for name, tensor in extra.items()}
+        return LoadedModel(Path("loaded-model"), (), entries, metadata, (), tensors)
 
 
 def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:

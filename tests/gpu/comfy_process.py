@@ -142,7 +142,7 @@ def run_text_encoder(folder: Path, name: str) -> dict:
 
     from lowbit.host.weights.loading import load_text_encoder
     from lowbit.host.weights.operations import QuantizedLinear
-    from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+    from lowbit.host.weights.preparing import Request, plan_text_encoder, prepared_file
     from testing import tiny
 
     source = tiny.write("text_encoders/umt5.safetensors", folder)
@@ -151,7 +151,7 @@ def run_text_encoder(folder: Path, name: str) -> dict:
         return clip.encode_from_tokens(clip.tokenize("a red train in the snow")).float().cpu()
 
     reference = encode(load_text_encoder([str(source)], comfy.sd.CLIPType.WAN))
-    clip = load_text_encoder([str(prepared_file(plan_file(source, Request(name))))], comfy.sd.CLIPType.WAN)
+    clip = load_text_encoder([str(prepared_file(plan_text_encoder(source, Request(name))))], comfy.sd.CLIPType.WAN)
     linears = [module for module in clip.cond_stage_model.modules() if isinstance(module, QuantizedLinear)]
     built = sum(module.fast for module in linears)
     error = relative(encode(clip), reference)
