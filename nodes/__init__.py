@@ -34,6 +34,7 @@ class Group:
 
 
 GROUPS = (
+    Group("Optimize", "optimize", (weights_names, kitchen_names, attention_names, memory_names)),
     Group("the loaders", "loaders", (weights_names, kitchen_names)),
     Group("Quantize Model and Save Quantized Model", "quantized_model", (weights_names, kitchen_names)),
     Group("the attention nodes", "attention", (attention_names,)),

@@ -67,11 +67,20 @@ def choose_format(
         return AS_STORED, "the file's weights are quantized already, or too small to be"
     if plan.family.kind == "text_encoder":
         return TEXT_ENCODER_FORMAT, "a text encoder runs once a prompt: 8-bit weights, 16-bit product"
-    capability = device.capability or (0, 0)
-    row = next(row for row in AUTO_ROWS if capability >= row.capability)
+    row = _row(device)
     if device.memory_bytes and plan.nbytes_after > STREAMING_LIMIT * device.memory_bytes:
         return row.four_bits, (
             f"8 bits would take {plan.nbytes_after / 2**30:.1f} GiB, over {STREAMING_LIMIT:g} times the "
             f"{device.memory_bytes / 2**30:.0f} GiB of {device.name}"
         )
     return row.eight_bits, row.reason
+
+
+def four_bit_format(device: DeviceInfo) -> str:
+    """Name of the best 4-bit format for a device."""
+    return _row(device).four_bits
+
+
+def _row(device: DeviceInfo) -> AutoRow:
+    capability = device.capability or (0, 0)
+    return next(row for row in AUTO_ROWS if capability >= row.capability)

@@ -154,8 +154,19 @@ _ROWS = (
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({row.name: row for row in _ROWS})
 
-FORMAT_CHOICES: tuple[str, ...] = (AUTO, AS_STORED, *FORMATS)
-"""What the nodes offer, `auto` first."""
+RECOMMENDED: Mapping[str, str] = MappingProxyType(
+    {
+        "int8_convrot_fast": "speed in 8 bits, on any GPU from the RTX 20 on",
+        "int8": "text encoders, and where 8 bits shall be as exact as can be",
+        "fp8_e4m3fn_scaled_fast": "files that other programs shall read too, on an RTX 40 or newer",
+        "int4_asym_fast": "half the size, on an RTX 30 or RTX 40",
+        "fp4_scaled_fast": "half the size, on an RTX 50",
+    }
+)
+"""Format name -> what it is for; the others are no better than one of these of the same size."""
+
+FORMAT_CHOICES: tuple[str, ...] = tuple(dict.fromkeys((AUTO, *RECOMMENDED, AS_STORED, *FORMATS)))
+"""What the nodes offer: `auto`, the recommended formats, the rest."""
 
 
 def find_format(name: str) -> WeightFormat:

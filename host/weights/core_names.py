@@ -8,14 +8,14 @@ NEEDED = dotted(
     {
         "comfy.model_management": (
             "cast_to_device free_memory get_torch_device load_models_gpu throw_exception_if_processing_interrupted "
-            "unet_manual_cast unet_offload_device"
+            "unet_manual_cast unet_offload_device unload_model_and_clones"
         ),
         "comfy.model_patcher": "CoreModelPatcher ModelPatcher",
         "comfy.ops": "CastBiasWeightContext mixed_precision_ops",
         "comfy.patcher_extension": "CallbacksMP",
         "comfy.quant_ops": "QuantizedTensor",
         "comfy.sd": "CLIP CLIPType VAE load_diffusion_model_state_dict load_text_encoder_state_dicts",
-        "comfy.utils": "ProgressBar load_torch_file",
+        "comfy.utils": "ProgressBar get_attr load_torch_file set_attr_param",
         "comfy_execution.graph": "ExecutionBlocker",
         "comfy_kitchen.tensor.base": "LAYOUTS",
         "folder_paths": (
@@ -26,9 +26,22 @@ NEEDED = dotted(
     }
 )
 
+PATCHING = dotted(
+    {
+        "comfy.model_patcher.ModelPatcher": (
+            "clone get_combined_hook_patches load model_state_dict_for_saving partially_load partially_unload "
+            "patch_cached_hook_weights patch_hook_weight_to_device patch_hooks unpatch_hooks unpatch_model"
+        ),
+        "comfy.model_patcher": "LazyCastingParamPiece LazyCastingQuantizedParam",
+        "comfy.weight_adapter.lora": "LoRAAdapter",
+    }
+)
+"""Without one of these LoRAs go into the weights: half of the others would apply them twice."""
+
 _FUSION = "feed-forward blocks of {} run without their fused activation, a little slower"
 _DETECTION = "a file of a kind that ComfyUI does not know is noticed only when it is loaded"
 OPTIONAL = {
+    **dict.fromkeys(PATCHING, "LoRAs on quantized models are quantized with the weights, as ComfyUI does it"),
     "comfy.memory_management.aimdo_enabled": "a load that main memory cannot hold is not refused beforehand",
     "comfy.ldm.wan.model.WanFeedForward": _FUSION.format("Wan"),
     "comfy.ldm.qwen_image.model.FeedForward": _FUSION.format("Qwen-Image"),

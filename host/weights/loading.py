@@ -24,6 +24,8 @@ from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .checked import NumbersCheck, settle, watched
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .operations import adopt_quantized_linears
+from .patching import patch_beside_weights
+from .temporary_files import remove_with
 
 logger = logging.getLogger("lowbit.host")
 
@@ -62,8 +64,9 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
     settle(arrivals, name)
     numbers.begin(patcher)
     take_over(patcher.model)
+    remove_with(patcher.model, path)
     patcher.cached_patcher_init = (load_diffusion_model, (path,))
-    return patcher
+    return patch_beside_weights(patcher)
 
 
 def load_text_encoder(
@@ -97,6 +100,9 @@ def load_text_encoder(
     for numbers in checks:
         numbers.begin(clip.patcher)
     take_over(clip.cond_stage_model)
+    for path in paths:
+        remove_with(clip.cond_stage_model, path)
+    patch_beside_weights(clip.patcher)
     clip.patcher.cached_patcher_init = (_load_text_encoder_patcher, (list(paths), clip_type, device))
     return clip
 
@@ -138,8 +144,9 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         ) from None
     numbers.begin(patcher)
     take_over(model)
+    remove_with(model, path)
     patcher.cached_patcher_init = (load_model_patch, (path,))
-    return patcher
+    return patch_beside_weights(patcher)
 
 
 def take_over(model: torch.nn.Module) -> int:

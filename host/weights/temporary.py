@@ -30,6 +30,11 @@ def temporary_folder() -> Path:
     return _claimed(cache_folder())
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether `path` lies in such a folder."""
+    return path.parent.name.startswith(_PREFIX) and (path.parent / _LOCK).exists()
+
+
 def remove_abandoned(parent: Path) -> None:
     """Remove what processes that are gone left in `parent`: their temporary folders, and files half-written."""
     remove_half_written(parent)

@@ -318,7 +318,7 @@ def test_what_was_never_run_on_this_gpu_says_so():
     for tested, notes in (((), 1), (("12.0",), 0)):
         target = dispatcher(fakes.backend("new", tested_on=tested), environment=lambda device: blackwell)
         run(target, *fakes.qkv(), times=3)
-        assert report(target)["notes"] == ["new was never run by us on cc 12.0."] * notes
+        assert report(target)["notes"] == ["new: not run by us on cc 12.0."] * notes
 
 
 def test_barred_backends_stay_out_until_taken_back():

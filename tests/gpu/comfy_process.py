@@ -97,7 +97,9 @@ def with_lora(patcher, path: Path):
     return comfy.sd.load_lora_for_models(patcher, None, tensors, LORA_STRENGTH, 0)[0]
 
 
-def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor) -> dict:
+def run_format(
+    name: str, model: Path, merged: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor
+) -> dict:
     """One format: its error, the LoRA's delta under it, and whether it multiplies as before once the LoRA is gone."""
     import comfy.model_management
 
@@ -130,6 +132,34 @@ def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, refe
         "lora_peak_mib": lora_peak,
         "seconds": seconds,
         "finite": bool(torch.isfinite(patched).all() and torch.isfinite(after).all()),
+    }
+    comfy.model_management.unload_all_models()
+    merged_first = sample(load_diffusion_model(str(prepared_file(plan_file(merged, Request(name))))))
+    row["merged_error"] = relative(merged_first, reference + reference_delta)
+    comfy.model_management.unload_all_models()
+    return row
+
+
+def run_preset(name: str, model: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor) -> dict:
+    """The one node's preset behind core's own loader, with a LoRA before and behind it."""
+    import comfy.model_management
+    import comfy.sd
+
+    from lowbit.host.optimizing import PRESETS, optimize
+
+    loaded = comfy.sd.load_diffusion_model(str(model))
+    done = optimize(loaded, None, None, PRESETS[name], "1")
+    first = sample(done.model)
+    behind = sample(with_lora(done.model, lora))
+    before = sample(optimize(with_lora(loaded, lora), None, None, PRESETS[name], "1").model)
+    row = {
+        "text": done.text,
+        "dynamic": done.model.is_dynamic(),
+        "error": relative(first, reference),
+        "behind_error": relative(behind, reference + reference_delta),
+        "before_error": relative(before, reference + reference_delta),
+        "model_mib": done.model.model_size() / 2**20,
+        "loaded_mib": loaded.model_size() / 2**20,
     }
     comfy.model_management.unload_all_models()
     return row
@@ -173,7 +203,9 @@ def main() -> None:
         start_core([*options, "--base-directory", folder])
         import comfy.model_management
 
+        from lowbit.host.optimizing import PRESETS
         from lowbit.host.weights.loading import load_diffusion_model
+        from lowbit.host.weights.saving import save_diffusion_model
         from lowbit.ops.formats import FORMATS
         from testing.shims import detection
 
@@ -181,14 +213,18 @@ def main() -> None:
         model, lora = write_models(Path(folder))
         patcher = load_diffusion_model(str(model))
         reference = sample(patcher)
-        delta = sample(with_lora(patcher, lora)) - reference
+        patched = with_lora(patcher, lora)
+        delta = sample(patched) - reference
+        merged = save_diffusion_model(patched, "merged")
         comfy.model_management.unload_all_models()
         rows = {}
         for name in (*FORMATS, "auto", "none"):
-            rows[name] = run_format(name, model, lora, reference, delta)
+            rows[name] = run_format(name, model, merged, lora, reference, delta)
             print(
                 name, {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[name].items()}
             )
+        presets = {name: run_preset(name, model, lora, reference, delta) for name in PRESETS}
+        print(json.dumps(presets, indent=1))
         encoders = {name: run_text_encoder(Path(folder), name) for name in FORMATS}
         device = comfy.model_management.get_torch_device()
         result = {
@@ -196,6 +232,7 @@ def main() -> None:
             "options": options,
             "delta": relative(reference + delta, reference),
             "rows": rows,
+            "presets": presets,
             "text_encoders": encoders,
         }
         out.write_text(json.dumps(result, indent=1))

@@ -1,10 +1,10 @@
-// Shows the memory manager's readings on its node while it samples: listens to "lowbit.memory" and finds the node.
+// Shows the memory manager's readings on its node, or on the one node, while it samples: listens to "lowbit.memory" and finds the node.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { MemoryMeterView } from "./memory_meter_view.js";
 
 const EVENT = "lowbit.memory";
-const NODE_TYPE = "LowbitMemoryManager";
+const NODE_TYPES = new Set(["LowbitMemoryManager", "LowbitOptimize"]);
 // ComfyUI writes a node's lines of progress into the widget of this name, or makes one. The meter says the same as those
 // lines, so it takes their place.
 const WIDGET = "$$node-text-preview";
@@ -80,7 +80,7 @@ app.registerExtension({
 
     api.addEventListener(EVENT, ({ detail }) => {
       const node = findNode(detail?.node_id ?? "");
-      if ((node?.comfyClass ?? node?.type) !== NODE_TYPE) return;
+      if (!NODE_TYPES.has(node?.comfyClass ?? node?.type)) return;
       meterOf(node, say, views); // at once: the line of progress is on its way
       if (waiting.size === 0) requestAnimationFrame(draw);
       waiting.set(node, [...(waiting.get(node) ?? []), detail]);
