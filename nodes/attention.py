@@ -6,13 +6,14 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..attention.backends import BUDGETS, backend_names
+from ..attention.backends import BACKENDS, BUDGETS, backend_names
 from ..attention.plan import AUTO, MEASURED, Policy
 from ..attention.schedule import Schedule, parse_blocks
 from ..host.attention.installing import find, install
 from ..host.weights.folders import cache_folder
 from .common import CATEGORY, show_text
 
+_NOT_RUN = ", ".join(backend.name for backend in BACKENDS if not backend.tested_on)
 FALL_BACK, STOP = "fall back", "stop"
 NO_NODE = "This model has no Attention (Lowbit) node: put one between the loader and the sampler."
 
@@ -41,7 +42,7 @@ class Attention(io.ComfyNode):
                     tooltip=(
                         "auto: a table by GPU and shape; on a GPU that is not in it, the same as measured. measured: times "
                         "the candidates on this graph when a shape first appears and remembers the times on disk. A name: "
-                        "that one wherever it can run."
+                        f"that one wherever it can run. Not run by us: {_NOT_RUN}."
                     ),
                 ),
                 io.Combo.Input(
@@ -58,6 +59,7 @@ class Attention(io.ComfyNode):
                     options=[FALL_BACK, STOP],
                     default=FALL_BACK,
                     tooltip="What to do when a backend asked for by name cannot run on this machine or model.",
+                    advanced=True,
                 ),
                 io.Boolean.Input(
                     "pair_with_weights",
@@ -66,12 +68,23 @@ class Attention(io.ComfyNode):
                         "With auto: FP4 weights admit sageattn_3_fp4 and FP8 weights sageattn_3_fp8 where the GPU has them "
                         "and they are the fastest, and a balanced budget counts as fast."
                     ),
+                    advanced=True,
                 ),
                 io.Int.Input(
-                    "exact_first_steps", default=0, min=0, max=1000, tooltip="This many steps at the start are exact."
+                    "exact_first_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="This many steps at the start are exact.",
+                    advanced=True,
                 ),
                 io.Int.Input(
-                    "exact_last_steps", default=0, min=0, max=1000, tooltip="This many steps at the end are exact."
+                    "exact_last_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="This many steps at the end are exact.",
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "exact_sigma_from",

@@ -187,7 +187,8 @@ GENERIC = ModelFamily(
         Rule("final_layer", reason=_INPUT_OUTPUT),
         Rule("head", reason=_INPUT_OUTPUT),
         Rule("proj_out", reason=_INPUT_OUTPUT),
-        Rule("lm_head", reason=_INPUT_OUTPUT),
+        # Core renames its weight alone.
+        Rule("lm_head", reason=_INPUT_OUTPUT, structural=True),
         Rule("shared", reason=_EMBEDDINGS, structural=True),
     ),
 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
-from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .formats import STORAGES, Storage
-from .quantize import assemble
+from .formats import STORAGES
+from .quantize import assemble, storage_name_of
 from .stored import ScaleTarget, StoredLayer
+from .stored_scales import as_numbers
 
 _SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook")
 
@@ -31,28 +29,11 @@ def read_layer(
     Raises:
         CheckpointError: its format is unknown here.
     """
-    storage_name = _storage_name(dict(stored.config))
+    storage_name = storage_name_of(stored.config)
     names = {suffix: f"{layer}.{suffix}" for suffix in _SUFFIXES} | dict(stored.scale_names)
     parts = {suffix: checkpoint.read(name) for suffix, name in names.items() if name in checkpoint.entries}
     target = ScaleTarget("weight_scale", STORAGES[storage_name].core_format)
     parts["weight_scale"] = target.convert(parts.get("weight_scale", torch.ones(())))
-    for suffix, scale_dtype in _block_scale_dtypes(STORAGES[storage_name]).items():
-        parts[suffix] = parts[suffix].view(scale_dtype)
+    core_format = STORAGES[storage_name].core_format
+    parts = {suffix: as_numbers(suffix, part, core_format) for suffix, part in parts.items()}
     return assemble(parts, storage_name, shape, dtype)
-
-
-def _block_scale_dtypes(storage: Storage) -> dict[str, torch.dtype]:
-    """Block scales may lie in the file as bytes."""
-    return {
-        "mxfp8": {"weight_scale": torch.float8_e8m0fnu},
-        "nvfp4": {"weight_scale": torch.float8_e4m3fn},
-    }.get(storage.core_format, {})
-
-
-def _storage_name(config: dict[str, object]) -> str:
-    params = config.get("params")
-    rotated = config.get("convrot") or (isinstance(params, dict) and params.get("convrot"))
-    for name, storage in STORAGES.items():
-        if storage.core_format == config["format"] and bool(storage.core_config.get("convrot")) == bool(rotated):
-            return name
-    raise CheckpointError(f"The format {json.dumps(config)} is unknown to this version of Lowbit: update it.")

@@ -122,6 +122,7 @@ def _is_plain(module: Any) -> bool:
         "forward" not in module.__dict__
         and not module._forward_pre_hooks
         and not module._forward_hooks
+        and getattr(module, "side_product", None) is None
         and not any(
             getattr(module, f"{name}{suffix}", None) for name in ("weight", "bias") for suffix in ("_function",)
         )

@@ -46,5 +46,11 @@ def attach_output_head(clip: comfy.sd.CLIP, heads: Sequence[dict[str, torch.Tens
 
 
 def output_head_tensors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A text encoder file's `lm_head.*`, without the prefix."""
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in state_dict.items() if name.startswith(_PREFIX)}
+    """A text encoder file's `lm_head.*`, without the prefix; in `state_dict` they get the names of core's modules.
+
+    Core renames the weight alone, and a quantized head would lose its scales.
+    """
+    head = {name.removeprefix(_PREFIX): name for name in state_dict if name.startswith(_PREFIX)}
+    for name in head.values():
+        state_dict[f"model.{name}"] = state_dict.pop(name)
+    return {suffix: state_dict[f"model.{name}"] for suffix, name in head.items()}

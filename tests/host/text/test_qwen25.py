@@ -40,7 +40,7 @@ def host(core_modules, tmp_path_factory):
         patch.setattr(comfy.sd, "load_text_encoder_state_dicts", wrapped)
 
         def load(name: str, format: str = "none") -> Any:
-            path = preparing.prepared_file(preparing.plan_file(files[name], preparing.Request(format)))
+            path = preparing.prepared_file(preparing.plan_text_encoder(files[name], preparing.Request(format)))
             return loading.load_text_encoder([str(path)], comfy.sd.CLIPType.QWEN_IMAGE)
 
         def transformer(clip: Any) -> Any:
