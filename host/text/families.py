@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from comfy.text_encoders import gemma4, llama, qwen35
 
 from ...kernels.cache_heads import HeadNorms
-from ...text.caches import CachePolicy, LayerCache
+from ...text.caches import CachePolicy, LayerCache, RingCache
 from ...text.decoder import Model
 from ...text.layers import Attention, FeedForward, Layer, Rotation
 from .delta_net import DeltaNet
@@ -248,8 +248,6 @@ def _gemma4_rotation(matrices: torch.Tensor) -> Rotation:
 
 
 def _gemma4_cache(filled: Any, count: int) -> LayerCache:
-    from ...text.caches import RingCache
-
     kind = RingCache if isinstance(filled, gemma4.RingKV) else LayerCache
     return kind(filled.key[0], filled.value[0], count)
 
