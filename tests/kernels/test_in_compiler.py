@@ -14,7 +14,10 @@ import types
 import pytest
 import torch
 
-from lowbit.kernels.runtime import SMALLEST_DOT
+from lowbit.kernels.attention_hopper import QUERY_BLOCK, attend_hopper
+from lowbit.kernels.attention_int8 import attend_int8, tiles_for
+from lowbit.kernels.attention_quantize import quantize_attention
+from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
 from lowbit.ops import linear_paths
 from lowbit.ops.linear_table import KITCHEN, REFERENCE, Gpu, choose_path
 
@@ -24,6 +27,9 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("compiles with Triton", allow_module_level=True)
 
 LAUNCHING = (
+    "attention_hopper",
+    "attention_int8",
+    "attention_quantize",
     "decode_rows",
     "matmul_blocks",
     "matmul_decode",
@@ -120,3 +126,29 @@ def test_decoded_nvfp4_weights_stay_in_registers(cc, rows, block_m, compiled, mo
     (metadata,) = (kernel for kernel in compiled.kernels if kernel.name == "_matmul_blocks_kernel")
     block_m = max(block_m, SMALLEST_DOT)
     assert metadata.shared <= 512 * block_m * 2 + 64 * block_m * 4 + 1024
+
+
+ATTENTION = ((torch.bfloat16, 128, False), (torch.float16, 64, True), (torch.bfloat16, 96, True))
+"""dtype, head dim, whether with a mask and the log-sum-exp."""
+
+
+@pytest.mark.parametrize("cc", SHARED_KIB)
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize(("dtype", "head_dim", "more"), ATTENTION)
+def test_attention_compiles_and_fits(cc, hopper, dtype, head_dim, more, compiled):
+    if hopper and (cc != (9, 0) or not GLUON_FOUND):
+        pytest.skip("Hopper's kernel, of Triton 3.6")
+    compiled.use(cc)
+    q, k, v = (torch.randn(1, 2, 200, head_dim).to(dtype) for _ in range(3))
+    mask = torch.ones(1, 200, dtype=torch.bool) if more else None
+    lse = torch.empty(1, 2, 200) if more else None
+    for fp8 in [True, False] if cc >= (8, 9) else [False]:
+        tiles = tiles_for(cc, fp8)
+        quantized = quantize_attention(q, k, v, mask, 0.1, QUERY_BLOCK if hopper else tiles.rows, fp8, shift=more)
+        if hopper:
+            attend_hopper(quantized, v, mask, torch.empty_like(q), lse)
+        else:
+            attend_int8(quantized, v, mask, torch.empty_like(q), lse, tiles)
+    assert len(compiled.kernels) == (8 if cc >= (8, 9) else 4)
+    for kernel in compiled.kernels:
+        assert kernel.shared <= SHARED_KIB[cc] * 1024, (kernel.name, kernel.shared)
