@@ -11,10 +11,10 @@ import torch
 ROUNDS = 5
 ENOUGH_MS = 500.0
 """Rounds end early past this: long calls need no median, and the first step of a run may cost little."""
-FAR_BEHIND = 1.5
-"""A call that takes this many times the fastest's time in the first round has no part in the others."""
 SHORT_MS = 1.0
 """A shorter call is timed several times over, so that a launch that was held up counts little."""
+FAR_BEHIND = 1.5
+"""A call no shorter than that which takes so many times the fastest's time in the first round has no part in the others."""
 MOST_REPEATS = 8
 
 
@@ -36,7 +36,8 @@ def milliseconds(
     for number in range(-1, ROUNDS):
         if number == 1:
             fastest = min((samples[name][0] for name in calls if samples[name]), default=0.0)
-            remaining = [name for name in calls if samples[name] and samples[name][0] <= FAR_BEHIND * fastest]
+            most = max(FAR_BEHIND * fastest, SHORT_MS)
+            remaining = [name for name in calls if samples[name] and samples[name][0] <= most]
         for name in remaining:
             if name in failed:
                 continue

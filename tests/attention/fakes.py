@@ -53,7 +53,7 @@ def backend(name="fake", kernel=attend, error_class="exact", missing=None, **lim
         missing=lambda environment: missing,
         bind=lambda environment: kernel,
         install=f"pip install {name}",
-        **{"dtypes": (torch.float32, torch.bfloat16, torch.float16), "masks": ("bool", "float"), **limits},
+        **{"dtypes": (torch.float32, torch.bfloat16, torch.float16), "masks": ("keys", "bool", "float"), **limits},
     )
 
 

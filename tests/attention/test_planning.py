@@ -153,7 +153,6 @@ def test_nothing_is_timed_where_only_core_can_run(tmp_path):
     run(target, core=core)
     assert core.calls == 1
     assert not (tmp_path / FILE_NAME).exists()
-    assert report(target)["declined"][0]["reason"] == "it is not installed; pip install absent"
 
 
 def test_the_timing_key_holds_all_that_a_time_depends_on(tmp_path):
@@ -253,7 +252,7 @@ def test_what_is_far_behind_is_not_timed_twice():
 
 def test_one_noisy_call_decides_nothing():
     delays = iter([0.002, 0.002, 0.002, 0.05] + [0.002] * 99)
-    calls = {"noisy": lambda: time.sleep(next(delays)), "steady": lambda: time.sleep(0.0025)}
+    calls = {"noisy": lambda: time.sleep(next(delays)), "steady": lambda: time.sleep(0.002)}
     times, _ = measure.milliseconds(calls, CPU)
     assert times["noisy"] < 20
 
@@ -309,7 +308,7 @@ def lossy_core(q, k, v, heads_first=False, off=100.0):
     return core
 
 
-@pytest.mark.parametrize("policy", [Policy("auto", "fast"), Policy("auto", "exact"), Policy("slow", "exact")])
+@pytest.mark.parametrize("policy", [Policy("auto", "fast"), Policy("auto", "exact")])
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_an_exact_call_never_ends_at_a_lossy_core(policy, heads_first):
     q, k, v = fakes.qkv()
@@ -328,7 +327,7 @@ def test_a_lossy_core_is_held_to_the_budget_and_counted_as_lossy(heads_first):
     q, k, v = fakes.qkv()
     exact = fakes.Core(q, k, v, heads_first=heads_first)
     for off, taken in ((1e-4, {CORE: 8}), (100.0, {CORE_EXACT: 8}), (torch.nan, {CORE_EXACT: 8})):
-        target = dispatcher(fakes.backend("slow"), policy=Policy("auto", "balanced"))
+        target = dispatcher(fakes.backend("other"), policy=Policy("auto", "balanced"), environment=fakes.CPU)
         for _ in range(8):
             core = lossy_core(q, k, v, heads_first, off)
             out = target.run(q, k, v, None, None, False, core, heads_first, exact, "sage")
