@@ -79,9 +79,10 @@ class Contender:
 
 
 FP8, INT8 = "fp8_e4m3fn_scaled_fast", "int8_convrot_fast"
+STOCK, STOCK_FP8 = "stock, bf16", "stock, our FP8 file"
 CONTENDERS = (
-    Contender("stock, bf16", None, True, profiled=True),
-    Contender("stock, our FP8 file", FP8, True),
+    Contender(STOCK, None, True, profiled=True),
+    Contender(STOCK_FP8, FP8, True),
     Contender("stock, our INT8 file", INT8, True),
     Contender("bf16, attention fast", None, True, "fast"),
     Contender("auto", "auto", False),
@@ -103,7 +104,7 @@ GOALS = (
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The goals of the models that were run."""
-    seconds = {(row["model"], row["contender"]): row["seconds"] for row in rows if "seconds" in row}
+    seconds = {(row["case"], row["contender"]): row["seconds"] for row in rows if "seconds" in row}
     entries = []
     for model, contender, beside, factor in GOALS:
         ours, theirs = seconds.get((model, contender)), seconds.get((model, beside))
@@ -151,8 +152,19 @@ def load(contender: Contender, path: Path, timings: Path) -> Any:
     return model, choice
 
 
-def sample(model: Any, case: Case, steps: int) -> list[float]:
-    """Seconds of each step, from one callback to the next."""
+def with_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with how many times as fast as the stock rows of its case it is."""
+    seconds = {(row["case"], row["contender"]): row["seconds"] for row in rows if "seconds" in row}
+    for row in rows:
+        for key, beside in (("speedup", STOCK), ("speedup_over_fp8", STOCK_FP8)):
+            theirs = seconds.get((row["case"], beside))
+            if theirs and "seconds" in row:
+                row[key] = round(theirs / row["seconds"], 3)
+    return rows
+
+
+def sample(model: Any, case: Case, steps: int) -> tuple[torch.Tensor, list[float]]:
+    """The latent, and the seconds of each step, from one callback to the next."""
     import comfy.sample
 
     generator = torch.Generator().manual_seed(3)
@@ -166,11 +178,11 @@ def sample(model: Any, case: Case, steps: int) -> list[float]:
         ends.append(time.perf_counter())
 
     ended()
-    comfy.sample.sample(
+    latent = comfy.sample.sample(
         model, noise, steps, CFG, "euler", "simple", *texts, torch.zeros_like(noise), seed=5, callback=ended,
         disable_pbar=True,
     )  # fmt: skip
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return latent.float().cpu(), [after - before for before, after in zip(ends, ends[1:], strict=False)]
 
 
 def kernels(model: Any, case: Case) -> dict[str, float]:
@@ -187,22 +199,30 @@ def kernels(model: Any, case: Case) -> dict[str, float]:
     return {"all": round(sum(ms for _, ms in ordered), 2)} | table
 
 
-def run(name: str, case: Case, contender: Contender, path: Path, folder: Path) -> dict[str, Any]:
-    """One row of the results."""
+def run(
+    name: str, case: Case, contender: Contender, path: Path, folder: Path, exact: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """One row of the results. exact: the latent of stock bf16 by case, filled when it is that one's turn."""
     import comfy.model_management
 
     from lowbit.host.attention.override import find
 
     started = time.perf_counter()
     model, choice = load(contender, path, folder)
-    times = sample(model, case, STEPS)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    latent, times = sample(model, case, STEPS)
+    want = exact.setdefault(name, latent) if contender.name == STOCK else exact.get(name)
     row: dict[str, Any] = {
-        "model": name,
+        "case": name,
+        "model": case.title,
         "contender": contender.name,
         "weights": choice,
         "seconds": statistics.median(times[FIRST_TIMED:]),
         "first_step": times[0],
         "steps": times,
+        "error": None if want is None else float((latent - want).norm() / want.norm()),
+        "peak_bytes": torch.cuda.max_memory_reserved() if DEVICE == "cuda" else None,
     }
     override = find(model)
     if override is not None:
@@ -225,6 +245,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     rows: list[dict[str, Any]] = []
+    exact: dict[str, torch.Tensor] = {}
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
         os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
@@ -237,12 +258,13 @@ def main() -> None:
                     if arguments.only and contender.name not in arguments.only:
                         continue
                     try:
-                        row = run(name, case, contender, path, Path(folder))
+                        row = run(name, case, contender, path, Path(folder), exact)
                     except Exception as error:
-                        row = {"model": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
+                        row = {"case": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
                     rows.append(row)
                     print(json.dumps(row), flush=True)
-                    record = {"environment": environment(), "results": rows, "goals": goals(rows)}
+                    rows = with_speedups(rows)
+                    record = {"environment": environment(), "rows": rows, "goals": goals(rows)}
                     write(out, record)
                 path.unlink()
 

@@ -193,8 +193,9 @@ def _quantize_keys_values_kernel(
     rows = block * ROWS + place
     inside = _kept(mask, batch, rows, mask_b, mask_l, keys, HAS_MASK)
     mean = _mean_of_keys(sums, counts, pair, keys, D, CHUNKS)
-    x = _rows_of(k + batch * k_b, head, rows, inside, k_h, k_l, k_d, HEAD_DIM, D) - mean[None, :]
-    x = _rotated(tl.where(inside[:, None], x, 0.0) * 0.25, rotation_ptr, D)
+    x = _rows_of(k + batch * k_b, head, rows, inside, k_h, k_l, k_d, HEAD_DIM, D)
+    # A quarter: the difference of two finite numbers may be none.
+    x = _rotated(tl.where(inside[:, None], x * 0.25 - mean[None, :] * 0.25, 0.0), rotation_ptr, D)
     scale, inverse = _row_scale(tl.max(tl.max(_magnitude_bits(x), 1), 0), 127.0, smallest)
     tl.store(k_scale + pair * tl.num_programs(0) + block, scale)
     first = (pair.to(tl.int64) * tl.num_programs(0) + block) * ROWS
