@@ -3,8 +3,12 @@
 
 async def comfy_entrypoint():
     """ComfyUI's V3 entry point: returns the extension that lists this pack's nodes."""
-    from .nodes import LowbitExtension
+    try:
+        from .nodes import LowbitExtension
+    except ImportError as error:
+        from .versions import lacking
 
+        raise ImportError(lacking([str(error)], "no node can be listed")) from error
     return LowbitExtension()
 
 

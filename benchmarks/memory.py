@@ -59,6 +59,7 @@ class Row:
         memory_touched_gib: main memory that was touched first, so that no row pays for being the first; else 0.
         usage: see `Usage`.
         finite: whether the latent holds neither NaN nor Inf.
+        node_seconds: of each node, by its id in the graph.
         quantize_seconds: making the quantized copies, where this row made them; not part of the other times.
     """
 
@@ -79,6 +80,7 @@ class Row:
     load_seconds: float | None
     seconds_per_step: float | None
     step_seconds: list[float]
+    node_seconds: dict[str, float]
     total_seconds: float
     report: dict[str, Any] | None
 
@@ -104,16 +106,24 @@ def make_site(work: Path, dynamic: bool, files: str, touched: int = 0) -> Site:
 
 
 class Steps:
-    """When each sampling step was done, from the server's own progress events."""
+    """When each sampling step was done, and how long each node took, from the server's own events."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.times: dict[str, list[float]] = {}
+        self.node_seconds: dict[str, float] = {}
+        self._node: tuple[str, float] | None = None
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         data = event.get("data") or {}
         if event["type"] == "progress" and str(data.get("node", "")).startswith(SAMPLERS):
             self.times.setdefault(data["node"], []).append(time.monotonic())
+        if event["type"] == "executing":
+            now = time.monotonic()
+            if self._node is not None:
+                name, began = self._node
+                self.node_seconds[name] = self.node_seconds.get(name, 0.0) + now - began
+            self._node = None if data.get("node") is None else (str(data["node"]), now)
 
     @property
     def seconds(self) -> list[float]:
@@ -209,6 +219,7 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
         load_seconds=steps.load_seconds,
         seconds_per_step=steps.seconds_per_step,
         step_seconds=[round(seconds, 4) for seconds in steps.seconds],
+        node_seconds={name: round(seconds, 3) for name, seconds in steps.node_seconds.items()},
         total_seconds=total,
         report=report,
     )

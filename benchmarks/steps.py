@@ -138,7 +138,7 @@ def load(contender: Contender, path: Path, timings: Path) -> Any:
 
     from lowbit.attention.plan import Policy
     from lowbit.attention.schedule import Schedule
-    from lowbit.host.attention.override import install
+    from lowbit.host.attention.installing import install
     from lowbit.host.weights.loading import load_diffusion_model
     from lowbit.host.weights.preparing import Request, plan_file, prepared_file
 
@@ -205,7 +205,7 @@ def run(
     """One row of the results. exact: the latent of stock bf16 by case, filled when it is that one's turn."""
     import comfy.model_management
 
-    from lowbit.host.attention.override import find
+    from lowbit.host.attention.installing import find
 
     started = time.perf_counter()
     model, choice = load(contender, path, folder)

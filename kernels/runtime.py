@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -93,8 +95,19 @@ def made_to_keep(make: Callable[[], T]) -> T:
     """
     if torch.compiler.is_compiling():
         return make()
+
+    def made() -> T:
+        with kitchen_allocations():
+            return make()
+
     with ThreadPoolExecutor(1) as executor:
-        return executor.submit(make).result()
+        return executor.submit(made).result()
+
+
+def kitchen_allocations() -> contextlib.AbstractContextManager[Any]:
+    """Where comfy-kitchen (0.2.40 and up) makes what outlives a call, for whoever manages the memory; else nothing."""
+    allocation = sys.modules.get("comfy_kitchen.allocation")
+    return contextlib.nullcontext() if allocation is None else allocation.allocation_context()
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ..attention.backends import BUDGETS, backend_names
 from ..attention.plan import AUTO, Policy
 from ..attention.schedule import Schedule, parse_blocks
-from ..host.attention.override import find, install
+from ..host.attention.installing import find, install
 from ..host.weights.folders import cache_folder
 from .common import CATEGORY, show_text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import CheckpointError
+from ..host.server import prompt_server
 from ..host.weights.folders import model_path
 from ..ops.checkpoint import open_checkpoint
 
@@ -11,9 +12,7 @@ CATEGORY = "lowbit"
 
 def show_text(node_id: str | None, text: str) -> None:
     """Write a line on the node in the browser; without a server there is nobody to read it."""
-    from server import PromptServer
-
-    server = getattr(PromptServer, "instance", None)
+    server = prompt_server()
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
 

@@ -9,10 +9,10 @@ import comfy.sd
 from comfy_api.latest import io
 from comfy_execution.graph import ExecutionBlocker
 
-from ..host.memory.preflight import check_load
 from ..host.weights.architecture import check_diffusion_model, check_text_encoder
 from ..host.weights.folders import model_names, model_path
 from ..host.weights.loading import load_diffusion_model, load_model_patch, load_text_encoder
+from ..host.weights.main_memory import check_load
 from ..host.weights.preparing import Planned, Request, check_disk, plan_file, plan_model_patch, prepared_file
 from ..host.weights.vae import VAE_PRECISIONS, load_vae, vae_names
 from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS

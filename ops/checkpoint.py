@@ -17,7 +17,7 @@ from .gguf_decode import decode
 from .gguf_file import SUFFIX, open_gguf
 from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, read_header
 
-__all__ = ["DTYPES", "INDEX_NAME", "Checkpoint", "TensorEntry", "decoded", "open_checkpoint", "read_tensor"]
+__all__ = ["DTYPES", "INDEX_NAME", "Checkpoint", "TensorEntry", "decoded", "open_checkpoint"]
 
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
 """Names of a sharded set's index: `model.safetensors.index.json`, in diffusers with a variant before `.json`."""
@@ -62,7 +62,8 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in host memory of its own (not a view of the file)."""
-        return read_tensor(self.entries[name])
+        entry = self.entries[name]
+        return decoded(entry, self.read_stored(name)).to(entry.dtype)
 
     def read_stored(self, name: str) -> torch.Tensor:
         """`read`, but for block formats, whose bytes are left as they are: `decoded` makes numbers of them."""
@@ -127,22 +128,17 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return _open_indexed(index) if index is not None else _open_unindexed(path, shard)
 
 
-def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """Read one tensor into host memory of its own.
-
-    Raises:
-        CheckpointError: the file is gone, cannot be read, or has become shorter since its header was read.
-    """
-    return decoded(entry, read_stored(entry)).to(entry.dtype)
-
-
 def decoded(entry: TensorEntry, stored: torch.Tensor) -> torch.Tensor:
     """What `read_stored` read, on whatever device it is now, as numbers: float32 where they were coded."""
     return decode(stored, entry.encoding, entry.shape) if entry.encoding else stored
 
 
 def read_stored(entry: TensorEntry) -> torch.Tensor:
-    """`read_tensor`, but for block formats, whose bytes are left as they are: uint8."""
+    """Read one tensor into host memory of its own, as it is stored: the bytes of block formats, uint8.
+
+    Raises:
+        CheckpointError: the file is gone, cannot be read, or has become shorter since its header was read.
+    """
     if entry.join is not None:
         return entry.join([decoded(part, read_stored(part)) for part in entry.parts])
     if entry.nbytes == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 
 BLOCK = 16
 E2M1_MAX = 6.0
@@ -58,3 +59,20 @@ def _codes(values: torch.Tensor) -> torch.Tensor:
     upper = torch.where(magnitude < 4, magnitude + 2, magnitude / 2 + 4)
     codes = torch.where(magnitude < 2, magnitude * 2, upper).to(torch.uint8)
     return codes | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def tiled_scales(block_scale: torch.Tensor) -> torch.Tensor:
+    """Block scales in the order in which tensor cores read them: tiles of 128 rows by 4, zeros where the last ones are not full.
+
+    See "1D block scaling factors layout" in cuBLAS's manual.
+
+    Args:
+        block_scale: (rows, blocks) float8_e4m3fn, row by row.
+
+    Returns:
+        (rows to the next 128, blocks to the next 4) float8_e4m3fn.
+    """
+    rows, blocks = block_scale.shape
+    padded = torch.nn.functional.pad(block_scale.view(torch.uint8), (0, -blocks % 4, 0, -rows % 128))
+    tiles = rearrange(padded, "(r quarter row) (c block) -> r c row quarter block", quarter=4, row=32, block=4)
+    return tiles.reshape(padded.shape).view(block_scale.dtype)

@@ -8,14 +8,13 @@ from typing import Any
 
 import comfy_kitchen
 import torch
-from comfy_kitchen.float_utils import to_blocked
 from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import LAYOUTS, get_layout_class
 
 from ..errors import CapabilityError, CheckpointError, FormatError
 from .formats import STORAGES, Storage, WeightFormat, storage_for
 from .layouts import register_layouts
-from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, quantize_nvfp4
+from .nvfp4 import BLOCK, E2M1_MAX, E4M3_MAX, quantize_nvfp4, tiled_scales
 
 _CPU_CHUNK = 512 * 1024
 _GPU_CHUNK = 32 * 1024 * 1024
@@ -171,7 +170,7 @@ def _quantize_nvfp4(weight: torch.Tensor, largest: torch.Tensor, unit_scale: boo
     block_scale = torch.cat([block_scale.cpu() for _, block_scale in pieces])
     return {
         "weight": torch.cat([qdata.cpu() for qdata, _ in pieces]),
-        "weight_scale": to_blocked(block_scale, flatten=False),
+        "weight_scale": tiled_scales(block_scale),
         "weight_scale_2": scale.cpu(),
     }
 

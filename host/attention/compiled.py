@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from .override import AttentionOverride
+
+class RunsCompiled(Protocol):
+    """What the operator calls: the attention override's own way in, with the operator's arguments but the handle."""
+
+    @property
+    def run_compiled(self) -> Callable[..., torch.Tensor]: ...
+
 
 _handles = itertools.count()
-_OVERRIDES: weakref.WeakValueDictionary[int, AttentionOverride] = weakref.WeakValueDictionary()
+_OVERRIDES: weakref.WeakValueDictionary[int, RunsCompiled] = weakref.WeakValueDictionary()
 
 
-def register(override: AttentionOverride) -> int:
+def register(override: RunsCompiled) -> int:
     """A number by which the operator finds the override; forgotten with it."""
     handle = next(_handles)
     _OVERRIDES[handle] = override

@@ -1,28 +1,20 @@
-"""Puts the attention dispatcher on a model: the override that core calls, and how it is installed on a clone."""
+"""The override that core calls for every attention of a patched model: hands the call to the dispatcher, or back to core."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import comfy.ldm.modules.attention as core_attention
 import torch
-from comfy.patcher_extension import WrappersMP
 
-from ...attention.backends import CORE, by_name
+from ...attention.backends import CORE
 from ...attention.dispatch import Dispatcher
-from ...attention.environment import Environment, detect
-from ...attention.plan import AUTO, Policy
-from ...attention.planning import check_named
 from ...attention.report import as_text
 from ...attention.schedule import Schedule
-from ...attention.timing_cache import TimingCache
 from . import compiled
-from .sampling_hooks import KEY, SamplingHooks
 
 log = logging.getLogger("lowbit.attention")
 
@@ -42,17 +34,10 @@ KEYWORDS = frozenset(
 _CORE_CHOOSER = "ModelPatcher.set_model_optimized_attention.<locals>.optimized_attention_override"
 # Core's attention functions that do what SDPA does in 16 bits: the rest (sage, INT8, other packs') is held to the budget.
 EXACT_NAMES = ("basic", "sub_quad", "split", "pytorch", "xformers", "flash")
-_EXACT = [getattr(core_attention, f"attention_{name}") for name in EXACT_NAMES]
+_EXACT = [function for name in EXACT_NAMES if (function := getattr(core_attention, f"attention_{name}", None))]
 EXACT_FUNCTIONS = frozenset((*_EXACT, *(inspect.unwrap(function) for function in _EXACT)))
 UNKNOWN_ARGUMENTS = "arguments that core's attention does not have"
 UNKNOWN_SHAPES = "shapes that are not those of attention"
-# Layout of quantized weights, by the beginning of its name -> the backends of the same precision.
-EIGHT_BITS = ("lowbit_int8_fp8", "lowbit_int8_fp16", "sageattn_3_fp8")
-PAIRS = (
-    ("TensorCoreNVFP4", ("sageattn_3_fp4",)),
-    ("TensorCoreFP8", EIGHT_BITS),
-    ("TensorWiseINT8", EIGHT_BITS),
-)
 
 Attention = Callable[..., torch.Tensor]
 
@@ -267,61 +252,3 @@ def _name(override: Any) -> str:
     """What to call another pack's override."""
     function = override if hasattr(override, "__qualname__") else type(override)
     return f"{getattr(function, '__module__', '?')}.{function.__qualname__}"
-
-
-def paired_backends(model: torch.nn.Module, environment: Environment) -> tuple[str, ...]:
-    """The backends of the precision most of the model's quantized weights have, as far as they run here."""
-    elements: dict[tuple[str, ...], int] = {}
-    for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        layout = getattr(weight, "_layout_cls", None)
-        for prefix, backends in PAIRS:
-            if isinstance(layout, str) and layout.startswith(prefix):
-                elements[backends] = elements.get(backends, 0) + math.prod(weight.shape)
-    table = by_name()
-    most = max(elements, key=elements.__getitem__, default=())
-    return tuple(name for name in most if table[name].why_not_here(environment) is None)
-
-
-def find(model: Any) -> AttentionOverride | None:
-    """The override a node of this pack has put on a model, also under patches that came later; None without one."""
-    wrappers = model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
-    return wrappers[-1].__self__.override if wrappers else None
-
-
-def install(
-    model: Any, policy: Policy, schedule: Schedule, pair_with_weights: bool, timings_folder: Path | None
-) -> tuple[Any, str | None]:
-    """A clone of the model whose attention goes through the dispatcher, and a remark for the user or None.
-
-    An override of this pack that is on the model already is replaced, any other one kept (see AttentionOverride).
-    Raises CapabilityError when the policy names a backend that cannot run here and says stop.
-    """
-    environment = detect(model.load_device)
-    remark = check_named(policy, environment)
-    if remark is not None:
-        log.warning(remark)
-    if pair_with_weights and policy.backend == AUTO and policy.budget != "exact":
-        paired = paired_backends(model.model, environment)
-        policy = Policy(policy.backend, policy.budget, policy.stop, paired)
-    clone = model.clone()
-    options = clone.model_options["transformer_options"]
-    previous = options.get(OVERRIDE)
-    if isinstance(previous, AttentionOverride):
-        previous = previous.previous
-    override = AttentionOverride(Dispatcher(policy, TimingCache(timings_folder)), schedule, previous)
-    override.device = model.load_device
-    options[OVERRIDE] = override
-    hooks = SamplingHooks(override)
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, hooks.outer_sample),
-        (WrappersMP.SAMPLER_SAMPLE, hooks.sampler_sample),
-        (WrappersMP.PREDICT_NOISE, hooks.predict_noise),
-        (WrappersMP.APPLY_MODEL, hooks.apply_model),
-        (WrappersMP.DIFFUSION_MODEL, hooks.diffusion_model),
-    ):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    if remark is not None:
-        override.dispatcher.report.note(remark)
-    return clone, remark

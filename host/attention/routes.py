@@ -45,7 +45,7 @@ class Routes:
             self._users += 1
             for name in BYPASSING_MODULES:
                 module: Any = sys.modules.get(name)
-                if module is not None and name not in self._originals:
+                if hasattr(module, "optimized_attention") and name not in self._originals:
                     self._originals[name] = module.optimized_attention
                     module.optimized_attention = _with_options(module.optimized_attention)
         try:

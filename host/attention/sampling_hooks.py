@@ -6,19 +6,19 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from comfy_execution.utils import get_executing_context
 
 from ...attention.checks import is_finite
 from ...attention.schedule import CALLS_AHEAD, StepCounter
+from ...versions import find
+from ..sampling_state import restorer
+from .override import AttentionOverride
 from .routes import ROUTES
 
-if TYPE_CHECKING:
-    from .override import AttentionOverride
-
 log = logging.getLogger("lowbit.attention")
+get_executing_context = find("comfy_execution.utils.get_executing_context") or (lambda: None)
 
 KEY = "lowbit_attention"
 # Models that build an attention mask from a text mask in every block -> the name of that mask among the model's inputs.
@@ -110,7 +110,7 @@ class SamplingHooks:
         options = _argument(names, args, kwargs, "transformer_options")
         self._drop_idle_text_mask(executor.class_obj, kwargs, options)
         control = _copied_lists(_argument(names, args, kwargs, "control"))
-        caches = _copied_caches(options)
+        restore = restorer(options)
         dispatcher = self.override.dispatcher
         dispatcher.begin_model_call()
         with ROUTES.open(options):
@@ -121,8 +121,7 @@ class SamplingHooks:
             barred = dispatcher.bar_lossy("the model's output had NaN or Inf in it")
             log.warning("The model's output was not finite; doing the step again without %s.", ", ".join(barred))
             dispatcher.report.model_calls_repeated += 1
-            for cache, before_call in caches:
-                cache.update(before_call)
+            restore()
             out = executor(*_with(names, args, kwargs, "control", control), **kwargs)
             if not _finite(out):
                 dispatcher.unbar(barred)
@@ -172,13 +171,6 @@ def _copied_lists(control: Any) -> Any:
     if not isinstance(control, dict):
         return control
     return {name: list(value) if isinstance(value, list) else value for name, value in control.items()}
-
-
-def _copied_caches(options: dict[str, Any] | None) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The key and value caches of autoregressive Wan, each with what it says now: a forward moves their ends on."""
-    state = (options or {}).get("ar_state") or {}
-    caches = [cache for name in ("kv_caches", "crossattn_caches") for cache in state.get(name) or ()]
-    return [(cache, dict(cache)) for cache in caches if isinstance(cache, dict)]
 
 
 def _text_mask_masks_nothing(cond: dict[str, Any]) -> bool:

@@ -6,10 +6,12 @@ from typing import Any
 
 from ...memory.policies import Settings
 from .release import take_over
-from .room import again_after_oom, clear_out, make_way
+from .room import again_after_oom, clear_out, keep_pages_within, make_way
 from .session import session
 
 _SETTINGS = "_lowbit_memory"
+_WORKING_SHARE = 1 / 8
+"""Part of a limit that a prompt's activations have to themselves while a text encoder runs."""
 
 
 class ManagedClip:
@@ -29,6 +31,7 @@ class ManagedClip:
         make_way(settings.row.release_before_sampling, self.patcher, 0, what="the text encoder")
         session().observe("load")
         out = super().load_model(*args, **kwargs)  # type: ignore[misc]
+        keep_pages_within(self.patcher, 1.0, _WORKING_SHARE * session().limit.budget)
         session().observe("encode")
         return out
 

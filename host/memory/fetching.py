@@ -12,17 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import comfy.ldm.qwen_image.model
-import comfy.ldm.wan.model
 import comfy.model_management
-import comfy.model_prefetch
 import torch
 
+from ...versions import find, missing
+from .core_names import FETCHING
+
 BLOCKS: dict[type[torch.nn.Module], str] = {
-    comfy.ldm.wan.model.WanModel: "blocks",
-    comfy.ldm.qwen_image.model.QwenImageTransformer2DModel: "transformer_blocks",
+    kind: blocks
+    for name, blocks in (
+        ("comfy.ldm.wan.model.WanModel", "blocks"),
+        ("comfy.ldm.qwen_image.model.QwenImageTransformer2DModel", "transformer_blocks"),
+    )
+    if (kind := find(name)) is not None
 }
 """Diffusion model -> its attribute with the blocks that run one after the other."""
+
+prefetch = find("comfy.model_prefetch")
 
 _DYNAMIC = "prefetch_dynamic_vbars"
 """What core puts into the transformer options of a model whose weights dynamic VRAM moves."""
@@ -37,8 +43,7 @@ class BlockFetcher:
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-        self._streams: dict[Any, tuple[Any, Any]] = {}
+        self.enabled = enabled and not missing(FETCHING)
 
     def __call__(self, executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`executor`, with hooks on the model's blocks for as long as it runs."""
@@ -47,7 +52,7 @@ class BlockFetcher:
         blocks = blocks_of(executor.class_obj)  # type: ignore[attr-defined]
         queue = None
         if stream(blocks):
-            queue = comfy.model_prefetch.make_prefetch_queue(list(blocks), x.device, _options(args, kwargs))
+            queue = prefetch.make_prefetch_queue(list(blocks), x.device, _options(args, kwargs))
         if queue is None:
             return executor(x, *args, **kwargs)
         hooks = [block.register_forward_pre_hook(partial(self._fetch, queue, x.device)) for block in blocks]
@@ -69,24 +74,57 @@ class BlockFetcher:
         self._pop(queue, device, block)
 
     def _pop(self, queue: list[Any], device: torch.device, block: torch.nn.Module | None) -> None:
-        with self._own_streams(device):
-            comfy.model_prefetch.prefetch_queue_pop(queue, device, block)
+        with own_streams(device):
+            prefetch.prefetch_queue_pop(queue, device, block)
 
-    @contextlib.contextmanager
-    def _own_streams(self, device: torch.device) -> Iterator[None]:
-        """Core's tables of streams hold ours for a while."""
-        tables = comfy.model_management.STREAMS, comfy.model_management.stream_counters
-        theirs = [table.pop(device, None) for table in tables]
-        for table, own in zip(tables, self._streams.get(device, (None, None)), strict=True):
-            if own is not None:
-                table[device] = own
-        try:
-            yield
-        finally:
-            self._streams[device] = tables[0].pop(device, None), tables[1].pop(device, None)
-            for table, their in zip(tables, theirs, strict=True):
-                if their is not None:
-                    table[device] = their
+
+@contextlib.contextmanager
+def own_streams(device: torch.device) -> Iterator[None]:
+    """Core's tables of streams hold ours for a while: one pair a device, for every manager of the process."""
+    tables = comfy.model_management.STREAMS, comfy.model_management.stream_counters
+    # Core's are made first: made later, they might be the ones that we have.
+    comfy.model_management.get_offload_stream(device)
+    theirs = [table.pop(device, None) for table in tables]
+    ours = _OWN.get(device)
+    if ours is None or _shared(ours[0], theirs[0]):
+        ours = _made(device, theirs[0])
+    for table, own in zip(tables, ours, strict=True):
+        if own is not None:
+            table[device] = own
+    try:
+        yield
+    finally:
+        _OWN[device] = tables[0].pop(device, None), tables[1].pop(device, None)
+        for table, their in zip(tables, theirs, strict=True):
+            if their is not None:
+                table[device] = their
+
+
+_OWN: dict[torch.device, tuple[Any, Any]] = {}
+"""Device -> our streams, and which of them is next."""
+
+_POOL = 32
+"""PyTorch hands its streams out of pools of this many, round and round: two of them may be one and the same."""
+
+
+def _made(device: torch.device, theirs: Any) -> tuple[Any, Any]:
+    """Streams as core makes them, none of which is one of core's."""
+    tables = comfy.model_management.STREAMS, comfy.model_management.stream_counters
+    for _ in range(_POOL):
+        comfy.model_management.get_offload_stream(device)
+        ours = tables[0].pop(device, None), tables[1].pop(device, None)
+        if not _shared(ours[0], theirs):
+            break
+    return ours
+
+
+def _shared(ours: Any, theirs: Any) -> bool:
+    handles = {_handle(stream) for stream in theirs or ()}
+    return any(_handle(stream) in handles for stream in ours or ())
+
+
+def _handle(stream: Any) -> Any:
+    return getattr(stream, "cuda_stream", id(stream))
 
 
 def blocks_of(model: torch.nn.Module) -> Sequence[torch.nn.Module]:

@@ -143,7 +143,8 @@ class VramLimit:
     def _cap_dynamic_vram(self, nbytes: int) -> None:
         """Dynamic VRAM faults weights in until only its headroom is free: the headroom becomes what lies past the limit."""
         library = comfy_aimdo.control.lib
-        if not comfy.memory_management.aimdo_enabled or library is None:
+        # The headroom is one for all GPUs: where there are more, the marks of `keep_pages_within` have to do.
+        if not comfy.memory_management.aimdo_enabled or library is None or torch.cuda.device_count() > 1:
             return
         before = _headroom(library)
         if before is None:

@@ -11,7 +11,7 @@ import comfy.model_management
 import torch
 
 from ...memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
-from ...ops.linear import scratch_nbytes
+from ...ops.scratch import scratch_nbytes
 
 # Beginning of the module a model's class lives in -> component. The first that fits counts.
 _MODULES = (

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from ...memory.components import COMPONENTS
 from ...memory.ledger import Run, Sample
+from ..server import prompt_server
 
 EVENT = "lowbit.memory"
 MOST_A_SECOND = 4
@@ -19,7 +19,7 @@ class Meter:
     """Sends at most `MOST_A_SECOND` events, and only while the client that queued the prompt listens."""
 
     def __init__(self, server: Callable[[], Any] | None = None, clock: Callable[[], float] = time.monotonic):
-        self._server = server or _prompt_server
+        self._server = server or prompt_server
         self._clock = clock
         self._sent = -1.0
 
@@ -66,8 +66,3 @@ def line(sample: Sample, run: Run, limit: int | None) -> str:
     if run.seconds_per_step is not None:
         parts.append(f"{run.seconds_per_step:.2f} s a step")
     return ", ".join(parts)
-
-
-def _prompt_server() -> Any:
-    """ComfyUI's server; None where none runs, as under a script that uses ComfyUI's modules."""
-    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)

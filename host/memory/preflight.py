@@ -1,17 +1,12 @@
-"""Refuses what cannot fit before it starts: a sampling run on the GPU, a load in main memory."""
+"""Refuses a sampling run that cannot fit on the GPU, before it starts."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import comfy.memory_management
-
 from ...errors import MemoryBudgetError
-from ...memory.budget import Demand, host_refusal, refusal
+from ...memory.budget import Demand, refusal
 from ...memory.components import MODELS, TEXT_ENCODER
-from ...memory.devices import available_host_bytes, resident_bytes
-from ..weights.preparing import Planned
 from .loaded_models import component_of, loaded_patchers, resident
 from .release import can_leave, runs_here
 from .session import session
@@ -72,22 +67,3 @@ def sampling_demand(patcher: Any, noise_shape: Any, working: float) -> Demand:
         height=shape[-2] * ratio,
         frames=(shape[2] - 1) * time_ratio + 1 if len(shape) == 5 else 1,
     )
-
-
-def check_load(planned: Planned) -> None:
-    """Raise unless main memory can hold a checkpoint as it will be stored, with every other model gone.
-
-    With dynamic VRAM weights are read from the file as they are needed, which takes no main memory to speak of.
-
-    Raises:
-        MemoryBudgetError: it cannot; the message has the numbers and the cheapest changes.
-    """
-    if comfy.memory_management.aimdo_enabled:
-        return
-    nbytes = planned.plan.nbytes_after
-    elements = sum(math.prod(entry.shape) for entry in planned.checkpoint.entries.values())
-    # What this process holds now could be given up for it: only what is over even then is sure not to fit.
-    room = available_host_bytes() + resident_bytes()
-    sentence = host_refusal(planned.checkpoint.path.name, nbytes, room, 8 * nbytes / max(1, elements))
-    if sentence is not None:
-        raise MemoryBudgetError(sentence)

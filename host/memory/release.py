@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_management
 
 from ...memory.components import MODELS, SCRATCH
-from ...ops.linear import release_scratch
+from ...ops.scratch import release_scratch
 from .loaded_models import component_of, loaded_patchers, resident
 from .session import session, where
 

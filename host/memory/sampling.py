@@ -10,12 +10,14 @@ from typing import Any
 import comfy.model_management
 import comfy.sampler_helpers
 
+from ...errors import MemoryBudgetError
 from ...memory.decisions import PassDemand, clears_now, runs_one_at_a_time
 from ...memory.policies import AUTO, EVERY, OFF, ON, Settings
+from ..sampling_state import restorer
 from .fetching import BlockFetcher
 from .preflight import check_sampling
 from .release import take_over
-from .room import again_after_oom, clear_out, make_way, shrink
+from .room import again_after_oom, clear_out, keep_pages_within, make_way, raise_other, shrink
 from .session import session, where
 
 KEY = "lowbit_memory"
@@ -34,6 +36,7 @@ class SamplingHooks:
         self._step = (0, 0)
         self._cleared = False
         self._returning = 0
+        self._working = 0.0
 
     def __deepcopy__(self, memo: dict) -> SamplingHooks:
         """Clones for other GPUs share the settings and the run."""
@@ -60,7 +63,7 @@ class SamplingHooks:
         session().observe("load")
         batched, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
         check_sampling(model, noise_shape, single)
-        working = single if self.settings.sequential == ON else batched
+        working = self._working = single if self.settings.sequential == ON else batched
         additional, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
         keep = [*additional, *model.get_nested_additional_models(), *model.model_patches_models()]
         make_way(self.settings.row.release_before_sampling, model, working, keep, name)
@@ -118,12 +121,16 @@ class SamplingHooks:
     ) -> Any:
         """The model calls of one step (of one context window): one at a time if need be, and once more after an error."""
         prompts = sum(cond is not None for cond in conds)
+        if "multigpu_clones" in model_options:
+            return self._on_several_gpus(lambda: executor(model, conds, x_in, timestep, model_options))
+        restore = restorer(model_options.get("transformer_options"))
 
         def run() -> Any:
             with _batch_of_one(model.current_patcher, self._runs_one_at_a_time(model, x_in, prompts)):
                 return executor(model, conds, x_in, timestep, model_options)
 
         def make_room() -> str:
+            restore()
             patcher = model.current_patcher
             keep = [patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]
             left = clear_out(keep, what).names
@@ -134,7 +141,7 @@ class SamplingHooks:
             done += ["prompts run one at a time from here on"] if prompts > 1 else []
             return ", ".join(done)
 
-        what = f"step {self._step[0] + 1} of {self._step[1]}"
+        what = self._step_text()
         out = again_after_oom(run, make_room, what)
         if "context_handler" in model_options and session().ledger.may_measure_step():
             began = time.perf_counter()
@@ -143,16 +150,25 @@ class SamplingHooks:
             session().ledger.measured(time.perf_counter() - began)
         return out
 
+    def _on_several_gpus(self, run: Callable[[], Any]) -> Any:
+        """One step by core's threads, one a GPU: not repeated, since what the others had done would be taken for the next step's."""
+        if self.settings.sequential_cfg == ON:
+            session().say("sequential_cfg does nothing here: ComfyUI splits the prompts over several GPUs.")
+        try:
+            return run()
+        except Exception as error:
+            raise_other(error)
+            raise MemoryBudgetError(
+                f"{self._step_text()} ran out of memory on one of several GPUs, where no step is done again: choose a smaller "
+                "format for the model, a smaller picture, or one GPU."
+            ) from None
+
+    def _step_text(self) -> str:
+        return f"step {self._step[0] + 1} of {self._step[1]}"
+
     def loaded(self, patcher: Any, *details: Any) -> None:
         """After core has prepared a model: with dynamic VRAM, weights past the policy's share are not kept on the GPU."""
-        fraction = self.settings.row.resident_fraction
-        pages = patcher._vbar_get() if patcher.is_dynamic() and fraction < 1 else None
-        if pages is None or not hasattr(pages, "set_watermark"):
-            return
-        share = int(fraction * session().limit.budget)
-        # Pages past the mark that are there from before would stay, and never be used.
-        pages.free_memory(max(0, int(pages.loaded_size()) - share))
-        pages.set_watermark(share)
+        keep_pages_within(patcher, self.settings.row.resident_fraction, self._working)
 
     def _reserved_from_weights(self) -> float:
         fraction = self.settings.row.resident_fraction

@@ -15,10 +15,11 @@ from ...memory.devices import CudaDevice, Device, HostDevice
 from ...memory.growth import Sentinel
 from ...memory.holders import BYTES, HOLDERS, Holder, Snapshot, find_growth, take_snapshot
 from ...memory.ledger import Ledger, Sample
-from ...ops.linear import release_scratch, scratch_nbytes
+from ...ops.scratch import release_scratch, scratch_nbytes
 from .limit import VramLimit
 from .loaded_models import component_bytes, outside_bytes, pinned_bytes, unnamed_bytes, weight_tensors
 from .meter import Meter
+from .prompt_end import at_prompt_end
 
 log = logging.getLogger("lowbit.memory")
 
@@ -48,6 +49,7 @@ class Session(ProgressHandler):
         self.manager_node: str | None = None
         self._started: set[str] = set()
         self._reference: Snapshot | None = None
+        self._ends_with_prompt = False
 
     def begin(self) -> Ledger:
         """The ledger of the running prompt; a new one when the prompt is a new one. Cheap to call at every turn."""
@@ -66,9 +68,18 @@ class Session(ProgressHandler):
         self.begin()
         self.manager_node = node_id
         self.limit.apply(limit)
+        self._end_limit_with_prompt()
         self.ledger.run.limit = self.limit.nbytes
         if limit is not None and not self.device.holds_models:
             self.say("There is no GPU to limit: vram_limit_gib has no effect.")
+
+    def _end_limit_with_prompt(self) -> None:
+        if self.limit.nbytes is not None and not self._ends_with_prompt and where()[0]:
+            self._ends_with_prompt = at_prompt_end(self._end_limit)
+
+    def _end_limit(self) -> None:
+        self._ends_with_prompt = False
+        self.limit.remove()
 
     def observe(self, phase: str, step: int = 0, steps: int = 0, node: str | None = None) -> Sample:
         """Samples, and tells the browser."""

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import comfy.model_prefetch
 import comfy_aimdo.model_vbar
+
+from ...versions import find
 
 _PARAMETERS = ("weight", "bias")
 
@@ -53,13 +54,19 @@ def forget_transfers(patcher: Any) -> None:
     for module in patcher.model.modules():
         begun = vars(module).pop("_prefetch", None)
         if begun is not None and begun["signature"] is not None:
-            comfy_aimdo.model_vbar.vbar_unpin(module._v)
+            _unpin(module._v)
         if getattr(module, "_v_signature", None) is not None:
             module._v_signature = None
         for name in _PARAMETERS:
             patch = getattr(module, f"{name}_lowvram_function", None)
             if patch is not None:
                 patch.clear_prepared()
+
+
+def _unpin(page: Any) -> None:
+    """Free a page to be moved; one that is free already is an error to comfy-aimdo from 0.6 on."""
+    with contextlib.suppress(RuntimeError):
+        comfy_aimdo.model_vbar.vbar_unpin(page)
 
 
 def forget_leftovers(patcher: Any) -> None:
@@ -70,4 +77,6 @@ def forget_leftovers(patcher: Any) -> None:
 
 def forget_queues() -> None:
     """Forget what was fetched ahead for layers that did not get their turn."""
-    comfy.model_prefetch.cleanup_prefetch_queues()
+    forget = find("comfy.model_prefetch.cleanup_prefetch_queues")
+    if forget is not None:
+        forget()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 
-import comfy.model_detection
-import comfy.quant_ops
-import comfy.sd
 import torch
 from comfy_kitchen.tensor.base import LAYOUTS
 
@@ -15,11 +12,19 @@ from ...ops.checkpoint import Checkpoint
 from ...ops.formats import STORAGES
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan
+from ...versions import find
 
 logger = logging.getLogger("lowbit.host")
 
 MODEL_PATCH_SIGNATURE = "audio_proj.proj1.weight"
 """A tensor that every InfiniteTalk and MultiTalk patch has."""
+
+_DETECTION = (
+    "comfy.model_detection.unet_prefix_from_state_dict",
+    "comfy.model_detection.model_config_from_unet",
+    "comfy.model_detection.convert_diffusers_mmdit",
+    "comfy.model_detection.model_config_from_diffusers_unet",
+)
 
 _OPEN_CLIP = "transformer.resblocks.0.ln_1.weight"
 
@@ -43,7 +48,8 @@ def check_text_encoder(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no text encoder that this ComfyUI knows.
     """
-    if _OPEN_CLIP not in checkpoint.entries and comfy.sd.detect_te_model(_on_meta(checkpoint)) is None:
+    detect = find("comfy.sd.detect_te_model")
+    if detect is not None and _OPEN_CLIP not in checkpoint.entries and detect(_on_meta(checkpoint)) is None:
         raise CheckpointError(
             f"{checkpoint.path.name} is no text encoder that this ComfyUI knows: check that it is not a diffusion model "
             "or a LoRA, or update ComfyUI."
@@ -69,12 +75,15 @@ def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
     Raises:
         CapabilityError: ComfyUI, or its comfy-kitchen, does not have a format of the plan.
     """
+    known = find("comfy.quant_ops.QUANT_ALGOS")
+    if known is None:
+        return
     formats = {name: layer.core_format for name, layer in plan.stored.layers.items()}
     formats |= {
         name: STORAGES[layer.storage].core_format for name, layer in plan.layers.items() if layer.action == QUANTIZE
     }
     for name, core_format in formats.items():
-        row = comfy.quant_ops.QUANT_ALGOS.get(core_format)
+        row = known.get(core_format)
         if row is None or row["comfy_tensor_layout"] not in LAYOUTS:
             raise CapabilityError(
                 f"{checkpoint.path.name}: the layer '{name}' would be loaded as '{core_format}', a format that this ComfyUI "
@@ -83,16 +92,16 @@ def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
 
 
 def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
+    find_prefix, find_config, convert, find_diffusers_config = (find(name) for name in _DETECTION)
+    if None in (find_prefix, find_config, convert, find_diffusers_config):
+        return True
     tensors = _on_meta(checkpoint)
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    prefix = find_prefix(tensors)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     try:
-        if comfy.model_detection.model_config_from_unet(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
+        if find_config(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
             return True
-        return (
-            comfy.model_detection.convert_diffusers_mmdit(dict(tensors), "") is not None
-            or comfy.model_detection.model_config_from_diffusers_unet(tensors) is not None
-        )
+        return convert(dict(tensors), "") is not None or find_diffusers_config(tensors) is not None
     except (NotImplementedError, RuntimeError) as error:
         # Some detections look at values, which a header does not have: loading will tell.
         logger.debug("The architecture of %s cannot be told from its header: %s", checkpoint.path.name, error)

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.ops
 import torch
-from comfy.ldm.qwen_image.model import FeedForward as QwenFeedForward
-from comfy.ldm.wan.model import WanFeedForward
 
+from ...versions import find
 from .operations import INPUT_ACTIVATIONS, QuantizedLinear, takes_activation
 
 _ROUTED = "_lowbit_routed"
 
 
-class FusedWanFeedForward(WanFeedForward):
-    """Core's block; with a quantized down-projection the GELU rides in its input quantizer, whatever the format."""
+class FusedWanFeedForward(torch.nn.Module):
+    """Mixin over core's block, a Sequential; with a quantized down-projection the GELU rides in its input quantizer, whatever the format."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
-        down = self[2]
+        up, _, down = self.children()
         if takes_activation(down):
-            return down(self[0](x), activation="gelu_tanh")
+            return down(up(x), activation="gelu_tanh")
         return super().forward(x)
 
 
-class FusedQwenFeedForward(QwenFeedForward):
+class FusedQwenFeedForward(torch.nn.Module):
     """As above for Qwen-Image's MLP, whose dropout does nothing in inference."""
+
+    net: Any
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(..., dim) -> (..., dim)."""
@@ -40,7 +41,7 @@ class FusedQwenFeedForward(QwenFeedForward):
 
 @dataclass(frozen=True)
 class Fusion:
-    """A core block, the class that replaces its own, and a check that it is built as expected."""
+    """A core block, the class that replaces its own, and whether an instance is built as expected."""
 
     core: type[torch.nn.Module]
     fused: type[torch.nn.Module]
@@ -55,10 +56,18 @@ def _is_qwen(module: Any) -> bool:
     return len(module.net) == 3 and getattr(module.net[0], "approximate", None) == "tanh"
 
 
-FUSIONS: tuple[Fusion, ...] = (
-    Fusion(WanFeedForward, FusedWanFeedForward, _is_wan),
-    Fusion(QwenFeedForward, FusedQwenFeedForward, _is_qwen),
-)
+def _fusions() -> Iterator[Fusion]:
+    """Those of the table that this ComfyUI has the block of."""
+    for name, mixin, fits in (
+        ("comfy.ldm.wan.model.WanFeedForward", FusedWanFeedForward, _is_wan),
+        ("comfy.ldm.qwen_image.model.FeedForward", FusedQwenFeedForward, _is_qwen),
+    ):
+        core = find(name)
+        if core is not None:
+            yield Fusion(core, type(mixin.__name__, (mixin, core), {"__module__": __name__}), fits)
+
+
+FUSIONS = tuple(_fusions())
 
 
 def fuse_feed_forwards(model: torch.nn.Module) -> int:
@@ -78,8 +87,8 @@ def route_input_activations() -> None:
     LTX, MiniMax and Llama-like text encoders end their MLPs with that function, which multiplies INT8 weights itself
     with quantized activations, whatever the format asks for.
     """
-    core = comfy.ops.linear_input_act
-    if getattr(core, _ROUTED, False):
+    core, eager = find("comfy.ops.linear_input_act"), find("comfy.ops.INPUT_ACT_EAGER")
+    if core is None or eager is None or getattr(core, _ROUTED, False):
         return
 
     def linear_input_act(linear: Any, x: torch.Tensor, input_act: str) -> torch.Tensor:
@@ -87,7 +96,7 @@ def route_input_activations() -> None:
             return core(linear, x, input_act)
         if input_act in INPUT_ACTIVATIONS and takes_activation(linear):
             return linear(x, activation=input_act)
-        return linear(comfy.ops.INPUT_ACT_EAGER[input_act](x))
+        return linear(eager[input_act](x))
 
     setattr(linear_input_act, _ROUTED, True)
     comfy.ops.linear_input_act = linear_input_act

@@ -14,11 +14,11 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
-from comfy_extras.nodes_model_patch import ModelPatchLoader, MultiTalkModelPatch
 
-from ...errors import CheckpointError
+from ...errors import CapabilityError, CheckpointError
 from ...ops.checkpoint import Checkpoint, open_checkpoint
 from ...ops.stored import normalize_state_dict
+from ...versions import advice, find
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .operations import adopt_quantized_linears
@@ -91,6 +91,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
 
     Raises:
         CheckpointError: the file is damaged, its tensors are not those of the patch, or it is another quantized patch.
+        CapabilityError: this ComfyUI has no such patches.
     """
     checkpoint = open_checkpoint(path)
     if MODEL_PATCH_SIGNATURE not in checkpoint.entries:
@@ -102,7 +103,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
     compute_dtype = comfy.model_management.unet_manual_cast(
         None, device, [torch.bfloat16, torch.float16, torch.float32]
     )
-    model = MultiTalkModelPatch(
+    model = _of_model_patches("MultiTalkModelPatch")(
         audio_window=5,
         context_tokens=32,
         vae_scale=4,
@@ -156,8 +157,17 @@ def _patch_dimensions(checkpoint: Checkpoint) -> dict[str, int]:
 def _load_other_patch(path: str) -> comfy.model_patcher.ModelPatcher:
     for root in folder_paths.get_folder_paths("model_patches"):
         if Path(path).is_relative_to(root):
-            return ModelPatchLoader().load_model_patch(Path(path).relative_to(root).as_posix())[0]
+            loader = _of_model_patches("ModelPatchLoader")()
+            return loader.load_model_patch(Path(path).relative_to(root).as_posix())[0]
     raise CheckpointError(f"{Path(path).name} lies outside the model_patches folders: move it there.")
+
+
+def _of_model_patches(name: str) -> Any:
+    """A class of core's model patches."""
+    found = find(f"comfy_extras.nodes_model_patch.{name}")
+    if found is None:
+        raise CapabilityError(f"This ComfyUI has no {name} to load the patch with. {advice()}")
+    return found
 
 
 def _read(path: str) -> tuple[StateDict, dict[str, str]]:

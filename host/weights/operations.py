@@ -12,6 +12,10 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...ops.linear import quantized_linear
 from ...ops.linear_weight import LAYOUT_READERS
+from ...versions import find
+
+run_every_op = find("comfy.ops.run_every_op") or (lambda: None)
+"""Core's look at whether the user interrupts."""
 
 INPUT_ACTIVATIONS = {
     "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
@@ -41,7 +45,7 @@ class QuantizedLinear(torch.nn.Module):
             if activation is not None:
                 input = INPUT_ACTIVATIONS[activation](input)
             return super().forward(input, *args, **kwargs)
-        comfy.ops.run_every_op()
+        run_every_op()
         pre_quant_scale = getattr(self, "pre_quant_scale", None)
         if pre_quant_scale is not None:
             if activation is not None:

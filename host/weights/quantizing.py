@@ -34,7 +34,7 @@ class LoadedModel(Checkpoint):
 
     tensors: Mapping[str, torch.Tensor]
 
-    def read(self, name: str) -> torch.Tensor:
+    def read_stored(self, name: str) -> torch.Tensor:
         """The tensor `name` itself: not to be written to."""
         return self.tensors[name]
 

@@ -39,11 +39,11 @@ def run(patcher, reference: torch.Tensor, folder: Path, backend: str, budget: st
     """One policy: the error against core's attention on the same weights, twice, and the report."""
     from lowbit.attention.plan import Policy
     from lowbit.attention.schedule import Schedule
-    from lowbit.host.attention import override
+    from lowbit.host.attention.installing import find, install
 
-    patched, _ = override.install(patcher, Policy(backend, budget), Schedule(**schedule), True, folder)
+    patched, _ = install(patcher, Policy(backend, budget), Schedule(**schedule), True, folder)
     errors = [comfy_process.relative(sample(patched), reference) for _ in range(2)]
-    override = override.find(patched)
+    override = find(patched)
     return {"errors": errors, "report": override.report(), "text": override.text()}
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfy_kitchen.float_utils import to_blocked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import CheckpointError, FormatError
 from lowbit.ops.formats import FORMATS, STORAGES, find_format, storage_for, stored_nbytes
+from lowbit.ops.nvfp4 import tiled_scales
 from lowbit.ops.quantize import assemble, quantize_to_tensor, quantize_weight
 
 ERROR_LIMITS = {
@@ -131,3 +133,13 @@ def test_nvfp4_blocks_beat_the_usual_choice_of_scales():
     usual = relative_error(QuantizedTensor.from_float(weight, "TensorCoreNVFP4Layout").dequantize(), weight)
     ours = relative_error(quantize_to_tensor(weight, FORMATS["fp4_scaled"]).dequantize(), weight)
     assert ours < 0.95 * usual
+
+
+@given(rows=st.integers(1, 300), blocks=st.integers(1, 40))
+def test_block_scales_are_tiled_as_comfy_kitchen_reads_them(rows, blocks):
+    scales = torch.arange(rows * blocks, dtype=torch.int32).reshape(rows, blocks).remainder(127).to(torch.uint8)
+    scales = scales.view(torch.float8_e4m3fn)
+    tiled = tiled_scales(scales)
+    expected = to_blocked(scales.view(torch.uint8), flatten=False)
+    assert torch.equal(tiled.view(torch.uint8), expected)
+    assert tiled.dtype == torch.float8_e4m3fn

@@ -18,10 +18,11 @@ def load() -> types.SimpleNamespace:
     import comfy.model_patcher
     import comfy.patcher_extension
 
-    from lowbit.host.attention import override, routes, sampling_hooks
+    from lowbit.host.attention import installing, override, routes, sampling_hooks
 
     return types.SimpleNamespace(
         attention=override,
+        installing=installing,
         hooks=sampling_hooks,
         routes=routes.ROUTES,
         core=comfy.ldm.modules.attention,

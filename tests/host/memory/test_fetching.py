@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 
 import pytest
@@ -67,7 +68,7 @@ def core(host, monkeypatch):
         return seen.queues[-1]
 
     def pop(queue, device, module):
-        seen.streams.append(comfy.model_management.STREAMS.setdefault(device, object()))
+        seen.streams.append(comfy.model_management.STREAMS[device])
         comfy.model_management.stream_counters[device] = len(seen.streams)
         done = queue.pop(0)
         if done is not None:
@@ -79,7 +80,18 @@ def core(host, monkeypatch):
 
     monkeypatch.setattr(comfy.model_prefetch, "make_prefetch_queue", make)
     monkeypatch.setattr(comfy.model_prefetch, "prefetch_queue_pop", pop)
-    monkeypatch.setattr(comfy.model_management, "STREAMS", {CPU: "core's"})
+    # PyTorch's pool hands the same few streams out again and again.
+    pool = itertools.cycle(types.SimpleNamespace(cuda_stream=handle) for handle in range(4))
+
+    def offload_stream(device):
+        streams = comfy.model_management.STREAMS.setdefault(device, [next(pool), next(pool)])
+        comfy.model_management.stream_counters.setdefault(device, 0)
+        return streams[0]
+
+    seen.theirs = [next(pool), next(pool)]
+    monkeypatch.setattr(comfy.model_management, "get_offload_stream", offload_stream)
+    monkeypatch.setattr(comfy.model_management, "STREAMS", {CPU: seen.theirs})
+    monkeypatch.setattr(fetching, "_OWN", {})
     monkeypatch.setattr(comfy.model_management, "stream_counters", {CPU: 7})
     monkeypatch.setitem(fetching.BLOCKS, Model, "blocks")
     seen.management = comfy.model_management
@@ -103,7 +115,7 @@ def left_clean(core, model):
     hooks = [hook for block in model.blocks for hook in block._forward_pre_hooks]
     fetched = [block for block in model.blocks if "_prefetch" in vars(block.linear)]
     streams = core.management.STREAMS, core.management.stream_counters
-    return not hooks and not fetched and streams == ({CPU: "core's"}, {CPU: 7})
+    return not hooks and not fetched and streams == ({CPU: core.theirs}, {CPU: 7})
 
 
 def test_each_block_is_fetched_before_it_runs(core):
@@ -118,8 +130,26 @@ def test_streams_are_its_own_and_the_same_at_every_step(core):
     model, fetcher = Model(Pages(40)), core.fetching.BlockFetcher()
     for _ in range(2):
         run(core, model, fetcher)
-    assert "core's" not in core.streams
+    assert not {stream.cuda_stream for pair in core.streams for stream in pair} & {0, 1}
     assert len(set(map(id, core.streams))) == 1
+
+
+def test_all_managers_of_the_process_share_one_pair(core):
+    for _ in range(20):
+        run(core, Model(Pages(40)))
+    assert len(set(map(id, core.streams))) == 1
+
+
+def test_streams_that_turn_out_to_be_cores_are_given_up(core):
+    """Core makes its own anew, out of the same pool."""
+    run(core, Model(Pages(40)))
+    (ours,) = {id(pair): pair for pair in core.streams}.values()
+    core.theirs = core.management.STREAMS[CPU] = list(ours)
+    core.streams.clear()
+    run(core, Model(Pages(40)))
+    assert not {stream.cuda_stream for pair in core.streams for stream in pair} & {
+        stream.cuda_stream for stream in ours
+    }
 
 
 @pytest.mark.parametrize("case", ["resident", "legacy", "off", "unknown model", "compiled", "no pages"])

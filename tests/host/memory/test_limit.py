@@ -86,3 +86,30 @@ def test_dynamic_vram_is_held_to_the_limit_whatever_else_is_on_the_card(host, gp
     limit.apply(CAPACITY)
     assert gpu.headroom == 256 << 20, "never less than ComfyUI's own headroom"
     limit.remove()
+
+
+def test_dynamic_vram_of_another_gpu_is_left_alone(host, gpu, monkeypatch):
+    """Its headroom is one for all GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    limit = host.limit.VramLimit(gpu.device)
+    limit.apply(6 * GIB)
+    assert gpu.headroom == 256 << 20
+    assert gpu.fraction == 0.25, "PyTorch's cap is the one GPU's"
+    limit.remove()
+
+
+def test_a_limit_ends_with_its_prompt_not_with_the_next_one(host, gpu, monkeypatch):
+    from comfy_execution import cache_provider
+
+    monkeypatch.setattr(host.session, "where", lambda: ("a prompt", "7"))
+    monkeypatch.setattr(host.session, "add_progress_handler", lambda handler: None)
+    current = host.session.session()
+    for _ in range(2):  # a manager runs more than once in a prompt, and core calls at the end of each prompt
+        current.manage("7", 6 * GIB)
+        current.manage("7", 8 * GIB)
+        (provider,) = cache_provider._get_cache_providers()
+        assert not provider.should_cache(None)
+        provider.on_prompt_end("a prompt")
+        assert current.limit.nbytes is None
+        assert gpu.headroom == 256 << 20
+        assert not cache_provider._get_cache_providers()

@@ -403,26 +403,6 @@ def test_the_meter_is_silent_while_nobody_listens(host, device, server, node):
     assert server is None or server.sent == []
 
 
-# --- loading
-
-
-def planned(nbytes):
-    entry = types.SimpleNamespace(shape=(nbytes // 2,))
-    checkpoint = types.SimpleNamespace(path=types.SimpleNamespace(name="wan.safetensors"), entries={"w": entry})
-    return types.SimpleNamespace(plan=types.SimpleNamespace(nbytes_after=nbytes), checkpoint=checkpoint)
-
-
-def test_a_load_that_main_memory_cannot_hold_is_refused_before_it_starts(host, monkeypatch):
-    monkeypatch.setattr(host.preflight, "available_host_bytes", lambda: 20 * GIB)
-    monkeypatch.setattr(host.preflight, "resident_bytes", lambda: 5 * GIB)
-    monkeypatch.setattr(host.core_memory, "aimdo_enabled", False)
-    host.preflight.check_load(planned(22 * GIB))
-    with pytest.raises(MemoryBudgetError, match=r"wan.safetensors takes 28.00 GiB .* 25.00 GiB are left"):
-        host.preflight.check_load(planned(28 * GIB))
-    monkeypatch.setattr(host.core_memory, "aimdo_enabled", True)
-    host.preflight.check_load(planned(28 * GIB))
-
-
 def test_pixels_are_estimated_in_the_shape_that_core_gives_them(host):
     vae = type("V", (host.decoding.ManagedVAE,), {})()
     pixels = torch.zeros(5, 64, 32, 3)

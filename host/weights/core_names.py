@@ -1,0 +1,46 @@
+"""What this folder takes from ComfyUI: without one of NEEDED the loaders are left out, without the others one thing is."""
+
+from __future__ import annotations
+
+from ...versions import dotted
+
+NEEDED = dotted(
+    {
+        "comfy.model_management": (
+            "cast_to_device free_memory get_torch_device load_models_gpu throw_exception_if_processing_interrupted "
+            "unet_manual_cast unet_offload_device"
+        ),
+        "comfy.model_patcher": "CoreModelPatcher ModelPatcher",
+        "comfy.ops": "CastBiasWeightContext mixed_precision_ops",
+        "comfy.quant_ops": "QuantizedTensor",
+        "comfy.sd": "CLIP CLIPType VAE load_diffusion_model_state_dict load_text_encoder_state_dicts",
+        "comfy.utils": "ProgressBar load_torch_file",
+        "comfy_execution.graph": "ExecutionBlocker",
+        "comfy_kitchen.tensor.base": "LAYOUTS",
+        "folder_paths": (
+            "filename_list_cache get_filename_list get_filename_list_ get_folder_paths get_full_path "
+            "get_output_directory get_save_image_path models_dir"
+        ),
+        "nodes": "VAELoader",
+    }
+)
+
+_FUSION = "feed-forward blocks of {} run without their fused activation, a little slower"
+_DETECTION = "a file of a kind that ComfyUI does not know is noticed only when it is loaded"
+OPTIONAL = {
+    "comfy.memory_management.aimdo_enabled": "a load that main memory cannot hold is not refused beforehand",
+    "comfy.ldm.wan.model.WanFeedForward": _FUSION.format("Wan"),
+    "comfy.ldm.qwen_image.model.FeedForward": _FUSION.format("Qwen-Image"),
+    "comfy.ops.linear_input_act": "8-bit weights of some text encoders are multiplied by ComfyUI itself",
+    "comfy.ops.INPUT_ACT_EAGER": "8-bit weights of some text encoders are multiplied by ComfyUI itself",
+    "comfy.ops.run_every_op": "a run can be interrupted between its steps only",
+    "comfy.quant_ops.QUANT_ALGOS": "a format that ComfyUI does not have is noticed only when it is loaded",
+    "comfy.sd.detect_te_model": _DETECTION,
+    "comfy.model_detection.convert_diffusers_mmdit": _DETECTION,
+    "comfy.model_detection.model_config_from_diffusers_unet": _DETECTION,
+    "comfy.model_detection.model_config_from_unet": _DETECTION,
+    "comfy.model_detection.unet_prefix_from_state_dict": _DETECTION,
+    "comfy_extras.nodes_model_patch.MultiTalkModelPatch": "InfiniteTalk and MultiTalk patches cannot be loaded",
+    "comfy_extras.nodes_model_patch.ModelPatchLoader": "model patches other than InfiniteTalk's cannot be loaded",
+}
+"""Name -> what is lost without it."""

@@ -1,0 +1,118 @@
+"""Without a name that one thing alone needs, that thing is left undone, and everything else works."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+import torch
+
+from lowbit.errors import CapabilityError
+from testing import tiny
+
+
+@pytest.fixture
+def lose(core_modules, monkeypatch):
+    """Takes a name away from ComfyUI."""
+    from importlib import import_module
+
+    def lost(name: str) -> None:
+        module, _, last = name.rpartition(".")
+        monkeypatch.delattr(import_module(module), last)
+
+    return lost
+
+
+@pytest.mark.parametrize("block", ["comfy.ldm.wan.model.WanFeedForward", "comfy.ldm.qwen_image.model.FeedForward"])
+def test_a_block_that_is_gone_is_not_fused_and_the_other_is(lose, block):
+    from lowbit.host.weights import feed_forward
+
+    every = {fusion.core for fusion in feed_forward._fusions()}
+    lose(block)
+    left = {fusion.core for fusion in feed_forward._fusions()}
+    assert len(every) == 2
+    assert {f"{core.__module__}.{core.__name__}" for core in every - left} == {block}
+
+
+@pytest.mark.parametrize("name", ["comfy.ops.linear_input_act", "comfy.ops.INPUT_ACT_EAGER"])
+def test_input_activations_are_left_to_comfyui(lose, name):
+    import comfy.ops
+
+    from lowbit.host.weights import feed_forward
+
+    lose(name)
+    before = getattr(comfy.ops, "linear_input_act", None)
+    feed_forward.route_input_activations()
+    assert getattr(comfy.ops, "linear_input_act", None) is before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "comfy.sd.detect_te_model",
+        "comfy.model_detection.model_config_from_unet",
+        "comfy.model_detection.convert_diffusers_mmdit",
+    ],
+)
+def test_files_are_judged_when_they_are_loaded(lose, tmp_path, name):
+    from lowbit.host.weights import architecture
+    from lowbit.ops.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(tiny.write("loras/wan.safetensors", tmp_path))
+    check = architecture.check_text_encoder if "sd" in name else architecture.check_diffusion_model
+    with pytest.raises(Exception, match="is no"):
+        check(checkpoint)
+    lose(name)
+    check(checkpoint)
+
+
+def test_formats_are_judged_when_they_are_loaded(lose):
+    from lowbit.host.weights import architecture
+
+    layers = {"blocks.0": types.SimpleNamespace(core_format="no_such_format")}
+    plan = types.SimpleNamespace(stored=types.SimpleNamespace(layers=layers), layers={})
+    checkpoint = types.SimpleNamespace(path=types.SimpleNamespace(name="wan.safetensors"))
+    with pytest.raises(CapabilityError, match="no_such_format"):
+        architecture.check_formats(checkpoint, plan)
+    lose("comfy.quant_ops.QUANT_ALGOS")
+    architecture.check_formats(checkpoint, plan)
+
+
+def test_a_patch_that_cannot_be_built_is_refused_by_name(lose, tmp_path):
+    from lowbit.host.weights import loading
+
+    path = tiny.write("model_patches/infinitetalk.safetensors", tmp_path)
+    assert loading.load_model_patch(str(path)) is not None
+    lose("comfy_extras.nodes_model_patch.MultiTalkModelPatch")
+    with pytest.raises(CapabilityError, match=r"no MultiTalkModelPatch .* made for ComfyUI 0.33"):
+        loading.load_model_patch(str(path))
+
+
+@pytest.mark.parametrize("name", ["comfy.model_prefetch.make_prefetch_queue", "comfy.model_management.STREAMS"])
+def test_nothing_is_fetched_ahead(lose, name):
+    from lowbit.host.memory.fetching import BlockFetcher
+
+    assert BlockFetcher().enabled
+    lose(name)
+    fetcher = BlockFetcher()
+    assert not fetcher.enabled
+    assert fetcher(lambda x: x + 1, torch.ones(1)).tolist() == [2.0]
+
+
+def test_leftover_queues_are_comfyuis_own(lose):
+    from lowbit.host.memory.streaming import forget_queues
+
+    lose("comfy.model_prefetch.cleanup_prefetch_queues")
+    forget_queues()
+
+
+def test_a_server_that_cannot_be_told_is_no_server(monkeypatch):
+    import sys
+
+    from lowbit.host.server import prompt_server
+
+    full = types.SimpleNamespace(send_sync=print, send_progress_text=print)
+    for instance, expected in ((full, full), (types.SimpleNamespace(send_sync=print), None), (None, None)):
+        fake = types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=instance))
+        monkeypatch.setitem(sys.modules, "server", fake)
+        assert prompt_server() is expected
