@@ -11,11 +11,11 @@ import torch
 ROUNDS = 5
 ENOUGH_MS = 500.0
 """Rounds end early past this: long calls need no median, and the first step of a run may cost little."""
-SHORT_MS = 1.0
-"""A shorter call is timed several times over, so that a launch that was held up counts little."""
-FAR_BEHIND = 1.5
-"""A call no shorter than that which takes so many times the fastest's time in the first round has no part in the others."""
+WINDOW_MS = 10.0
+"""Shorter calls are timed several in a row: the GPU then does not wait for the processor, as it does not in a model."""
 MOST_REPEATS = 8
+FAR_BEHIND, SHORT_MS = 1.5, 1.0
+"""A call of no less than a millisecond that takes so many times the fastest's time in the first round is not timed again."""
 
 
 def milliseconds(
@@ -50,7 +50,7 @@ def milliseconds(
                 continue
             spent += taken * repeats[name]
             samples[name].append(taken / (shares or {}).get(name, 1.0))
-            repeats[name] = min(max(round(SHORT_MS / max(taken, 1e-3)), 1), MOST_REPEATS)
+            repeats[name] = min(max(round(WINDOW_MS / max(taken, 1e-3)), 1), MOST_REPEATS)
         if spent > ENOUGH_MS:
             break
     return {name: statistics.median(samples[name]) for name in calls if name not in failed}, failed

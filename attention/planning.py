@@ -179,9 +179,7 @@ class Planner:
         part, share = _part_of(request, case.call)
         calls = {name: partial(candidate.on, part) for name, candidate in usable.items()}
         shares = dict.fromkeys(calls, share)
-        return measure.milliseconds(
-            {case.own: partial(request.own, case.own), **calls}, request.q.device, shares
-        )
+        return measure.milliseconds({case.own: partial(request.own, case.own), **calls}, request.q.device, shares)
 
     @staticmethod
     def _faster(case: _Case, usable: dict[str, Candidate], times: dict[str, float] | None) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .attention_int8 import LARGEST_FACTOR, NO_SCORE, VALUE_SHIFT
 from .attention_quantize import KEY_BLOCK, QuantizedAttention
 from .launch import launch
-from .runtime import GLUON_FOUND, HopperDescriptor, constexpr, gl, gluon, hopper
+from .runtime import GLUON_FOUND, HopperDescriptor, constexpr, gl, gluon, hopper, multiprocessor_count
 
 GROUPS = 3
 ROWS = 64
@@ -25,30 +27,47 @@ _REGISTERS = constexpr(REGISTERS)
 
 
 @gluon.jit
+def _place_of(tile, tiles, heads, group):
+    """(pair of batch and head, batch, head, head of K and V, first row) of a tile; those of a pair follow each other."""
+    pair = tile // tiles
+    batch = pair // heads
+    head = pair % heads
+    return pair, batch, head, head // group, tile % tiles * (_GROUPS * _ROWS)
+
+
+@gluon.jit
 def _copy_blocks(
-    q, k, v, q_tile, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
-    q_row, k_row, v_batch, v_head, blocks, D: gl.constexpr, N: gl.constexpr, FP8: gl.constexpr,
+    q, k, v, q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    tiles, all_tiles, heads, group, rows, padded_keys, D: gl.constexpr, N: gl.constexpr, FP8: gl.constexpr,
 ):  # fmt: skip
-    """The warp that copies: the queries once, then blocks of keys and values, the last one first."""
-    hopper.mbarrier.expect(q_full, _GROUPS * _ROWS * D)
-    for group in gl.static_range(_GROUPS):
-        hopper.tma.async_copy_global_to_shared(q, [q_row + group * _ROWS, 0], q_full, q_tile.index(group))
-    for step in range(blocks):
-        stage = step % _STAGES
-        phase = (step // _STAGES) & 1 ^ 1
-        start = (blocks - 1 - step) * N
-        full = k_full.index(stage)
-        hopper.mbarrier.wait(k_empty.index(stage), phase)
-        hopper.mbarrier.expect(full, N * D)
-        hopper.tma.async_copy_global_to_shared(k, [k_row + start, 0], full, k_tiles.index(stage))
-        full = v_full.index(stage)
-        hopper.mbarrier.wait(v_empty.index(stage), phase)
-        if FP8:
+    """The warp that copies: for each tile its queries, then blocks of keys and values, the last one first."""
+    blocks = padded_keys // N
+    count = 0
+    for tile in range(gl.program_id(0), all_tiles, gl.num_programs(0)):
+        pair, batch, head, kv_head, row = _place_of(tile, tiles, heads, group)
+        source = pair // group
+        hopper.mbarrier.wait(q_empty, (count // blocks) & 1 ^ 1)
+        hopper.mbarrier.expect(q_full, _GROUPS * _ROWS * D)
+        for index in gl.static_range(_GROUPS):
+            start = pair * rows + row + index * _ROWS
+            hopper.tma.async_copy_global_to_shared(q, [start, 0], q_full, q_tile.index(index))
+        for step in range(blocks):
+            stage = count % _STAGES
+            phase = (count // _STAGES) & 1 ^ 1
+            start = (blocks - 1 - step) * N
+            full = k_full.index(stage)
+            hopper.mbarrier.wait(k_empty.index(stage), phase)
             hopper.mbarrier.expect(full, N * D)
-            hopper.tma.async_copy_global_to_shared(v, [v_head * D, start], full, v_tiles.index(stage))
-        else:
-            hopper.mbarrier.expect(full, N * D * 2)
-            hopper.tma.async_copy_global_to_shared(v, [v_batch, v_head, start, 0], full, v_tiles.index(stage))
+            hopper.tma.async_copy_global_to_shared(k, [source * padded_keys + start, 0], full, k_tiles.index(stage))
+            full = v_full.index(stage)
+            hopper.mbarrier.wait(v_empty.index(stage), phase)
+            if FP8:
+                hopper.mbarrier.expect(full, N * D)
+                hopper.tma.async_copy_global_to_shared(v, [source * D, start], full, v_tiles.index(stage))
+            else:
+                hopper.mbarrier.expect(full, N * D * 2)
+                hopper.tma.async_copy_global_to_shared(v, [batch, kv_head, start, 0], full, v_tiles.index(stage))
+            count += 1
 
 
 @gluon.jit
@@ -57,17 +76,19 @@ def _attend_step(
     k_full, k_empty, v_full, v_empty, SCORES: gl.constexpr, RESULT: gl.constexpr, D: gl.constexpr, N: gl.constexpr,
     FP8: gl.constexpr, SHIFT: gl.constexpr, BOUNDED: gl.constexpr, HAS_MASK: gl.constexpr,
 ):  # fmt: skip
-    """One group's 64 rows over one block of keys."""
+    """One group's 64 rows over one block of keys, the program's block number `step`."""
     stage = step % _STAGES
     phase = (step // _STAGES) & 1
     zero = gl.zeros([_ROWS, N], gl.int32, layout=SCORES)
     factor = gl.minimum(q_scales * gl.load(k_scale + start // N), _LARGEST_FACTOR)
     hopper.mbarrier.wait(k_full.index(stage), phase)
-    # The groups take turns at the tensor cores, so that one's exponentials run under another's products.
-    hopper.mbarrier.wait(ours, step & 1)
+    if not FP8:
+        # The groups take turns at the tensor cores, so that one's exponentials run under another's products.
+        hopper.mbarrier.wait(ours, step & 1)
     token = hopper.warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     scores = hopper.warpgroup_mma_wait(0, deps=[token])
-    hopper.mbarrier.arrive(next_turn)
+    if not FP8:
+        hopper.mbarrier.arrive(next_turn)
     hopper.mbarrier.arrive(k_empty.index(stage))
     if BOUNDED:
         place = start + gl.arange(0, N, layout=gl.SliceLayout(0, SCORES))
@@ -105,75 +126,73 @@ def _attend_step(
 
 @gluon.jit
 def _attend_rows(
-    q_tile, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty, turns, q_scale, k_scale, v_scale, mask, shift,
-    out, lse, mask_l, out_l, first, row, queries, keys, blocks, limit, INDEX: gl.constexpr, HEAD_DIM: gl.constexpr,
-    D: gl.constexpr, N: gl.constexpr, FP8: gl.constexpr, SHIFT: gl.constexpr, HAS_MASK: gl.constexpr, LSE: gl.constexpr,
+    q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, q_scale, k_scale, v_scale, mask,
+    shift, out, lse, mask_b, mask_l, out_b, out_h, out_l, tiles, all_tiles, heads, group, queries, rows, keys, padded_keys,
+    limit, INDEX: gl.constexpr, HEAD_DIM: gl.constexpr, D: gl.constexpr, N: gl.constexpr, FP8: gl.constexpr,
+    SHIFT: gl.constexpr, HAS_MASK: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
-    """One group's 64 rows over all keys, the last block of them first: it alone may be ragged."""
+    """One group's 64 rows of each tile over all keys, the last block of them first: it alone may be ragged."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 32])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32 if FP8 else 16])
-    s_row = row + INDEX * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, SCORES))
-    q_scales = gl.load(q_scale + first + s_row)
-    acc = gl.zeros([_ROWS, D], gl.float32, layout=RESULT)
-    total = gl.zeros([_ROWS], gl.float32, layout=gl.SliceLayout(1, SCORES))
-    highest = gl.full([_ROWS], _NO_SCORE, gl.float32, layout=gl.SliceLayout(1, SCORES))
+    blocks = padded_keys // N
     ours = turns.index(INDEX)
     next_turn = turns.index((INDEX + 1) % _GROUPS)
-    hopper.mbarrier.wait(q_full, 0)
     q = q_tile.index(INDEX)
-    acc, total, highest = _attend_step(
-        acc, total, highest, 0, (blocks - 1) * N, q, q_scales, k_tiles, k_scale, v_tiles, mask, mask_l, keys, ours,
-        next_turn, k_full, k_empty, v_full, v_empty, SCORES, RESULT, D, N, FP8, SHIFT, True, HAS_MASK,
-    )  # fmt: skip
-    for step in range(1, blocks):
-        acc, total, highest = _attend_step(
-            acc, total, highest, step, (blocks - 1 - step) * N, q, q_scales, k_tiles, k_scale, v_tiles, mask, mask_l, keys,
-            ours, next_turn, k_full, k_empty, v_full, v_empty, SCORES, RESULT, D, N, FP8, SHIFT, HAS_MASK, HAS_MASK,
-        )  # fmt: skip
-    # Where no key counts, what was added up are weights of keys without values.
-    some = highest > 0.5 * _NO_SCORE
-    inverse = gl.where(some, 1.0 / total, 0.0)
-    row_out = row + INDEX * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, RESULT))
     column = gl.arange(0, D, layout=gl.SliceLayout(0, RESULT))
-    result = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, RESULT)), 1)
-    if FP8:
-        result = result * gl.expand_dims(gl.load(v_scale + column), 0)
-    result = gl.where(result > limit, limit, gl.where(result < -limit, -limit, result))
-    where = out + gl.expand_dims(row_out.to(gl.int64) * out_l, 1) + gl.expand_dims(column, 0)
-    inside = gl.expand_dims(row_out < queries, 1) & gl.expand_dims(column < HEAD_DIM, 0)
-    gl.store(where, result.to(out.dtype.element_ty), mask=inside)
-    if LSE:
-        exponent = (highest + gl.log2(total) - SHIFT) * 0.6931471805599453 + gl.load(shift + first + s_row)
-        gl.store(lse + s_row, gl.where(some, exponent, -float("inf")), mask=s_row < queries)
+    count = 0
+    for tile in range(gl.program_id(0), all_tiles, gl.num_programs(0)):
+        pair, batch, head, kv_head, first_row = _place_of(tile, tiles, heads, group)
+        source = pair // group
+        first = pair.to(gl.int64) * rows
+        row = first_row + INDEX * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, SCORES))
+        q_scales = gl.load(q_scale + first + row)
+        k_scales = k_scale + source * blocks
+        head_mask = mask
+        if HAS_MASK:
+            head_mask += batch.to(gl.int64) * mask_b
+        acc = gl.zeros([_ROWS, D], gl.float32, layout=RESULT)
+        total = gl.zeros([_ROWS], gl.float32, layout=gl.SliceLayout(1, SCORES))
+        highest = gl.full([_ROWS], _NO_SCORE, gl.float32, layout=gl.SliceLayout(1, SCORES))
+        hopper.mbarrier.wait(q_full, (count // blocks) & 1)
+        acc, total, highest = _attend_step(
+            acc, total, highest, count, (blocks - 1) * N, q, q_scales, k_tiles, k_scales, v_tiles, head_mask, mask_l, keys,
+            ours, next_turn, k_full, k_empty, v_full, v_empty, SCORES, RESULT, D, N, FP8, SHIFT, True, HAS_MASK,
+        )  # fmt: skip
+        for step in range(1, blocks):
+            acc, total, highest = _attend_step(
+                acc, total, highest, count + step, (blocks - 1 - step) * N, q, q_scales, k_tiles, k_scales, v_tiles,
+                head_mask, mask_l, keys, ours, next_turn, k_full, k_empty, v_full, v_empty, SCORES, RESULT, D, N, FP8,
+                SHIFT, HAS_MASK, HAS_MASK,
+            )  # fmt: skip
+        # The next tile's queries, keys and values come while this one is written.
+        hopper.mbarrier.arrive(q_empty)
+        count += blocks
+        # Where no key counts, what was added up are weights of keys without values.
+        some = highest > 0.5 * _NO_SCORE
+        inverse = gl.where(some, 1.0 / total, 0.0)
+        result = acc * gl.expand_dims(gl.convert_layout(inverse, gl.SliceLayout(1, RESULT)), 1)
+        if FP8:
+            result = result * gl.expand_dims(gl.load(v_scale + source * D + column), 0)
+        result = gl.where(result > limit, limit, gl.where(result < -limit, -limit, result))
+        row_out = first_row + INDEX * _ROWS + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, RESULT))
+        where = out + batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
+        where += gl.expand_dims(row_out.to(gl.int64) * out_l, 1) + gl.expand_dims(column, 0)
+        inside = gl.expand_dims(row_out < queries, 1) & gl.expand_dims(column < HEAD_DIM, 0)
+        gl.store(where, result.to(out.dtype.element_ty), mask=inside)
+        if LSE:
+            exponent = (highest + gl.log2(total) - SHIFT) * 0.6931471805599453 + gl.load(shift + first + row)
+            target = lse + pair.to(gl.int64) * queries + row
+            gl.store(target, gl.where(some, exponent, -float("inf")), mask=row < queries)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=("tiles", "all_tiles", "heads", "group", "queries", "keys"))
 def _attention_hopper_kernel(
     q, k, v, q_scale, k_scale, v_scale, mask, shift, out, lse, mask_b, mask_l, out_b, out_h, out_l,
-    heads, group, queries, rows, keys, padded_keys, limit,
+    tiles, all_tiles, heads, group, queries, rows, keys, padded_keys, limit,
     HEAD_DIM: gl.constexpr, D: gl.constexpr, N: gl.constexpr, FP8: gl.constexpr, SHIFT: gl.constexpr,
     HAS_MASK: gl.constexpr, LSE: gl.constexpr,
 ):  # fmt: skip
-    """192 of one head's queries over all of its keys."""
-    pair = gl.program_id(1)
-    row = gl.program_id(0) * (_GROUPS * _ROWS)
-    batch, head = pair // heads, pair % heads
-    source = pair // group
-    blocks = padded_keys // N
-    first = pair.to(gl.int64) * rows
-    out += batch.to(gl.int64) * out_b + head.to(gl.int64) * out_h
-    if HAS_MASK:
-        mask += batch.to(gl.int64) * mask_b
-    if LSE:
-        lse += pair.to(gl.int64) * queries
-    k_scale += source * blocks
-    if FP8:
-        v_scale += source * D
-        v_batch = 0
-        v_head = source
-    else:
-        v_batch = batch
-        v_head = head // group
+    """Tiles of 192 of one head's queries over all of its keys, as many programs as the GPU runs at once."""
     q_tile = gl.allocate_shared_memory(gl.int8, [_GROUPS, _ROWS, D], q.layout)
     k_tiles = gl.allocate_shared_memory(gl.int8, [_STAGES, N, D], k.layout)
     if FP8:
@@ -182,12 +201,14 @@ def _attention_hopper_kernel(
         v_tiles = gl.allocate_shared_memory(v.dtype, [_STAGES, 1, 1, N, D], v.layout)
     BARRIER: gl.constexpr = hopper.mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
     v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], BARRIER)
     turns = gl.allocate_shared_memory(gl.int64, [_GROUPS, 1], BARRIER)
     hopper.mbarrier.init(q_full, count=1)
+    hopper.mbarrier.init(q_empty, count=_GROUPS)
     for i in gl.static_range(_STAGES):
         hopper.mbarrier.init(k_full.index(i), count=1)
         hopper.mbarrier.init(v_full.index(i), count=1)
@@ -203,23 +224,23 @@ def _attention_hopper_kernel(
     gl.warp_specialize(
         [
             (_attend_rows, (
-                q_tile, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty, turns, q_scale, k_scale, v_scale,
-                mask, shift, out, lse, mask_l, out_l, first, row, queries, keys, blocks, limit,
-                FIRST, HEAD_DIM, D, N, FP8, SHIFT, HAS_MASK, LSE,
+                q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, q_scale, k_scale,
+                v_scale, mask, shift, out, lse, mask_b, mask_l, out_b, out_h, out_l, tiles, all_tiles, heads, group, queries,
+                rows, keys, padded_keys, limit, FIRST, HEAD_DIM, D, N, FP8, SHIFT, HAS_MASK, LSE,
             )),
             (_attend_rows, (
-                q_tile, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty, turns, q_scale, k_scale, v_scale,
-                mask, shift, out, lse, mask_l, out_l, first, row, queries, keys, blocks, limit,
-                SECOND, HEAD_DIM, D, N, FP8, SHIFT, HAS_MASK, LSE,
+                q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, q_scale, k_scale,
+                v_scale, mask, shift, out, lse, mask_b, mask_l, out_b, out_h, out_l, tiles, all_tiles, heads, group, queries,
+                rows, keys, padded_keys, limit, SECOND, HEAD_DIM, D, N, FP8, SHIFT, HAS_MASK, LSE,
             )),
             (_attend_rows, (
-                q_tile, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty, turns, q_scale, k_scale, v_scale,
-                mask, shift, out, lse, mask_l, out_l, first, row, queries, keys, blocks, limit,
-                THIRD, HEAD_DIM, D, N, FP8, SHIFT, HAS_MASK, LSE,
+                q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, q_scale, k_scale,
+                v_scale, mask, shift, out, lse, mask_b, mask_l, out_b, out_h, out_l, tiles, all_tiles, heads, group, queries,
+                rows, keys, padded_keys, limit, THIRD, HEAD_DIM, D, N, FP8, SHIFT, HAS_MASK, LSE,
             )),
             (_copy_blocks, (
-                q, k, v, q_tile, k_tiles, v_tiles, q_full, k_full, k_empty, v_full, v_empty,
-                pair * rows + row, source * padded_keys, v_batch, v_head, blocks, D, N, FP8,
+                q, k, v, q_tile, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                tiles, all_tiles, heads, group, rows, padded_keys, D, N, FP8,
             )),
         ],
         [4, 4, 1],
@@ -256,17 +277,19 @@ def attend_hopper(
         values = _descriptor(quantized.v.view(-1, padded_keys), [d, KEY_BLOCK])
     else:
         values = _descriptor(v, [1, 1, KEY_BLOCK, d])
+    tiles = rows // QUERY_BLOCK
+    all_tiles = tiles * batch * heads
     mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
     launch(
         _attention_hopper_kernel,
-        (rows // QUERY_BLOCK, batch * heads, 1),
+        (min(all_tiles, multiprocessor_count(out.device.index or 0)), 1, 1),
         (
             _descriptor(quantized.q.view(-1, d), [ROWS, d]), _descriptor(quantized.k.view(-1, d), [KEY_BLOCK, d]), values,
             quantized.q_scale, quantized.k_scale,
             quantized.k_scale if quantized.v_scale is None else quantized.v_scale, out if mask is None else mask,
             quantized.q_scale if quantized.shift is None else quantized.shift, out,
             quantized.q_scale if lse is None else lse, *mask_strides, *out.stride()[:3],
-            heads, heads // kv_heads, queries, rows, keys, padded_keys, torch.finfo(out.dtype).max,
+            tiles, all_tiles, heads, heads // kv_heads, queries, rows, keys, padded_keys, torch.finfo(out.dtype).max,
         ),
         {
             "HEAD_DIM": head_dim, "D": d, "N": KEY_BLOCK, "FP8": fp8, "SHIFT": VALUE_SHIFT if fp8 else 0.0,
@@ -279,10 +302,15 @@ def attend_hopper(
 _TYPES = {torch.int8: "int8", torch.float8_e4m3fn: "float8e4nv", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+@functools.cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype):
+    """How the copy engine lays a block out in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, _TYPES[dtype]))
+
+
 def _descriptor(x: torch.Tensor, block: list[int]):
     """What the copy engine reads blocks of x by."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, _TYPES[x.dtype]))
-    return HopperDescriptor.from_tensor(x, block, layout)
+    return HopperDescriptor.from_tensor(x, block, _layout(tuple(block), x.dtype))
 
 
 __all__ = ["GLUON_FOUND", "QUERY_BLOCK", "attend_hopper", "can_copy_in_bulk"]

@@ -114,7 +114,7 @@ def _attend_block(
     return acc, total, now
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("heads", "group", "queries", "keys"))
 def _attention_int8_kernel(
     q,
     q_scale,
@@ -258,7 +258,7 @@ def attention_int8_reference(
     batch, heads, _, head_dim = q.shape
     kv_heads, keys = k.shape[1:3]
     d, blocks = padded_head_dim(head_dim), ceil_div(keys, KEY_BLOCK)
-    kept = torch.ones(batch, keys, dtype=torch.bool) if mask is None else mask.expand(batch, keys)
+    kept = torch.ones(batch, keys, dtype=torch.bool, device=q.device) if mask is None else mask.expand(batch, keys)
     kept = kept[:, None, :, None]
     matrix = rotation(d, q.device, torch.float32)
     pad = torch.nn.functional.pad
@@ -289,4 +289,3 @@ def attention_int8_reference(
     out = weights @ v32 / total.clamp_min(1e-30)
     limit = torch.finfo(q.dtype).max
     return out.clamp(-limit, limit).to(q.dtype)
-

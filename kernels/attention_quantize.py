@@ -100,7 +100,7 @@ def _mean_of_keys(sums, counts, pair, keys, D: tl.constexpr, CHUNKS: tl.constexp
     return total * (keys.to(tl.float32) / tl.maximum(count, 1.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("kv_heads", "keys"))
 def _attention_statistics_kernel(
     k,
     v,
@@ -127,32 +127,37 @@ def _attention_statistics_kernel(
     VALUES: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Of one chunk of one head's keys: K's sum, how many keys count, and the largest |V| (as bits) per channel."""
+    """Of one chunk of one head's keys: in one program K's sum and how many keys count, in another the largest |V| (as bits)
+    per channel."""
     chunk, pair = tl.program_id(0), tl.program_id(1)
     batch, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     column = tl.arange(0, D)
     steps = tl.cdiv(keys, ROWS)
     each = tl.cdiv(steps, CHUNKS)
-    total = tl.zeros([D], tl.float32)
-    count = tl.zeros([ROWS], tl.float32)
-    top = tl.zeros([D], tl.int32)
-    share = 1.0 / keys.to(tl.float32)
-    for step in range(chunk * each, tl.minimum((chunk + 1) * each, steps)):
-        rows = step * ROWS + tl.arange(0, ROWS)
-        inside = _kept(mask, batch, rows, mask_b, mask_l, keys, HAS_MASK)
-        total += tl.sum(_rows_of(k + batch * k_b, head, rows, inside, k_h, k_l, k_d, HEAD_DIM, D) * share, 0)
-        count += inside.to(tl.float32)
-        if VALUES:
+    place = pair * CHUNKS + chunk
+    last = tl.minimum((chunk + 1) * each, steps)
+    if tl.program_id(2) == 0:
+        total = tl.zeros([D], tl.float32)
+        count = tl.zeros([ROWS], tl.float32)
+        share = 1.0 / keys.to(tl.float32)
+        for step in range(chunk * each, last):
+            rows = step * ROWS + tl.arange(0, ROWS)
+            inside = _kept(mask, batch, rows, mask_b, mask_l, keys, HAS_MASK)
+            total += tl.sum(_rows_of(k + batch * k_b, head, rows, inside, k_h, k_l, k_d, HEAD_DIM, D) * share, 0)
+            count += inside.to(tl.float32)
+        tl.store(sums + place * D + column, total)
+        tl.store(counts + place, tl.sum(count, 0))
+    elif VALUES:
+        top = tl.zeros([D], tl.int32)
+        for step in range(chunk * each, last):
+            rows = step * ROWS + tl.arange(0, ROWS)
+            inside = _kept(mask, batch, rows, mask_b, mask_l, keys, HAS_MASK)
             x = _rows_of(v + batch * v_b, head, rows, inside, v_h, v_l, v_d, HEAD_DIM, D)
             top = tl.maximum(top, tl.max(_magnitude_bits(x), 0))
-    place = pair * CHUNKS + chunk
-    tl.store(sums + place * D + column, total)
-    tl.store(counts + place, tl.sum(count, 0))
-    if VALUES:
         tl.store(largest + place * D + column, top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("kv_heads", "keys"))
 def _quantize_keys_values_kernel(
     k,
     v,
@@ -185,36 +190,37 @@ def _quantize_keys_values_kernel(
     VALUES: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """A block of one head's keys: K without its mean, rotated, to int8; V to e4m3, transposed, in the products' order."""
+    """A block of one head's keys: in one program K without its mean, rotated, to int8; in another V to e4m3, transposed,
+    in the products' order."""
     block, pair = tl.program_id(0), tl.program_id(1)
     batch, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     column = tl.arange(0, D)
     place = tl.arange(0, ROWS)
     rows = block * ROWS + place
     inside = _kept(mask, batch, rows, mask_b, mask_l, keys, HAS_MASK)
-    mean = _mean_of_keys(sums, counts, pair, keys, D, CHUNKS)
-    x = _rows_of(k + batch * k_b, head, rows, inside, k_h, k_l, k_d, HEAD_DIM, D)
-    # A quarter: the difference of two finite numbers may be none.
-    x = _rotated(tl.where(inside[:, None], x * 0.25 - mean[None, :] * 0.25, 0.0), rotation_ptr, D)
-    scale, inverse = _row_scale(tl.max(tl.max(_magnitude_bits(x), 1), 0), 127.0, smallest)
-    tl.store(k_scale + pair * tl.num_programs(0) + block, scale)
-    first = (pair.to(tl.int64) * tl.num_programs(0) + block) * ROWS
-    tl.store(k_codes + (first + place)[:, None] * D + column[None, :], _to_grid(x * inverse, True))
-    if VALUES:
-        order = (place & ~15) | (((place >> 1) & 1) << 3) | (((place >> 2) & 3) << 1) | (place & 1)
-        rows = block * ROWS + order
-        inside = _kept(mask, batch, rows, mask_b, mask_l, keys, HAS_MASK)
+    if tl.program_id(2) == 0:
+        mean = _mean_of_keys(sums, counts, pair, keys, D, CHUNKS)
+        x = _rows_of(k + batch * k_b, head, rows, inside, k_h, k_l, k_d, HEAD_DIM, D)
+        # A quarter: the difference of two finite numbers may be none.
+        x = _rotated(tl.where(inside[:, None], x * 0.25 - mean[None, :] * 0.25, 0.0), rotation_ptr, D)
+        scale, inverse = _row_scale(tl.max(tl.max(_magnitude_bits(x), 1), 0), 127.0, smallest)
+        tl.store(k_scale + pair * tl.num_programs(0) + block, scale)
+        first = (pair.to(tl.int64) * tl.num_programs(0) + block) * ROWS
+        tl.store(k_codes + (first + place)[:, None] * D + column[None, :], _to_grid(x * inverse, True))
+    elif VALUES:
+        ordered = block * ROWS + ((place & ~15) | (((place >> 1) & 1) << 3) | (((place >> 2) & 3) << 1) | (place & 1))
+        kept = _kept(mask, batch, ordered, mask_b, mask_l, keys, HAS_MASK)
         chunk = tl.arange(0, CHUNKS)
         top = tl.max(tl.load(largest + (pair * CHUNKS + chunk)[:, None] * D + column[None, :]), 0)
-        scale, inverse = _row_scale(top, 448.0, smallest)
+        channel_scale, channel_inverse = _row_scale(top, 448.0, smallest)
         if block == 0:
-            tl.store(v_scale + pair * D + column, scale)
-        x = _rows_of(v + batch * v_b, head, rows, inside, v_h, v_l, v_d, HEAD_DIM, D) * inverse[None, :]
+            tl.store(v_scale + pair * D + column, channel_scale)
+        values = _rows_of(v + batch * v_b, head, ordered, kept, v_h, v_l, v_d, HEAD_DIM, D) * channel_inverse[None, :]
         target = v_codes + (pair.to(tl.int64) * D + column)[:, None] * (tl.num_programs(0) * ROWS)
-        tl.store(target + (block * ROWS + place)[None, :], tl.trans(_to_grid(x, False)))
+        tl.store(target + (block * ROWS + place)[None, :], tl.trans(_to_grid(values, False)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("heads", "group", "queries", "keys"))
 def _quantize_queries_kernel(
     q,
     sums,
@@ -293,7 +299,9 @@ def quantize_attention(
     matrix = rotation(d, device, torch.float32 if INTERPRETED else torch.bfloat16)
     k_codes = torch.empty(pairs, blocks * KEY_BLOCK, d, dtype=torch.int8, device=device)
     k_scale = floats(pairs, blocks)
-    v_codes = torch.empty(pairs, d, blocks * KEY_BLOCK, dtype=torch.float8_e4m3fn, device=device) if fp8_values else None
+    v_codes = (
+        torch.empty(pairs, d, blocks * KEY_BLOCK, dtype=torch.float8_e4m3fn, device=device) if fp8_values else None
+    )
     v_scale = floats(pairs, d) if fp8_values else None
     q_codes, q_scale = torch.empty(batch * heads, rows, d, dtype=torch.int8, device=device), floats(batch * heads, rows)
     shifts = floats(batch * heads, rows) if shift else None
@@ -302,13 +310,13 @@ def quantize_attention(
     kinds = {"CHUNKS": CHUNKS, "VALUES": fp8_values, "HAS_MASK": mask is not None}
     launch(
         _attention_statistics_kernel,
-        (CHUNKS, pairs, 1),
+        (CHUNKS, pairs, 2 if fp8_values else 1),
         (k, v, kept, sums, counts, largest, *k.stride(), *v.stride(), *mask_strides, kv_heads, keys),
         {"HEAD_DIM": head_dim, "D": d, "ROWS": _STATISTICS_ROWS, **kinds},
     )
     launch(
         _quantize_keys_values_kernel,
-        (blocks, pairs, 1),
+        (blocks, pairs, 2 if fp8_values else 1),
         (
             k, v, kept, sums, counts, largest, matrix,
             k_codes, k_scale, k_codes if v_codes is None else v_codes, k_scale if v_scale is None else v_scale,

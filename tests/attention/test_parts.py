@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.attention import checks, masks
-from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS, AttentionCall
 from lowbit.attention.schedule import CALLS_AHEAD, Schedule, StepCounter, parse_blocks, step_of
 from lowbit.attention.timing_cache import FILE_NAME, TimingCache
 from lowbit.errors import LowbitError

@@ -162,9 +162,7 @@ def test_the_timing_key_holds_all_that_a_time_depends_on(tmp_path):
 
     def timed(tensors=(q, k, v), scale=None, heads_first=False, core_name=CORE, environment=GPU):
         calls = []
-        target = dispatcher(
-            fakes.backend("good"), timings=TimingCache(tmp_path), environment=environment
-        )
+        target = dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path), environment=environment)
 
         def core(drop):
             calls.append(drop)

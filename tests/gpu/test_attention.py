@@ -193,6 +193,11 @@ def torch_sdpa(q, k, v):
     return lambda drop: torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+def counted(call, calls):
+    """The same function, which notes its calls."""
+    return lambda drop: calls.append(drop) or call(drop)
+
+
 def test_auto_times_the_backends_once_and_keeps_the_budget(tmp_path):
     q, k, v = make(heads=8, q_len=4096, kv_len=4096)
     taken = []
@@ -200,7 +205,8 @@ def test_auto_times_the_backends_once_and_keeps_the_budget(tmp_path):
         dispatcher = Dispatcher(Policy("auto", "fast"), TimingCache(tmp_path))
         own = []
         for _ in range(7):
-            out = dispatcher.run(q, k, v, None, None, False, lambda drop: own.append(1) or torch_sdpa(q, k, v)(drop))
+            core = counted(torch_sdpa(q, k, v), own)
+            out = dispatcher.run(q, k, v, None, None, False, core)
         close(out, reference(q, k, v).transpose(1, 2).flatten(2), ERROR_LIMITS["fast"])
         report = dispatcher.report.as_dict(dispatcher.settings(q.device))
         assert not report["struck_off"]
