@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from .errors import CapabilityError, LowbitError, StorageError
+from .errors import CapabilityError, CheckpointError, LowbitError, StorageError
 from .ops.auto_format import choose_format
 from .ops.checkpoint import open_checkpoint
 from .ops.device_info import device_info
+from .ops.diffusion_names import converted_model
 from .ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, find_format
 from .ops.keep_rules import parse_rules
 from .ops.layer_errors import layer_errors
@@ -89,6 +90,13 @@ def _quantize(options: argparse.Namespace) -> None:
     if name == AUTO:
         name, reason = choose_format(checkpoint, device_info(device), rules)
     plan = make_plan(checkpoint, None if name == AS_STORED else find_format(name), rules, named=options.format != AUTO)
+    model = converted_model(checkpoint.entries)
+    if model is not None and plan.changes_weights:
+        raise CheckpointError(
+            f"{checkpoint.path.name} has diffusers' names of {model}, which ComfyUI renames and joins after loading: use "
+            "the file in ComfyUI's own names, or load this one with Load Diffusion Model (Lowbit), which quantizes what "
+            "ComfyUI makes of it."
+        )
     if options.dry_run:
         print(plan_report(checkpoint, plan, device_info(device), f"{name}: {reason}"))
         return

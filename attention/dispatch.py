@@ -66,7 +66,7 @@ class Dispatcher:
         if len(self._plans) > MAX_PLANS:
             self._plans.clear()
             self.report.forget_unused()
-        for plan in self._plans.values():
+        for plan in list(self._plans.values()):
             temporary = [c for c in plan.candidates if c.struck and c.struck.temporary]
             for candidate in temporary:
                 candidate.struck = None
@@ -92,10 +92,12 @@ class Dispatcher:
 
     def bar_lossy(self, reason: str) -> list[str]:
         """Strikes off every lossy backend that has taken calls, for all shapes. Returns their names."""
-        taken = [c for p in self._plans.values() for c in p.candidates if c.lossy and c.tally.calls and not c.struck]
+        taken = [
+            c for p in list(self._plans.values()) for c in p.candidates if c.lossy and c.tally.calls and not c.struck
+        ]
         barred = sorted({candidate.backend for candidate in taken})
         self.planner.barred |= dict.fromkeys(barred, reason)
-        for plan in self._plans.values():
+        for plan in list(self._plans.values()):
             for candidate in plan.candidates:
                 if candidate.lossy and candidate.backend in barred and candidate.struck is None:
                     self._strike(plan, candidate, reason)
@@ -105,7 +107,7 @@ class Dispatcher:
         """Takes back `bar_lossy`: these backends were not to blame."""
         for name in names:
             reason = self.planner.barred.pop(name, None)
-            for plan in self._plans.values():
+            for plan in list(self._plans.values()):
                 for candidate in plan.candidates:
                     if candidate.backend == name and candidate.struck and candidate.struck.reason == reason:
                         self._pardon(candidate)

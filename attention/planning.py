@@ -98,7 +98,7 @@ class Planner:
         if candidates and case.environment.device_type == "cuda":
             first = self.backends[candidates[0].backend]
             if case.environment.compute_capability not in first.tested_on:
-                self.report.note(f"{first.name} was never run by us on cc {case.environment.compute_capability}.")
+                self.report.note(f"{first.name}: not run by us on cc {case.environment.compute_capability}.")
 
     def _usable(self, case: _Case) -> dict[str, Candidate]:
         """Every backend that can take the call, in the table's order; why the one asked for cannot is noted."""

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks.goals import write
-from demo import shapes_in_comfyui
+from demo import clips, shapes_in_comfyui
+from demo.clips import SHOWN, Quality
 from demo.shapes import SCENES
-from demo.shapes_in_comfyui import REFERENCE, SHOWN, Quality
 from lowbit.ops.formats import FORMATS
 from testing import comfyui
 from testing.measure import environment
@@ -56,10 +56,10 @@ def main() -> None:
         with Server(base, path, cpu=not torch.cuda.is_available(), environment=variables) as server:
             found = dict(shapes_in_comfyui.measure(server, cache, options.formats.split(","), scenes))
     facts = environment(f"ComfyUI {comfyui.version(path)}")
-    rows = {"bf16" if name == REFERENCE else name: entry(quality) for name, quality in found.items()}
+    rows = {clips.title(name): entry(quality) for name, quality in found.items()}
     result = {"environment": facts, "prompts": [scene.prompt() for scene in scenes], "rows": rows}
     write(options.out, result)
-    shapes_in_comfyui.draw(options.out.parent, found, scenes)
+    clips.draw(options.out.parent, found, scenes)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from testing.measure import relative_error
 from testing.server import GraphFailedError, Server, prepare_base
 
 from . import shapes_in_comfyui
+from .clips import REFERENCE, Quality, title
 from .progress import ProgressLine
 from .report import Row
 
 PROMPTS = Path(__file__).parent / "prompts"
-REFERENCE = "none"
 MODELS = {
     "Wan t2v": ("wan_t2v", "diffusion_models/wan_t2v.safetensors"),
     "Qwen-Image": ("qwen_image", "diffusion_models/qwen_image.safetensors"),
@@ -42,8 +42,11 @@ class _Run:
     pictures: list[Path]
 
 
-def run(comfyui_path: Path, out: Path, formats: Sequence[str]) -> list[Row]:
-    """Runs every bundled prompt in bfloat16 and in `formats`; pictures go to `out`. Returns the table's rows."""
+def run(comfyui_path: Path, out: Path, formats: Sequence[str]) -> Iterator[tuple[str, Quality] | Row]:
+    """Runs every bundled prompt in bfloat16 and in `formats`; the tiny models' pictures go to `out`.
+
+    Yields each format's clips of the trained model, then the tiny models' rows, as they are made.
+    """
     base = Path(tempfile.mkdtemp(prefix="lowbit-demo-"))
     cache = base / "cache"
     try:
@@ -56,11 +59,9 @@ def run(comfyui_path: Path, out: Path, formats: Sequence[str]) -> list[Row]:
             base, comfyui_path, cpu=not torch.cuda.is_available(), environment={"LOWBIT_CACHE_DIR": str(cache)}
         ) as server:
             print(f"ComfyUI is up after {time.monotonic() - started:.0f} s.", flush=True)
-            return shapes_in_comfyui.rows(server, cache, out, formats) + [
-                row
-                for model, (prompt, file) in MODELS.items()
-                for row in _rows(server, model, prompt, base / "models" / file, cache, out, formats)
-            ]
+            yield from shapes_in_comfyui.measure(server, cache, formats)
+            for model, (prompt, file) in MODELS.items():
+                yield from _rows(server, model, prompt, base / "models" / file, cache, out, formats)
     finally:
         if (base / "server.log").exists():
             shutil.copy(base / "server.log", out / "comfyui.log")
@@ -73,7 +74,7 @@ def _rows(
     graph = json.loads((PROMPTS / f"{prompt}.json").read_text())
     reference = None
     for name in (REFERENCE, *formats):
-        progress = ProgressLine(f"{model}, {'bf16 (as stored)' if name == REFERENCE else name}", _titles(graph))
+        progress = ProgressLine(f"{model}, {title(name)}", _titles(graph))
         before = set(cache.glob("*.safetensors"))
         try:
             first = _sample(server, graph, f"{prompt}/{name}", name, 1, progress)
@@ -104,7 +105,7 @@ def _sample(server: Server, prompt: Graph, name: str, format: str, seed: int, pr
     graph["model"]["inputs"]["format"] = format
     graph["sample"]["inputs"]["seed"] = seed
     graph["facts"] = node("TinyFacts", value=["model", 0], name=name, after=["sample", 0])
-    result = server.run(dump(graph, name, latent=["sample", 0]), timeout=600, on_event=progress)
+    result = server.run(dump(graph, name, latent=["sample", 0]), on_event=progress)
     latent = load_file(server.base / "output" / name / "latent.safetensors")["samples"]
     pictures = [
         Path(image["subfolder"], image["filename"])

@@ -9,43 +9,22 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from lowbit.errors import LowbitError
-from lowbit.ops.checkpoint import open_checkpoint
-from lowbit.ops.formats import FORMATS
-from lowbit.ops.linear import quantized_linear
-from lowbit.ops.plan import QuantizationPlan, make_plan
-from lowbit.ops.quantize import assemble
-from lowbit.ops.stream import quantize_checkpoint
 from testing.measure import held_bytes, relative_error
 from testing.tiny.tensors import draw, write
 
+from . import shapes_in_diffusers
+from .clips import REFERENCE, Quality, title
 from .progress import ProgressLine
+from .quantized_modules import DEVICE, DTYPE, load
 from .report import Row
 
-REFERENCE = "none"
 STEPS = 4
 TEXT_TOKENS = 16
 WAN_TEXT, QWEN_TEXT = 256, 64
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 Denoise = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class QuantizedLinear(torch.nn.Module):
-    """A Linear whose weight is quantized, multiplied by `lowbit.ops.linear.quantized_linear`."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, fast: bool):
-        super().__init__()
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self.bias = bias
-        self.fast = fast
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., K) to (..., N)."""
-        return quantized_linear(x, self.weight, self.bias, fast=self.fast)
 
 
 def _wan() -> torch.nn.Module:
@@ -89,28 +68,33 @@ MODELS: dict[str, tuple[str, Callable[[], torch.nn.Module], Denoise, tuple[int, 
 }
 
 
-def run(out: Path, formats: Sequence[str]) -> list[Row]:
-    """Runs both models in bfloat16 and in `formats`; pictures go to `out`. Returns the table's rows."""
+def run(out: Path, formats: Sequence[str]) -> Iterator[tuple[str, Quality] | Row]:
+    """Runs the models in bfloat16 and in `formats`; the tiny models' pictures go to `out`.
+
+    Yields each format's clips of the trained model, then the tiny models' rows, as they are made.
+    """
     with tempfile.TemporaryDirectory(prefix="lowbit-demo-") as folder, torch.inference_mode():
-        return [row for model in MODELS for row in _rows(model, Path(folder), out, formats)]
+        yield from shapes_in_diffusers.measure(Path(folder), formats)
+        for model in MODELS:
+            yield from _rows(model, Path(folder), out, formats)
 
 
-def _rows(title: str, folder: Path, out: Path, formats: Sequence[str]) -> Iterator[Row]:
-    stem, make, denoise, shape, width = MODELS[title]
+def _rows(model_title: str, folder: Path, out: Path, formats: Sequence[str]) -> Iterator[Row]:
+    stem, make, denoise, shape, width = MODELS[model_title]
     torch.manual_seed(0)
     decoder = _decoder()
     shapes = {key: tuple(value.shape) for key, value in make().state_dict().items()}
     source = write(folder / f"{stem}.safetensors", draw(shapes))
     reference = None
     for name in (REFERENCE, *formats):
-        progress = ProgressLine(f"{title}, {'bf16 (as stored)' if name == REFERENCE else name}")
+        progress = ProgressLine(f"{model_title}, {title(name)}")
         started = time.monotonic()
         try:
-            path, model = _load(source, make, name, folder, progress)
+            path, model = load(source, make, name, folder, progress)
             latent = _sample(model, denoise, shape, width, 1, progress)
         except LowbitError as error:
             progress.finish(f"failed: {error}")
-            yield Row(title, name, problem=str(error))
+            yield Row(model_title, name, problem=str(error))
             continue
         first = time.monotonic() - started
         started = time.monotonic()
@@ -120,62 +104,7 @@ def _rows(title: str, folder: Path, out: Path, formats: Sequence[str]) -> Iterat
         error = None if name == REFERENCE else relative_error(latent, reference)
         _save_pictures(decoder, latent, out / f"{stem}.{name}")
         progress.finish(f"{'reference' if error is None else f'error {error:.2e}'}, {first:.1f} s")
-        yield Row(title, name, path.stat().st_size, held_bytes(model), error, first, again)
-
-
-def _load(
-    source: Path, make: Callable[[], torch.nn.Module], name: str, folder: Path, progress: ProgressLine
-) -> tuple[Path, torch.nn.Module]:
-    """The file that holds the model in format `name`, and the model loaded from it."""
-    with torch.device("meta"):
-        model = make()
-    if name == REFERENCE:
-        model.load_state_dict(_moved(load_file(source)), assign=True)
-        return source, _with_computed_buffers(model, make)
-    checkpoint = open_checkpoint(source)
-    plan = make_plan(checkpoint, FORMATS[name], None)
-    target = folder / f"{source.stem}.{name}.safetensors"
-    quantize_checkpoint(
-        checkpoint, plan, target, device=DEVICE, progress=lambda done, total, key: progress.step(key, done, total)
-    )
-    tensors = load_file(target)
-    _replace_linears(model, plan, tensors)
-    model.load_state_dict(_moved(tensors), assign=True, strict=False)
-    return target, _with_computed_buffers(model, make)
-
-
-def _moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.to(DEVICE, DTYPE) for key, value in tensors.items() if value.is_floating_point()}
-
-
-def _replace_linears(model: torch.nn.Module, plan: QuantizationPlan, tensors: dict[str, torch.Tensor]) -> None:
-    """Takes the quantized layers' tensors out of `tensors` and puts QuantizedLinear modules in their place."""
-    for layer in plan.layers.values():
-        if layer.action != "quantize":
-            continue
-        prefix = f"{layer.name}."
-        parts = {
-            key.removeprefix(prefix): tensors.pop(key).to(DEVICE) for key in list(tensors) if key.startswith(prefix)
-        }
-        bias = parts.pop("bias", None)
-        weight = assemble(parts, layer.storage, layer.shape, DTYPE)
-        module = QuantizedLinear(weight, None if bias is None else bias.to(DTYPE), FORMATS[layer.weight_format].fast)
-        parent, _, child = layer.name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-
-
-def _with_computed_buffers(model: torch.nn.Module, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Rotary tables are computed by the constructor, and a model made on `meta` has none: take them from another."""
-    made = make()
-    for name, module in model.named_modules():
-        other = made.get_submodule(name) if not isinstance(module, QuantizedLinear) else None
-        for key, value in vars(other).items() if other is not None else ():
-            if isinstance(value, torch.Tensor):
-                setattr(module, key, value.to(DEVICE))
-        for key, buffer in other._buffers.items() if other is not None else ():
-            if buffer is not None:
-                module._buffers[key] = buffer.to(DEVICE)
-    return model.eval()
+        yield Row(model_title, name, path.stat().st_size, held_bytes(model), error, first, again)
 
 
 def _sample(

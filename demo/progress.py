@@ -33,8 +33,8 @@ class ProgressLine:
     def _show(self, name: str, part: float) -> None:
         if self._live:
             bar = "#" * round(part * _WIDTH)
-            print(f"\r\033[K{self._label:32} [{bar:{_WIDTH}}] {name}", end="", flush=True)
+            print(f"\r\033[K{self._label:48} [{bar:{_WIDTH}}] {name}", end="", flush=True)
 
     def finish(self, text: str) -> None:
         """Ends the line with a result."""
-        print(f"{chr(13) + chr(27) + '[K' if self._live else ''}{self._label:32} {text}", flush=True)
+        print(f"{chr(13) + chr(27) + '[K' if self._live else ''}{self._label:48} {text}", flush=True)

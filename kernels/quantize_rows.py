@@ -38,12 +38,13 @@ def quantize_rows_reference(
     if rotation:
         wide = rotate_reference(wide, rotation)
     limit = LIMITS[dtype]
-    largest = wide.abs().amax(dim=1) if x.shape[1] else wide.new_zeros(x.shape[0])
+    least, most = wide.aminmax(dim=1) if x.shape[1] else (wide.new_zeros(x.shape[0]),) * 2
+    largest = torch.maximum(-least, most)
     scale = (largest / limit).clamp(min=SMALLEST_SCALE)
     scaled = wide * (1.0 / scale).unsqueeze(1)
     if dtype == torch.int8:
-        scaled = torch.nan_to_num(scaled, nan=0.0).round()
-    return scaled.clamp(-limit, limit).to(dtype), scale
+        scaled = scaled.nan_to_num_(nan=0.0).round_()
+    return scaled.clamp_(-limit, limit).to(dtype), scale
 
 
 @triton.jit

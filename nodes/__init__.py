@@ -34,6 +34,7 @@ class Group:
 
 
 GROUPS = (
+    Group("Optimize", "optimize", (weights_names, kitchen_names, attention_names, memory_names)),
     Group("the loaders", "loaders", (weights_names, kitchen_names)),
     Group("Quantize Model and Save Quantized Model", "quantized_model", (weights_names, kitchen_names)),
     Group("the attention nodes", "attention", (attention_names,)),
@@ -43,6 +44,16 @@ GROUPS = (
 
 class LowbitExtension(ComfyExtension):
     """Lists the pack's nodes to ComfyUI."""
+
+    async def on_load(self) -> None:
+        """Remove what killed runs left half-written: gigabytes that nobody else would ever miss."""
+        try:
+            from ..host.weights.folders import cache_folder
+            from ..host.weights.temporary import remove_abandoned
+
+            remove_abandoned(cache_folder())
+        except Exception as error:  # noqa: BLE001  # no reason to go without nodes
+            log.warning("What killed runs left in Lowbit's cache was not looked for: %s", error)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         optional = {name: lost for group in GROUPS for names in group.names for name, lost in names.OPTIONAL.items()}

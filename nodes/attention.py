@@ -6,13 +6,14 @@ import json
 
 from comfy_api.latest import io, ui
 
-from ..attention.backends import BUDGETS, backend_names
+from ..attention.backends import BACKENDS, BUDGETS, backend_names
 from ..attention.plan import AUTO, Policy
 from ..attention.schedule import Schedule, parse_blocks
 from ..host.attention.installing import find, install
 from ..host.weights.folders import cache_folder
 from .common import CATEGORY, show_text
 
+_NOT_RUN = ", ".join(backend.name for backend in BACKENDS if not backend.tested_on)
 FALL_BACK, STOP = "fall back", "stop"
 # What older versions of this node saved for what `auto` does now.
 FORMER_AUTO = "measured"
@@ -42,7 +43,8 @@ class Attention(io.ComfyNode):
                     default=AUTO,
                     tooltip=(
                         "auto: times the candidates and ComfyUI's own attention on this graph when a shape first appears, "
-                        "takes the fastest and remembers the times on disk. A name: that one wherever it can run."
+                        "takes the fastest and remembers the times on disk. A name: that one wherever it can run. "
+                        f"Not run by us: {_NOT_RUN}."
                     ),
                 ),
                 io.Combo.Input(

@@ -13,16 +13,28 @@ from ..host.weights.architecture import check_diffusion_model, check_text_encode
 from ..host.weights.folders import model_names, model_path
 from ..host.weights.loading import load_diffusion_model, load_model_patch, load_text_encoder
 from ..host.weights.main_memory import check_load
-from ..host.weights.preparing import Planned, Request, check_disk, plan_file, plan_model_patch, prepared_file
+from ..host.weights.preparing import (
+    Planned,
+    Request,
+    check_disk,
+    plan_file,
+    plan_model_patch,
+    plan_text_encoder,
+    prepared_file,
+)
+from ..host.weights.temporary_files import removal_put_off
 from ..host.weights.vae import VAE_PRECISIONS, load_vae, vae_names
-from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS
+from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS, RECOMMENDED
 from .common import CATEGORY, file_fingerprint, show_text
 
-_FORMAT_TOOLTIP = (
-    "How the weights are stored. auto: the best for this GPU, this model and the memory there is. none: as the file has "
-    "them. "
-    + " ".join(f"{row.name}: {row.summary}." for row in FORMATS.values())
-    + " What a file holds quantized already is taken as it is."
+_FORMAT_TOOLTIP = " ".join(
+    (
+        "How the weights are stored. auto: the best for this GPU, this model and the memory there is. Recommended:",
+        *(f"{name}, for {purpose}: {FORMATS[name].summary}." for name, purpose in RECOMMENDED.items()),
+        "The rest: none: as the file has them.",
+        *(f"{row.name}: {row.summary}." for row in FORMATS.values() if row.name not in RECOMMENDED),
+        "What a file holds quantized already is taken as it is.",
+    )
 )
 
 
@@ -40,6 +52,7 @@ def format_inputs() -> list[io.Input]:
                 "line on whole name segments: 'blocks.0.*' keeps, '!blocks.0.ffn' quantizes all the same, "
                 "'img_mlp = int8' stores in another format, 'auto' stands for the family's own rules. First match wins."
             ),
+            advanced=True,
         ),
         io.Boolean.Input(
             "dry_run",
@@ -48,14 +61,16 @@ def format_inputs() -> list[io.Input]:
                 "Load nothing: only list, per layer, what would be kept or quantized and why, bytes before and after, "
                 "and what this GPU runs natively, through a fallback, or emulated. Nodes behind it do not run."
             ),
+            advanced=True,
         ),
         io.Boolean.Input(
             "keep_quantized_file",
             default=True,
             tooltip=(
                 "Keep the quantized file in models/lowbit_cache, so that the next start only has to load it. It is made "
-                "anew when the source changes. Off: it is removed when ComfyUI ends."
+                "anew when the source changes. Off: it is removed with the last model that uses it."
             ),
+            advanced=True,
         ),
     ]
 
@@ -81,10 +96,12 @@ def loader_schema(*, inputs: list[io.Input], output: io.Output, **names: Any) ->
 def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_id: str | None) -> io.NodeOutput:
     """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
-    if not dry_run:
+    if dry_run:
+        return io.NodeOutput(ExecutionBlocker(None), planned.report)
+    with removal_put_off():
         check_disk(planned)
         check_load(planned)
-    return io.NodeOutput(ExecutionBlocker(None) if dry_run else load(), planned.report)
+        return io.NodeOutput(load(), planned.report)
 
 
 class LoadDiffusionModel(io.ComfyNode):
@@ -155,6 +172,7 @@ class LoadTextEncoder(io.ComfyNode):
                         "default: the GPU while it encodes. cpu: always in main memory; slower to encode, but it takes no "
                         "GPU memory at all, only its embeddings do."
                     ),
+                    advanced=True,
                 ),
             ],
             output=io.Clip.Output(tooltip="The text encoder."),
@@ -176,7 +194,7 @@ class LoadTextEncoder(io.ComfyNode):
         device: str,
     ) -> io.NodeOutput:
         path = model_path("text_encoders", clip_name)
-        planned = plan_file(path, Request(format, keep_rules, keep_quantized_file))
+        planned = plan_text_encoder(path, Request(format, keep_rules, keep_quantized_file))
         check_text_encoder(planned.checkpoint)
         clip_type = comfy.sd.CLIPType[type.upper()]
         return execute_plan(

@@ -50,6 +50,7 @@ class MemoryManager(io.ComfyNode):
                         "each Nth step, whether it helps or not; each clearing waits for the GPU and makes the next step "
                         "ask the driver for memory anew."
                     ),
+                    advanced=True,
                 ),
                 io.Int.Input(
                     "every_n_steps",
@@ -57,6 +58,7 @@ class MemoryManager(io.ComfyNode):
                     min=1,
                     max=1000,
                     tooltip="The N of every N; without effect otherwise. The smaller, the slower the steps.",
+                    advanced=True,
                 ),
                 io.Float.Input(
                     "vram_limit_gib",
@@ -81,6 +83,7 @@ class MemoryManager(io.ComfyNode):
                         "longer. auto: where the batch does not fit, or where it saves more streaming than it costs. off: "
                         "as ComfyUI decides. Without effect at cfg 1."
                     ),
+                    advanced=True,
                 ),
                 io.Clip.Input(
                     "clip",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .checkpoint import Checkpoint
@@ -46,24 +47,40 @@ TEXT_ENCODER_FORMAT = "int8"
 """Text encoders run once a prompt on few tokens: a 16-bit product loses no time and no accuracy."""
 
 
-def choose_format(checkpoint: Checkpoint, device: DeviceInfo, rules: tuple[Rule, ...] | None) -> tuple[str, str]:
+def choose_format(
+    checkpoint: Checkpoint,
+    device: DeviceInfo,
+    rules: tuple[Rule, ...] | None,
+    *,
+    pinned: Mapping[str, str] | None = None,
+) -> tuple[str, str]:
     """Format name and the reason for it.
 
     Args:
         checkpoint: the model.
         device: where it will run.
         rules: the user's keep rules, None for the family's.
+        pinned: as `make_plan` takes it.
     """
-    plan = make_plan(checkpoint, FORMATS[TEXT_ENCODER_FORMAT], rules)
+    plan = make_plan(checkpoint, FORMATS[TEXT_ENCODER_FORMAT], rules, pinned=pinned)
     if not any(layer.action == QUANTIZE for layer in plan.layers.values()):
         return AS_STORED, "the file's weights are quantized already, or too small to be"
     if plan.family.kind == "text_encoder":
         return TEXT_ENCODER_FORMAT, "a text encoder runs once a prompt: 8-bit weights, 16-bit product"
-    capability = device.capability or (0, 0)
-    row = next(row for row in AUTO_ROWS if capability >= row.capability)
+    row = _row(device)
     if device.memory_bytes and plan.nbytes_after > STREAMING_LIMIT * device.memory_bytes:
         return row.four_bits, (
             f"8 bits would take {plan.nbytes_after / 2**30:.1f} GiB, over {STREAMING_LIMIT:g} times the "
             f"{device.memory_bytes / 2**30:.0f} GiB of {device.name}"
         )
     return row.eight_bits, row.reason
+
+
+def four_bit_format(device: DeviceInfo) -> str:
+    """Name of the best 4-bit format for a device."""
+    return _row(device).four_bits
+
+
+def _row(device: DeviceInfo) -> AutoRow:
+    capability = device.capability or (0, 0)
+    return next(row for row in AUTO_ROWS if capability >= row.capability)

@@ -19,11 +19,10 @@ from ..errors import CheckpointError, StorageError
 from .checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
 from .plan import QuantizationPlan
 from .stream import METADATA_KEY, QUANTIZER_VERSION, RECIPE_KEY, Progress, quantize_checkpoint, read_origin
-from .writer import TEMPORARY_PREFIX, TEMPORARY_SUFFIX, short_stem
+from .writer import short_stem
 
 logger = logging.getLogger("lowbit.ops")
 
-_ABANDONED_SECONDS = 24 * 3600
 _OWN_NAME = re.compile(r"^.*\.[a-z0-9_]+\.[0-9a-f]{16}\.safetensors$", re.DOTALL)
 """What `cached_path` makes: a file of any other name is the user's, whatever its header says."""
 
@@ -34,7 +33,8 @@ class CacheKey:
 
     Attributes:
         recipe: digest of the source's place, the format and the rules.
-        content: digest of the recipe, the quantizer's version and the source's content.
+        content: digest of the recipe, the quantizer's version, the source's content, and what is decided for
+            its layers, names and text entries.
     """
 
     recipe: str
@@ -56,7 +56,10 @@ def cache_key(checkpoint: Checkpoint, plan: QuantizationPlan) -> CacheKey:
         ]
     )
     recipe_digest = hashlib.sha256(recipe.encode()).hexdigest()
-    content = f"{recipe_digest}{QUANTIZER_VERSION}{checkpoint.identity()}"
+    # What ComfyUI makes of the file's names, and which layers it multiplies with, may change with its version.
+    layers = [(layer.name, layer.action, layer.storage) for layer in plan.layers.values()]
+    decided = json.dumps([layers, list(checkpoint.entries), sorted(checkpoint.metadata.items())])
+    content = f"{recipe_digest}{QUANTIZER_VERSION}{checkpoint.identity()}{decided}"
     return CacheKey(recipe_digest, hashlib.sha256(content.encode()).hexdigest())
 
 
@@ -93,7 +96,6 @@ def quantized_file(
     if _is_whole(path):
         logger.info("Using the quantized file %s", path.name)
         return path
-    _sweep_abandoned(folder)
     try:
         quantize_checkpoint(checkpoint, plan, path, device=device, progress=progress, metadata={RECIPE_KEY: key.recipe})
     except StorageError:
@@ -119,14 +121,6 @@ def _is_whole(path: Path) -> bool:
     except CheckpointError as error:
         logger.warning("%s Lowbit makes it anew.", error)
         return False
-
-
-def _sweep_abandoned(folder: Path) -> None:
-    """Remove what a killed process left half-written a day ago or earlier."""
-    for leftover in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
-        with contextlib.suppress(OSError):
-            if time.time() - leftover.stat().st_mtime > _ABANDONED_SECONDS:
-                leftover.unlink()
 
 
 def _remove_outdated(current: Path, recipe: str, started: float) -> None:

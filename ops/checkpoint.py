@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ from .gguf_decode import decode
 from .gguf_file import SUFFIX, open_gguf
 from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, read_header
 
-__all__ = ["DTYPES", "INDEX_NAME", "Checkpoint", "TensorEntry", "decoded", "open_checkpoint"]
+__all__ = ["DTYPES", "INDEX_NAME", "Checkpoint", "TensorEntry", "decoded", "open_checkpoint", "read_elements"]
 
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
 """Names of a sharded set's index: `model.safetensors.index.json`, in diffusers with a variant before `.json`."""
@@ -159,6 +159,37 @@ def read_stored(entry: TensorEntry) -> torch.Tensor:
     except OSError as error:
         raise _unreadable(entry.path, error) from None
     return buffer if entry.encoding else buffer.view(entry.dtype).view(entry.shape)
+
+
+def read_elements(entry: TensorEntry, starts: Sequence[int], count: int) -> torch.Tensor:
+    """`count` numbers from each of `starts` on, without reading the rest; beyond the end the last one again.
+
+    Args:
+        entry: a tensor whose numbers are plain.
+        starts: places in the flattened tensor.
+        count: numbers from each.
+
+    Returns:
+        (len(starts) * count,) in the tensor's dtype.
+
+    Raises:
+        CheckpointError: as `read_tensor`.
+    """
+    size = entry.dtype.itemsize
+    pieces = bytearray()
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            for start in starts:
+                file.seek(entry.offset + start * size)
+                piece = file.read(min(count * size, entry.nbytes - start * size))
+                if not piece or len(piece) % size:
+                    raise CheckpointError(
+                        f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again."
+                    )
+                pieces += piece + piece[-size:] * (count - len(piece) // size)
+    except OSError as error:
+        raise _unreadable(entry.path, error) from None
+    return torch.frombuffer(pieces, dtype=torch.uint8).view(entry.dtype)
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -154,8 +154,19 @@ _ROWS = (
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({row.name: row for row in _ROWS})
 
-FORMAT_CHOICES: tuple[str, ...] = (AUTO, AS_STORED, *FORMATS)
-"""What the nodes offer, `auto` first."""
+RECOMMENDED: Mapping[str, str] = MappingProxyType(
+    {
+        "int8_convrot_fast": "speed in 8 bits, on any GPU from the RTX 20 on",
+        "int8": "text encoders, and where 8 bits shall be as exact as can be",
+        "fp8_e4m3fn_scaled_fast": "files that other programs shall read too, on an RTX 40 or newer",
+        "int4_asym_fast": "half the size, on an RTX 30 or RTX 40",
+        "fp4_scaled_fast": "half the size, on an RTX 50",
+    }
+)
+"""Format name -> what it is for; the others are no better than one of these of the same size."""
+
+FORMAT_CHOICES: tuple[str, ...] = tuple(dict.fromkeys((AUTO, *RECOMMENDED, AS_STORED, *FORMATS)))
+"""What the nodes offer: `auto`, the recommended formats, the rest."""
 
 
 def find_format(name: str) -> WeightFormat:
@@ -177,13 +188,18 @@ def storage_for(weight_format: WeightFormat, columns: int) -> str:
     return weight_format.substitute
 
 
+def stored_shape(storage: Storage, rows: int, columns: int) -> tuple[int, int]:
+    """Shape that the tensor of a (rows, columns) weight has in `storage`."""
+    return _round_up(rows, storage.pad or 1), _round_up(columns, storage.pad or 1) * storage.bits // 8
+
+
 def stored_nbytes(storage: Storage, rows: int, columns: int) -> int:
     """Bytes that a (rows, columns) weight takes in `storage`, scales included, the `comfy_quant` JSON not."""
-    padded_rows = _round_up(rows, storage.pad or 1)
-    padded_columns = _round_up(columns, storage.pad or 1)
-    nbytes = padded_rows * padded_columns * storage.bits // 8
+    stored_rows, stored_columns = stored_shape(storage, rows, columns)
+    nbytes = stored_rows * stored_columns
     if storage.pad:
-        block_scales = _round_up(padded_rows, 128) * _round_up(padded_columns // storage.columns_per_scale, 4)
+        blocks = _round_up(columns, storage.pad) // storage.columns_per_scale
+        block_scales = _round_up(stored_rows, 128) * _round_up(blocks, 4)
         return nbytes + block_scales + (4 if storage.core_format == "nvfp4" else 0)
     if storage.core_format == "asym_w4a8_int8":
         codebook = 16 * 4

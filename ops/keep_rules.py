@@ -117,7 +117,8 @@ _TEXT_ENCODER = (
     Rule("shared", reason=_EMBEDDINGS, structural=True),
     Rule("embed_tokens", reason=_EMBEDDINGS, structural=True),
     Rule("relative_attention_bias", reason=_EMBEDDINGS, structural=True),
-    Rule("lm_head", reason=_INPUT_OUTPUT),
+    # Core renames its weight alone.
+    Rule("lm_head", reason=_INPUT_OUTPUT, structural=True),
 )
 
 _WAN_SIGNATURE = ("blocks.*.self_attn.q", "blocks.*.cross_attn.q")
@@ -188,7 +189,8 @@ GENERIC = ModelFamily(
         Rule("final_layer", reason=_INPUT_OUTPUT),
         Rule("head", reason=_INPUT_OUTPUT),
         Rule("proj_out", reason=_INPUT_OUTPUT),
-        Rule("lm_head", reason=_INPUT_OUTPUT),
+        # Core renames its weight alone.
+        Rule("lm_head", reason=_INPUT_OUTPUT, structural=True),
         Rule("shared", reason=_EMBEDDINGS, structural=True),
     ),
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ import torch
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .formats import STORAGES, Storage
+from .formats import STORAGES
 from .plan import find_stored
-from .quantize import assemble
+from .quantize import assemble, storage_name_of
 from .stored import ScaleTarget
+from .stored_scales import as_numbers
 
 _SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "weight_s_rel", "weight_s_channel", "weight_codebook")
 
@@ -48,7 +48,7 @@ def layer_errors(quantized: Checkpoint, original: Checkpoint) -> Iterator[LayerE
         if name not in original.entries:
             raise CheckpointError(f"{original.path.name} has no '{name}': it is not the original of this file.")
         reference = original.read(name).float()
-        storage_name = _storage_name(dict(info.config))
+        storage_name = storage_name_of(info.config)
         weight = _dequantized(quantized, layer, storage_name, tuple(reference.shape), dict(info.scale_names))
         if weight.shape != reference.shape:
             raise CheckpointError(f"'{name}' has another shape in {original.path.name}: it is not the original.")
@@ -63,23 +63,6 @@ def _dequantized(
     parts = {suffix: checkpoint.read(name) for suffix, name in names.items() if name in checkpoint.entries}
     target = ScaleTarget("weight_scale", STORAGES[storage_name].core_format)
     parts["weight_scale"] = target.convert(parts.get("weight_scale", torch.ones(())))
-    for suffix, dtype in _block_scale_dtypes(STORAGES[storage_name]).items():
-        parts[suffix] = parts[suffix].view(dtype)
+    core_format = STORAGES[storage_name].core_format
+    parts = {suffix: as_numbers(suffix, part, core_format) for suffix, part in parts.items()}
     return assemble(parts, storage_name, (shape[0], shape[1]), torch.float32).dequantize()
-
-
-def _block_scale_dtypes(storage: Storage) -> dict[str, torch.dtype]:
-    """Block scales may lie in the file as bytes."""
-    return {
-        "mxfp8": {"weight_scale": torch.float8_e8m0fnu},
-        "nvfp4": {"weight_scale": torch.float8_e4m3fn},
-    }.get(storage.core_format, {})
-
-
-def _storage_name(config: dict[str, object]) -> str:
-    params = config.get("params")
-    rotated = config.get("convrot") or (isinstance(params, dict) and params.get("convrot"))
-    for name, storage in STORAGES.items():
-        if storage.core_format == config["format"] and bool(storage.core_config.get("convrot")) == bool(rotated):
-            return name
-    raise CheckpointError(f"The format {json.dumps(config)} is unknown to this version of Lowbit: update it.")

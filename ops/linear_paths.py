@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -238,13 +239,33 @@ def _pieces(
         yield x[start:stop], q[: stop - start], row_scale[start:stop], out[start:stop]
 
 
-@functools.lru_cache(maxsize=1)
-def _warn_once_scaled_mm(reason: str, instead: str) -> None:
-    _log.warning("torch._scaled_mm does not take scales per row here (%s); %s instead.", reason, instead)
+_FATAL = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+"""Errors that another product would run into as well."""
+
+_UNSUPPORTED = re.compile("support|float8|invalid scaling config|not implemented|arch_mismatch", re.IGNORECASE)
+"""What PyTorch and cuBLAS say of a call that they never take here; of any other failure, the next call may succeed."""
 
 
 _scaled_mm_refused: set[tuple[tuple[int, int], torch.dtype]] = set()
 """(compute capability, dtype of the weight's codes) that it refused: below cc 9.0 it takes e4m3 only."""
+
+_scaled_mm_said: set[tuple[bool, torch.dtype]] = set()
+"""Warnings given: whether the call is supported, and the dtype of the weight's codes."""
+
+
+def _scaled_mm_failed(error: Exception, gpu: Gpu, dtype: torch.dtype) -> None:
+    """Say what multiplies instead: for good where the call is unsupported, else for this once."""
+    supported = not (isinstance(error, NotImplementedError) or _UNSUPPORTED.search(str(error)))
+    if not supported:
+        _scaled_mm_refused.add((gpu.cc, dtype))
+    if (supported, dtype) not in _scaled_mm_said:
+        _scaled_mm_said.add((supported, dtype))
+        _log.warning(
+            "torch._scaled_mm %s here (%s); %s instead.",
+            "failed this time" if supported else "does not take scales per row",
+            str(error).partition("\n")[0],
+            "Triton multiplies FP8" if gpu.triton else "the product is 16-bit",
+        )
 
 
 def _has_room_for_descriptors(gpu: Gpu) -> bool:
@@ -280,12 +301,10 @@ def _fp8_matmul(
                 use_fast_accum=True,
                 out=out,
             )
-        except torch.OutOfMemoryError:
+        except _FATAL:
             raise
-        except RuntimeError as error:
-            _scaled_mm_refused.add((gpu.cc, codes.dtype))
-            instead = "Triton multiplies FP8" if gpu.triton else "the product is 16-bit"
-            _warn_once_scaled_mm(str(error).splitlines()[0], instead)
+        except (RuntimeError, ValueError) as error:
+            _scaled_mm_failed(error, gpu, codes.dtype)
         else:
             return True
     if not gpu.triton:

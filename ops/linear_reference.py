@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -47,13 +51,71 @@ def _int8_linear(
 
 
 def _int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(M, K) x (N, K) int8 -> (M, N) exact, int32 on the CPU; float64 sums where `_int_mm` does not take the shape."""
+    """(M, K) x (N, K) int8 -> (M, N), the exact integers, in whatever dtype holds them."""
     if a.device.type == "cpu":
-        return torch._int_mm(a, b.t())
+        return _int_mm(a, b) if _cpu_has_int_mm() else float_int8_matmul(a, b)
     aligned = a.shape[1] % 8 == 0 and b.shape[0] % 8 == 0
     if aligned and torch.cuda.get_device_capability(a.device) >= (7, 5):
         rows = a.shape[0]
         # It refuses fewer than 17 rows.
         padded = F.pad(a, (0, 0, 0, 32 - rows)) if rows <= 16 else a
-        return torch._int_mm(padded, b.t())[:rows]
+        return _int_mm(padded, b)[:rows]
     return a.double() @ b.double().t()
+
+
+def _int_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch._int_mm(a, b.t())
+
+
+def float_int8_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(M, K) x (N, K) int8 on a CPU -> (M, N), the exact integers: by float32 products of so few columns that none rounds.
+
+    float32 holds every integer up to 2^24, and each partial sum stays below that. One product's sums are float32, those
+    of several int32.
+    """
+    columns = a.shape[1]
+    if 0 in (columns, a.shape[0], b.shape[0]):
+        return torch.zeros(a.shape[0], b.shape[0])
+    step = max(1, _FLOAT32_EXACT // max(1, _largest(a) * _largest(b)))
+    if step >= columns:
+        return a.float() @ b.float().t()
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32)
+    for start in range(0, columns, step):
+        part = slice(start, start + step)
+        total += (a[:, part].float() @ b[:, part].float().t()).int()
+    return total
+
+
+_FLOAT32_EXACT = 1 << 24
+
+
+def _largest(codes: torch.Tensor) -> int:
+    """The largest magnitude among int8 codes."""
+    least, most = codes.aminmax()
+    return max(-int(least), int(most))
+
+
+@functools.lru_cache(maxsize=1)
+def _cpu_has_int_mm() -> bool:
+    """Whether `torch._int_mm` is right on this CPU, and no slower than float32: it is where there are VNNI instructions.
+
+    Without them oneDNN adds pairs of products in 16 bits, which overflow (its documentation, "Nuances of int8
+    computations"); where oneDNN has no int8 products PyTorch multiplies number by number.
+    """
+    a, b = torch.full((256, 512), 127, dtype=torch.int8), torch.full((256, 512), 127, dtype=torch.int8)
+    a[::2], b[:, ::3] = -128, 126
+    try:
+        right = torch.equal(_int_mm(a, b).long(), float_int8_matmul(a, b).long())
+    except RuntimeError:
+        return False
+    return right and _seconds(_int_mm, a, b) <= _seconds(float_int8_matmul, a, b)
+
+
+def _seconds(matmul: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
+    """The fastest of a few calls: another program's turn makes others slower."""
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        matmul(a, b)
+        times.append(time.perf_counter() - started)
+    return min(times)

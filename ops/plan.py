@@ -9,6 +9,7 @@ import torch
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
+from .diffusion_names import part_prefix, tables
 from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
 from .keep_rules import KEEP, QUANTIZE, ModelFamily, Rule, detect_family, expand_rules, first_match, unmatched_rules
 from .quantize import require_layout
@@ -18,7 +19,6 @@ SMALLEST_SIDE = 16
 """A matrix with fewer rows or columns than this stays as it is: nothing to gain."""
 
 _QUANTIZABLE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
-_CHECKPOINT_PREFIX = "model.diffusion_model."
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ def make_plan(
     user_rules: Sequence[Rule] | None,
     *,
     named: bool = True,
+    pinned: Mapping[str, str] | None = None,
 ) -> QuantizationPlan:
     """Plan the quantization of `checkpoint`.
 
@@ -112,6 +113,8 @@ def make_plan(
         weight_format: the format asked for; None leaves everything as stored.
         user_rules: what `parse_rules` made of the user's text; None for the family's rules.
         named: the user named the format, so that it also decides the product of layers that the file holds quantized.
+        pinned: layers that stay as they are whatever the rules say, since ComfyUI does more with them than multiply,
+            and why; None for those whose names say so.
 
     Raises:
         CheckpointError: what the file says of its own quantized layers cannot be believed.
@@ -125,7 +128,8 @@ def make_plan(
     }
     family = detect_family({name.rpartition(".")[0] for name in checkpoint.entries})
     rules = expand_rules(user_rules, family)
-    in_checkpoint = any(name.startswith(_CHECKPOINT_PREFIX) for name in matrices)
+    prefix = part_prefix(checkpoint.entries)
+    pinned = tables(matrices) if pinned is None else pinned
     layers: dict[str, LayerPlan] = {}
     for name, entry in matrices.items():
         if name in stored.layers:
@@ -133,8 +137,10 @@ def make_plan(
             decision = ("stored", core_format, "", f"quantized in the file already ({stored.layers[name].origin})")
         elif weight_format is None:
             decision = (KEEP, "", "", "no format was asked for")
-        elif in_checkpoint and not name.startswith(_CHECKPOINT_PREFIX):
+        elif not name.startswith(prefix):
             decision = (KEEP, "", "", "not part of the diffusion model")
+        elif name in pinned:
+            decision = (KEEP, "", "", pinned[name])
         else:
             decision = _decide(name, entry.shape, entry.dtype, weight_format, rules)
         action, storage, format_name, reason = decision

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import comfy_kitchen
@@ -102,8 +102,27 @@ def absolute_maximum(weight: torch.Tensor, name: str) -> torch.Tensor:
         # amax propagates NaN, so one test at the end sees every element.
         largest = torch.maximum(largest, chunk.abs().amax().float())
     if not torch.isfinite(largest):
-        raise CheckpointError(f"{name} holds NaN or Inf: the file is damaged or was saved from a broken model.")
+        raise not_finite(name)
     return largest
+
+
+def not_finite(name: str) -> CheckpointError:
+    """The error that a tensor, here `name`, holds what is no number."""
+    return CheckpointError(f"{name} holds NaN or Inf: the file is damaged or was saved from a broken model.")
+
+
+def storage_name_of(config: Mapping[str, Any]) -> str:
+    """Key into `STORAGES` of a layer with these `comfy_quant` entries.
+
+    Raises:
+        CheckpointError: this version does not know them.
+    """
+    params = config.get("params")
+    rotated = config.get("convrot") or (isinstance(params, dict) and params.get("convrot"))
+    for name, storage in STORAGES.items():
+        if storage.core_format == config["format"] and bool(storage.core_config.get("convrot")) == bool(rotated):
+            return name
+    raise CheckpointError(f"The format {json.dumps(dict(config))} is unknown to this version of Lowbit: update it.")
 
 
 def assemble(

@@ -17,36 +17,42 @@ _MOST_VIEWS = 256
 Spec = tuple[tuple[int, ...], torch.dtype] | None
 """Shape and dtype of one scratch tensor; None where a call needs none."""
 
+Views = dict[tuple[Spec, ...], list[torch.Tensor | None]]
+
 
 class Scratch:
     """One growing byte buffer and the views cut from it. Views are valid until the next `take` of the same owner."""
 
     def __init__(self) -> None:
-        self.buffer: torch.Tensor | None = None
-        self.views: dict[tuple[Spec, ...], list[torch.Tensor | None]] = {}
+        # One attribute, so that a release by another thread never leaves half of it.
+        self._held: tuple[torch.Tensor | None, Views] = (None, {})
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self.buffer is None else self.buffer.numel()
+        buffer, _ = self._held
+        return 0 if buffer is None else buffer.numel()
 
     def take(self, specs: tuple[Spec, ...], device: torch.device) -> list[torch.Tensor | None]:
         """Tensors for `specs`, cut from the buffer, which grows (and never shrinks) when they do not fit."""
-        views = self.views.get(specs)
-        if views is None:
+        buffer, views = self._held
+        if specs not in views:
             total = _total(specs)
-            if self.nbytes < total:
-                self.release()
-                self.buffer = _buffer(-(-total // _ROUND_UP) * _ROUND_UP, device)
-            if len(self.views) >= _MOST_VIEWS:
-                self.views.clear()
-            views = self.views[specs] = _cut(self.buffer, specs)
-        return views
+            if buffer is None or buffer.numel() < total:
+                # The old buffer goes before the new one comes, not after.
+                buffer, views = self.release()
+                buffer = _buffer(-(-total // _ROUND_UP) * _ROUND_UP, device)
+                self._held = buffer, views
+            if len(views) >= _MOST_VIEWS:
+                views.clear()
+            views[specs] = _cut(buffer, specs)
+        return views[specs]
 
-    def release(self) -> None:
-        """Give the buffer back to PyTorch's allocator."""
-        self.views = {}
-        self.buffer = None
+    def release(self) -> tuple[None, Views]:
+        """Give the buffer back to PyTorch's allocator, as soon as no view of it is in use."""
+        nothing: tuple[None, Views] = (None, {})
+        self._held = nothing
+        return nothing
 
 
 def _buffer(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -118,10 +124,7 @@ def scratch_nbytes() -> int:
 
 
 def release_scratch() -> int:
-    """Give every scratch buffer back to PyTorch's allocator; returns the bytes. The next linear makes a new one.
-
-    Call it between forwards, from the thread that runs them.
-    """
+    """Give every scratch buffer back to PyTorch's allocator; returns the bytes. The next linear makes a new one."""
     with _lock:
         released = sum(scratch.nbytes for scratch in _all)
         for scratch in _all:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
+from .diffusion_names import described_weight
 from .header import load_json
+from .multiplied_out import ScaledWeight, multiplied_out
 from .quantize import core_config_tensor
 from .stored_scales import check_scales
 
@@ -24,8 +27,20 @@ _CONFIG = ".comfy_quant"
 _MARKER = "scaled_fp8"
 _WEIGHT_SCALES = (".weight_scale", ".scale_weight")
 _INPUT_SCALES = (".input_scale", ".scale_input")
-_INTEGERS = frozenset({torch.int8, torch.uint8})
+_INTEGERS = frozenset(
+    {torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64}
+)
 _INTEGER_FORMATS = frozenset({"int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"})
+
+_FOREIGN_WEIGHTS = (
+    ".qweight",
+    ".q_weight",
+    ".weight_packed",
+    ".weight._data",
+    ".W_q",
+    ".trellis",
+)
+"""What other tools (GPTQ and AWQ, EXL2, compressed-tensors, quanto, HQQ, EXL3) store in place of a layer's weight."""
 
 _UNKNOWN_SCALINGS = (
     ".weight_scale_inv",
@@ -105,11 +120,13 @@ class StoredLayers:
         layers: by name.
         dropped: tensors that only described them and are not carried on.
         scale_targets: where each scale goes, by its name in the file.
+        scaled_weights: weights of convolutions and the like, whose scale nothing would apply later, by tensor name.
     """
 
     layers: Mapping[str, StoredLayer]
     dropped: frozenset[str]
     scale_targets: Mapping[str, ScaleTarget]
+    scaled_weights: Mapping[str, ScaledWeight] = field(default_factory=dict)
 
 
 def find_stored_layers(
@@ -135,11 +152,20 @@ def find_stored_layers(
         CheckpointError: a description is not readable, scales are missing or fit no scaling that core knows, or a
             weight is quantized in a way that nothing describes.
     """
+    foreign = foreign_weight(dtypes)
+    if foreign is not None:
+        raise CheckpointError(foreign)
     layers: dict[str, StoredLayer] = {}
     dropped = {name for name in dtypes if name == _MARKER or name.endswith(f".{_MARKER}")}
-    full_precision = any(read(name).numel() == 2 for name in dropped)
-    for layer, config in _metadata_layers(metadata).items():
-        if f"{layer}.weight" in dtypes:
+    # Two elements in a part's marker: its products are to stay in 16 bits.
+    full_precision = tuple(name.removesuffix(_MARKER) for name in dropped if math.prod(shapes[name]) == 2)
+    nameless: list[str] = []
+    for described, config in _metadata_layers(metadata).items():
+        weight = described_weight(described, dtypes)
+        if weight is None:
+            nameless.append(described)
+        else:
+            layer = weight.removesuffix(".weight")
             layers[layer] = _described(layer, config, dtypes, "header metadata")
     for name in dtypes:
         if name.endswith(_CONFIG):
@@ -151,9 +177,16 @@ def find_stored_layers(
         if layer == name or layer in layers or len(shapes[name]) != 2:
             continue
         if dtype in FLOAT8_FORMATS:
-            layers[layer] = _float8(layer, dtype, full_precision, dtypes)
+            layers[layer] = _float8(layer, dtype, layer.startswith(full_precision), dtypes)
         elif dtype in _INTEGERS:
+            _refuse_nameless(layer, nameless)
             layers[layer] = _int8(layer, dtype, dtypes)
+    scaled_weights = {}
+    for name in [name for name in dtypes if name.endswith(".weight") and len(shapes[name]) != 2]:
+        scales = _scales_of_no_linear(name, layers, dtypes, shapes, full_precision)
+        if scales is not None and "weight_scale" in scales.scale_names:
+            scaled_weights[name] = ScaledWeight(scales.scale_names["weight_scale"], scales.config)
+            dropped |= set(scales.scale_names.values())
     check_scales(layers, shapes)
     targets = {
         source: ScaleTarget(f"{layer}.{suffix}", info.core_format)
@@ -162,7 +195,18 @@ def find_stored_layers(
     }
     # Core's integer formats always measure their input, and know no such parameter.
     dropped |= {source for source, to in targets.items() if to.name.endswith(".input_scale") and to.measures_input}
-    return StoredLayers(layers, frozenset(dropped), targets)
+    return StoredLayers(layers, frozenset(dropped), targets, scaled_weights)
+
+
+def foreign_weight(names: Iterable[str]) -> str | None:
+    """What is wrong with a file of these names: that it holds another tool's weights; None where nothing tells so."""
+    name = next((name for name in names if name.endswith(_FOREIGN_WEIGHTS)), None)
+    if name is None:
+        return None
+    return (
+        f"it holds '{name}', a weight quantized by another tool in a way that ComfyUI cannot load: use the 16-bit file, or "
+        "one in ComfyUI's own quantized format."
+    )
 
 
 def normalize_state_dict(
@@ -189,7 +233,10 @@ def normalize_state_dict(
         if name in stored.dropped:
             continue
         target = stored.scale_targets.get(name)
-        if target is None:
+        scaled = stored.scaled_weights.get(name)
+        if scaled is not None:
+            result[name] = multiplied_out(name, tensor, state_dict[scaled.scale_name], scaled.config)
+        elif target is None:
             result[name] = tensor
         else:
             result[target.name] = target.convert(tensor)
@@ -215,20 +262,26 @@ def with_speed(config: Mapping[str, Any], fast: bool | None) -> dict[str, Any]:
     return result
 
 
-def metadata_below(metadata: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Text entries whose description of quantized layers is that of the part of a model below `prefix`, renamed so.
+def metadata_below(metadata: Mapping[str, str], prefix: str, names: Collection[str]) -> dict[str, str]:
+    """Text entries whose description of quantized layers is that of the part of a file below `prefix`.
+
+    Args:
+        metadata: the file's.
+        prefix: of the part; it is taken off the names that have it.
+        names: every tensor of the file: what describes another part's layer is left out.
 
     Raises:
         CheckpointError: the description is not readable.
     """
     result = dict(metadata)
-    layers = {
-        name.removeprefix(prefix): config
-        for name, config in _metadata_layers(metadata).items()
-        if name.startswith(prefix)
-    }
-    if _METADATA in result:
-        result[_METADATA] = json.dumps({"layers": layers})
+    if _METADATA not in result:
+        return result
+    layers = {}
+    for name, config in _metadata_layers(metadata).items():
+        inside = name.startswith(prefix) or f"{prefix}{name}.weight" in names
+        if inside or f"{name}.weight" not in names:
+            layers[name.removeprefix(prefix)] = config
+    result[_METADATA] = json.dumps({"layers": layers})
     return result
 
 
@@ -292,6 +345,32 @@ def _int8(layer: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> 
             "is scaled: use the 16-bit file, or one in ComfyUI's own quantized format."
         )
     return StoredLayer({"format": "int8_tensorwise"}, scales, origin="scaled INT8")
+
+
+def _refuse_nameless(layer: str, nameless: Sequence[str]) -> None:
+    """What describes no tensor of the file may be this layer's description, under a name that nobody knows."""
+    if nameless:
+        raise CheckpointError(
+            f"the layer '{layer}' is stored as integers that nothing describes, and the header describes "
+            f"'{nameless[0]}', which the file does not hold: use the 16-bit file, or one whose names agree."
+        )
+
+
+def _scales_of_no_linear(
+    name: str,
+    layers: dict[str, StoredLayer],
+    dtypes: Mapping[str, torch.dtype],
+    shapes: Mapping[str, tuple[int, ...]],
+    full_precision: tuple[str, ...],
+) -> StoredLayer | None:
+    """How the weight `name`, which is no matrix, is scaled; taken out of `layers`. None: it is not, or core does it."""
+    layer, dtype = name.removesuffix(".weight"), dtypes[name]
+    if layer in layers:
+        # Core's banks of experts are quantized matrices side by side.
+        return None if len(shapes[name]) == 3 else layers.pop(layer)
+    if dtype in FLOAT8_FORMATS:
+        return _float8(layer, dtype, layer.startswith(full_precision), dtypes)
+    return _int8(layer, dtype, dtypes) if dtype in _INTEGERS else None
 
 
 def _scales(layer: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import torch
+
 from ..errors import CheckpointError
 
 Shape = tuple[int, ...]
@@ -104,3 +106,18 @@ SCALE_RULES: Mapping[str, tuple[ScaleRule, ...]] = MappingProxyType(
     }
 )
 """By core's format name; scales of any other format are not looked at."""
+
+BLOCK_SCALE_DTYPES: Mapping[str, Mapping[str, torch.dtype]] = MappingProxyType(
+    {
+        "mxfp8": {"weight_scale": torch.float8_e8m0fnu},
+        "nvfp4": {"weight_scale": torch.float8_e4m3fn},
+        "asym_w4a8_int8": {"weight_s_rel": torch.float8_e4m3fn},
+    }
+)
+"""By core's format name and the scale's suffix: what block scales are that may lie in a file as bytes."""
+
+
+def as_numbers(suffix: str, tensor: torch.Tensor, core_format: str | None) -> torch.Tensor:
+    """A tensor of a layer as the numbers that it stands for: block scales kept as bytes in their own dtype."""
+    dtype = BLOCK_SCALE_DTYPES.get(core_format or "", {}).get(suffix)
+    return tensor.view(dtype) if dtype is not None and tensor.dtype == torch.uint8 else tensor

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 
 from .checkpoint import Checkpoint, TensorEntry, decoded
+from .finite import first_not_finite
 from .formats import FORMATS
 from .keep_rules import QUANTIZE
+from .multiplied_out import multiplied_out
 from .overlap import read_ahead
 from .plan import QuantizationPlan
-from .quantize import absolute_maximum, core_config_tensor, quantize_weight
+from .quantize import core_config_tensor, not_finite, quantize_weight
 from .stored import with_speed
+from .stored_scales import as_numbers
 from .writer import CheckpointWriter, check_free_space, names_nbytes
 
 logger = logging.getLogger("lowbit.ops")
@@ -38,7 +41,6 @@ Progress = Callable[[int, int, str], None]
 
 _SUFFIX_BYTES = len(".weight_s_channel")
 _PARTS = 6
-_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def quantize_checkpoint(
@@ -163,15 +165,16 @@ def _write_entry(
     if layer is not None and layer.action == QUANTIZE and suffix == "weight":
         _write_quantized(writer, take, entry, _called(checkpoint, entry.name), plan, device)
         return
+    tensor = decoded(entry, take()).to(entry.dtype).cpu()
+    stored = plan.stored.layers.get(layer_name)
+    numbers = as_numbers(suffix, tensor, stored.core_format if stored is not None else None)
+    if first_not_finite([(entry.name, numbers)]) is not None:
+        raise not_finite(_called(checkpoint, entry.name))
     target = plan.stored.scale_targets.get(entry.name)
-    tensor = decoded(entry, take()).to(entry.dtype)
-    if target is not None:
-        writer.add(target.name, target.convert(tensor))
-        return
-    if tensor.dtype in _FLOATS and tensor.numel():
-        flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor.reshape(1, 1)
-        absolute_maximum(flat, _called(checkpoint, entry.name))
-    writer.add(entry.name, tensor)
+    scaled = plan.stored.scaled_weights.get(entry.name)
+    if scaled is not None:
+        tensor = multiplied_out(entry.name, tensor, checkpoint.read(scaled.scale_name), scaled.config)
+    writer.add(*((entry.name, tensor) if target is None else (target.name, target.convert(tensor))))
 
 
 def _write_quantized(

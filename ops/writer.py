@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import stat
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -19,6 +20,7 @@ import torch
 
 from ..errors import CheckpointError, StorageError
 from .checkpoint import DTYPES, Checkpoint, open_checkpoint
+from .lock_file import LockFile, abandoned
 from .overlap import WriteBehind
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -28,6 +30,9 @@ _STEM_BYTES = 100
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
 TEMPORARY_PREFIX = ".lowbit-"
 TEMPORARY_SUFFIX = ".partial"
+_LOCK_SUFFIX = ".lock"
+_UNLOCKED_SECONDS = 24 * 3600
+"""A half-written file without a lock is an earlier version's, which may still be at work; after this long it is not."""
 
 Verified = Callable[[int, int, str], None]
 """Called with bytes verified, bytes in all and the tensor just read back; may raise to cancel."""
@@ -87,7 +92,7 @@ class CheckpointWriter:
         self._held: list[tuple[str, torch.Tensor]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary, descriptor = _create_temporary(path)
+            self._temporary, self._lock, descriptor = _create_temporary(path)
         except OSError as error:
             raise StorageError(
                 f"{path.parent} cannot be written ({_strerror(error)}): choose another folder or free the disk."
@@ -142,6 +147,7 @@ class CheckpointWriter:
             self._end()
             self._verify()
             os.replace(self._temporary, self.path)
+            self._lock.release()
         except OSError as error:
             self.discard()
             raise StorageError(f"{self.path} could not be written ({_strerror(error)}): free the disk.") from None
@@ -153,6 +159,7 @@ class CheckpointWriter:
         """Remove what was written so far."""
         self._end()
         self._temporary.unlink(missing_ok=True)
+        self._lock.release()
 
     def _end(self) -> None:
         """No more writes."""
@@ -213,24 +220,44 @@ class CheckpointWriter:
                 self._verified(done, self._position, name)
 
 
-def _create_temporary(path: Path) -> tuple[Path, int]:
-    """A fresh file beside `path` with the permissions that any file the user makes gets, and its descriptor."""
+def _create_temporary(path: Path) -> tuple[Path, LockFile, int]:
+    """A fresh file beside `path` with the permissions that any file the user makes gets, its lock and its descriptor."""
     # A name that the file system does not take is said before the work, not after it.
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISDIR(os.stat(path).st_mode):
             raise IsADirectoryError(errno.EISDIR, f"{path.name} is a folder")
     while True:
-        name = f"{TEMPORARY_PREFIX}{short_stem(path.stem)}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+        name = f"{TEMPORARY_PREFIX}{short_stem(path.stem)}-{secrets.token_hex(4)}"
+        temporary = path.with_name(name + TEMPORARY_SUFFIX)
         with contextlib.suppress(FileExistsError):
-            return path.with_name(name), os.open(path.with_name(name), _CREATE, 0o666)
+            lock = LockFile(path.with_name(name + _LOCK_SUFFIX))
+            try:
+                return temporary, lock, os.open(temporary, _CREATE, 0o666)
+            except BaseException:
+                lock.release()
+                raise
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove from `folder` what killed processes left half-written, and nothing that is being written."""
+    for lock in folder.glob(f"{TEMPORARY_PREFIX}*{_LOCK_SUFFIX}"):
+        with contextlib.suppress(OSError), abandoned(lock) as dead:
+            if dead:
+                lock.with_suffix(TEMPORARY_SUFFIX).unlink(missing_ok=True)
+    for temporary in folder.glob(f"{TEMPORARY_PREFIX}*{TEMPORARY_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            age = time.time() - temporary.stat().st_mtime
+            if age > _UNLOCKED_SECONDS and not os.path.exists(temporary.with_suffix(_LOCK_SUFFIX)):
+                temporary.unlink()
 
 
 def check_free_space(folder: Path, nbytes: int, what: str) -> None:
-    """Refuse a write that will not fit.
+    """Remove what killed processes left half-written in `folder`, and refuse a write that will not fit.
 
     Raises:
         StorageError: fewer than `nbytes` plus 64 MiB are free where `folder` is, or will be.
     """
+    remove_half_written(folder)
     existing = folder
     while not os.path.exists(existing) and existing != existing.parent:
         existing = existing.parent

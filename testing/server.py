@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import importlib.util
 import json
+import math
 import os
 import queue
 import shutil
@@ -21,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 
 from . import comfyui
 
 Graph = Mapping[str, Mapping[str, Any]]
 Event = dict[str, Any]
 SHIMS_NAME = "lowbit_tiny_shims"
+SILENT_SECONDS = 180
+WORK_SECONDS = 4  # an idle server takes one or two in that time
 _FINAL = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -115,6 +119,32 @@ def _no_frontend(base: Path) -> list[str]:
     return ["--front-end-root", str(folder)]
 
 
+class Progress:
+    """Tells a process that hangs from one on a slow or busy machine, which no number of seconds does."""
+
+    def __init__(self, pid: int):
+        self._process = psutil.Process(pid)
+        self.seen()
+
+    def seen(self) -> None:
+        """Something came of it: the silence begins anew."""
+        self._since, self._worked = time.monotonic(), self._seconds_worked()
+
+    def check(self, what: str) -> None:
+        """Raises TimeoutError when `what` has for long shown no sign of life, nor taken the processor's time."""
+        if self._seconds_worked() - self._worked > WORK_SECONDS:
+            self.seen()
+        elif time.monotonic() - self._since > SILENT_SECONDS:
+            raise TimeoutError(f"{what} hangs: nothing came of it, and nothing was computed, for {SILENT_SECONDS} s")
+
+    def _seconds_worked(self) -> float:
+        try:
+            times = self._process.cpu_times()
+        except psutil.Error:
+            return 0.0  # it has ended, which is the caller's to see
+        return times.user + times.system
+
+
 class Server:
     """A running headless ComfyUI. Use as a context manager, or call `close`; it is killed at exit in any case."""
 
@@ -131,7 +161,6 @@ class Server:
         cache: Iterable[str] = ("--cache-lru", "8"),
         environment: Mapping[str, str] | None = None,
         name: str = "server",
-        start_timeout: float = 180,
     ):
         """Starts ComfyUI from `comfyui_path` on the base directory `base` and waits until it answers.
 
@@ -169,7 +198,7 @@ class Server:
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-client", daemon=True)
         self._thread.start()
         try:
-            self._call(self._connect(start_timeout))
+            self._call(self._connect())
         except BaseException:
             self.close()
             raise
@@ -204,8 +233,10 @@ class Server:
         """Everything the server has written so far."""
         return self.log_path.read_text(errors="replace")
 
-    def run(self, graph: Graph, timeout: float = 120, on_event: Callable[[Event], None] | None = None) -> Result:
-        """Queues an API-form prompt and waits. Raises GraphRejectedError, GraphFailedError, GraphInterruptedError, TimeoutError."""
+    def run(
+        self, graph: Graph, timeout: float | None = None, on_event: Callable[[Event], None] | None = None
+    ) -> Result:
+        """Queues an API-form prompt and waits, as `wait` does. Raises GraphRejectedError, GraphFailedError, GraphInterruptedError, TimeoutError."""
         return self.wait(self.queue(graph), timeout, on_event)
 
     def queue(self, graph: Graph) -> str:
@@ -219,11 +250,16 @@ class Server:
             raise GraphRejectedError(json.loads(answer))
         return prompt_id
 
-    def wait(self, prompt_id: str, timeout: float = 120, on_event: Callable[[Event], None] | None = None) -> Result:
-        """Waits for a queued prompt to end, calling `on_event` with each of its websocket messages."""
-        started, events = time.monotonic(), []
+    def wait(
+        self, prompt_id: str, timeout: float | None = None, on_event: Callable[[Event], None] | None = None
+    ) -> Result:
+        """Waits for a queued prompt to end, calling `on_event` with each of its websocket messages.
+
+        timeout: seconds in all; None: as long as it takes, while the server works or says anything.
+        """
+        started, events, progress = time.monotonic(), [], Progress(self.process.pid)
         while True:
-            left = timeout - (time.monotonic() - started)
+            left = math.inf if timeout is None else timeout - (time.monotonic() - started)
             if left <= 0:
                 raise TimeoutError(f"prompt {prompt_id} was not done after {timeout} s")
             try:
@@ -231,7 +267,9 @@ class Server:
             except queue.Empty:
                 if not self.alive:
                     raise ServerDiedError(self.log()[-4000:]) from None
+                progress.check(f"prompt {prompt_id}")
                 continue
+            progress.seen()
             events.append(event)
             if on_event:
                 on_event(event)
@@ -255,7 +293,7 @@ class Server:
 
     def history(self, prompt_id: str) -> dict[str, Any]:
         """The history entry of a finished prompt; waits a little for it to be written."""
-        for _ in range(100):
+        for _ in range(1000):
             entry = self.get_json(f"/history/{prompt_id}").get(prompt_id)
             if entry:
                 return entry
@@ -278,11 +316,11 @@ class Server:
     def _call(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    async def _connect(self, timeout: float) -> None:
+    async def _connect(self) -> None:
         self._session = aiohttp.ClientSession(f"http://{self.address}")
-        deadline = time.monotonic() + timeout
+        progress = Progress(self.process.pid)
         while True:
-            if not self.alive or time.monotonic() > deadline:
+            if not self.alive:
                 raise ServerDiedError(f"ComfyUI did not come up; the end of {self.log_path}:\n{self.log()[-4000:]}")
             try:
                 async with self._session.get("/system_stats") as answer:
@@ -292,6 +330,7 @@ class Server:
                         raise ServerDiedError(f"ComfyUI answers HTTP {answer.status}:\n{self.log()[-4000:]}")
             except aiohttp.ClientError:
                 pass
+            progress.check("ComfyUI's start")
             await asyncio.sleep(0.1)
         self._socket = await self._session.ws_connect(f"/ws?clientId={self._client_id}", max_msg_size=0)
         self._reader = asyncio.ensure_future(self._read())

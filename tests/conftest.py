@@ -41,6 +41,7 @@ LONGEST_FIRST = (
     "headless/test_memory_recovery.py",
     "headless/test_loaders.py",
     "headless/test_demo.py",
+    "demo/test_demo.py",
     "kernels/test_in_compiler.py",
     "headless/test_memory.py",
     "headless/test_save.py",

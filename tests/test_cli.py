@@ -46,6 +46,27 @@ def test_a_dry_run_writes_nothing(model, tmp_path, capsys):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_names_that_comfyui_changes_after_loading_are_refused_before_a_byte_is_written(tmp_path, capsys):
+    names = ("x_embedder", "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_q_proj")
+    save_file({f"{name}.weight": torch.randn(64, 256).bfloat16() for name in names}, tmp_path / "flux.safetensors")
+    target = tmp_path / "out.safetensors"
+    assert main(["quantize", str(tmp_path / "flux.safetensors"), str(target), "--format", "int8"]) == 2
+    assert "flux.safetensors has diffusers' names of Flux" in capsys.readouterr().err
+    assert not target.exists()
+    assert main(["quantize", str(tmp_path / "flux.safetensors"), str(target), "--format", "none"]) == 0
+
+
+def test_tables_stay_whatever_the_rules_say(tmp_path):
+    names = ("vision_model.embeddings.position_embedding", "model.layers.0.q")
+    save_file({f"{name}.weight": torch.randn(64, 256).bfloat16() for name in names}, tmp_path / "model.safetensors")
+    target = tmp_path / "out.safetensors"
+    keep = "!position_embedding, !q"
+    assert main(["quantize", str(tmp_path / "model.safetensors"), str(target), "--format", "fp4", "--keep", keep]) == 0
+    tensors = load_file(target)
+    assert tensors["vision_model.embeddings.position_embedding.weight"].dtype == torch.bfloat16
+    assert tensors["model.layers.0.q.weight"].dtype == torch.uint8
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage" * 10, b"\x80\x04pickle", b"PK\x03\x04zip"])
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, content, capsys):
     (tmp_path / "bad.safetensors").write_bytes(content)

@@ -117,3 +117,14 @@ def test_comfyui_is_imported_by_nodes_and_host_alone(known):
         if others:
             found[path.name] = others
     assert not found
+
+
+def test_folders_of_host_stand_alone(arrows):
+    """What takes one of them away, another ComfyUI for instance, leaves the others."""
+    wrong = [
+        f"{'.'.join(module)} imports {'.'.join(target)}"
+        for module, targets in arrows.items()
+        for target in targets
+        if module[:1] == target[:1] == ("host",) and len(module) == len(target) == 3 and module[1] != target[1]
+    ]
+    assert not wrong

@@ -33,15 +33,14 @@ the memory manager run (on a CPU), and a browser shows the nodes. `python -m too
 
 @dataclass(frozen=True)
 class Row:
-    """Packages that are installed in front of those of this environment; none for what ComfyUI itself asks for."""
+    """Packages that are installed in front of those of this environment."""
 
     title: str
-    packages: tuple[str, ...] = ()
+    packages: tuple[str, ...]
 
 
 ROWS = (
-    Row("what this environment has"),
-    Row("comfy-kitchen 0.2.31, comfy-aimdo 0.4.13", ("comfy-kitchen==0.2.31", "comfy-aimdo==0.4.13")),
+    Row("what ComfyUI 0.33 asks for", ("comfy-kitchen==0.2.31", "comfy-aimdo==0.4.13")),
     Row("comfy-kitchen 0.2.40", ("comfy-kitchen==0.2.40",)),
     Row("newest comfy-aimdo", ("comfy-aimdo",)),
     Row("newest of all", ("comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package", "transformers")),
@@ -70,10 +69,9 @@ PARTS = (
 
 def install(row: Row, folder: Path) -> None:
     """Puts the row's packages, without what they ask for in turn, into a folder. Raises CalledProcessError."""
-    if row.packages:
-        uv = shlex.split(os.environ.get("UV", "uv"))
-        target = ["--python", sys.executable, "--no-deps", "--upgrade", "--target", str(folder)]
-        subprocess.run([*uv, "pip", "install", "--quiet", *target, *row.packages], check=True)
+    uv = shlex.split(os.environ.get("UV", "uv"))
+    target = ["--python", sys.executable, "--no-deps", "--upgrade", "--target", str(folder)]
+    subprocess.run([*uv, "pip", "install", "--quiet", *target, *row.packages], check=True)
 
 
 def versions(folder: Path) -> list[str]:

@@ -113,25 +113,30 @@ class VramLimit:
         return asked.type == ours.type and asked.index in (None, ours.index)
 
     def _free_memory(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_free_memory(dev: torch.device | None = None, torch_free_too: bool = False) -> Any:
-            free, idle = original(dev, torch_free_too=True)
-            limit = self.nbytes
-            if limit is not None and self._applies_to(dev):
-                free = max(0, min(free, limit - self.device.read().allocated))
-                idle = min(idle, free)
-            return (free, idle) if torch_free_too else free
+        def get_free_memory(*arguments: Any, **options: Any) -> Any:
+            return self._limited(original(*arguments, **options), arguments, options, self._room_for_models)
 
         return get_free_memory
 
     def _total_memory(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_total_memory(dev: torch.device | None = None, torch_total_too: bool = False) -> Any:
-            total, reserved = original(dev, torch_total_too=True)
-            limit = self.nbytes
-            if limit is not None and self._applies_to(dev):
-                total, reserved = min(total, limit), min(reserved, limit)
-            return (total, reserved) if torch_total_too else total
+        def get_total_memory(*arguments: Any, **options: Any) -> Any:
+            return self._limited(original(*arguments, **options), arguments, options, lambda limit: limit)
 
         return get_total_memory
+
+    def _room_for_models(self, limit: int) -> int:
+        return max(0, limit - self.device.read().allocated)
+
+    def _limited(
+        self, answer: Any, arguments: tuple[Any, ...], options: dict[str, Any], most: Callable[[int], int]
+    ) -> Any:
+        """Core's answer for its first argument `dev`, one number or several, none of them over `most` of the limit."""
+        limit = self.nbytes
+        device = arguments[0] if arguments else options.get("dev")
+        if limit is None or not self._applies_to(device):
+            return answer
+        bound = most(limit)
+        return tuple(min(number, bound) for number in answer) if isinstance(answer, tuple) else min(answer, bound)
 
     def _cap_allocator(self, nbytes: int) -> None:
         """PyTorch raises its out-of-memory error past this, after it has given back what it holds unused."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from comfy_kitchen.tensor.base import LAYOUTS
 
 from ...errors import CapabilityError, CheckpointError
 from ...ops.checkpoint import Checkpoint
+from ...ops.diffusion_names import diffusion_names
 from ...ops.formats import STORAGES
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan
 from ...versions import find
+from .core_build import OPEN_CLIP, incomplete, on_meta, refuse_foreign
 
 logger = logging.getLogger("lowbit.host")
 
@@ -20,13 +21,10 @@ MODEL_PATCH_SIGNATURE = "audio_proj.proj1.weight"
 """A tensor that every InfiniteTalk and MultiTalk patch has."""
 
 _DETECTION = (
-    "comfy.model_detection.unet_prefix_from_state_dict",
     "comfy.model_detection.model_config_from_unet",
     "comfy.model_detection.convert_diffusers_mmdit",
     "comfy.model_detection.model_config_from_diffusers_unet",
 )
-
-_OPEN_CLIP = "transformer.resblocks.0.ln_1.weight"
 
 
 def check_diffusion_model(checkpoint: Checkpoint) -> None:
@@ -35,6 +33,7 @@ def check_diffusion_model(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no diffusion model that this ComfyUI knows.
     """
+    refuse_foreign(checkpoint)
     if not checkpoint.entries or not _known_diffusion_model(checkpoint):
         raise CheckpointError(
             f"{checkpoint.path.name} is no diffusion model that this ComfyUI knows: check that it is not a LoRA, a VAE "
@@ -48,8 +47,13 @@ def check_text_encoder(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: it is no text encoder that this ComfyUI knows.
     """
+    refuse_foreign(checkpoint)
     detect = find("comfy.sd.detect_te_model")
-    if detect is not None and _OPEN_CLIP not in checkpoint.entries and detect(_on_meta(checkpoint)) is None:
+    try:
+        known = detect is None or OPEN_CLIP in checkpoint.entries or detect(on_meta(checkpoint)) is not None
+    except KeyError as error:
+        raise incomplete(checkpoint, error) from None
+    if not known:
         raise CheckpointError(
             f"{checkpoint.path.name} is no text encoder that this ComfyUI knows: check that it is not a diffusion model "
             "or a LoRA, or update ComfyUI."
@@ -92,23 +96,18 @@ def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
 
 
 def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
-    find_prefix, find_config, convert, find_diffusers_config = (find(name) for name in _DETECTION)
-    if None in (find_prefix, find_config, convert, find_diffusers_config):
+    find_config, convert, find_diffusers_config = (find(name) for name in _DETECTION)
+    if None in (find_config, convert, find_diffusers_config):
         return True
-    tensors = _on_meta(checkpoint)
-    prefix = find_prefix(tensors)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    tensors = on_meta(checkpoint)
+    tensors = {name: tensors[source] for name, source in diffusion_names(tensors)[1].items()}
     try:
         if find_config(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
             return True
         return convert(dict(tensors), "") is not None or find_diffusers_config(tensors) is not None
+    except KeyError as error:
+        raise incomplete(checkpoint, error) from None
     except (NotImplementedError, RuntimeError) as error:
         # Some detections look at values, which a header does not have: loading will tell.
         logger.debug("The architecture of %s cannot be told from its header: %s", checkpoint.path.name, error)
         return True
-
-
-def _on_meta(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in checkpoint.entries.items()
-    }

@@ -8,13 +8,14 @@ NEEDED = dotted(
     {
         "comfy.model_management": (
             "cast_to_device free_memory get_torch_device load_models_gpu throw_exception_if_processing_interrupted "
-            "unet_manual_cast unet_offload_device"
+            "unet_manual_cast unet_offload_device unload_model_and_clones"
         ),
         "comfy.model_patcher": "CoreModelPatcher ModelPatcher",
         "comfy.ops": "CastBiasWeightContext mixed_precision_ops",
+        "comfy.patcher_extension": "CallbacksMP",
         "comfy.quant_ops": "QuantizedTensor",
         "comfy.sd": "CLIP CLIPType VAE load_diffusion_model_state_dict load_text_encoder_state_dicts",
-        "comfy.utils": "ProgressBar load_torch_file",
+        "comfy.utils": "ProgressBar get_attr load_torch_file set_attr_param",
         "comfy_execution.graph": "ExecutionBlocker",
         "comfy_kitchen.tensor.base": "LAYOUTS",
         "folder_paths": (
@@ -25,9 +26,22 @@ NEEDED = dotted(
     }
 )
 
+PATCHING = dotted(
+    {
+        "comfy.model_patcher.ModelPatcher": (
+            "clone get_combined_hook_patches load model_state_dict_for_saving partially_load partially_unload "
+            "patch_cached_hook_weights patch_hook_weight_to_device patch_hooks unpatch_hooks unpatch_model"
+        ),
+        "comfy.model_patcher": "LazyCastingParamPiece LazyCastingQuantizedParam",
+        "comfy.weight_adapter.lora": "LoRAAdapter",
+    }
+)
+"""Without one of these LoRAs go into the weights: half of the others would apply them twice."""
+
 _FUSION = "feed-forward blocks of {} run without their fused activation, a little slower"
 _DETECTION = "a file of a kind that ComfyUI does not know is noticed only when it is loaded"
 OPTIONAL = {
+    **dict.fromkeys(PATCHING, "LoRAs on quantized models are quantized with the weights, as ComfyUI does it"),
     "comfy.memory_management.aimdo_enabled": "a load that main memory cannot hold is not refused beforehand",
     "comfy.ldm.wan.model.WanFeedForward": _FUSION.format("Wan"),
     "comfy.ldm.qwen_image.model.FeedForward": _FUSION.format("Qwen-Image"),
@@ -39,7 +53,9 @@ OPTIONAL = {
     "comfy.model_detection.convert_diffusers_mmdit": _DETECTION,
     "comfy.model_detection.model_config_from_diffusers_unet": _DETECTION,
     "comfy.model_detection.model_config_from_unet": _DETECTION,
-    "comfy.model_detection.unet_prefix_from_state_dict": _DETECTION,
+    "comfy.supported_models_base.BASE": "how a checkpoint of SDXL samples is not carried on where it is quantized once loaded",
+    "comfy.utils.clip_text_transformers_convert": "layers that ComfyUI takes apart are kept in 16 bits by their names alone",
+    "comfy.utils.unet_to_diffusers": "files of Stable Diffusion in diffusers' names are refused",
     "comfy_extras.nodes_model_patch.MultiTalkModelPatch": "InfiniteTalk and MultiTalk patches cannot be loaded",
     "comfy_extras.nodes_model_patch.ModelPatchLoader": "model patches other than InfiniteTalk's cannot be loaded",
 }

@@ -17,15 +17,20 @@ import torch
 
 from ...errors import CapabilityError, CheckpointError
 from ...ops.checkpoint import Checkpoint, open_checkpoint
-from ...ops.stored import normalize_state_dict
+from ...ops.diffusion_names import diffusion_names
+from ...ops.stored import metadata_below, normalize_state_dict
 from ...versions import advice, find
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
+from .checked import NumbersCheck, settle, watched
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .operations import adopt_quantized_linears
+from .patching import patch_beside_weights
+from .temporary_files import remove_with
 
 logger = logging.getLogger("lowbit.host")
 
 StateDict = dict[str, torch.Tensor]
+
 
 _PATCH_DIMENSIONS = {
     "in_dim": "blocks.0.audio_cross_attn.proj.weight",
@@ -44,16 +49,24 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
         disable_dynamic: load for the legacy patcher even where dynamic VRAM is on.
 
     Raises:
-        CheckpointError: the file is damaged, or of no architecture that this ComfyUI knows.
+        CheckpointError: the file is damaged, holds NaN or Inf, has no weight for one of the model's Linears, or is of no
+            architecture that this ComfyUI knows.
     """
     check_diffusion_model(open_checkpoint(path))
-    state_dict, metadata = _read(path)
-    patcher = comfy.sd.load_diffusion_model_state_dict(state_dict, metadata=metadata, disable_dynamic=disable_dynamic)
+    name = Path(path).name
+    state_dict, metadata, numbers = read_stored_file(path, diffusion_model=True)
+    with watched(name) as arrivals:
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            state_dict, metadata=metadata, disable_dynamic=disable_dynamic
+        )
     if patcher is None:
-        raise CheckpointError(f"{Path(path).name} is no diffusion model that this ComfyUI can build: update ComfyUI.")
+        raise CheckpointError(f"{name} is no diffusion model that this ComfyUI can build: update ComfyUI.")
+    settle(arrivals, name)
+    numbers.begin(patcher)
     take_over(patcher.model)
+    remove_with(patcher.model, path)
     patcher.cached_patcher_init = (load_diffusion_model, (path,))
-    return patcher
+    return patch_beside_weights(patcher)
 
 
 def load_text_encoder(
@@ -68,20 +81,28 @@ def load_text_encoder(
         disable_dynamic: as above.
 
     Raises:
-        CheckpointError: a file is damaged or is no text encoder.
+        CheckpointError: a file is damaged, holds NaN or Inf, lacks the weight of a Linear, or is no text encoder.
     """
     model_options: dict[str, Any] = {}
     if device == "cpu":
         model_options["load_device"] = model_options["offload_device"] = torch.device("cpu")
-    state_dicts = [_read(path)[0] for path in paths]
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        state_dicts,
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=clip_type,
-        model_options=model_options,
-        disable_dynamic=disable_dynamic,
-    )
+    names = ", ".join(Path(path).name for path in paths)
+    state_dicts, _, checks = zip(*(read_stored_file(path) for path in paths), strict=True)
+    with watched(names) as arrivals:
+        clip = comfy.sd.load_text_encoder_state_dicts(
+            list(state_dicts),
+            embedding_directory=folder_paths.get_folder_paths("embeddings"),
+            clip_type=clip_type,
+            model_options=model_options,
+            disable_dynamic=disable_dynamic,
+        )
+    settle(arrivals, names, optional_parts=True)
+    for numbers in checks:
+        numbers.begin(clip.patcher)
     take_over(clip.cond_stage_model)
+    for path in paths:
+        remove_with(clip.cond_stage_model, path)
+    patch_beside_weights(clip.patcher)
     clip.patcher.cached_patcher_init = (_load_text_encoder_patcher, (list(paths), clip_type, device))
     return clip
 
@@ -97,7 +118,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
     if MODEL_PATCH_SIGNATURE not in checkpoint.entries:
         return _load_other_patch(path)
     dimensions = _patch_dimensions(checkpoint)
-    state_dict, _ = _read(path)
+    state_dict, _, numbers = read_stored_file(path)
     device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     compute_dtype = comfy.model_management.unet_manual_cast(
@@ -121,9 +142,11 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         raise CheckpointError(
             f"{Path(path).name} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
         ) from None
+    numbers.begin(patcher)
     take_over(model)
+    remove_with(model, path)
     patcher.cached_patcher_init = (load_model_patch, (path,))
-    return patcher
+    return patch_beside_weights(patcher)
 
 
 def take_over(model: torch.nn.Module) -> int:
@@ -170,15 +193,23 @@ def _of_model_patches(name: str) -> Any:
     return found
 
 
-def _read(path: str) -> tuple[StateDict, dict[str, str]]:
-    """The file through core's loader (memory-mapped under dynamic VRAM), in core's names for quantized weights."""
-    open_checkpoint(path)
-    state_dict, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
+def read_stored_file(path: str, *, diffusion_model: bool = False) -> tuple[StateDict, dict[str, str], NumbersCheck]:
+    """The file through core's loader (memory-mapped under dynamic VRAM), in core's names for quantized weights.
+
+    The check that it holds numbers is still to begin; of a diffusion model's file, the diffusion model alone is read.
+    """
+    name, stamps = Path(path).name, open_checkpoint(path).stamps
+    stored, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     metadata = dict(metadata or {})
+    if diffusion_model:
+        # What a file's other parts hold decides nothing.
+        prefix, below = diffusion_names(stored)
+        metadata = metadata_below(metadata, prefix, stored)
+        stored = {ours: stored[source] for ours, source in below.items()}
     try:
-        normalized = normalize_state_dict(state_dict, metadata)
+        normalized = normalize_state_dict(stored, metadata)
     except CheckpointError as error:
-        raise CheckpointError(f"{Path(path).name}: {error}") from None
+        raise CheckpointError(f"{name}: {error}") from None
     # Core would apply this a second time, to names that are final by now.
     metadata.pop("_quantization_metadata", None)
-    return normalized, metadata
+    return normalized, metadata, NumbersCheck(name, stamps, metadata, stored, normalized)

@@ -12,6 +12,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...ops.linear import quantized_linear
 from ...ops.linear_weight import LAYOUT_READERS
+from ...ops.side_product import SideProduct
 from ...versions import find
 
 run_every_op = find("comfy.ops.run_every_op") or (lambda: None)
@@ -23,6 +24,19 @@ INPUT_ACTIVATIONS = {
 }
 """What `QuantizedLinear.forward` can apply to its input on the way, in plain torch."""
 
+STORED_BESIDE_WEIGHT = frozenset(
+    {
+        "comfy_quant",
+        "weight_scale",
+        "weight_scale_2",
+        "weight_s_rel",
+        "weight_s_channel",
+        "weight_codebook",
+        "weight_correction",
+    }
+)
+"""What a quantized linear's `state_dict` may list that is no attribute of core's module."""
+
 
 class QuantizedLinear(torch.nn.Module):
     """Mixin over core's `mixed_precision_ops(...).Linear`: only the multiply differs.
@@ -32,6 +46,8 @@ class QuantizedLinear(torch.nn.Module):
     that is quantized already) go to core unchanged, for as long as they last.
     """
 
+    side_product: SideProduct | None = None
+    comfy_patched_weights: bool
     weight: Any
     weight_function: list[Any]
     bias_function: list[Any]
@@ -40,7 +56,43 @@ class QuantizedLinear(torch.nn.Module):
     _disabled_formats: Collection[str]
 
     def forward(self, input: torch.Tensor, *args: Any, activation: str | None = None, **kwargs: Any) -> torch.Tensor:
-        """act(input) @ weight.T + bias; `activation` is None, "gelu_tanh" or "silu"."""
+        """act(input) @ weight.T + bias, and what LoRAs add; `activation` is None, "gelu_tanh" or "silu"."""
+        side_product = self.side_product
+        if side_product is None:
+            return self._product(input, activation, *args, **kwargs)
+        if activation is not None:
+            input = INPUT_ACTIVATIONS[activation](input)
+        out = self._product(input, None, *args, **kwargs)
+        return side_product.added_to(out, input.dequantize() if isinstance(input, QuantizedTensor) else input)
+
+    def set_weight(
+        self,
+        weight: torch.Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """Core's; where it asserts that nothing is updated in place, as hooks do, the weight is exchanged."""
+        core: Any = super()
+        if return_weight or not inplace_update:
+            return core.set_weight(weight, seed=seed, return_weight=return_weight, **kwargs)
+        patched = core.set_weight(weight, seed=seed, return_weight=True, **kwargs)
+        self.weight = torch.nn.Parameter(patched, requires_grad=False)
+        return None
+
+    def __getattr__(self, name: str) -> Any:
+        """As ever; and what `state_dict` lists beside the weight, which core looks up when another model is merged in."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in STORED_BESIDE_WEIGHT:
+                stored = self.state_dict()
+                if name in stored:
+                    return stored[name]
+            raise
+
+    def _product(self, input: torch.Tensor, activation: str | None, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self._multiplies_here(input):
             if activation is not None:
                 input = INPUT_ACTIVATIONS[activation](input)
@@ -115,13 +167,13 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             adopted += 1
-        elif isinstance(getattr(module, "weight", None), QuantizedTensor) and _is_core_linear(module):
+        elif isinstance(getattr(module, "weight", None), QuantizedTensor) and is_core_linear(module):
             module.__class__ = _subclass_with_our_multiply(type(module))
             adopted += 1
     return adopted
 
 
-def _is_core_linear(module: torch.nn.Module) -> bool:
+def is_core_linear(module: torch.nn.Module) -> bool:
     """Core's quantized Linear: its banks of experts have the same attributes, but no forward of their own."""
     return hasattr(module, "_full_precision_mm_config") and hasattr(module, "forward_comfy_cast_weights")
 

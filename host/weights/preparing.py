@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ...ops.auto_format import choose_format
 from ...ops.cache import cached_path, quantized_file
 from ...ops.checkpoint import Checkpoint, open_checkpoint
 from ...ops.device_info import DeviceInfo, device_info
+from ...ops.diffusion_names import diffusion_names, tables
 from ...ops.formats import AS_STORED, AUTO, find_format
 from ...ops.gguf_file import SUFFIX
 from ...ops.keep_rules import parse_rules
@@ -23,13 +25,14 @@ from ...ops.plan import QuantizationPlan, make_plan
 from ...ops.plan_report import plan_report, plan_summary
 from ...ops.stored import metadata_below
 from ...ops.writer import check_free_space
+from ...versions import find
 from .architecture import MODEL_PATCH_SIGNATURE, check_formats, check_model_patch
+from .core_build import Look, detected, pinned_layers, pinned_text_layers, shape_pinned, signature, under_core_names
 from .folders import CACHE_VARIABLE, cache_folder
 from .temporary import temporary_folder
 
 logger = logging.getLogger("lowbit.host")
 
-_DIFFUSION_PREFIX = "model.diffusion_model."
 _QUANTIZER_HEADROOM = 1 << 30
 
 
@@ -70,10 +73,10 @@ class Planned:
 
 
 def plan_file(path: Path, request: Request, device: torch.device | None = None) -> Planned:
-    """Read `path`'s header and decide.
+    """Read a diffusion model's header and decide, on the names and layers that core makes of the file.
 
     Args:
-        path: a safetensors file, shard or index.
+        path: a safetensors file, shard, index or GGUF.
         request: the node's choices.
         device: where the model will run; None for core's choice.
 
@@ -82,7 +85,24 @@ def plan_file(path: Path, request: Request, device: torch.device | None = None) 
         FormatError: the format or a rule is unknown.
         CapabilityError: ComfyUI or comfy-kitchen does not have a format that the file holds or was asked for.
     """
-    return plan_checkpoint(diffusion_part(open_checkpoint(path)), request, device)
+    return plan_diffusion_model(under_core_names(diffusion_part(open_checkpoint(path))), request, device)
+
+
+def plan_diffusion_model(checkpoint: Checkpoint, request: Request, device: torch.device | None = None) -> Planned:
+    """`plan_file` for a diffusion model in core's names."""
+
+    def look(tensors: dict[str, torch.Tensor]) -> object:
+        return signature(detected(tensors, checkpoint.metadata))
+
+    return plan_checkpoint(checkpoint, request, device, pinned=pinned_layers(checkpoint), look=look)
+
+
+def plan_text_encoder(path: Path, request: Request) -> Planned:
+    """`plan_file` for a text encoder."""
+    checkpoint = open_checkpoint(path)
+    return plan_checkpoint(
+        checkpoint, request, pinned=pinned_text_layers(checkpoint), look=find("comfy.sd.detect_te_model")
+    )
 
 
 def plan_model_patch(path: Path, request: Request) -> Planned:
@@ -100,15 +120,35 @@ def plan_model_patch(path: Path, request: Request) -> Planned:
     return planned
 
 
-def plan_checkpoint(checkpoint: Checkpoint, request: Request, device: torch.device | None = None) -> Planned:
-    """`plan_file` for a checkpoint that is open already."""
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    request: Request,
+    device: torch.device | None = None,
+    *,
+    pinned: Mapping[str, str] | None = None,
+    look: Look | None = None,
+) -> Planned:
+    """`plan_file` for a checkpoint that is open already.
+
+    Args:
+        checkpoint: it.
+        request: the node's choices.
+        device: where the model will run; None for core's choice.
+        pinned: as `make_plan` takes it.
+        look: what core finds in a state dict, which the planned shapes must not change.
+    """
     rules = parse_rules(request.keep_rules)
     where = device_info(device if device is not None else comfy.model_management.get_torch_device())
     name, reason = request.weight_format, "asked for"
     if name == AUTO:
-        name, reason = choose_format(checkpoint, where, rules)
+        name, reason = choose_format(checkpoint, where, rules, pinned=pinned)
     weight_format = None if name == AS_STORED else find_format(name)
-    plan = make_plan(checkpoint, weight_format, rules, named=request.weight_format != AUTO)
+    named = request.weight_format != AUTO
+    plan = make_plan(checkpoint, weight_format, rules, named=named, pinned=pinned)
+    shaped = {} if look is None else shape_pinned(checkpoint, plan, look)
+    if shaped:
+        known = tables(plan.layers) if pinned is None else pinned
+        plan = make_plan(checkpoint, weight_format, rules, named=named, pinned={**known, **shaped})
     check_formats(checkpoint, plan)
     return Planned(checkpoint, plan, request, where, f"{name}: {reason}")
 
@@ -167,26 +207,28 @@ def _with_variable(error: StorageError) -> StorageError:
 
 
 def _core_reads(checkpoint: Checkpoint) -> bool:
-    """Whether core's memory-mapped reader takes the file: no GGUF, not a sharded set, nor block scales stored as E8M0."""
+    """Whether core's memory-mapped reader takes the file: no GGUF, not a sharded set, nor block scales stored as E8M0.
+
+    Nor is it the file that core is to read where a tensor was added to it.
+    """
     return (
         checkpoint.path.suffix.lower() != SUFFIX
         and checkpoint.files == (checkpoint.path,)
-        and all(entry.dtype != torch.float8_e8m0fnu for entry in checkpoint.entries.values())
+        and all(
+            entry.dtype != torch.float8_e8m0fnu and entry.path in checkpoint.files
+            for entry in checkpoint.entries.values()
+        )
     )
 
 
 def diffusion_part(checkpoint: Checkpoint) -> Checkpoint:
-    """The diffusion model of an all-in-one checkpoint, under names of its own; any other checkpoint as it is."""
-    names = [name for name in checkpoint.entries if name.startswith(_DIFFUSION_PREFIX)]
-    if not names or len(names) == len(checkpoint.entries):
+    """The diffusion model of an all-in-one checkpoint, without the prefix that core takes off its names."""
+    prefix, below = diffusion_names(checkpoint.entries)
+    if not prefix:
         return checkpoint
-    entries = {
-        name.removeprefix(_DIFFUSION_PREFIX): replace(
-            checkpoint.entries[name], name=name.removeprefix(_DIFFUSION_PREFIX)
-        )
-        for name in names
-    }
-    return replace(checkpoint, entries=entries, metadata=metadata_below(checkpoint.metadata, _DIFFUSION_PREFIX))
+    entries = {name: replace(checkpoint.entries[source], name=name) for name, source in below.items()}
+    metadata = metadata_below(checkpoint.metadata, prefix, checkpoint.entries)
+    return replace(checkpoint, entries=entries, metadata=metadata)
 
 
 def _progress():

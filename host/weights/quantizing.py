@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 import zlib
 from collections.abc import Mapping
@@ -12,16 +13,27 @@ from pathlib import Path
 
 import comfy.model_patcher
 import torch
+from comfy.patcher_extension import CallbacksMP
 
 from ...errors import CheckpointError
-from ...ops.checkpoint import Checkpoint, TensorEntry
-from .loading import load_diffusion_model, take_over
-from .preparing import Planned, Request, plan_checkpoint, plan_file, prepared_file
+from ...ops.checkpoint import Checkpoint, TensorEntry, read_elements
+from .core_build import on_meta, under_core_names
+from .loading import load_diffusion_model
+from .patching import patch_beside_weights
+from .preparing import Planned, Request, diffusion_part, plan_diffusion_model, prepared_file
+from .rebinding import check_untouched, rebind
 from .saving import source_checkpoint
+from .temporary_files import removal_put_off
+from .told import told, with_told
 
 logger = logging.getLogger("lowbit.host")
 
 _PREFIX = "model.diffusion_model."
+_FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2})
+
+_SAMPLES = 32
+_SAMPLE_LENGTH = 8
+"""How many stretches of a tensor are compared with its file's, and of how many numbers."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class LoadedModel(Checkpoint):
 
     @functools.cached_property
     def _digest(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(sorted(self.metadata.items())).encode())
         for name, tensor in self.tensors.items():
             content = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
             digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0{zlib.crc32(content)}\0".encode())
@@ -57,35 +69,85 @@ class LoadedModel(Checkpoint):
 
 
 def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> Planned:
-    """Decide what happens to the model's weights: those of the file it came from, or its own where core noted none.
+    """Decide what happens to the model's weights: those of the file it came from, or its own.
 
-    What is made of a model without a file is not kept, whatever the request says: nothing would find it again.
+    Its own are taken where core noted no file, or where they are not the file's any more. What is made of those is not
+    kept, whatever the request says: nothing would find it again.
 
     Raises:
         CheckpointError, FormatError, CapabilityError: as for the loader; or the model's weights cannot be read.
     """
     origin = source_checkpoint(patcher)
     if origin is not None:
-        return plan_file(origin.path, request, patcher.load_device)
-    return plan_checkpoint(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
+        checkpoint = under_core_names(diffusion_part(origin))
+        edited = edited_weights(patcher, checkpoint)
+        if not edited:
+            checkpoint = with_told(checkpoint, patcher.model, on_meta(checkpoint))
+            return plan_diffusion_model(checkpoint, request, patcher.load_device)
+        logger.warning(
+            "Another node has changed %d weights of the model since %s was loaded, '%s' among them: the weights that it "
+            "has now are quantized, not the file's.",
+            len(edited),
+            origin.path.name,
+            edited[0],
+        )
+    return plan_diffusion_model(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
 
 
 def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) -> comfy.model_patcher.ModelPatcher:
     """A patcher like `patcher`, patches and all, over the model quantized as planned.
 
+    The model that `patcher` is of stays as it is. Where nothing is to be quantized the result is a clone of that one,
+    unless it can be loaded anew from its file for the sake of weights that are quantized there.
+
     Raises:
         CheckpointError, StorageError: as for the loader.
+        CapabilityError: another node tied something to the model's layers that cannot be moved to the quantized ones.
     """
-    if isinstance(planned.checkpoint, LoadedModel) and not planned.plan.changes_weights:
-        take_over(patcher.model)
+    plan = planned.plan
+    if not plan.changes_weights and (isinstance(planned.checkpoint, LoadedModel) or not plan.stored.layers):
         return patcher.clone()
-    quantized = load_diffusion_model(str(prepared_file(planned)), disable_dynamic=not patcher.is_dynamic())
-    result = patcher.clone(model_override=quantized.get_clone_model_override())
+    check_untouched(patcher)
+    with patcher.use_ejected():
+        with removal_put_off():
+            path = str(prepared_file(planned))
+            quantized = load_diffusion_model(path, disable_dynamic=not patcher.is_dynamic())
+        result = patcher.clone(model_override=quantized.get_clone_model_override())
+        rebind(result, patcher.model, quantized.model)
     result.cached_patcher_init = quantized.cached_patcher_init
     result.size = quantized.model_size()
+    for callback in quantized.get_all_callbacks(CallbacksMP.ON_LOAD):
+        result.add_callback(CallbacksMP.ON_LOAD, callback)
     # Core falls back to the parent when a clone goes: it must be a patcher of the same model.
     result.parent = quantized
-    return result
+    # What is done to the other model's weights at the moment.
+    result.hook_backup, result.cached_hook_patches, result.current_hooks = {}, {}, None
+    return patch_beside_weights(result)
+
+
+def edited_weights(patcher: comfy.model_patcher.ModelPatcher, origin: Checkpoint) -> list[str]:
+    """The weights of the model that are not the file's: samples of each are compared, not every number.
+
+    A tensor that core cast to another dtype, as its loader's `weight_dtype` asks for, is the file's all the same.
+    """
+    return [
+        name
+        for name, tensor in _own_weights(patcher).items()
+        if name in origin.entries and not tensor.is_meta and _is_edited(tensor, origin.entries[name])
+    ]
+
+
+def _is_edited(tensor: torch.Tensor, entry: TensorEntry) -> bool:
+    comparable = tensor.dtype == entry.dtype or (tensor.dtype in _FLOATS and entry.dtype in _FLOATS)
+    if not comparable or entry.encoding or entry.parts or tuple(tensor.shape) != entry.shape or not tensor.numel():
+        return False
+    flat = tensor.detach().reshape(-1)
+    starts = sorted({step * (len(flat) - 1) // (_SAMPLES - 1) for step in range(_SAMPLES)})
+    places = torch.tensor(starts).unsqueeze(1) + torch.arange(_SAMPLE_LENGTH)
+    places = places.clamp(max=len(flat) - 1).reshape(-1)
+    stored = read_elements(entry, starts, _SAMPLE_LENGTH).to(tensor.dtype)
+    own = flat[places.to(flat.device)].cpu()
+    return not torch.equal(own.contiguous().view(torch.uint8), stored.contiguous().view(torch.uint8))
 
 
 def loaded_model(patcher: comfy.model_patcher.ModelPatcher) -> LoadedModel:
@@ -94,16 +156,25 @@ def loaded_model(patcher: comfy.model_patcher.ModelPatcher) -> LoadedModel:
     Raises:
         CheckpointError: a weight is a placeholder without values.
     """
+    tensors = _own_weights(patcher)
+    entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
+    metadata, extra = told(patcher.model, tensors, {})
+    entries |= {name: _entry(name, tensor) for name, tensor in extra.items()}
+    return LoadedModel(Path("loaded-model"), (), entries, metadata, (), tensors | extra)
+
+
+def _own_weights(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, torch.Tensor]:
+    """The diffusion model's tensors under any patches, in a file's names."""
     with torch.inference_mode():
         state = patcher.model.diffusion_model.state_dict()
         for key, backup in patcher.backup.items():
             name = key.removeprefix("diffusion_model.")
             if name in state:
                 state[name] = backup.weight
+        # Compiled blocks that core has put in their places.
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
         state = patcher.model.model_config.process_unet_state_dict_for_saving(state)
-        tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
-        entries = {name: _entry(name, tensor) for name, tensor in tensors.items()}
-        return LoadedModel(Path("loaded-model"), (), entries, {}, (), tensors)
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
 
 
 def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:

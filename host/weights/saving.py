@@ -16,6 +16,7 @@ from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, open_checkpoint
 from ...ops.stream import METADATA_KEY, carried_metadata, read_origin
 from ...ops.writer import CheckpointWriter, check_free_space, names_nbytes
+from .told import told
 
 logger = logging.getLogger("lowbit.host")
 
@@ -41,8 +42,10 @@ def save_diffusion_model(patcher: comfy.model_patcher.ModelPatcher, filename_pre
         comfy.model_management.load_models_gpu([patcher])
         tensors = {key.removeprefix(_PREFIX): value for key, value in patcher.state_dict_for_saving().items()}
         origin = source_checkpoint(patcher)
+        metadata, extra = told(patcher.model, tensors, _metadata(origin))
+        tensors = {**extra, **tensors}
         check_free_space(target.parent, sum(value.nbytes for value in tensors.values()), f"The model {target.name}")
-        _write(tensors, target, origin)
+        _write(tensors, target, origin, metadata)
     logger.info("Saved %s", target)
     return target
 
@@ -59,7 +62,7 @@ def source_checkpoint(patcher: comfy.model_patcher.ModelPatcher) -> Checkpoint |
         return None
 
 
-def _write(tensors: dict[str, torch.Tensor], target: Path, origin: Checkpoint | None) -> None:
+def _write(tensors: dict[str, torch.Tensor], target: Path, origin: Checkpoint | None, metadata: dict[str, str]) -> None:
     count = len(tensors)
     bar = comfy.utils.ProgressBar(2 * count)
 
@@ -71,7 +74,7 @@ def _write(tensors: dict[str, torch.Tensor], target: Path, origin: Checkpoint | 
         target,
         name_bytes=names_nbytes(tensors),
         name_count=count,
-        metadata=_metadata(origin),
+        metadata=metadata,
         verified=verified,
     ) as writer:
         while tensors:

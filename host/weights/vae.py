@@ -10,12 +10,13 @@ from typing import Any
 
 import comfy.model_patcher
 import comfy.sd
-import comfy.utils
 import folder_paths
 import torch
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import open_checkpoint
+from .checked import settle, watched
+from .loading import read_stored_file
 
 VAE_PRECISIONS: Mapping[str, torch.dtype | None] = MappingProxyType(
     {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,7 +39,7 @@ def load_vae(name: str, precision: str) -> comfy.sd.VAE:
     """Load a VAE.
 
     Raises:
-        CheckpointError: the file is damaged, is no VAE, or a precision was asked for one of core's built-ins.
+        CheckpointError: the file is damaged, holds NaN or Inf, is no VAE, or a precision was asked for one of core's built-ins.
     """
     dtype = VAE_PRECISIONS[precision]
     path = folder_paths.get_full_path("vae", name)
@@ -52,10 +53,14 @@ def load_vae(name: str, precision: str) -> comfy.sd.VAE:
 
 
 def _load(path: str, dtype: torch.dtype | None) -> comfy.sd.VAE:
-    state_dict, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    vae = comfy.sd.VAE(sd=state_dict, metadata=metadata, dtype=dtype)
+    name = Path(path).name
+    state_dict, metadata, numbers = read_stored_file(path)
+    with watched(name) as arrivals:
+        vae = comfy.sd.VAE(sd=state_dict, metadata=metadata, dtype=dtype)
     if vae.first_stage_model is None:
-        raise CheckpointError(f"{Path(path).name} is no VAE that this ComfyUI knows: check the file or update ComfyUI.")
+        raise CheckpointError(f"{name} is no VAE that this ComfyUI knows: check the file or update ComfyUI.")
+    settle(arrivals, name, optional_parts=True)
+    numbers.begin(vae.patcher)
     vae.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     return vae
 

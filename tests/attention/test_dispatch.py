@@ -11,9 +11,9 @@ import torch
 
 from lowbit.attention.backends import BACKENDS, CORE
 from lowbit.attention.dispatch import CHECKED_CALLS, Dispatcher
-from lowbit.attention.plan import Policy
+from lowbit.attention.plan import Plan, Policy
 from lowbit.attention.planning import check_named
-from lowbit.attention.report import TIMED_CALLS, as_text
+from lowbit.attention.report import TIMED_CALLS, Struck, as_text
 from lowbit.errors import CapabilityError
 
 from . import fakes
@@ -317,7 +317,7 @@ def test_what_was_never_run_on_this_gpu_says_so():
     for tested, notes in (((), 1), (("12.0",), 0)):
         target = dispatcher(fakes.backend("new", tested_on=tested), environment=lambda device: blackwell)
         run(target, *fakes.qkv(), times=3)
-        assert report(target)["notes"] == ["new was never run by us on cc 12.0."] * notes
+        assert report(target)["notes"] == ["new: not run by us on cc 12.0."] * notes
 
 
 def test_barred_backends_stay_out_until_taken_back():
@@ -355,3 +355,35 @@ def test_the_table_of_backends_is_whole():
     assert len(set(names)) == len(names)
     assert {"sageattn_3_fp4", "sageattn_3_fp8", "sageattn_3", "sageattn"} <= set(names)
     assert {"comfy_kitchen_int8", "flash", "cudnn", "sdpa"} <= set(names)
+
+
+@pytest.mark.parametrize("method", ["begin_run", "begin_model_call", "bar_lossy", "unbar"])
+def test_another_thread_may_plan_while_plans_are_walked(method, monkeypatch):
+    """A worker of multi-GPU sampling meets a new shape while the main one begins a step: no 'changed size'."""
+    target = dispatcher(fakes.backend("lossy", error_class="fast"))
+    for length in (16, 32, 48):
+        run(target, *fakes.qkv(q_len=length), times=SETTLED)
+    if method == "unbar":
+        target.bar_lossy("a test")
+    if method == "begin_run":
+        for plan in target._plans.values():
+            plan.candidates[0].struck = Struck("lossy", plan.call, "memory", True)
+    plans = target._plans
+
+    def inserting(call):
+        def inserts(*args, **kwargs):
+            plans[("another shape", len(plans))] = next(iter(plans.values()))
+            return call(*args, **kwargs)
+
+        return inserts
+
+    for owner, name in ((Plan, "advance"), (Dispatcher, "_known")):
+        monkeypatch.setattr(owner, name, inserting(getattr(owner, name)))
+    before = len(plans)
+    {
+        "begin_run": target.begin_run,
+        "begin_model_call": target.begin_model_call,
+        "bar_lossy": lambda: target.bar_lossy("a test"),
+        "unbar": lambda: target.unbar(["lossy"]),
+    }[method]()
+    assert len(plans) > before

@@ -33,6 +33,7 @@ ENDED = """(seconds) => {
         setTimeout(() => resolve(["timeout", ""]), 1000 * seconds);
     });
 }"""
+LIMIT = 300_000  # milliseconds, for what hangs
 VIEWPORT = {"width": 1600, "height": 1000}
 
 
@@ -73,7 +74,7 @@ class Tab:
         self.folder = folder
         self.errors: list[str] = []
         self.showing: Path | None = None
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(LIMIT)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, **settings: Any) -> None:
@@ -82,7 +83,7 @@ class Tab:
         chosen |= {"Comfy.Workflow.Persist": False, "Comfy.Minimap.Visible": False}
         assert self.page.request.post(f"http://{self.address}/api/settings", data=chosen).ok
         self.page.goto(f"http://{self.address}", wait_until="domcontentloaded")
-        self.page.wait_for_function(READY, timeout=120_000)
+        self.page.wait_for_function(READY, timeout=LIMIT)
         self.page.wait_for_load_state("networkidle")
 
     def evaluate(self, script: str, argument: Any = None) -> Any:

@@ -45,11 +45,10 @@ def test_the_help_of_every_node_is_shown(tab, language):
         if index == 0:
             _open_help(tab, name)
         help_page = tab.page.locator(".markdown-content")
-        help_page.get_by_role("heading", name=HEADING[language]).wait_for(timeout=20_000)
+        help_page.get_by_role("heading", name=HEADING[language]).wait_for()
         tab.page.wait_for_function(
             "([name, first]) => document.querySelector('.markdown-content')?.innerText.includes(first)",
             arg=[name, _first_words(name, language)],
-            timeout=20_000,
         )
         assert help_page.locator("li").count() >= 4
         assert "*" not in tab.evaluate(PROSE), "bold text is shown as asterisks"

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 from demo import __main__ as demo
-from demo import report
+from demo import report, screen
+from demo.clips import MODEL, SHEET
+from lowbit.ops.formats import FORMATS
 from testing import tiny
 
 pytest.importorskip("diffusers")
@@ -24,21 +26,62 @@ def run_demo(monkeypatch, tmp_path):
 
 
 def test_demo_on_diffusers_models_leaves_pictures_and_a_table(run_demo, tmp_path):
-    assert run_demo("--formats", "int8,fp4_scaled") == 0
+    assert run_demo("--formats", "bf16,int8,fp4_scaled") == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert [(row["model"], row["format"]) for row in rows] == [
-        (model, name) for model in ("Wan t2v", "Qwen-Image") for name in ("none", "int8", "fp4_scaled")
+        (model, name) for model in (MODEL, "Wan t2v", "Qwen-Image") for name in ("none", "int8", "fp4_scaled")
     ]
-    for plain, int8, fp4 in (rows[:3], rows[3:]):
+    assert [row["recognised"] for row in rows[:3]] == ["4 of 4"] * 3
+    assert rows[1]["psnr"] > 40
+    assert rows[1]["psnr"] > rows[2]["psnr"] > 25
+    for plain, int8, fp4 in (rows[3:6], rows[6:]):
         assert plain["error"] is None
         assert 0 < int8["error"] < 0.01 < fp4["error"] < 0.1
+    for plain, int8, fp4 in (rows[:3], rows[3:6], rows[6:]):
         assert plain["disk_bytes"] > int8["disk_bytes"] > fp4["disk_bytes"]
         assert plain["resident_bytes"] > int8["resident_bytes"] > fp4["resident_bytes"]
     pictures = {path.name for path in tmp_path.iterdir()} - {"table.md", "table.json"}
     assert pictures == {
+        SHEET,
+        "shapes.webp",
         *(f"{model}.{name}.png" for model in ("wan_t2v", "qwen_image") for name in ("none", "int8", "fp4_scaled")),
         *(f"wan_t2v.{name}.webp" for name in ("none", "int8", "fp4_scaled")),
     }
+
+
+def test_bf16_auto_and_the_best_of_8_and_4_bits_are_made_by_default(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(demo, "_run", lambda arguments, formats: (iter(made.append(formats) or ()), "nothing"))
+    for arguments in ([], ["--formats", "bf16,auto"], ["--all"]):
+        monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path), *arguments])
+        assert demo.main() == 0
+    few, two, every = made
+    assert few[:2] == ["auto", "fp8_e4m3fn_scaled_fast"]
+    assert few[2] in ("int4_asym_fast", "fp4_scaled_fast")
+    assert two == ["auto"]
+    assert every == list(FORMATS)
+
+
+def test_the_sheet_is_opened_on_a_screen_and_nowhere_else(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(screen.subprocess, "Popen", lambda command, **options: started.append(command))
+    monkeypatch.setattr(screen.shutil, "which", lambda name: name)
+    for name in ("SSH_CONNECTION", "CI", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(screen.sys, "platform", "linux")
+    picture = tmp_path / "sheet.png"
+    picture.touch()
+    assert not screen.open_picture(picture), "output that is not a terminal"
+    monkeypatch.setattr(screen.sys.stdout, "isatty", lambda: True, raising=False)
+    assert not screen.open_picture(picture), "no screen"
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert not screen.open_picture(tmp_path / "missing.png")
+    assert screen.open_picture(picture)
+    monkeypatch.setattr(screen.sys, "platform", "darwin")
+    assert screen.open_picture(picture)
+    assert started == [["xdg-open", str(picture)], ["open", str(picture)]]
+    monkeypatch.setenv("SSH_CONNECTION", "somewhere")
+    assert not screen.open_picture(picture)
 
 
 def test_unknown_format_is_refused_with_the_names_there_are(run_demo, capsys):

@@ -76,7 +76,9 @@ def with_lora(patcher, path: Path):
     return comfy.sd.load_lora_for_models(patcher, None, tensors, LORA_STRENGTH, 0)[0]
 
 
-def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor) -> dict:
+def run_format(
+    name: str, model: Path, merged: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor
+) -> dict:
     """One format: its error, the LoRA's delta under it, and whether it multiplies as before once the LoRA is gone."""
     import comfy.model_management
 
@@ -111,6 +113,34 @@ def run_format(name: str, model: Path, lora: Path, reference: torch.Tensor, refe
         "finite": bool(torch.isfinite(patched).all() and torch.isfinite(after).all()),
     }
     comfy.model_management.unload_all_models()
+    merged_first = sample(load_diffusion_model(str(prepared_file(plan_file(merged, Request(name))))))
+    row["merged_error"] = relative(merged_first, reference + reference_delta)
+    comfy.model_management.unload_all_models()
+    return row
+
+
+def run_preset(name: str, model: Path, lora: Path, reference: torch.Tensor, reference_delta: torch.Tensor) -> dict:
+    """The one node's preset behind core's own loader, with a LoRA before and behind it."""
+    import comfy.model_management
+    import comfy.sd
+
+    from lowbit.host.optimizing import PRESETS, optimize
+
+    loaded = comfy.sd.load_diffusion_model(str(model))
+    done = optimize(loaded, None, None, PRESETS[name], "1")
+    first = sample(done.model)
+    behind = sample(with_lora(done.model, lora))
+    before = sample(optimize(with_lora(loaded, lora), None, None, PRESETS[name], "1").model)
+    row = {
+        "text": done.text,
+        "dynamic": done.model.is_dynamic(),
+        "error": relative(first, reference),
+        "behind_error": relative(behind, reference + reference_delta),
+        "before_error": relative(before, reference + reference_delta),
+        "model_mib": done.model.model_size() / 2**20,
+        "loaded_mib": loaded.model_size() / 2**20,
+    }
+    comfy.model_management.unload_all_models()
     return row
 
 
@@ -121,7 +151,7 @@ def run_text_encoder(folder: Path, name: str) -> dict:
 
     from lowbit.host.weights.loading import load_text_encoder
     from lowbit.host.weights.operations import QuantizedLinear
-    from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+    from lowbit.host.weights.preparing import Request, plan_text_encoder, prepared_file
     from testing import tiny
 
     source = tiny.write("text_encoders/umt5.safetensors", folder)
@@ -130,7 +160,7 @@ def run_text_encoder(folder: Path, name: str) -> dict:
         return clip.encode_from_tokens(clip.tokenize("a red train in the snow")).float().cpu()
 
     reference = encode(load_text_encoder([str(source)], comfy.sd.CLIPType.WAN))
-    clip = load_text_encoder([str(prepared_file(plan_file(source, Request(name))))], comfy.sd.CLIPType.WAN)
+    clip = load_text_encoder([str(prepared_file(plan_text_encoder(source, Request(name))))], comfy.sd.CLIPType.WAN)
     linears = [module for module in clip.cond_stage_model.modules() if isinstance(module, QuantizedLinear)]
     built = sum(module.fast for module in linears)
     error = relative(encode(clip), reference)
@@ -152,7 +182,9 @@ def main() -> None:
         start_core([*options, "--base-directory", folder])
         import comfy.model_management
 
+        from lowbit.host.optimizing import PRESETS
         from lowbit.host.weights.loading import load_diffusion_model
+        from lowbit.host.weights.saving import save_diffusion_model
         from lowbit.ops.formats import FORMATS
         from testing.shims import detection
 
@@ -160,14 +192,18 @@ def main() -> None:
         model, lora = write_models(Path(folder))
         patcher = load_diffusion_model(str(model))
         reference = sample(patcher)
-        delta = sample(with_lora(patcher, lora)) - reference
+        patched = with_lora(patcher, lora)
+        delta = sample(patched) - reference
+        merged = save_diffusion_model(patched, "merged")
         comfy.model_management.unload_all_models()
         rows = {}
         for name in (*FORMATS, "auto", "none"):
-            rows[name] = run_format(name, model, lora, reference, delta)
+            rows[name] = run_format(name, model, merged, lora, reference, delta)
             print(
                 name, {key: round(value, 4) if isinstance(value, float) else value for key, value in rows[name].items()}
             )
+        presets = {name: run_preset(name, model, lora, reference, delta) for name in PRESETS}
+        print(json.dumps(presets, indent=1))
         encoders = {name: run_text_encoder(Path(folder), name) for name in FORMATS}
         device = comfy.model_management.get_torch_device()
         result = {
@@ -175,6 +211,7 @@ def main() -> None:
             "options": options,
             "delta": relative(reference + delta, reference),
             "rows": rows,
+            "presets": presets,
             "text_encoders": encoders,
         }
         out.write_text(json.dumps(result, indent=1))

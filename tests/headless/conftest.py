@@ -69,13 +69,15 @@ class Bench:
     def output(self) -> Path:
         return self.server.base / "output"
 
-    def tensors(self, graph: graphs.Graph, timeout: float = 120, **values: graphs.Link) -> dict[str, torch.Tensor]:
+    def tensors(
+        self, graph: graphs.Graph, timeout: float | None = None, **values: graphs.Link
+    ) -> dict[str, torch.Tensor]:
         """Runs the graph and returns the LATENT, IMAGE or CONDITIONING at each link (its first tensor)."""
         name = f"{self.server.log_path.stem}-{next(self._names)}"
         self.server.run(graphs.dump(graph, name, **values), timeout)
         return {key: next(iter(load_file(self.output / name / f"{key}.safetensors").values())) for key in values}
 
-    def sample(self, graph: graphs.Graph, timeout: float = 120) -> dict[str, torch.Tensor]:
+    def sample(self, graph: graphs.Graph, timeout: float | None = None) -> dict[str, torch.Tensor]:
         """Runs the graph; `latent` is node sample's, `image` node images' when the graph has one."""
         values = {"latent": ["sample", 0]} | ({"image": ["images", 0]} if "images" in graph else {})
         return self.tensors(graph, timeout, **values)

@@ -49,7 +49,7 @@ class MemoryBench:
         self._names = itertools.count()
 
     def run(
-        self, graph: graphs.Graph, timeout: float = 120, on_event: Any = None, count_objects: bool = False
+        self, graph: graphs.Graph, timeout: float | None = None, on_event: Any = None, count_objects: bool = False
     ) -> Outcome:
         """Runs it; the report is empty for a graph without one."""
         prompt_graph, name = self.prepared(graph, count_objects)

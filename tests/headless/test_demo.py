@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from demo import in_comfyui, report
-from demo.shapes_in_comfyui import MODEL
+from demo.__main__ import collect
+from demo.clips import MODEL
 
 
 @pytest.fixture(scope="module")
 def demo(comfyui_path, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo-output")
-    rows = in_comfyui.run(comfyui_path, out, ["int8", "fp4_scaled"])
+    rows = collect(in_comfyui.run(comfyui_path, out, ["int8", "fp4_scaled"]), out)
     report.write(out, rows, "ComfyUI")
     return out, rows
 

@@ -36,7 +36,7 @@ def test_lora_delta_survives_quantization(bench, name, format):
 def test_result_with_lora_is_near_bf16_with_lora(bench, format):
     plain = relative_error(latent(bench, "wan_t2v", format, None), latent(bench, "wan_t2v", None, None))
     patched = relative_error(latent(bench, "wan_t2v", format, 1.0), latent(bench, "wan_t2v", None, 1.0))
-    assert patched < 2 * plain
+    assert patched < 1.25 * plain
 
 
 @pytest.mark.parametrize("format", ["fp8_e4m3fn_scaled", "int8_convrot_fast", "fp4_scaled", "int4_asym_fast"])

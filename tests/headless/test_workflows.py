@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,14 +25,29 @@ from tools.workflows.unfold import Flat, api_form, unfold
 
 pytest.importorskip("comfyui_workflow_templates_json")
 
+
+def talks(name: str) -> bool:
+    """Whether a workflow is one of InfiniteTalk's."""
+    return WORKFLOWS[name].template == infinitetalk.TEMPLATE
+
+
 LIGHTNING = {"enable lightning lora", "enable 4steps lora?", "enable 4steps lora"}
 RUNS = [
     # Qwen-Image-Edit encodes and attends to a megapixel, however small the picture. InfiniteTalk always has its LoRA on.
     pytest.param(name, lightning, marks=[pytest.mark.slow] if name == "qwen_image_edit" else [])
     for name in WORKFLOWS
     for lightning in (False, True)
-    if not (lightning and name.startswith("infinitetalk"))
+    if not (lightning and talks(name))
 ]
+SAVED = {path.stem: path for path in sorted((Path(__file__).parent / "saved_workflows").glob("*.json"))}
+"""The workflows as release 0.1.0 bundled them, before there was one node for all: what people have saved."""
+SINGLE_NODES = {
+    "LowbitLoadDiffusionModel", "LowbitLoadTextEncoder", "LowbitLoadVAE", "LowbitAttention", "LowbitMemoryManager",
+    "LowbitReleaseComponent", "LowbitAttentionReport", "LowbitMemoryReport",
+}  # fmt: skip
+ALL = "all_nodes"
+WITHOUT_A_PICTURE = {"LowbitTextGeneration"}
+"""Nodes that are not for diffusion models."""
 
 
 def largest_error(name: str, key: str) -> float:
@@ -40,7 +56,7 @@ def largest_error(name: str, key: str) -> float:
     InfiniteTalk's second part goes on from the decoded and again encoded pictures of the first: the random VAE makes an
     error of 2% in them one of 12%.
     """
-    if name.startswith("infinitetalk") and key.endswith("1"):
+    if talks(name) and key.endswith("1"):
         return 0.3
     return 0.15 if "16GB" in name else 0.05
 
@@ -150,6 +166,28 @@ def test_bundled_workflow_is_near_its_template_in_16_bits(run, references, info,
         assert tensor.isfinite().all(), key
         # Zero would mean that nothing was quantized.
         assert 1e-4 < relative_error(tensor, reference[key]) < largest_error(name, key), key
+    if name == ALL:
+        assert_reported_and_released(flat, texts, order)
+    elif not lightning:  # the second run is answered from the cache as far as the one node
+        assert [line.split(":")[0] for line in texts["LowbitOptimize"].splitlines()] == [
+            "Weights",
+            "Attention",
+            "Memory",
+        ]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_workflow_of_the_release_before_runs_as_it_did(run, references, info, name):
+    flat = unfold(json.loads(SAVED[name].read_text(encoding="utf-8")), info)
+    assert {node.type for node in flat.values()} >= SINGLE_NODES
+    tensors, texts, order = run(flat)
+    for key, tensor in tensors.items():
+        assert 1e-4 < relative_error(tensor, references[name, False][key]) < largest_error(name, key), key
+    assert_reported_and_released(flat, texts, order)
+
+
+def assert_reported_and_released(flat: Flat, texts: dict[str, str], order: list[str]) -> None:
+    """The reports say something, and every component is released after all that use it."""
     assert "calls of" in texts["LowbitAttentionReport"]
     assert "Peak" in texts["LowbitMemoryReport"]
     assert_released_after_its_work(flat, order, "text_encoder", ("CLIPTextEncode", "TextEncodeQwenImageEdit"))
@@ -176,7 +214,7 @@ def test_bundled_workflow_has_the_nodes_files_and_settings_of_its_template(info,
     """Beside the pack's own nodes nothing is added, nothing is lost, and no setting differs."""
     workflow = WORKFLOWS[name]
     ours, theirs = unfold(bundled(name), info), official_flat(workflow)
-    if name.startswith("infinitetalk"):
+    if talks(name):
         infinitetalk.share_models(theirs)
     stock = {"UNETLoader", "CLIPLoader", "VAELoader", "ModelPatchLoader"}
 
@@ -196,17 +234,18 @@ def test_bundled_workflow_has_the_nodes_files_and_settings_of_its_template(info,
 
     assert settings(ours) == settings(theirs)
     assert (files(ours) == files(theirs)) == (not workflow.varies)
-    assert not {node.type for node in ours.values()} & stock
-    assert {node.type for node in ours.values()} >= {
-        "LowbitLoadDiffusionModel",
-        "LowbitLoadTextEncoder",
-        "LowbitLoadVAE",
-        "LowbitAttention",
-        "LowbitMemoryManager",
-        "LowbitReleaseComponent",
-        "LowbitAttentionReport",
-        "LowbitMemoryReport",
-    }
+    used = {node.type for node in ours.values()}
+    if name == ALL:
+        assert used >= SINGLE_NODES
+        assert not used & stock
+    else:
+        assert "LowbitOptimize" in used
+        assert not used & (SINGLE_NODES - {"LowbitLoadDiffusionModel"})
+
+
+def test_one_workflow_shows_every_node(info):
+    shown = {node["type"] for _, graph in tidy.levels(bundled(ALL)) for node in graph["nodes"]}
+    assert {name for name in info if name.startswith("Lowbit")} - WITHOUT_A_PICTURE <= shown
 
 
 def test_saved_model_loads_in_core_and_gives_what_was_tried(bench, run, official_flat, info):

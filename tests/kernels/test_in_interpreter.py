@@ -15,8 +15,9 @@ TESTS = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(0)
 def test_kernels_in_the_interpreter():
+    """As long as it takes: each of the tests there has the limit of one test."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "kernels", "ops/test_linear_kernels.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)

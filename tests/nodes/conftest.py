@@ -55,17 +55,25 @@ def _texts(info: dict[str, Any]) -> NodeText:
 
 
 @pytest.fixture(scope="session")
-def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder of the ComfyUI of `described`, in which a killed one has left a file half-written."""
+    folder = tmp_path_factory.mktemp("cache")
+    for suffix in ("lock", "partial"):
+        (folder / f".lowbit-model-00000000.{suffix}").write_text("x")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def described(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Any]:
     """What `describe_nodes` found in a ComfyUI that loaded the pack."""
     path = tmp_path_factory.mktemp("nodes") / "nodes.json"
     script = Path(__file__).with_name("describe_nodes.py")
     done = subprocess.run(
         [sys.executable, str(script), str(comfyui.CHECKOUT), str(path)],
         cwd=comfyui.find(),
-        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "LOWBIT_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
-        timeout=300,
     )
     assert path.exists(), done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(path.read_text())

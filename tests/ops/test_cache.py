@@ -91,7 +91,7 @@ def test_two_processes_may_build_the_same_file_at_once(save, wan_tensors, tmp_pa
     ]
 
 
-def test_abandoned_files_are_swept_after_a_day(save, wan_tensors, tmp_path):
+def test_half_written_files_of_versions_without_locks_are_removed_after_a_day(save, wan_tensors, tmp_path):
     folder = tmp_path / "cache"
     folder.mkdir()
     old, new = folder / ".lowbit-old.partial", folder / ".lowbit-new.partial"

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 
 import comfy_kitchen as ck
 import pytest
 import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowbit.kernels.decode import decode_reference
 from lowbit.kernels.stored_weight import MXFP8, NVFP4, StoredWeight
 from lowbit.ops import linear_paths
 from lowbit.ops import linear_reference as linear_reference_module
+from lowbit.ops import scratch as scratch_module
 from lowbit.ops.linear_kitchen import kitchen_linear
 from lowbit.ops.linear_table import Gpu
 from lowbit.ops.linear_weight import stored_weight
@@ -107,6 +115,56 @@ class _Refusing:
         out.copy_((q.float() @ codes.float()) * row_scale * columns + (0 if bias is None else bias))
 
 
+@pytest.mark.parametrize(
+    ("error", "for_good"),
+    [
+        (RuntimeError("Rowwise scaling is not currently supported on your device"), True),
+        (
+            RuntimeError("torch._scaled_mm is only supported on CUDA devices with compute capability >= 9.0 or 8.9"),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ARCH_MISMATCH when calling `cublasLtMatmul`"), True),
+        (RuntimeError("b.dtype() == at::kFloat8_e4m3fn INTERNAL ASSERT FAILED"), True),
+        (ValueError("Invalid scaling configuration."), True),
+        (NotImplementedError("Could not run 'aten::_scaled_mm' with arguments from the 'CUDA' backend"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasLtMatmul`"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasLtMatmul`"), False),
+    ],
+)
+def test_only_a_call_that_is_unsupported_switches_scaled_mm_off(error, for_good, monkeypatch):
+    """Anything else may have been this once: the call is done another way, and the next one tries again."""
+    calls, multiplied = [], []
+
+    def fails(*args, **kwargs):
+        calls.append(args)
+        raise error
+
+    monkeypatch.setattr(torch, "_scaled_mm", fails)
+    monkeypatch.setattr(linear_paths, "_scaled_mm_refused", set())
+    monkeypatch.setattr(linear_paths, "_scaled_mm_said", set())
+    monkeypatch.setattr(linear_paths, "_takes_scaled_mm", lambda out, n, k: True)
+    monkeypatch.setattr(linear_paths, "matmul_rows", lambda *args, **options: multiplied.append(args))
+    q, out = torch.zeros(16, 32).to(torch.float8_e4m3fn), torch.zeros(16, 16, dtype=torch.bfloat16)
+    for _ in range(3):
+        assert linear_paths._fp8_matmul(q, q, torch.ones(16, 1), None, None, out, Gpu((9, 0)))
+    assert len(multiplied) == 3
+    assert len(calls) == (1 if for_good else 3)
+    assert len(linear_paths._scaled_mm_said) == 1
+
+
+def test_a_broken_gpu_is_not_asked_for_another_product(monkeypatch):
+    def fails(*args, **kwargs):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "_scaled_mm", fails)
+    monkeypatch.setattr(linear_paths, "_takes_scaled_mm", lambda out, n, k: True)
+    q, out = torch.zeros(16, 32).to(torch.float8_e4m3fn), torch.zeros(16, 16, dtype=torch.bfloat16)
+    with pytest.raises(torch.AcceleratorError):
+        linear_paths._fp8_matmul(q, q, torch.ones(16, 1), None, None, out, Gpu((9, 0)))
+
+
 @pytest.fixture
 def refusing(monkeypatch):
     """torch._scaled_mm refuses e5m2, tensors pass for CUDA's, scratch is plain memory, nothing is refused yet."""
@@ -185,8 +243,91 @@ def test_few_rows_of_int8_go_through_int_mm_on_a_gpu_without_kernels(rows, monke
     assert products == [32 if rows <= 16 else rows]
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_float32_gives_the_very_integers_on_a_cpu(data):
+    """Also where every product is the largest there is, and where the sums are beyond what float32 holds exactly."""
+    sizes = [data.draw(st.integers(0, 40)), data.draw(st.sampled_from([0, 1, 7, 256, 1040, 1041, 3000])), 9]
+    seed, extreme = data.draw(st.integers(0, 9)), data.draw(st.sampled_from([-128, -127, 1, 7, 127, None]))
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns, count = sizes
+    a, b = (
+        torch.full((size, columns), extreme, dtype=torch.int8)
+        if extreme is not None
+        else torch.randint(-128, 128, (size, columns), dtype=torch.int8, generator=generator)
+        for size in (rows, count)
+    )
+    b[::2] = -b[::2].clamp(min=-127)
+    assert torch.equal(linear_reference_module.float_int8_matmul(a, b).long(), a.long() @ b.long().t())
+
+
+def _overflowing(a, b):
+    """As oneDNN's products without VNNI instructions: pairs are added in 16 bits, the one side made unsigned."""
+    shifted, b = a.long() + 128, b.long()
+    pairs = (shifted.unsqueeze(2) * b.unsqueeze(0)).unflatten(1, (-1, 2)).sum(2).clamp(-32768, 32767)
+    return (pairs.sum(1) - 128 * b.sum(0)).int()
+
+
+def _slow(a, b):
+    time.sleep(0.2)
+    return (a.long() @ b.long()).int()
+
+
+def _missing(a, b):
+    raise RuntimeError("not implemented for 'Char'")
+
+
+@pytest.mark.parametrize("int_mm", [_overflowing, _slow, _missing])
+def test_int_mm_that_is_wrong_slow_or_missing_on_a_cpu_is_not_used(int_mm, monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", int_mm)
+    linear_reference_module._cpu_has_int_mm.cache_clear()
+    try:
+        a, b = (torch.randint(-128, 128, (8, 512), dtype=torch.int8) for _ in range(2))
+        assert torch.equal(linear_reference_module._int8_matmul(a, b).long(), a.long() @ b.long().t())
+        assert not linear_reference_module._cpu_has_int_mm()
+    finally:
+        linear_reference_module._cpu_has_int_mm.cache_clear()
+
+
+OLDER_CPU = """
+    import torch
+    from lowbit.ops.linear_reference import _int8_matmul
+    for value in (127, -128, None):
+        a, b = (torch.full((64, 1536), value or 0, dtype=torch.int8) for _ in range(2))
+        if value is None:
+            a, b = (torch.randint(-128, 128, (64, 1536), dtype=torch.int8) for _ in range(2))
+        assert torch.equal(_int8_matmul(a, b).long(), a.long() @ b.long().t()), value
+"""
+
+
+@pytest.mark.parametrize("instructions", ["SSE41", "AVX2", "AVX512_CORE"])
+def test_a_cpu_without_int8_instructions_gives_the_very_integers(instructions):
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(OLDER_CPU)], env=environment, check=True)
+
+
 def test_scratch_made_in_inference_mode_can_be_written_outside():
     scratch, spec = Scratch(), ((8,), torch.float32)
     with torch.inference_mode():
         scratch.take((spec,), torch.device("cpu"))
     scratch.take((spec, None), torch.device("cpu"))[0].copy_(torch.ones(8))
+
+
+def test_scratch_released_by_another_thread_while_it_is_taken(monkeypatch):
+    """ComfyUI's memory manager releases on its own thread: what is being taken stays whole, and is not kept after."""
+    scratch, specs, device = Scratch(), (((8,), torch.float32), ((4,), torch.int8)), torch.device("cpu")
+
+    class OtherThread:
+        """A limit that lets the other thread in when it is compared, which is between the buffer and its views."""
+
+        def __le__(self, count):
+            scratch.release()
+            return False
+
+    monkeypatch.setattr(scratch_module, "_MOST_VIEWS", OtherThread())
+    views = scratch.take(specs, device)
+    assert all(view is not None for view in views)
+    assert scratch.nbytes == 0
+    monkeypatch.setattr(scratch_module, "_MOST_VIEWS", 256)
+    assert scratch.take(specs, device)[0] is not views[0]
+    assert scratch.nbytes > 0

@@ -91,6 +91,47 @@ def test_header_metadata_and_core_tensors_are_read():
     assert layer_config(normalize_state_dict(by_tensor, None), "a") == config
 
 
+PREFIXES = ("", "model.diffusion_model.", "model.model.", "net.", "model.")
+
+
+@pytest.mark.parametrize(
+    ("on_tensors", "in_header"),
+    [(prefix, prefix) for prefix in PREFIXES]
+    + [(prefix, "") for prefix in PREFIXES[1:]]
+    + [("", prefix) for prefix in PREFIXES[1:]],
+)
+@pytest.mark.parametrize("storage", ["int8_convrot", "nvfp4", "mxfp8", "float8_e4m3fn", "int4_asym"])
+def test_a_description_finds_its_layer_under_every_prefix(storage, on_tensors, in_header):
+    parts = quantize_weight(torch.randn(32, 256), storage)
+    config = {**json.loads(parts.pop("comfy_quant").numpy().tobytes()), "full_precision_matrix_mult": True}
+    source = {f"{on_tensors}blocks.0.q.{suffix}": tensor for suffix, tensor in parts.items()}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {f"{in_header}blocks.0.q": config}})}
+    assert layer_config(normalize_state_dict(source, metadata), f"{on_tensors}blocks.0.q") == config
+
+
+def test_integers_beside_a_description_of_nothing_are_refused():
+    parts = quantize_weight(torch.randn(32, 256), "int8_convrot")
+    config = json.loads(parts.pop("comfy_quant").numpy().tobytes())
+    source = {f"blocks.0.q.{suffix}": tensor for suffix, tensor in parts.items()}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"other.q": config}})}
+    with pytest.raises(CheckpointError, match=r"'blocks.0.q' is stored as integers .* describes 'other.q'"):
+        normalize_state_dict(source, metadata)
+
+
+def test_a_marker_speaks_for_its_own_part():
+    source = {
+        "text.scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn),
+        "text.a.weight": float8(),
+        "text.a.scale_weight": torch.tensor(0.5),
+        "image.scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn),
+        "image.a.weight": float8(),
+        "image.a.scale_weight": torch.tensor(0.5),
+    }
+    result = normalize_state_dict(source, {})
+    assert layer_config(result, "text.a") == {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
+    assert layer_config(result, "image.a") == {"format": "float8_e4m3fn"}
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_cores_own_formats_are_carried_on_untouched(storage):
     parts = quantize_weight(torch.randn(32, 256), storage)

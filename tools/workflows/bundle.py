@@ -64,6 +64,13 @@ WORKFLOWS: dict[str, Workflow] = {
         infinitetalk.single_speaker,
         adapt=infinitetalk.one_speaker,
     ),
+    "all_nodes": Workflow(
+        "Every node of the pack",
+        "InfiniteTalk, one speaker",
+        infinitetalk.TEMPLATE,
+        infinitetalk.all_nodes,
+        adapt=infinitetalk.one_speaker,
+    ),
     "infinitetalk_two_speakers": Workflow(
         "InfiniteTalk", "Two speakers", infinitetalk.TEMPLATE, infinitetalk.two_speakers
     ),

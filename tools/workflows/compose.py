@@ -9,7 +9,7 @@ from typing import Any
 from .layout import Box, Placement, place
 from .room import ROOM
 from .size import host_size, node_size
-from .unfold import NOTES, Flat, Node, Source
+from .unfold import ALWAYS, NOTES, Flat, Node, Source
 from .widgets import ObjectInfo, inputs_of, is_widget, list_values, options_of, walk
 
 _INPUT, _OUTPUT = -10, -20
@@ -358,7 +358,7 @@ class _Level:
                 "size": [width, height - self._room(name)],
                 "flags": {},
                 "order": order[name],
-                "mode": 0,
+                "mode": self.writer.design.nodes[name].mode if name in self.writer.design.nodes else ALWAYS,
                 "inputs": self.inputs[name],
                 "outputs": [
                     {

@@ -75,6 +75,14 @@ def lowbit_loaders(flat: Flat, format: str = "auto") -> None:
             replace(flat, key, "LowbitLoadModelPatch", name=values["name"], format=format)
 
 
+def optimize(flat: Flat, key: str, model: Source, clip: str = "", vae: str = "", preset: str = "balanced") -> None:
+    """The one node behind output `model`, as node `key`; text encoder and VAE, where their loaders are named, go through it."""
+    insert(flat, key, own("LowbitOptimize", preset=preset), "model", model)
+    for slot, (entry, loader) in enumerate((("clip", clip), ("vae", vae)), start=1):
+        if loader:
+            insert(flat, key, flat[key], entry, (loader, 0), slot)
+
+
 def retitle(flat: Flat, **titles: str) -> None:
     """Titles by node number: `retitle(flat, n75="High noise model")`."""
     for key, title in titles.items():

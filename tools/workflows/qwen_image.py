@@ -16,11 +16,13 @@ EDIT = "image_qwen_image_edit"
 ABOUT = """\
 {template} of ComfyUI's own templates, with the same files and settings.
 
-- **Load ...**: `format` quantizes a 16-bit file while it loads. A file that holds 8 bits already is taken as it is.
-- **Attention**: the fastest backend that is accurate enough for each shape.
-- **Memory Manager**: keeps model, text encoder and VAE within the card, and shows it live.
-- **Release Component**: the text encoder leaves the GPU before the decode.
-- **Reports**: which attention ran, and where the memory went.
+**Optimize** does all the rest:
+
+- it quantizes a 16-bit file; a file that holds 8 bits already is taken as it is.
+- it gives each attention call the fastest backend that is accurate enough.
+- it keeps model, text encoder and VAE within the card, and shows it live.
+
+It says on itself what it did. `preset` says what counts most: `smallest` when memory runs out.
 
 Inside *Sample*: the sampler, and the Lightning LoRA for {fast} steps instead of 20."""
 
@@ -28,9 +30,11 @@ ABOUT_SAVE = """\
 Quantizes Qwen-Image once, tries it on a picture and saves it. The file is in ComfyUI's own quantized format: its \
 *Load Diffusion Model* reads it without this pack.
 
-1. Choose the `format`. `dry_run` lists first what would be quantized, and what it would save.
+1. Choose the `format`. Among the loader's advanced inputs, `dry_run` lists first what would be quantized.
 2. *8 steps* on: the Lightning LoRA is merged into the saved file.
 3. Run. The file is in the output folder: move it to models/diffusion_models.
+
+**Optimize**, behind the loader, leaves its weights as they are and adds attention and memory management.
 
 Quantizing needs a few layers' worth of main memory, not the whole model."""
 
@@ -64,7 +68,7 @@ _EDIT = _Numbers(
 _POSITIVE, _NEGATIVE, _LATENT, _IMAGE, _ENCODE, _UNLINKED = "6", "7", "58", "78", "88", "93"
 _EDIT_POSITIVE, _EDIT_NEGATIVE = "76", "77"
 
-_HEIGHTS = {"60": 320, "chart": 240, "report": 160, "memory_report": 220}
+_HEIGHTS = {"60": 320}
 
 
 def text_to_image(info: ObjectInfo) -> Design:
@@ -78,8 +82,9 @@ def quantize_and_save(info: ObjectInfo) -> Design:
     flat = edit.official_nodes(TEXT_TO_IMAGE, info)
     n = _TEXT
     edit.rename_file(flat, n.model, "unet_name", "qwen_image_bf16.safetensors")
+    name = flat[n.model].values["unet_name"]
+    edit.replace(flat, n.model, "LowbitLoadDiffusionModel", unet_name=name, format="int8_convrot_fast")
     design = _text_to_image("quantize_qwen_image_once_and_save", flat, ABOUT_SAVE)
-    flat[n.model].values["format"] = "int8_convrot_fast"
     flat["save_model"] = edit.own(
         "LowbitSaveQuantizedModel", None, {"model": (n.switch, 0)}, filename_prefix="diffusion_models/qwen_image"
     )
@@ -88,8 +93,8 @@ def quantize_and_save(info: ObjectInfo) -> Design:
         "model to save": (n.switch, 0),
         **design.subgraphs["sampler"].outputs,
     }
-    design.box = _root(_prompts(), models=("quantized",), beside="save_model")
-    design.routes[("report", "model")] = ()
+    models = row(n.model, column(n.clip, n.vae, "quantized", above=140), title="Models")
+    design.box = _root(_prompts(), models, beside="save_model")
     design.extra_heights |= {"quantized": 220}
     return design
 
@@ -100,13 +105,14 @@ def _prompts() -> Box:
         column(_LATENT, above=320),
         title="Prompt and size",
         above=410,
+        left=100,
     )
 
 
 def _text_to_image(name: str, flat: Flat, about: str) -> Design:
     n = _TEXT
     edit.retitle(flat, n6="Prompt", n7="Negative prompt")
-    _manage(flat, n)
+    edit.optimize(flat, "optimize", (n.model, 0), n.clip, n.vae)
     sampler = _sampler(n, "8 steps (Lightning LoRA)", (_POSITIVE, 0), (_NEGATIVE, 0), (_LATENT, 0))
     design = _design(name, flat, n, _root(_prompts()), {"sampler": sampler}, about)
     design.routes[(n.decode, "vae")] = (f"under {_NEGATIVE} {_LATENT}",)
@@ -119,11 +125,11 @@ def image_edit(info: ObjectInfo) -> Design:
     flat, n = edit.official_nodes(EDIT, info), _EDIT
     del flat[_UNLINKED]  # the template leaves its output unlinked
     edit.retitle(flat, n76="Prompt", n77="Negative prompt", n78="Image to edit")
-    _manage(flat, n)
+    edit.optimize(flat, "optimize", (n.model, 0), n.clip, n.vae)
     encode = Subgraph(
         "Prompts and image",
         column(_EDIT_POSITIVE, _EDIT_NEGATIVE, _ENCODE),
-        inputs={"clip": ("memory", 1), "vae": ("memory", 2), "image": (_IMAGE, 0)},
+        inputs={"clip": ("optimize", 1), "vae": ("optimize", 2), "image": (_IMAGE, 0)},
         outputs={"positive": (_EDIT_POSITIVE, 0), "negative": (_EDIT_NEGATIVE, 0), "latent": (_ENCODE, 0)},
         widgets=[
             Exposed("prompt", ((_EDIT_POSITIVE, "prompt"),)),
@@ -131,7 +137,7 @@ def image_edit(info: ObjectInfo) -> Design:
         ],
     )
     sampler = _sampler(n, "4 steps (Lightning LoRA)", (_EDIT_POSITIVE, 0), (_EDIT_NEGATIVE, 0), (_ENCODE, 0))
-    conditions = row(column(_IMAGE, above=180), "encode", title="Prompt and image", gap=190, above=410)
+    conditions = row(column(_IMAGE, above=180), "encode", title="Prompt and image", gap=190, above=410, left=100)
     about = ABOUT.format(template=f"*{EDIT}*", fast=4)
     design = _design(
         "qwen_image_edit", flat, n, _root(conditions, height=300), {"encode": encode, "sampler": sampler}, about
@@ -144,13 +150,7 @@ def image_edit(info: ObjectInfo) -> Design:
 
 
 def _design(name: str, flat: Flat, n: _Numbers, root: Box, subgraphs: dict[str, Subgraph], about: str) -> Design:
-    """Reports, notes and titles, which every Qwen-Image workflow has."""
-    report = edit.own("LowbitAttentionReport", None, {"model": (n.sampling[-1], 0)})
-    latent = edit.insert(flat, "report", report, "after", (n.sample, 0))
-    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
-    edit.insert(flat, "release", release, "value", latent)
-    edit.insert(flat, "memory_report", edit.own("LowbitMemoryReport"), "value", (n.decode, 0))
-    flat["chart"] = edit.own("PreviewImage", "Memory over the run", {"images": ("memory_report", 1)})
+    """Notes and titles, which every Qwen-Image workflow has."""
     for key, title in {n.model: "Diffusion model", n.clip: "Text encoder", n.vae: "VAE"}.items():
         flat[key].title = title
     flat["about"] = edit.note("About", about)
@@ -158,34 +158,23 @@ def _design(name: str, flat: Flat, n: _Numbers, root: Box, subgraphs: dict[str, 
     return Design(name, flat, root, subgraphs, extra_heights=dict(_HEIGHTS))
 
 
-def _root(conditions: Box, models: tuple[str, ...] = (), beside: str | None = None, height: int = 120) -> Box:
-    """The root graph from left to right; `conditions` stands between the memory manager and the sampler."""
+def _root(conditions: Box, models: Box | None = None, beside: str | None = None, height: int = 0) -> Box:
+    """The root graph from left to right; `conditions` stands between the one node and the sampler."""
     n = _TEXT
-    pictures = row(
-        "report",
-        "release",
-        column(n.decode, above=400),
-        "memory_report",
-        column(n.save, "chart"),
-        title="Image and reports",
-    )
     return row(
         column("about", "files"),
-        row(n.model, *(column(name, above=120) for name in models), title="Model"),
-        column("attention", row(column(n.clip, n.vae), "memory"), title="Faster, in less memory"),
-        row(conditions, column("sampler", above=height), gap=160),
-        column(*([row(beside, title="Saved for later runs")] if beside else []), pictures, above=height),
+        row(
+            models or column(n.model, n.clip, n.vae, title="Models"),
+            column("optimize", title="Faster, in less memory"),
+        ),
+        conditions,
+        column("sampler", above=height),
+        column(
+            *([row(beside, title="Saved for later runs")] if beside else []),
+            row(column(n.decode, above=400), n.save, title="Image"),
+            above=height,
+        ),
     )
-
-
-def _manage(flat: Flat, n: _Numbers) -> None:
-    """The pack's loaders, with attention and memory nodes behind the model."""
-    edit.lowbit_loaders(flat)
-    attention = edit.insert(flat, "attention", edit.own("LowbitAttention"), "model", (n.model, 0))
-    edit.insert(flat, "memory", edit.own("LowbitMemoryManager"), "model", attention)
-    edit.relink(flat, (n.clip, 0), ("memory", 1))
-    edit.relink(flat, (n.vae, 0), ("memory", 2))
-    flat["memory"].links |= {"clip": (n.clip, 0), "vae": (n.vae, 0)}
 
 
 def _sampler(n: _Numbers, lightning: str, positive: Source, negative: Source, latent: Source) -> Subgraph:
@@ -206,8 +195,8 @@ def _sampler(n: _Numbers, lightning: str, positive: Source, negative: Source, la
             *n.sampling,
             column(n.sample, above=220),
         ),
-        inputs={"model": ("memory", 0), "positive": positive, "negative": negative, "latent": latent},
-        outputs={"model": (n.sampling[-1], 0), "latent": (n.sample, 0)},
+        inputs={"model": ("optimize", 0), "positive": positive, "negative": negative, "latent": latent},
+        outputs={"latent": (n.sample, 0)},
         widgets=[
             Exposed("seed", ((n.sample, "seed"),)),
             Exposed(lightning, ((n.lightning, "value"),)),

@@ -11,8 +11,11 @@ ROOM: Mapping[str, int] = {
     "LowbitLoadModelPatch": 130,
     "LowbitLoadTextEncoder": 130,
     "LowbitReleaseComponent": 120,
+    "LowbitQuantizeModel": 130,
     # The same footer, and the live meter with every component in its legend.
     "LowbitMemoryManager": 230,
+    # That, and the three lines that say what was done.
+    "LowbitOptimize": 360,
     # The footer alone.
     "LowbitLoadVAE": 40,
     "LowbitMemoryReport": 50,

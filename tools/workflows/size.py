@@ -8,7 +8,7 @@ from .unfold import NOTES, Node
 from .widgets import ObjectInfo, list_values, options_of, walk
 
 WIDTH, TEXT_WIDTH, HOST_WIDTH, NOTE_WIDTH, TEXT_HEIGHT, HOST_TEXT_HEIGHT = 280, 400, 360, 480, 54, 144
-SHOWING = ("LowbitAttentionReport", "LowbitMemoryReport", "PreviewAny", "PreviewImage", "SaveImage", "SaveVideo")
+SHOWING = ("LowbitOptimize", "LowbitAttentionReport", "LowbitMemoryReport", "PreviewAny", "PreviewImage", "SaveImage", "SaveVideo")
 """Nodes that show a text or a picture once they have run."""
 LEAST_WIDTHS = dict.fromkeys(SHOWING, TEXT_WIDTH) | {"LowbitMemoryManager": METER_WIDTH}
 

@@ -13,7 +13,7 @@ Source = tuple[str, int]
 Saved = Mapping[str, Any]
 
 NOTES = frozenset({"MarkdownNote", "Note"})
-_ALWAYS, _NEVER, _BYPASS = 0, 2, 4
+ALWAYS, NEVER, BYPASS = 0, 2, 4
 _INPUT, _OUTPUT = -10, -20
 
 
@@ -32,6 +32,7 @@ class Node:
         links: input name -> the node and output it is linked to.
         sockets: its inputs as the saved graph has them; None when the node is not from one.
         look: its properties and colors.
+        mode: ALWAYS, NEVER (muted) or BYPASS.
     """
 
     type: str
@@ -40,6 +41,7 @@ class Node:
     links: dict[str, Source] = field(default_factory=dict)
     sockets: list[dict[str, Any]] | None = None
     look: dict[str, Any] = field(default_factory=dict)
+    mode: int = ALWAYS
 
 
 Flat = dict[str, Node]
@@ -78,10 +80,10 @@ class _Scope:
 
     def _output(self, number: int, slot: int) -> Source | _Value | None:
         node = self.nodes[number]
-        mode = node.get("mode", _ALWAYS)
-        if mode == _NEVER:
+        mode = node.get("mode", ALWAYS)
+        if mode == NEVER:
             return None
-        if mode == _BYPASS:
+        if mode == BYPASS:
             return self._bypassed(node, slot)
         if node["type"] == "Reroute":
             return self.resolve(node["inputs"][0].get("link"))
@@ -169,7 +171,7 @@ def unfold(saved: Saved, info: ObjectInfo) -> Flat:
 
 def _nodes(scope: _Scope, info: ObjectInfo) -> Iterator[tuple[str, Node]]:
     for number, node in scope.nodes.items():
-        if node.get("mode", _ALWAYS) in (_NEVER, _BYPASS) or node["type"] in NOTES | {"Reroute", "PrimitiveNode"}:
+        if node.get("mode", ALWAYS) in (NEVER, BYPASS) or node["type"] in NOTES | {"Reroute", "PrimitiveNode"}:
             continue
         if number in scope.inner:
             yield from _nodes(scope.inner[number], info)

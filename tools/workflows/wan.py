@@ -17,23 +17,22 @@ ABOUT = """\
 {template} of ComfyUI's own templates, with the same files and settings. Two models share the steps: one for high \
 noise, one for low.
 
-- **Load ...**: `format` quantizes a 16-bit file while it loads. An FP8 file is taken as it is.
-- **Attention**: the fastest backend that is accurate enough for each shape.
-- **Memory Manager**: keeps models, text encoder and VAE within the card, and shows it live.
-- **Release Component**, inside *Sample*: between the two models the text encoder leaves the GPU.
-- **Reports**: which attention ran, and where the memory went.
+**Optimize** stands behind each of them:
+
+- it quantizes a 16-bit file; an FP8 file is taken as it is.
+- it gives each attention call the fastest backend that is accurate enough.
+- it keeps models, text encoder and VAE within the card, and shows it live.
+
+It says on itself what it did. `preset` says what counts most: `smallest` when memory runs out.
 
 Inside *Sample*: the samplers, and the Lightning LoRAs for 4 steps instead of 20."""
 
 ABOUT_16GB = """\
 Wan 2.2 14B text to video for cards with 16 GB. What differs from *wan2.2_14B_text_to_video*:
 
-- the 16-bit files, stored in **4 bits** while they load: some 8 GB for each model instead of 28. On an RTX 50 choose \
-`fp4_scaled_fast`.
-- **Memory Manager**: `balanced`, at most 15 GiB: only the model at work is on the GPU. Set the limit to 0 for the \
-whole card.
-- **VAE** in bf16.
-- **Release Component**, inside *Sample*: the first model makes room for the second, and both for the decode.
+- the 16-bit files, stored in **4 bits** while they load: some 8 GB for each model instead of 28, and never 28 in main \
+memory. On an RTX 50 choose `fp4_scaled_fast`.
+- **Optimize** on `smallest`: only the model at work is on the GPU.
 
 The first run writes the 4-bit files to models/lowbit_cache; later runs load them."""
 
@@ -82,10 +81,7 @@ _IMAGE = _Numbers(
 
 _LATENT, _START, _PICTURE = "74", "98", "97"
 
-_HEIGHTS = {
-    "positive": 150, "negative": 60, "chart": 240, "report_high": 160,
-    "report_low": 160, "memory_report": 220,
-}  # fmt: skip
+_HEIGHTS = {"positive": 150, "negative": 60}
 
 
 def text_to_video(info: ObjectInfo) -> Design:
@@ -101,27 +97,19 @@ def in_16_gb(info: ObjectInfo) -> Design:
     for key in (n.high, n.low):
         name = flat[key].values["unet_name"]
         edit.rename_file(flat, key, "unet_name", name.replace("fp8_scaled", "fp16"))
-    release = edit.own("LowbitReleaseComponent", "Release the models", text_encoder=True, diffusion_model=True)
-    edit.insert(flat, "release_models", release, "value", (n.sample[1], 0))
-    design = _text_to_video("fit_wan2.2_14B_in_16GB", flat, ABOUT_16GB)
-    for key in (n.high, n.low):
-        flat[key].values["format"] = "int4_asym_fast"
-    flat[n.vae].values["precision"] = "bf16"
-    for key in ("memory_high", "memory_low"):
-        flat[key].values |= {"policy": "balanced", "vram_limit_gib": 15.0}
-    flat["release"].title = "Release the first model"
-    flat["release"].values["diffusion_model"] = True
-    return design
+        name = flat[key].values["unet_name"]
+        edit.replace(flat, key, "LowbitLoadDiffusionModel", unet_name=name, format="int4_asym_fast")
+    return _text_to_video("fit_wan2.2_14B_in_16GB", flat, ABOUT_16GB, "smallest")
 
 
-def _text_to_video(name: str, flat: Flat, about: str) -> Design:
+def _text_to_video(name: str, flat: Flat, about: str, preset: str = "balanced") -> Design:
     n, latent = _TEXT, _LATENT
     size = [
         *_length_widgets(n),
         Exposed("width", ((latent, "width"),)),
         Exposed("height", ((latent, "height"),)),
     ]
-    return _design(name, flat, n, latent, size, about)
+    return _design(name, flat, n, latent, size, about, preset=preset)
 
 
 def image_to_video(info: ObjectInfo) -> Design:
@@ -145,37 +133,36 @@ def _length_widgets(n: _Numbers) -> list[Exposed]:
 
 
 def _design(
-    name: str, flat: Flat, n: _Numbers, latent: str, size: list[Exposed], about: str, image: str | None = None
+    name: str,
+    flat: Flat,
+    n: _Numbers,
+    latent: str,
+    size: list[Exposed],
+    about: str,
+    image: str | None = None,
+    preset: str = "balanced",
 ) -> Design:
     """The whole workflow; `latent` makes the first latent, `image` loads the first frame."""
-    edit.lowbit_loaders(flat)
-    _manage(flat, n)
-    release = edit.own("LowbitReleaseComponent", "Release the text encoder")
-    edit.insert(flat, "release", release, "value", (n.sample[0], 0))
-    _report(flat, n)
+    edit.optimize(flat, "optimize_high", (n.high, 0), preset=preset)
+    edit.optimize(flat, "optimize_low", (n.low, 0), n.clip, n.vae, preset)
     titles = {n.high: "High noise model", n.low: "Low noise model", n.clip: "Text encoder", n.vae: "VAE"}
     titles |= {n.positive: "Prompt", n.negative: "Negative prompt"}
     for key, title in titles.items():
         flat[key].title = title
     flat["about"] = edit.note("About", about)
     flat["files"] = edit.note("Model files", edit.model_list(flat))
-    before_decode = [key for key in ("release_models",) if key in flat]
     generate = Subgraph(
         "Sample: high noise, then low noise",
-        _inside(n, latent, before_decode),
+        _inside(n, latent),
         inputs={
-            "high noise model": ("memory_high", 0),
-            "low noise model": ("memory_low", 0),
+            "high noise model": ("optimize_high", 0),
+            "low noise model": ("optimize_low", 0),
             "positive": (n.positive, 0),
             "negative": (n.negative, 0),
             **({"first frame": (image, 0)} if image else {}),
-            "vae": ("memory_low", 2),
+            "vae": ("optimize_low", 2),
         },
-        outputs={
-            "low noise model": (n.sampling[1], 0),
-            "high noise model": (n.sampling[0], 0),
-            "video": (n.video, 0),
-        },
+        outputs={"video": (n.video, 0)},
         widgets=[
             *size,
             Exposed("noise_seed", ((n.sample[0], "noise_seed"),)),
@@ -191,7 +178,6 @@ def _design(
             *([f"before {n.negative}"] if below else []),
             f"around {n.negative} {' '.join(below)}",
         ),
-        ("report_low", "model"): ("over report_high",),
     }
     names = {"positive": n.positive, "negative": n.negative}
     heights = {names.get(key, key): height for key, height in _HEIGHTS.items()}
@@ -204,50 +190,20 @@ def _root(n: _Numbers, below: tuple[str, ...]) -> Box:
     height = 480
     return row(
         column("about", "files"),
-        column(n.high, n.low, title="Models"),
-        column(
-            row("attention_high", "memory_high"),
-            "attention_low",
-            row(column(n.clip, n.vae), "memory_low"),
-            title="Faster, in less memory",
+        row(
+            column(n.high, n.low, n.clip, n.vae, title="Models"),
+            column("optimize_high", "optimize_low", title="Faster, in less memory"),
         ),
         row(
-            row(column(n.positive, n.negative, *below), title="Prompt", above=900),
+            row(column(n.positive, n.negative, *below), title="Prompt", above=900, left=100),
             column("generate", above=height),
             gap=280,
         ),
-        row(
-            "report_high",
-            "report_low",
-            "memory_report",
-            column(n.save, "chart"),
-            title="Video and reports",
-            above=height,
-        ),
+        column(n.save, title="Video", above=height),
     )
 
 
-def _manage(flat: Flat, n: _Numbers) -> None:
-    """Attention and memory nodes behind both models; the second manager takes text encoder and VAE too."""
-    for name, loader in (("high", n.high), ("low", n.low)):
-        attention = edit.insert(flat, f"attention_{name}", edit.own("LowbitAttention"), "model", (loader, 0))
-        edit.insert(flat, f"memory_{name}", edit.own("LowbitMemoryManager"), "model", attention)
-    edit.relink(flat, (n.clip, 0), ("memory_low", 1))
-    edit.relink(flat, (n.vae, 0), ("memory_low", 2))
-    flat["memory_low"].links |= {"clip": (n.clip, 0), "vae": (n.vae, 0)}
-
-
-def _report(flat: Flat, n: _Numbers) -> None:
-    """Attention and memory reports on the video's way to its file."""
-    video = (n.video, 0)
-    for name, sampling in zip(("high", "low"), n.sampling, strict=True):
-        report = edit.own("LowbitAttentionReport", f"Attention Report: {name} noise", {"model": (sampling, 0)})
-        video = edit.insert(flat, f"report_{name}", report, "after", video)
-    edit.insert(flat, "memory_report", edit.own("LowbitMemoryReport"), "value", video)
-    flat["chart"] = edit.own("PreviewImage", "Memory over the run", {"images": ("memory_report", 1)})
-
-
-def _inside(n: _Numbers, latent: str, before_decode: list[str]) -> Box:
+def _inside(n: _Numbers, latent: str) -> Box:
     """Both samplers, the choice between all steps and the four of the Lightning LoRAs, size and decode."""
     triples = (n.steps, n.split, n.cfg)
     loras = column(*n.lora, title="Lightning LoRAs")
@@ -264,12 +220,7 @@ def _inside(n: _Numbers, latent: str, before_decode: list[str]) -> Box:
         column(choice, size, gap=80),
         n.sampling[0],
         column(first, above=_CHANNEL - 60),
-        column(n.sampling[1], column("release", above=_CHANNEL - 180), above=160),
+        column(n.sampling[1], above=160),
         column(second, above=_CHANNEL + 460),
-        row(
-            *before_decode,
-            column(row(n.decode, n.video), above=350 if before_decode else 0),
-            title="Decode",
-            above=_CHANNEL + 860,
-        ),
+        row(n.decode, n.video, title="Decode", above=_CHANNEL + 860),
     )

@@ -1,13 +1,15 @@
-// Shows the memory manager's readings on its node while it samples: listens to "lowbit.memory" and finds the node.
+// Shows the memory manager's readings on its node, or on the one node, while it samples: listens to "lowbit.memory" and finds the node.
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { MemoryMeterView } from "./memory_meter_view.js";
 
 const EVENT = "lowbit.memory";
-const NODE_TYPE = "LowbitMemoryManager";
+const NODE_TYPES = new Set(["LowbitMemoryManager", "LowbitOptimize"]);
 // ComfyUI writes a node's lines of progress into the widget of this name, or makes one. The meter says the same as those
 // lines, so it takes their place.
 const WIDGET = "$$node-text-preview";
+// Newer pages take that widget away where a run ends: the meter goes back there, since its last reading is what one looks for.
+const ENDS = ["execution_success", "execution_error", "execution_interrupted"];
 const WIDTH = 340;
 const MARGIN = 6;
 
@@ -30,11 +32,12 @@ async function loadTexts() {
 }
 
 /** The node's meter. It is made with the first reading, so that a node that never ran looks like any other. */
-function meterOf(node, say) {
+function meterOf(node, say, views) {
   const found = node.widgets?.find((widget) => widget.name === WIDGET);
   if (found?.view) return found.view;
   if (found) node.removeWidget(found);
-  const view = new MemoryMeterView(say);
+  const view = views.get(node) ?? new MemoryMeterView(say);
+  views.set(node, view);
   const widget = node.addDOMWidget(WIDGET, "lowbit_memory_meter", view.element, {
     serialize: false,
     hideOnZoom: false,
@@ -59,13 +62,14 @@ app.registerExtension({
   async setup() {
     let texts = {};
     const waiting = new Map();
+    const views = new Map();
     // A phase without a text is the class of the node at work.
     const say = (text) => texts[text] ?? LiteGraph.registered_node_types[text]?.title ?? text;
 
     const draw = () => {
       for (const [node, readings] of waiting) {
         if (!node.graph) continue;
-        const view = meterOf(node, say);
+        const view = meterOf(node, say, views);
         const height = view.height;
         view.update(readings);
         if (view.height !== height) fit(node);
@@ -76,11 +80,18 @@ app.registerExtension({
 
     api.addEventListener(EVENT, ({ detail }) => {
       const node = findNode(detail?.node_id ?? "");
-      if ((node?.comfyClass ?? node?.type) !== NODE_TYPE) return;
-      meterOf(node, say); // at once: the line of progress is on its way
+      if (!NODE_TYPES.has(node?.comfyClass ?? node?.type)) return;
+      meterOf(node, say, views); // at once: the line of progress is on its way
       if (waiting.size === 0) requestAnimationFrame(draw);
       waiting.set(node, [...(waiting.get(node) ?? []), detail]);
     });
+    const putBack = () => {
+      for (const node of views.keys()) {
+        if (!node.graph) views.delete(node);
+        else meterOf(node, say, views);
+      }
+    };
+    for (const name of ENDS) api.addEventListener(name, () => requestAnimationFrame(putBack));
     try {
       texts = await loadTexts();
     } catch (error) {

@@ -88,6 +88,35 @@ def test_dynamic_vram_is_held_to_the_limit_whatever_else_is_on_the_card(host, gp
     limit.remove()
 
 
+def test_core_s_questions_reach_core_as_they_were_asked(host, gpu, monkeypatch):
+    """Another version of ComfyUI may ask with an argument that this one does not know, and be told more numbers."""
+    asked = []
+
+    def answer(*arguments, **options):
+        asked.append((arguments, options))
+        return (20 * GIB, 2 * GIB, 12 * GIB) if options.get("torch_free_too") or options.get("everything") else 20 * GIB
+
+    monkeypatch.setattr(host.core, "get_free_memory", answer)
+    monkeypatch.setattr(host.core, "get_total_memory", answer)
+    limit = host.limit.VramLimit(gpu.device)
+    limit.apply(6 * GIB)
+    room = 6 * GIB - gpu.device.read().allocated
+    here, elsewhere = torch.device("cuda", 0), torch.device("cpu")
+    assert host.core.get_free_memory(here) == room
+    assert host.core.get_free_memory(dev=here, everything=True) == (room, 2 * GIB, room)
+    assert host.core.get_total_memory(here, everything=True) == (6 * GIB, 2 * GIB, 6 * GIB)
+    assert host.core.get_free_memory(elsewhere, everything=True) == (20 * GIB, 2 * GIB, 12 * GIB)
+    assert host.core.get_free_memory() == room
+    assert asked == [
+        ((here,), {}),
+        ((), {"dev": here, "everything": True}),
+        ((here,), {"everything": True}),
+        ((elsewhere,), {"everything": True}),
+        ((), {}),
+    ]
+    limit.remove()
+
+
 def test_dynamic_vram_of_another_gpu_is_left_alone(host, gpu, monkeypatch):
     """Its headroom is one for all GPUs."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -13,7 +13,7 @@ from testing import tiny
 @pytest.fixture(scope="module")
 def host(core_modules, tmp_path_factory):
     """The host modules with ComfyUI on its CPU setting, and a folder with tiny checkpoints and a cache of its own."""
-    from lowbit.host.weights import feed_forward, folders, loading, operations, preparing, quantizing, saving
+    from lowbit.host.weights import feed_forward, folders, loading, operations, patching, preparing, quantizing, saving
 
     folder = tmp_path_factory.mktemp("models")
     for name in ("wan_t2v.safetensors", "qwen_image.safetensors"):
@@ -27,7 +27,33 @@ def host(core_modules, tmp_path_factory):
                 folders=folders,
                 loading=loading,
                 operations=operations,
+                patching=patching,
                 preparing=preparing,
                 quantizing=quantizing,
                 saving=saving,
             )
+
+
+@pytest.fixture
+def umt5(host, monkeypatch, tmp_path):
+    """Loads the tiny UMT5 in a format through the host's loader."""
+    import comfy.model_detection
+    import comfy.sd
+
+    from testing.shims import detection
+
+    for owner, attribute in (
+        (comfy.model_detection, "detect_unet_config"),
+        (comfy.sd, "detect_te_model"),
+        (comfy.sd, "t5xxl_detect"),
+        (comfy.sd, "load_text_encoder_state_dicts"),
+    ):
+        monkeypatch.setattr(owner, attribute, getattr(owner, attribute))
+    detection.install()
+
+    def load(name: str):
+        source = tiny.write("text_encoders/umt5.safetensors", tmp_path)
+        planned = host.preparing.plan_file(source, host.preparing.Request(name))
+        return host.loading.load_text_encoder([str(host.preparing.prepared_file(planned))], comfy.sd.CLIPType.WAN)
+
+    return load

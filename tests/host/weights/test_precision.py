@@ -9,7 +9,6 @@ import torch
 
 from lowbit.ops.formats import FORMATS, STORAGES
 from lowbit.ops.quantize import quantize_weight
-from testing import tiny
 
 FAST = [name for name, row in FORMATS.items() if row.fast]
 
@@ -38,31 +37,6 @@ def test_activations_stay_in_16_bits_where_core_builds_a_model_so(host, name):
 def test_a_format_that_core_emulates_may_still_be_fast_here(host, name):
     core_format = STORAGES[FORMATS[name].storage].core_format
     assert linear(host, name, disabled={core_format}).fast
-
-
-@pytest.fixture
-def umt5(host, monkeypatch, tmp_path):
-    """Loads the tiny UMT5 in a format through the host's loader."""
-    import comfy.model_detection
-    import comfy.sd
-
-    from testing.shims import detection
-
-    for owner, attribute in (
-        (comfy.model_detection, "detect_unet_config"),
-        (comfy.sd, "detect_te_model"),
-        (comfy.sd, "t5xxl_detect"),
-        (comfy.sd, "load_text_encoder_state_dicts"),
-    ):
-        monkeypatch.setattr(owner, attribute, getattr(owner, attribute))
-    detection.install()
-
-    def load(name: str):
-        source = tiny.write("text_encoders/umt5.safetensors", tmp_path)
-        planned = host.preparing.plan_file(source, host.preparing.Request(name))
-        return host.loading.load_text_encoder([str(host.preparing.prepared_file(planned))], comfy.sd.CLIPType.WAN)
-
-    return load
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -27,7 +27,8 @@ def test_the_diffusion_part_of_a_checkpoint_keeps_its_description_in_the_header(
     parts = quantize_weight(matrix(), "nvfp4")
     del parts["comfy_quant"]
     tensors = {f"{PREFIX}blocks.0.q.{suffix}": part for suffix, part in parts.items()}
-    tensors |= {f"{PREFIX}blocks.1.q.weight": matrix(), "first_stage_model.x.weight": matrix()}
+    tensors |= {f"{PREFIX}blocks.{number}.q.weight": matrix() for number in range(1, 7)}
+    tensors["first_stage_model.x.weight"] = matrix()
     layers = {f"{PREFIX}blocks.0.q": {"format": "nvfp4"}, "text_encoder.y": {"format": "nvfp4"}}
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
     save_file(tensors, tmp_path / "all_in_one.safetensors", metadata=metadata)
@@ -38,6 +39,25 @@ def test_the_diffusion_part_of_a_checkpoint_keeps_its_description_in_the_header(
         written = load_file(host.preparing.prepared_file(planned))
         assert "blocks.0.q.comfy_quant" in written
         assert torch.equal(written["blocks.0.q.weight"], parts["weight"])
+
+
+@pytest.mark.parametrize("format_name", ["int8", "none"])
+def test_what_another_part_holds_decides_nothing(host, tmp_path, format_name):
+    """Neither its damage nor its marker, which says that products stay in 16 bits."""
+    source = load_file(host.folder / "wan_t2v.safetensors")
+    metadata = dict(open_checkpoint(host.folder / "wan_t2v.safetensors").metadata)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in source.items()}
+    weight = tensors[f"{PREFIX}blocks.0.ffn.0.weight"].to(torch.float8_e4m3fn)
+    tensors[f"{PREFIX}blocks.0.ffn.0.weight"] = weight
+    tensors["text_encoders.t5.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    tensors["text_encoders.t5.q.weight"] = torch.zeros(64, 64, dtype=torch.int8)
+    save_file(tensors, tmp_path / "all.safetensors", metadata=metadata)
+    planned = host.preparing.plan_file(tmp_path / "all.safetensors", host.preparing.Request(format_name))
+    assert "full_precision_matrix_mult" not in planned.plan.stored.layers["blocks.0.ffn.0"].config
+    loaded = host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
+    assert torch.equal(
+        loaded.model.diffusion_model.blocks[0].ffn[0].weight._qdata.view(torch.uint8), weight.view(torch.uint8)
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,127 @@
+"""The trained text-to-video model on diffusers' and transformers' own classes, in every format, through the pack's ops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lowbit.errors import LowbitError
+from testing.measure import held_bytes
+
+from .clips import MODEL, REFERENCE, SHOWN, Quality, judge, title
+from .progress import ProgressLine
+from .quantized_modules import DEVICE, DTYPE, load
+from .shapes import FRAMES, SIZE, Scene
+from .trained_files import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
+
+STEPS, CFG, SHIFT = 20, 2.0, 3.0
+"""As demo/prompts/shapes_t2v.json has them."""
+TEXT_TOKENS = 512
+WIDTH, CHANNELS = 256, 16
+_LATENT = (1, CHANNELS, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)
+
+Encode = Callable[[str], torch.Tensor]
+Decode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def measure(folder: Path, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN) -> Iterator[tuple[str, Quality]]:
+    """Makes the clips of `scenes` in bf16 and in every format; files of the transformer go to `folder`."""
+    encode, decode = text_encoder(), decoder()
+    source = transformer_file(folder)
+    reference: list[torch.Tensor] = []
+    for name in (REFERENCE, *formats):
+        progress = ProgressLine(f"{MODEL}, {title(name)}")
+        started = time.monotonic()
+        try:
+            path, model = load(source, transformer, name, folder, progress)
+            clips = [decode(_sample(model, encode, scene, seed, progress)) for seed, scene in enumerate(scenes)]
+        except LowbitError as error:
+            progress.finish(f"failed: {error}")
+            yield name, Quality([], [], 0, time.monotonic() - started, problem=str(error))
+            continue
+        seconds = time.monotonic() - started
+        quality = judge(clips, reference, scenes, seconds, path.stat().st_size, held_bytes(model))
+        reference = reference or clips
+        progress.finish(quality.text)
+        yield name, quality
+
+
+def transformer() -> torch.nn.Module:
+    """diffusers' Wan transformer in the trained one's sizes."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=128, text_dim=WIDTH, ffn_dim=512, num_layers=4
+    )
+
+
+def transformer_file(folder: Path) -> Path:
+    """The trained transformer under the names that diffusers gives its weights."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    path = folder / "shapes.safetensors"
+    save_file(convert_wan_transformer_to_diffusers(load_file(FOLDER / TRANSFORMER)), path)
+    return path
+
+
+def text_encoder() -> Encode:
+    """The trained UMT5 in transformers: a prompt to embeddings (1, TEXT_TOKENS, WIDTH), zero behind its end."""
+    import sentencepiece
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    tensors = load_file(FOLDER / TEXT_ENCODER)
+    words = sentencepiece.SentencePieceProcessor(
+        model_proto=tensors.pop("spiece_model").numpy().tobytes(), add_eos=True
+    )
+    config = UMT5Config(
+        vocab_size=len(tensors["shared.weight"]), d_model=WIDTH, d_kv=64, d_ff=WIDTH, num_layers=2, num_heads=4
+    )
+    model = UMT5EncoderModel(config).to(DEVICE).eval()
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+    model.load_state_dict(tensors)
+
+    def encode(prompt: str) -> torch.Tensor:
+        ids = torch.tensor([words.encode(prompt)], device=DEVICE)
+        found = model(input_ids=ids).last_hidden_state
+        return torch.nn.functional.pad(found, (0, 0, 0, TEXT_TOKENS - found.shape[1])).to(DTYPE)
+
+    return encode
+
+
+def decoder() -> Decode:
+    """The trained VAE in diffusers: a latent (1, 16, t, h, w) to a clip (frames, height, width, 3) in [0, 1]."""
+    from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    vae = AutoencoderKLWan(base_dim=8, z_dim=CHANNELS).to(DEVICE).eval()
+    vae.load_state_dict(convert_wan_vae_to_diffusers(load_file(FOLDER / VAE)))
+    mean, deviation = (
+        torch.tensor(numbers, device=DEVICE).view(1, -1, 1, 1, 1)
+        for numbers in (vae.config.latents_mean, vae.config.latents_std)
+    )
+
+    def decode(latent: torch.Tensor) -> torch.Tensor:
+        video = vae.decode(latent.float() * deviation + mean, return_dict=False)[0][0]
+        return (video.permute(1, 2, 3, 0) / 2 + 0.5).clamp(0, 1).float().cpu()
+
+    return decode
+
+
+def _sample(model: torch.nn.Module, encode: Encode, scene: Scene, seed: int, progress: ProgressLine) -> torch.Tensor:
+    """ComfyUI's Euler sampler on its simple schedule, from the noise that it draws for this seed."""
+    latent = torch.randn(_LATENT, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    text = torch.cat([encode(scene.prompt()), encode("")])
+    even = 1 - torch.arange(STEPS + 1) / STEPS
+    sigmas = (SHIFT * even / (1 + (SHIFT - 1) * even)).tolist()
+    for step, (sigma, after) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+        both = latent.to(DTYPE).expand(2, -1, -1, -1, -1)
+        time_now = torch.full((2,), 1000 * sigma, device=DEVICE, dtype=DTYPE)
+        velocity = model(hidden_states=both, timestep=time_now, encoder_hidden_states=text, return_dict=False)[0]
+        wanted, unwanted = velocity.float().chunk(2)
+        latent = latent + (unwanted + CFG * (wanted - unwanted)) * (after - sigma)
+        progress.step(scene.prompt(), step + 1, STEPS)
+    return latent

@@ -1,0 +1,218 @@
+"""Looks at how a file's weights arrive in the model that core builds of them: what is missing, left over or no number."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_patcher
+import psutil
+import torch
+from comfy.patcher_extension import CallbacksMP
+from comfy.quant_ops import QuantizedTensor
+
+from ...errors import CheckpointError
+from ...ops.finite import FiniteCheck
+from ...ops.header import FileStamp
+from ...ops.multiplied_out import multiplied_out
+from ...ops.quantize import not_finite
+from ...ops.stored_scales import as_numbers
+from ...ops.stream import RECIPE_KEY
+from .operations import is_core_linear
+
+StateDict = Mapping[str, torch.Tensor]
+
+_SCALE = ".weight_scale"
+_CONFIG = ".comfy_quant"
+_SMALL_FILE = 64 << 20
+_SMALL_TENSOR = 16 << 20
+_loading = threading.RLock()
+_finite: set[tuple[FileStamp, ...]] = set()
+"""States of files whose weights are known to be numbers, for clones on other GPUs and models loaded again."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One `load_state_dict`: the module, what it was given, and the names that it missed and did not take."""
+
+    module: torch.nn.Module
+    state_dict: StateDict
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def watched(file: str) -> Iterator[list[Arrival]]:
+    """The arrivals in the block, on this thread; whatever core trips over there is said of `file`.
+
+    Core only logs what is missing and left over, under names that it has changed by then.
+
+    Raises:
+        CheckpointError: core found a tensor missing, or of another size than the model's.
+    """
+    arrivals: list[Arrival] = []
+    thread = threading.get_ident()
+    with _loading:
+        original = torch.nn.Module.load_state_dict
+
+        def load_state_dict(module: torch.nn.Module, state_dict: StateDict, *args: Any, **kwargs: Any) -> Any:
+            result = original(module, state_dict, *args, **kwargs)
+            if threading.get_ident() == thread:
+                missing, unexpected = tuple(result.missing_keys), tuple(result.unexpected_keys)
+                arrivals.append(Arrival(module, dict(state_dict), missing, unexpected))
+            return result
+
+        torch.nn.Module.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
+        try:
+            yield arrivals
+        except KeyError as error:
+            raise CheckpointError(
+                f"{file} is incomplete: ComfyUI looks for {error} and it is not there, download it again."
+            ) from error
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            reason = str(error).splitlines()[-1].strip()
+            raise CheckpointError(
+                f"{file} does not fit the model that ComfyUI makes of it ({reason[:200].rstrip('.')}): use another file."
+            ) from error
+        finally:
+            if torch.nn.Module.load_state_dict is load_state_dict:
+                torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) -> None:
+    """Make sure that every Linear has its weight, and every stored weight its scale: multiplied out where no Linear is.
+
+    Args:
+        arrivals: what `watched` saw.
+        file: its name, for errors.
+        optional_parts: a file may leave out whole parts, as text encoders' do with what only images need.
+
+    Raises:
+        CheckpointError: a Linear has no weight, or a weight is stored in a way that its layer cannot take.
+    """
+    for arrival in arrivals:
+        modules = dict(arrival.module.named_modules())
+        # A model may be filled from several files, one after the other.
+        given = {name for other in arrivals if other.module is arrival.module for name in other.state_dict}
+        _check_linears(arrival, modules, given, file, optional_parts)
+        unused = set(arrival.unexpected)
+        for layer in [name.removesuffix(_CONFIG) for name in unused if name.endswith(_CONFIG)]:
+            # What the model does not have at all needs no scale either.
+            if f"{layer}.weight" in arrival.state_dict and f"{layer}.weight" not in unused:
+                _multiply_out(layer, modules.get(layer), arrival.state_dict, file)
+
+
+class NumbersCheck:
+    """Whether a file holds nothing but numbers.
+
+    A small file is looked at when it has been loaded. Loading a large one reads only its header, and reading it all would
+    make that take several times as long: it is looked at beside what comes next, and said when the model is put on its
+    device, before anything is computed with it. Where main memory cannot hold the file, which would then be read from the
+    disk twice, only scales and other small tensors are looked at.
+
+    Args:
+        file: its name.
+        stamps: the state it is in; one that was looked at before is not looked at again.
+        metadata: its text entries: what this pack keeps in its cache it has looked at when it wrote it.
+        stored: its tensors as they lie there.
+        normalized: the same in core's names, which tell what the bytes of block scales are.
+    """
+
+    def __init__(
+        self,
+        file: str,
+        stamps: tuple[FileStamp, ...],
+        metadata: Mapping[str, str],
+        stored: StateDict,
+        normalized: StateDict,
+    ) -> None:
+        self._file, self._key = file, stamps
+        known = stamps in _finite or RECIPE_KEY in metadata
+        self._numbers = [] if known else _numbers(stored, normalized)
+
+    def begin(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
+        """Look at the file that `patcher` was loaded from.
+
+        Raises:
+            CheckpointError: a weight or a scale is NaN or Inf; for a large file, from `patcher`'s own loading later on.
+        """
+        numbers, self._numbers = self._numbers, []
+        nbytes = sum(tensor.nbytes for _, tensor in numbers)
+        if nbytes > psutil.virtual_memory().available:
+            numbers = [(name, tensor) for name, tensor in numbers if tensor.nbytes <= _SMALL_TENSOR]
+        check = FiniteCheck(numbers)
+        if nbytes <= _SMALL_FILE:
+            self._finish(check)
+        else:
+            patcher.add_callback(CallbacksMP.ON_LOAD, lambda *arguments, **options: self._finish(check))
+
+    def _finish(self, check: FiniteCheck) -> None:
+        name = check.first()
+        if name is not None:
+            raise not_finite(f"{self._file}: {name}")
+        _finite.add(self._key)
+
+
+def _numbers(stored: StateDict, normalized: StateDict) -> list[tuple[str, torch.Tensor]]:
+    numbers = []
+    for name, tensor in stored.items():
+        layer, _, suffix = name.rpartition(".")
+        config = normalized.get(layer + _CONFIG) if tensor.dtype == torch.uint8 else None
+        core_format = None if config is None else json.loads(config.numpy().tobytes())["format"]
+        numbers.append((name, as_numbers(suffix, tensor, core_format)))
+    return numbers
+
+
+def _check_linears(
+    arrival: Arrival, modules: Mapping[str, torch.nn.Module], given: set[str], file: str, optional_parts: bool
+) -> None:
+    lost = [name.removesuffix(".weight") for name in arrival.missing if name.endswith(".weight") and name not in given]
+    lost = [name for name in lost if _is_linear(modules.get(name))]
+    lost += [name for name, module in modules.items() if is_core_linear(module) and module.weight is None]
+    if optional_parts:
+        lost = [name for name in lost if _part(name) and any(key.startswith(_part(name)) for key in given)]
+    if not lost:
+        return
+    first = lost[0]
+    instead = next((name for name in arrival.unexpected if name.startswith(f"{first}.")), None)
+    more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+    reason = f"but '{instead}', which ComfyUI cannot use" if instead is not None else "so that it is incomplete"
+    raise CheckpointError(
+        f"{file} has no weight for the model's layer '{first}'{more}, {reason}: download it again, or use another file."
+    )
+
+
+def _is_linear(module: torch.nn.Module | None) -> bool:
+    return isinstance(module, torch.nn.Linear) or (module is not None and is_core_linear(module))
+
+
+def _part(name: str) -> str:
+    """The list of blocks that a layer is in, as a prefix of names; empty for one outside of any."""
+    parts = name.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join([*parts[:number], ""])
+
+
+def _multiply_out(layer: str, module: torch.nn.Module | None, state_dict: StateDict, file: str) -> None:
+    """Give a layer that core has loaded without its scale the weight that the two of them stand for."""
+    weight, scale = getattr(module, "weight", None), state_dict.get(layer + _SCALE)
+    if isinstance(weight, QuantizedTensor):
+        return
+    config = json.loads(state_dict[layer + _CONFIG].numpy().tobytes())
+    if module is None or not isinstance(weight, torch.Tensor) or scale is None:
+        raise CheckpointError(
+            f"{file} stores '{layer}' as {config['format']}, and this model has no linear layer of that name that ComfyUI "
+            "could multiply so: use the 16-bit file."
+        )
+    try:
+        numbers = multiplied_out(layer, state_dict[f"{layer}.weight"], scale, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    dtype = weight.dtype if weight.dtype in (torch.bfloat16, torch.float16, torch.float32) else torch.float32
+    module.weight = torch.nn.Parameter(numbers.to(weight.device, dtype), requires_grad=False)

@@ -1,0 +1,58 @@
+"""Claims about NaN and Inf in stored numbers: every one is found, in every dtype and at every place, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowbit.ops.finite import FLOAT_BITS, FiniteCheck, first_not_finite
+
+DTYPES = sorted(FLOAT_BITS, key=str)
+
+
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float64).isfinite() if tensor.dtype != torch.float64 else tensor.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype.itemsize == 1], ids=str)
+def test_every_code_of_eight_bits(dtype):
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype)
+    for code, finite in zip(codes, is_finite(codes), strict=True):
+        assert (first_not_finite([("a", code.view(1))]) is None) == bool(finite), code
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(DTYPES), st.data())
+def test_any_bits_at_any_place(dtype, data):
+    size = data.draw(st.integers(1, 300))
+    raw = data.draw(st.binary(min_size=size * dtype.itemsize, max_size=size * dtype.itemsize))
+    tensor = torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype)
+    assert (first_not_finite([("a", tensor)]) is None) == bool(is_finite(tensor).all())
+
+
+@pytest.mark.parametrize("place", [0, (4 << 20) - 1, 4 << 20, (64 << 20) - 1, 64 << 20, (64 << 20) + 4])
+def test_at_the_edges_of_the_parts_that_are_looked_at(place):
+    codes = torch.zeros((64 << 20) + 5, dtype=torch.uint8)
+    assert first_not_finite([("a", codes.view(torch.float8_e4m3fn))]) is None
+    codes[place] = 0xFF
+    assert first_not_finite([("a", codes.view(torch.float8_e4m3fn))]) == "a"
+
+
+def test_the_first_of_a_file_is_named_and_integers_and_masks_are_none():
+    nan = torch.tensor([1.0, torch.nan])
+    tensors = [
+        ("ids", torch.tensor([-1, 127])),
+        ("codes", torch.tensor([-1, 127], dtype=torch.int8)),
+        ("text_model.causal_attention_mask", torch.tensor([-torch.inf, 0.0])),
+        ("empty", torch.empty(0)),
+        ("scalar", torch.tensor(2.0)),
+        ("turned", torch.ones(4, 6).t()),
+        ("b", nan),
+        ("c", nan),
+    ]
+    assert first_not_finite(tensors) == "b"
+    assert first_not_finite(tensors[:-2]) is None
+    check = FiniteCheck(tensors)
+    assert check.first() == "b"
