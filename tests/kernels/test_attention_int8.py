@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import lowbit.attention.int8  # noqa: F401  (registers the operator)
 from lowbit.kernels import attention_quantize
 from lowbit.kernels.attention_hopper import QUERY_BLOCK, attend_hopper, can_copy_in_bulk
 from lowbit.kernels.attention_int8 import Tiles, attend_int8, attention_int8_reference, tiles_for
@@ -235,3 +237,18 @@ def test_every_capability_has_tiles():
     for capability in ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)):
         for fp8 in (True, False):
             assert KEY_BLOCK % tiles_for(capability, fp8).keys == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_operator_and_its_shape_agree(device, masked):
+    """torch.compile plans with the shape and the strides that the fake gives."""
+    q, k, v = qkv(device, 2, 4, 2, 20, 70, 80)
+    mask = torch.rand(2, 70, device=device) < 0.5 if masked else None
+    arguments = (q, k, v, mask, None, False)
+    out = torch.ops.lowbit.int8_attention(*arguments)
+    assert apart(out, exact(q, k, v, mask)[0]) < LIMITS[False]
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        fake = torch.ops.lowbit.int8_attention(*fakes)
+    assert (fake.shape, fake.stride(), fake.dtype) == (out.shape, out.stride(), out.dtype)
+    assert out.transpose(1, 2).is_contiguous(), "merging the heads afterwards costs nothing"
