@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, ModuleType
 
 import torch
 from torch.backends.cuda import SDPAParams
 
-from . import calls
+from . import calls, int8
 from .environment import Environment, load
 
 HALF = (torch.float16, torch.bfloat16)
@@ -27,7 +28,8 @@ BUDGETS = ("exact", "balanced", "fast")
 class AttentionCall:
     """One attention call, as a backend's limits see it. Lengths in tokens, offsets in elements.
 
-    mask: None, "bool" (True is kept) or "float" (added). scale: None for head_dim ** -0.5.
+    mask: None, "keys" (bool, one row of keys a batch), "bool" (True is kept) or "float" (added). scale: None for
+    head_dim ** -0.5.
     """
 
     device_type: str
@@ -58,7 +60,7 @@ class AttentionCall:
             kv_len=k.shape[2],
             head_dim=head_dim,
             value_dim=v.shape[3],
-            mask=None if mask is None else "bool" if mask.dtype == torch.bool else "float",
+            mask=_mask_kind(mask),
             scale=scale,
         )
 
@@ -72,6 +74,15 @@ class AttentionCall:
         mask = "" if self.mask is None else f", {self.mask} mask"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.batch} x {self.heads}{kv_heads} heads, {self.q_len} x {self.kv_len} tokens, head dim {self.head_dim}, {dtype}{mask}"
+
+
+def _mask_kind(mask: torch.Tensor | None) -> str | None:
+    """The name of a mask's kind, as `AttentionCall` lists them."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        return "float"
+    return "keys" if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else "bool"
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ class Backend:
         if call.value_dim != call.head_dim and not self.other_value_dim:
             return Reason(f"V has head dim {call.value_dim}, Q and K have {call.head_dim}", setup=True)
         if call.mask is not None and call.mask not in self.masks:
-            return Reason("it takes no mask")
+            return Reason("it takes no mask but one of keys" if self.masks == ("keys",) else "it takes no mask")
         if call.heads % call.kv_heads or (call.kv_heads != call.heads and not self.gqa):
             return Reason(f"{call.heads} query heads over {call.kv_heads} key heads")
         if call.scale is not None and not self.scale and abs(call.scale - call.head_dim**-0.5) > 1e-6 * call.scale:
@@ -204,7 +215,19 @@ def _sage_kernel_missing(environment: Environment) -> str | None:
     core, reason = load("sageattention.core")
     if not getattr(core, built, False):
         return f"built without kernels for cc {environment.compute_capability}"
+    if environment.capability == (9, 0) and _calls_the_fake(core):
+        return (
+            f"version {environment.version('sageattention')} from before its pull request 307 (December 2025), whose "
+            "output for cc 9.0 is memory that nothing has written"
+        )
     return None
+
+
+def _calls_the_fake(core: ModuleType | None) -> bool:
+    """Whether the name of SageAttention's Hopper kernel means the shape function of torch.compile, which came after it
+    under the same name and writes nothing; the version is 2.2.0 before and after this was mended."""
+    compiled = getattr(core, "sm90_compile", None)
+    return isinstance(getattr(compiled, "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf", None), FunctionType)
 
 
 def _sage_fp16_missing(environment: Environment) -> str | None:
@@ -278,7 +301,35 @@ def _nothing_missing(environment: Environment) -> str | None:
     return None
 
 
+def _own_missing(environment: Environment) -> str | None:
+    return int8.missing_triton(torch.device(environment.device_type))
+
+
 BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="lowbit_int8_fp8",
+        title="this pack's own, INT8 scores and FP8 values",
+        error_class="fast",
+        missing=_own_missing,
+        bind=partial(calls.bind_int8, fp8_values=True),
+        install="pip install triton (triton-windows on Windows)",
+        capabilities=(((8, 9), (99, 0)),),
+        head_dims=(32, 128),
+        masks=("keys",),
+        tested_on=("9.0",),
+    ),
+    Backend(
+        name="lowbit_int8_fp16",
+        title="this pack's own, INT8 scores and 16-bit values",
+        error_class="balanced",
+        missing=_own_missing,
+        bind=partial(calls.bind_int8, fp8_values=False),
+        install="pip install triton (triton-windows on Windows)",
+        capabilities=AMPERE_AND_NEWER,
+        head_dims=(32, 128),
+        masks=("keys",),
+        tested_on=("9.0",),
+    ),
     Backend(
         name="sageattn_3_fp4",
         title="SageAttention 3, FP4, Q's mean taken off per block",
@@ -357,7 +408,7 @@ BACKENDS: tuple[Backend, ...] = (
         capabilities=(((7, 5), (99, 0)),),
         dtypes=FLOATS,
         head_dims=(1, 256),
-        masks=("bool", "float"),
+        masks=("keys", "bool", "float"),
         tested_on=("9.0",),
         max_elements=INT32_ELEMENTS,
     ),
@@ -381,7 +432,7 @@ BACKENDS: tuple[Backend, ...] = (
         bind=calls.bind_cudnn,
         install="",
         capabilities=AMPERE_AND_NEWER,
-        masks=("bool", "float"),
+        masks=("keys", "bool", "float"),
         runtime_check=torch.backends.cuda.can_use_cudnn_attention,
         tested_on=("9.0",),
     ),
@@ -394,7 +445,7 @@ BACKENDS: tuple[Backend, ...] = (
         install="",
         dtypes=ANY_FLOAT,
         head_dims=(1, 2**16),
-        masks=("bool", "float"),
+        masks=("keys", "bool", "float"),
         other_value_dim=True,
         tested_on=("9.0", "CPU"),
     ),

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import int8  # noqa: F401  (registers the operator)
 from .environment import Environment, load
 
 Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "float | None"], Tensor]
@@ -167,6 +168,16 @@ def bind_comfy_kitchen_int8(environment: Environment) -> Kernel:
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         return int8_attention(q, k, v, scale=scale, attn_mask=mask)
+
+    return call
+
+
+def bind_int8(environment: Environment, fp8_values: bool) -> Kernel:
+    """This pack's own kernels; fp8_values: weights and V are multiplied in e4m3. Masks of (batch or 1, 1, 1, keys)."""
+    attention = torch.ops.lowbit.int8_attention.default
+
+    def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+        return attention(q, k, v, None if mask is None else mask[:, 0, 0], scale, fp8_values)
 
     return call
 

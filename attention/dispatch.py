@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from . import checks, ranking
+from . import checks
 from .backends import BACKENDS, CORE, Backend
 from .environment import Environment, detect
 from .masks import MaskMemory, normalized
-from .plan import AUTO, NEVER, Candidate, Core, Plan, Policy, Request
+from .plan import NEVER, Candidate, Core, Plan, Policy, Request
 from .planning import Planner
 from .report import TIMED_CALLS, Report, Struck, Tally
 from .timing_cache import TimingCache
-from .trial import MARGIN, Trial
 
 log = logging.getLogger("lowbit.attention")
 
@@ -49,19 +48,13 @@ class Dispatcher:
         timings: TimingCache | None = None,
         backends: tuple[Backend, ...] = BACKENDS,
         environment: Callable[[torch.device], Environment] = detect,
-        ranks: tuple[ranking.Rank, ...] = ranking.RANKS,
-        tried_on: Collection[str] = ("cuda",),
     ):
-        """backends, environment and ranks are the tables and the probe; tests pass their own.
-
-        tried_on: types of devices on which `auto`'s choice is timed beside ComfyUI's own attention.
-        """
+        """backends and environment are the table and the probe; tests pass their own."""
         self.policy = policy
-        self.tried_on = tried_on
         self.report = Report()
         self.masks = MaskMemory()
         self.lossy_calls = 0
-        self.planner = Planner(policy, self.report, timings, backends, environment, ranks)
+        self.planner = Planner(policy, self.report, timings, backends, environment)
         self._plans: dict[tuple, Plan] = {}
         self._model_calls = 0
         self._told: set[tuple[str, str]] = set()
@@ -94,21 +87,8 @@ class Dispatcher:
         spread = self._model_calls * GOLDEN_RATIO % 1
         for plan in list(self._plans.values()):
             seen, plan.seen = plan.seen, plan.current.tally.calls
-            if plan.trial is not None:
-                self._judge(plan, plan.trial)
             if plan.current.lossy and self._known(plan):
                 plan.left = 1 + int(max(plan.seen - seen, 0) * spread)
-
-    def _judge(self, plan: Plan, trial: Trial) -> None:
-        """Strikes off a backend that ComfyUI's own attention has outrun here; the next one is tried in its turn."""
-        verdict = trial.verdict()
-        if verdict is None:
-            return
-        taken, own = verdict
-        if own < MARGIN * taken:
-            self._strike(plan, plan.current, f"it took {taken:.3g} ms here where ComfyUI's own took {own:.3g}")
-        else:
-            plan.trial = None
 
     def bar_lossy(self, reason: str) -> list[str]:
         """Strikes off every lossy backend that has taken calls, for all shapes. Returns their names."""
@@ -139,7 +119,7 @@ class Dispatcher:
         return {
             "backend": self.policy.backend,
             "budget": self.policy.budget,
-            "paired": self.policy.paired,
+            "paired": list(self.policy.paired),
             "device": environment.gpu or environment.device_type,
             "compute_capability": environment.compute_capability,
             "torch": environment.torch,
@@ -212,9 +192,6 @@ class Dispatcher:
         plan = planned.plan
         if planned.keep:
             self._plans[key] = plan
-        if self.policy.backend == AUTO and not planned.timed and request.q.device.type in self.tried_on:
-            own = next((c for c in plan.candidates if c.kernel is None), None)
-            plan.trial = None if own is None or own is plan.current else Trial(own)
         for candidate in plan.candidates:
             error = planned.failed.get(candidate.backend)
             if error is not None and candidate.kernel is not None:
@@ -227,7 +204,6 @@ class Dispatcher:
         suspects: list[Candidate] = []
         mask = request.mask if request.mask is None else normalized(request.mask)
         plain = request._replace(mask=mask)
-        trial = plan.trial if self._tries(plan) and not capturing else None
         while True:
             candidate = plan.current
             if candidate.kernel is None and not candidate.lossy:
@@ -235,11 +211,7 @@ class Dispatcher:
                 self._finish_core(plan, candidate, out, suspects, capturing)
                 return out
             try:
-                if trial is None:
-                    out = self._timed(candidate, plain, capturing)
-                else:
-                    this, trial = trial, None  # one that fails is not tried with the backend after it
-                    out = this.call(plain, candidate)
+                out = self._timed(candidate, plain, capturing)
                 whole = _heads_first(out, candidate, plain)
                 if whole.shape != plan.out_shape or whole.dtype != request.q.dtype:
                     raise WrongOutput(
@@ -267,16 +239,9 @@ class Dispatcher:
         bounded = plan.current.lossy and plan.current.limit < float("inf")
         return bounded and self._model_calls > 0 and (plan.since == self._model_calls or not self._known(plan))
 
-    def _tries(self, plan: Plan) -> bool:
-        """Whether ComfyUI's own attention gets the next call too: the backend's first calls are behind it, and a model
-        call will come that judges."""
-        trial = plan.trial
-        pending = trial is not None and not trial.is_over and self._model_calls > 0
-        return pending and plan.current.kernel is not None and self._known(plan)
-
     def _next_check(self, plan: Plan) -> int:
         """Calls until the next one that is checked; `begin_model_call` sets it for the calls of later model calls."""
-        if not self._known(plan) or self._compares_all(plan) or self._tries(plan):
+        if not self._known(plan) or self._compares_all(plan):
             return 1
         return COMPARED_EVERY if plan.current.lossy and not self._model_calls else NEVER
 

@@ -1,4 +1,4 @@
-"""Times backends on a graph's own tensors, for the `measured` choice."""
+"""Times backends on a graph's own tensors: the one way in which `auto` chooses."""
 
 from __future__ import annotations
 
@@ -8,47 +8,65 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-ROUNDS = 3
-# Rounds end early past this: a call of a second needs no median.
-ENOUGH_MS = 2000.0
+ROUNDS = 5
+ENOUGH_MS = 500.0
+"""Rounds end early past this: long calls need no median, and the first step of a run may cost little."""
+WINDOW_MS = 10.0
+"""Shorter calls are timed several in a row: the GPU then does not wait for the processor, as it does not in a model."""
+MOST_REPEATS = 8
+FAR_BEHIND, SHORT_MS = 1.5, 1.0
+"""A call of no less than a millisecond that takes so many times the fastest's time in the first round is not timed again."""
 
 
 def milliseconds(
-    calls: Mapping[str, Callable[[], torch.Tensor]], device: torch.device
+    calls: Mapping[str, Callable[[], torch.Tensor]], device: torch.device, shares: Mapping[str, float] | None = None
 ) -> tuple[dict[str, float], dict[str, Exception]]:
     """Median time of each call, and what those raised that cannot be timed. Waits for the GPU.
 
-    A first round warms up; the others are interleaved so that a warming GPU hurts all alike. A call that raises, in
-    whichever round, has no time.
+    shares: which part of the work a call does, where that is not all; its time is that of all.
+
+    A first round warms up, so that nothing is compiled while it is timed; the others are interleaved, so that a warming
+    GPU hurts all alike and no single call decides. A call that raises, in whichever round, has no time.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, Exception] = {}
+    repeats = dict.fromkeys(calls, 1)
+    remaining = list(calls)
     spent = 0.0
-    for number in range(ROUNDS + 1):
-        for name, call in calls.items():
+    for number in range(-1, ROUNDS):
+        if number == 1:
+            fastest = min((samples[name][0] for name in calls if samples[name]), default=0.0)
+            most = max(FAR_BEHIND * fastest, SHORT_MS)
+            remaining = [name for name in calls if samples[name] and samples[name][0] <= most]
+        for name in remaining:
             if name in failed:
                 continue
             try:
-                taken = _once(call, device)
+                taken = _once(calls[name], device, repeats[name])
             except Exception as error:
                 failed[name] = error
                 continue
-            if number:
-                samples[name].append(taken)
-                spent += taken
+            if number < 0:
+                continue
+            spent += taken * repeats[name]
+            samples[name].append(taken / (shares or {}).get(name, 1.0))
+            repeats[name] = min(max(round(WINDOW_MS / max(taken, 1e-3)), 1), MOST_REPEATS)
         if spent > ENOUGH_MS:
             break
     return {name: statistics.median(samples[name]) for name in calls if name not in failed}, failed
 
 
-def _once(call: Callable[[], torch.Tensor], device: torch.device) -> float:
+def _once(call: Callable[[], torch.Tensor], device: torch.device, repeats: int) -> float:
+    """Milliseconds of one of `repeats` calls in a row."""
     if device.type != "cuda":
         start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) * 1e3 / repeats
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
-    call()
+    for _ in range(repeats):
+        call()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end)
+    return begin.elapsed_time(end) / repeats

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -13,10 +13,7 @@ from .calls import Kernel
 from .checks import prepared
 from .report import Struck, Tally
 
-if TYPE_CHECKING:
-    from .trial import Trial
-
-AUTO, MEASURED = "auto", "measured"
+AUTO = "auto"
 NEVER = 0
 
 # The last resort: ComfyUI's own attention on its own arguments. True leaves the mask out.
@@ -25,16 +22,16 @@ Core = Callable[[bool], torch.Tensor]
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user chose. backend: auto, measured or a name. budget: exact, balanced or fast.
+    """What the user chose. backend: auto or a name. budget: exact, balanced or fast.
 
     stop: raise CapabilityError when a backend asked for by name cannot run here, instead of falling back.
-    paired: the backend that suits the model's quantized weights, None for none.
+    paired: the backends that suit the model's quantized weights.
     """
 
     backend: str = AUTO
     budget: str = "balanced"
     stop: bool = False
-    paired: str | None = None
+    paired: tuple[str, ...] = ()
 
     @property
     def effective_budget(self) -> str:
@@ -105,13 +102,12 @@ class Plan:
 
     checked, attempts: calls whose output was judged, and those that could not be judged because their inputs were not
     finite. left: calls until the next one that is checked, which is then number 1; NEVER for none. since: the model call
-    in which the current candidate took over. references: exact kernels to compare with. trial: of ComfyUI's own
-    attention beside the candidates, until one has stood it; None where the order was timed here, or asked for.
+    in which the current candidate took over. references: exact kernels to compare with.
     """
 
     __slots__ = (
         "call", "candidates", "current", "checked", "attempts", "left", "since", "seen", "out_shape", "flat_shape",
-        "references", "trial",
+        "references",
     )  # fmt: skip
 
     def __init__(self, call: AttentionCall, candidates: list[Candidate], references: Sequence[Kernel], since: int = 0):
@@ -121,7 +117,6 @@ class Plan:
         self.out_shape = torch.Size((call.batch, call.heads, call.q_len, call.value_dim))
         self.flat_shape = (call.batch, call.q_len, call.heads * call.value_dim)
         self.current = candidates[0]
-        self.trial: Trial | None = None
         self.advance(since)
 
     def advance(self, since: int) -> None:
@@ -131,5 +126,3 @@ class Plan:
         self.left = 1
         self.since = since
         self.seen = self.current.tally.calls
-        if self.trial is not None:
-            self.trial = None if self.current.kernel is None else self.trial.anew()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -9,23 +10,21 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CapabilityError
-from . import checks, measure, ranking
+from . import checks, measure
 from .backends import BACKENDS, CORE, CORE_EXACT, ERROR_LIMITS, AttentionCall, Backend, Reason, backend_names, by_name
 from .environment import Environment, detect
 from .masks import normalized
-from .plan import AUTO, MEASURED, Candidate, Plan, Policy, Request
+from .plan import AUTO, Candidate, Plan, Policy, Request
 from .report import Report
 from .timing_cache import TimingCache
 
 
 class Planned(NamedTuple):
-    """A new plan, the candidates that failed while they were timed, whether it holds for later calls too, and whether
-    its order comes from timing."""
+    """A new plan, the candidates that failed while they were timed, and whether it holds for later calls too."""
 
     plan: Plan
     failed: dict[str, Exception]
     keep: bool = True
-    timed: bool = False
 
 
 class _Case(NamedTuple):
@@ -53,19 +52,18 @@ class Planner:
         timings: TimingCache | None = None,
         backends: tuple[Backend, ...] = BACKENDS,
         environment: Callable[[torch.device], Environment] = detect,
-        ranks: tuple[ranking.Rank, ...] = ranking.RANKS,
     ):
-        """backends, environment and ranks are the tables and the probe; tests pass their own."""
+        """backends and environment are the table and the probe; tests pass their own."""
         self.policy = policy
         self.report = report
         self.barred: dict[str, str] = {}
         self.backends = by_name(backends)
         self.environment = environment
-        self.ranks = ranks
-        self._timings = timings or TimingCache(None)
+        self.timings = timings or TimingCache(None)
 
     def plan(self, request: Request, since: int, capturing: bool) -> Planned:
-        """The candidates for calls like this one, fastest first; times them when the policy or an unknown GPU asks."""
+        """The candidates for calls like this one: what was asked for by name, else those that are faster here than
+        ComfyUI's own attention, fastest first."""
         mask = request.mask if request.mask is None else normalized(request.mask)
         request = request._replace(mask=mask)
         case = _Case(
@@ -76,36 +74,14 @@ class Planner:
             capturing,
         )
         usable = self._usable(case) if _well_formed(request) else {}
-        failed: dict[str, Exception] = {}
-        times = self._times_here(case, usable)
-        if times and usable and not capturing:
-            names, failed = self._measured_order(case, usable)
-        else:
-            names = self._order(case, usable)
-        candidates = [usable[name] for name in names if name in usable]
+        asked = [name for name in usable if name == self.policy.backend]
+        times, failed = self._times(case, usable, timing=not asked) if usable else ({}, {})
+        names = [*asked, *self._faster(case, usable, times), *(name for name in failed if name in usable)]
+        candidates = [usable[name] for name in dict.fromkeys(names)]
         self._say_if_never_run(case, candidates)
         references = [candidate.kernel for candidate in usable.values() if not candidate.lossy and candidate.kernel]
         plan = Plan(case.call, [*candidates, *self._last_resorts(case)], references, since)
-        timing = bool(times and usable)
-        return Planned(plan, failed, keep=not (timing and capturing), timed=timing)
-
-    def _times_here(self, case: _Case, usable: dict[str, Candidate]) -> bool:
-        """Whether the order comes from timing on this graph: asked for, or `auto` on a GPU without measurements.
-
-        What was asked for by name and cannot run falls back on `auto`.
-        """
-        if self.policy.backend == MEASURED:
-            return True
-        if not usable or self.policy.backend in usable or case.environment.device_type != "cuda":
-            return False
-        _, source = ranking.order_for(case.environment.capability, case.budget, case.call, self.ranks)
-        if source != ranking.UNMEASURED:
-            return False
-        self.report.note(
-            f"We have measured nothing on cc {case.environment.compute_capability}, so auto times the backends on this "
-            "graph here, as measured does."
-        )
-        return True
+        return Planned(plan, failed, keep=bool(asked) or times is not None)
 
     def _last_resorts(self, case: _Case) -> list[Candidate]:
         """ComfyUI's own attention: its kernel unless that is lossy and the call exact, then its exact one."""
@@ -150,7 +126,7 @@ class Planner:
             return float("inf")
         if case.budget == "exact":
             return ERROR_LIMITS["exact"]
-        return ERROR_LIMITS[backend.error_class if backend.name == self.policy.paired else case.budget]
+        return ERROR_LIMITS[backend.error_class if backend.name in self.policy.paired else case.budget]
 
     def _refusal(
         self, backend: Backend, case: _Case, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], limit: float
@@ -168,41 +144,51 @@ class Planner:
         return None
 
     def _decline(self, backend: Backend, reason: Reason) -> None:
-        if self.policy.backend != MEASURED and backend.name not in (self.policy.backend, self.policy.paired):
+        if backend.name not in (self.policy.backend, *self.policy.paired):
             return
         if backend.name == self.policy.backend and self.policy.stop and reason.setup:
             raise CapabilityError(cannot_run(backend.name, str(reason)))
         key = (backend.name, str(reason))
         self.report.declined[key] = self.report.declined.get(key, 0) + 1
 
-    def _order(self, case: _Case, usable: dict[str, Candidate]) -> tuple[str, ...]:
-        """The `auto` order with the backend asked for by name in front; ComfyUI's own is left out."""
-        names, _ = ranking.order_for(case.environment.capability, case.budget, case.call, self.ranks)
-        front = (self.policy.backend,) if self.policy.backend in usable else ()
-        return tuple(dict.fromkeys((*front, *(name for name in names if name != CORE))))
+    def _times(
+        self, case: _Case, usable: dict[str, Candidate], timing: bool
+    ) -> tuple[dict[str, float] | None, dict[str, Exception]]:
+        """Milliseconds of ComfyUI's own attention and of each usable backend, and those that failed while they were timed.
 
-    def _measured_order(
-        self, case: _Case, usable: dict[str, Candidate]
-    ) -> tuple[tuple[str, ...], dict[str, Exception]]:
-        """Backends faster than ComfyUI's own on this graph's tensors, and those that failed while they were timed.
-
-        Timings are kept on disk when all of them could be taken; a shape known there is not timed again.
+        Timings are kept on disk when all of them could be taken; a group of shapes known there is not timed again. None
+        where they are not known and cannot be taken now. timing: take them. Nothing is timed but on an NVIDIA GPU.
         """
+        key, where = timing_key(case), case.environment.fingerprint()
+        known = self.timings.get(where, key)
+        if known is not None and {case.own, *usable} <= known.keys():
+            return known, {}
+        if case.environment.device_type != "cuda" or not timing:
+            return {}, {}
+        if case.capturing:
+            return None, {}
+        times, failed = self._timed_now(case, usable)
+        if not failed:
+            self.timings.put(where, key, times)
+        return times, failed
+
+    @staticmethod
+    def _timed_now(case: _Case, usable: dict[str, Candidate]) -> tuple[dict[str, float], dict[str, Exception]]:
+        """Times everybody on this call's tensors, backends on a part of a large call's heads."""
         request = case.request
-        key, where = _timing_key(case), case.environment.fingerprint()
-        known = self._timings.get(where, key)
-        failed: dict[str, Exception] = {}
-        if known is None or not {case.own, *usable} <= known.keys():
-            timed = {name: partial(candidate.on, request) for name, candidate in usable.items()}
-            timed[case.own] = partial(request.own, case.own)
-            known, failed = measure.milliseconds(timed, request.q.device)
-            if not failed:
-                self._timings.put(where, key, known)
+        part, share = _part_of(request, case.call)
+        calls = {name: partial(candidate.on, part) for name, candidate in usable.items()}
+        shares = dict.fromkeys(calls, share)
+        return measure.milliseconds({case.own: partial(request.own, case.own), **calls}, request.q.device, shares)
+
+    @staticmethod
+    def _faster(case: _Case, usable: dict[str, Candidate], times: dict[str, float] | None) -> list[str]:
+        """The backends that are faster than ComfyUI's own attention, fastest first."""
+        times = times or {}
         for name, candidate in usable.items():
-            candidate.tally.earlier_ms = known.get(name)
-        own_ms = known.get(case.own, float("inf"))
-        ranked = sorted((name for name in known if name in usable and known[name] < own_ms), key=known.__getitem__)
-        return (*ranked, *(name for name in failed if name in usable)), failed
+            candidate.tally.earlier_ms = times.get(name)
+        own_ms = times.get(case.own, float("inf"))
+        return sorted((name for name in usable if times.get(name, own_ms) < own_ms), key=times.__getitem__)
 
 
 def _well_formed(request: Request) -> bool:
@@ -219,14 +205,48 @@ def _well_formed(request: Request) -> bool:
     return fits and mask.device == q.device and mask.dtype in (torch.bool, q.dtype)
 
 
-def _timing_key(case: _Case) -> str:
+LARGE_CALL = 4e12
+"""Operations of a call past which backends are timed on some of its heads: 7 ms at what cuDNN reaches on an H200."""
+GROUPS_PER_DOUBLING = 4
+
+
+def _part_of(request: Request, call: AttentionCall) -> tuple[Request, float]:
+    """The request on enough of its heads to fill a GPU, and which share of all that is."""
+    operations = 4.0 * call.batch * call.heads * call.q_len * call.kv_len * call.head_dim
+    mask = request.mask
+    if operations <= LARGE_CALL or call.kv_heads != call.heads or (mask is not None and mask.shape[1] != 1):
+        return request, 1.0
+    heads = max(math.ceil(call.heads * LARGE_CALL / operations), 1)
+    q, k, v = (x[:, :heads] for x in request[:3])
+    return request._replace(q=q, k=k, v=v), heads / call.heads
+
+
+def _group(length: int) -> str:
+    """The group of lengths that share their timings: within a fifth of each other."""
+    return f"2^{round(math.log2(length) * GROUPS_PER_DOUBLING) / GROUPS_PER_DOUBLING:g}"
+
+
+def timing_key(case: _Case) -> str:
     """Everything about a call that its time depends on; the machine's part is `Environment.fingerprint`."""
-    request = case.request
+    request, call = case.request, case.call
     layout = "tokens first" if request.q.stride(1) < request.q.stride(2) else "heads first"
     out = "heads first" if request.heads_first else "tokens first"
-    mask = "" if request.mask is None else f", mask {tuple(request.mask.shape)}"
+    scale = "" if request.scale is None else ", scaled"
     own = CORE_EXACT if case.own == CORE_EXACT else request.core_name
-    return f"{case.call}, {layout} in, {out} out, scale {request.scale}{mask}, budget {case.budget}, beside {own}"
+    return (
+        f"{call.batch} x {call.heads}/{call.kv_heads} heads, {_group(call.q_len)} x {_group(call.kv_len)} tokens, "
+        f"head dim {call.head_dim}, {str(call.dtype).removeprefix('torch.')}, mask {_mask_shape(request.mask)}, "
+        f"{layout} in, {out} out{scale}, budget {case.budget}, beside {own}"
+    )
+
+
+def _mask_shape(mask: torch.Tensor | None) -> str:
+    """Along which dimensions a mask has values of its own, and of which dtype."""
+    if mask is None:
+        return "none"
+    dimensions = "bhqk"
+    kept = "".join(name for name, size in zip(dimensions, mask.shape, strict=True) if size > 1)
+    return f"{kept} {str(mask.dtype).removeprefix('torch.')}"
 
 
 def cannot_run(name: str, reason: str) -> str:
@@ -239,7 +259,7 @@ def check_named(policy: Policy, environment: Environment, backends: tuple[Backen
 
     Raises CapabilityError when the policy says stop, and for a name that is no backend.
     """
-    if policy.backend in (AUTO, MEASURED):
+    if policy.backend == AUTO:
         return None
     backend = by_name(backends).get(policy.backend)
     if backend is None:

@@ -145,7 +145,7 @@ def as_text(report: dict[str, Any]) -> str:
     counted = f"{runs} sampling run{'' if runs == 1 else 's'}"
     head = f"{report['backend']}, error budget {report['budget']}, {counted} on {report['device']}"
     if report.get("paired"):
-        head += f"; paired with the weights: {report['paired']}"
+        head += f"; paired with the weights: {', '.join(report['paired'])}"
     lines = [head]
     if not report["calls"] and not report["unhandled"]:
         lines.append("No attention call came through this model yet.")

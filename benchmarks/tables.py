@@ -71,12 +71,14 @@ class Shown:
         rows: the file's content to rows.
         columns: heading -> a key of a row, or what makes a cell of it.
         note: a sentence above the table.
+        goals: whether the file's goals stand above it too.
     """
 
     file: str
     rows: Callable[[dict[str, Any]], Iterable[Row]]
     columns: dict[str, str | Callable[[Row], str]] = field(default_factory=dict)
     note: str = ""
+    goals: bool = True
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -90,7 +92,7 @@ class Shown:
         if record is None:
             return f"Not measured yet: no `{self.file}`."
         parts = [f"{where(record)} (`benchmarks/results/{self.file}`). {self.note}".rstrip()]
-        if record.get("goals"):
+        if self.goals and record.get("goals"):
             parts.append(goals(record))
         cells = [
             [cell(row) if callable(cell) else number_or_text(row.get(cell)) for cell in self.columns.values()]
@@ -172,6 +174,11 @@ def ratio(over: str, under: str) -> Callable[[Row], str]:
     return lambda row: f"{row[over] / row[under]:.2f}" if row.get(over) and row.get(under) else ""
 
 
+def ratio_text(key: str) -> Callable[[Row], str]:
+    """A ratio of a row, two decimals."""
+    return lambda row: "" if row.get(key) is None else f"{row[key]:.2f}"
+
+
 def key_percent(key: str) -> Callable[[Row], str]:
     """An error of a row."""
     return lambda row: percent(row.get(key))
@@ -216,7 +223,30 @@ LINEAR = {
     "more memory at the peak, MiB": "extra_peak_mib",
     "error": key_percent("relative_error"),
 }
+STEPS_NOTE = "Whole steps of real ComfyUI at real dimensions with fewer blocks and random weights, CFG on."
+HEADLINE = (
+    "stock, bf16",
+    "stock, our FP8 file",
+    "auto, attention exact",
+    "auto, attention fast",
+    "FP8, attention fast",
+)
+"""The contenders of steps.json that say what a user gains."""
 SHOWN: dict[str, Shown] = {
+    "headline": Shown(
+        "steps.json",
+        lambda record: [row for row in record["rows"] if row["contender"] in HEADLINE],
+        {
+            "model": "model",
+            "": "contender",
+            "s/step": "seconds",
+            "times stock bf16": ratio_text("speedup"),
+            "peak VRAM": lambda row: gib(row.get("peak_bytes")),
+            "error against bf16": key_percent("error"),
+        },
+        STEPS_NOTE,
+        goals=False,
+    ),
     "steps": Shown(
         "steps.json",
         lambda record: record["rows"],
@@ -224,12 +254,12 @@ SHOWN: dict[str, Shown] = {
             "model": "model",
             "contender": "contender",
             "s/step": "seconds",
-            "times stock bf16": "speedup",
-            "times stock FP8": "speedup_over_fp8",
+            "times stock bf16": ratio_text("speedup"),
+            "times stock FP8": ratio_text("speedup_over_fp8"),
             "peak VRAM": lambda row: gib(row.get("peak_bytes")),
             "error against bf16": key_percent("error"),
         },
-        "Whole steps of real ComfyUI at real dimensions with fewer blocks and random weights, CFG on.",
+        STEPS_NOTE,
     ),
     "formats": Shown("formats.json", named_rows, FORMAT_ERRORS, "Relative, on Gaussian weights."),
     "quality": Shown(
@@ -315,6 +345,19 @@ SHOWN: dict[str, Shown] = {
         "Real dimensions, random weights; the card is filled up to the VRAM given, main memory is capped at 60 GiB "
         "(Qwen-Image) and 64 GiB (Wan). Rows without a fastest step did not wait for the GPU at each step: only their "
         "totals count. Each row is one run beside others on a machine whose processor was shared.",
+    ),
+    "gguf": Shown(
+        "gguf.json",
+        lambda record: record["rows"],
+        {
+            "block format": "kind",
+            "rows": "rows",
+            "stored anew, ms": "ms",
+            "decoded at every call, ms": "peer_ms",
+            "error": key_percent("error"),
+            "error of decoding at every call": key_percent("peer_error"),
+        },
+        "One layer of 13,824 x 5,120 as int8_convrot_fast, beside ComfyUI-GGUF's decoder and a 16-bit product.",
     ),
     "textgen": Shown(
         "textgen.json",

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.goals import Goal
 from benchmarks.textgen import keep
-from testing.in_process import start_core
+from testing.core import start_core
 
 HEAD_DIM = 128
 CORE_TOKENS, TOKENS, RUNS, LONG = 24, 600, 3, 8000

@@ -11,7 +11,6 @@ from ..attention.backends import BACKENDS, ERROR_LIMITS
 from ..attention.environment import detect
 from ..attention.plan import AUTO as AUTO_BACKEND
 from ..attention.plan import Policy
-from ..attention.ranking import RANKS
 from ..attention.schedule import Schedule
 from ..memory.policies import POLICIES, Settings
 from ..ops.auto_format import four_bit_format
@@ -165,16 +164,8 @@ def _attention_line(model: Any) -> str:
     usable = [
         row.name for row in BACKENDS if ERROR_LIMITS[row.error_class] <= limit and not row.why_not_here(environment)
     ]
-    ranked = [
-        name
-        for rank in RANKS
-        if rank.budget == budget and rank.capability[0] <= environment.capability <= rank.capability[1]
-        for name in rank.order
-        if name in usable
-    ]
-    how = "as measured on this kind of GPU" if ranked else "timed here when a shape first appears"
-    names = ", ".join((*dict.fromkeys(ranked or usable), "ComfyUI's own"))
-    return f"Attention: budget {budget} (errors up to {limit:.1%}); the fastest of {names}, {how}."
+    names = ", ".join((*usable, "ComfyUI's own"))
+    return f"Attention: budget {budget} (errors up to {limit:.1%}); the fastest of {names}, timed here when a shape first appears."
 
 
 def _memory_line(planned: Planned, preset: Preset) -> str:

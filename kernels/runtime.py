@@ -47,6 +47,16 @@ except (ImportError, ValueError):
     TRITON_VERSION = (0, 0)
     TRITON_FOUND = False
 
+GLUON_FOUND = TRITON_FOUND and TRITON_VERSION == (3, 6) and os.environ.get("TRITON_INTERPRET") != "1"
+"""Triton's lower language is there, as the kernels written in it know it; nothing interprets it."""
+if GLUON_FOUND:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia import hopper
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as HopperDescriptor
+else:
+    gluon = gl = hopper = HopperDescriptor = _NoTriton()
+
 CAN_OVERLAP = TRITON_VERSION >= (3, 6)
 """Kernels can be told to wait for the one before (programmatic dependent launch); needs cc 9.0 too."""
 

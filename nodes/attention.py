@@ -7,7 +7,7 @@ import json
 from comfy_api.latest import io, ui
 
 from ..attention.backends import BACKENDS, BUDGETS, backend_names
-from ..attention.plan import AUTO, MEASURED, Policy
+from ..attention.plan import AUTO, Policy
 from ..attention.schedule import Schedule, parse_blocks
 from ..host.attention.installing import find, install
 from ..host.weights.folders import cache_folder
@@ -15,6 +15,8 @@ from .common import CATEGORY, show_text
 
 _NOT_RUN = ", ".join(backend.name for backend in BACKENDS if not backend.tested_on)
 FALL_BACK, STOP = "fall back", "stop"
+# What older versions of this node saved for what `auto` does now.
+FORMER_AUTO = "measured"
 NO_NODE = "This model has no Attention (Lowbit) node: put one between the loader and the sampler."
 
 
@@ -37,12 +39,12 @@ class Attention(io.ComfyNode):
                 io.Model.Input("model", tooltip="A diffusion model: Wan, Qwen-Image, InfiniteTalk or any other."),
                 io.Combo.Input(
                     "backend",
-                    options=[AUTO, MEASURED, *backend_names()],
+                    options=[AUTO, *backend_names()],
                     default=AUTO,
                     tooltip=(
-                        "auto: a table by GPU and shape; on a GPU that is not in it, the same as measured. measured: times "
-                        "the candidates on this graph when a shape first appears and remembers the times on disk. A name: "
-                        f"that one wherever it can run. Not run by us: {_NOT_RUN}."
+                        "auto: times the candidates and ComfyUI's own attention on this graph when a shape first appears, "
+                        "takes the fastest and remembers the times on disk. A name: that one wherever it can run. "
+                        f"Not run by us: {_NOT_RUN}."
                     ),
                 ),
                 io.Combo.Input(
@@ -65,8 +67,8 @@ class Attention(io.ComfyNode):
                     "pair_with_weights",
                     default=True,
                     tooltip=(
-                        "With auto: FP4 weights admit sageattn_3_fp4 and FP8 weights sageattn_3_fp8 where the GPU has them "
-                        "and they are the fastest, and a balanced budget counts as fast."
+                        "With auto: FP4 weights admit sageattn_3_fp4 and FP8 or INT8 weights the 8-bit backends where the "
+                        "GPU has them and they are the fastest, and a balanced budget counts as fast."
                     ),
                     advanced=True,
                 ),
@@ -116,6 +118,12 @@ class Attention(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, backend: str) -> bool | str:
+        """Also takes what a workflow of an older version says."""
+        known = backend in (AUTO, FORMER_AUTO, *backend_names())
+        return known or f"backend: there is no {backend}; choose one of {', '.join((AUTO, *backend_names()))}."
+
+    @classmethod
     def execute(
         cls,
         model: io.Model.Type,
@@ -129,7 +137,7 @@ class Attention(io.ComfyNode):
         exact_sigma_to: float,
         exact_blocks: str,
     ) -> io.NodeOutput:
-        policy = Policy(backend, error_budget, stop=if_unavailable == STOP)
+        policy = Policy(AUTO if backend == FORMER_AUTO else backend, error_budget, stop=if_unavailable == STOP)
         schedule = Schedule(
             exact_first_steps, exact_last_steps, exact_sigma_from, exact_sigma_to, parse_blocks(exact_blocks)
         )

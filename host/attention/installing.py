@@ -22,23 +22,27 @@ from .sampling_hooks import KEY, SamplingHooks
 
 log = logging.getLogger("lowbit.attention")
 
-# Layout of quantized weights, by the beginning of its name -> the backend of the same precision.
-PAIRS = (("TensorCoreNVFP4", "sageattn_3_fp4"), ("TensorCoreFP8", "sageattn_3_fp8"))
+# Layout of quantized weights, by the beginning of its name -> the backends of the same precision.
+EIGHT_BITS = ("lowbit_int8_fp8", "lowbit_int8_fp16", "sageattn_3_fp8")
+PAIRS = (
+    ("TensorCoreNVFP4", ("sageattn_3_fp4",)),
+    ("TensorCoreFP8", EIGHT_BITS),
+    ("TensorWiseINT8", EIGHT_BITS),
+)
 
 
-def paired_backend(model: torch.nn.Module, environment: Environment) -> str | None:
-    """The backend of the precision most of the model's quantized weights have, None where there is none that runs here."""
-    elements = dict.fromkeys((backend for _, backend in PAIRS), 0)
+def paired_backends(model: torch.nn.Module, environment: Environment) -> tuple[str, ...]:
+    """The backends of the precision most of the model's quantized weights have, as far as they run here."""
+    elements: dict[tuple[str, ...], int] = {}
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
         layout = getattr(weight, "_layout_cls", None)
-        for prefix, backend in PAIRS:
+        for prefix, backends in PAIRS:
             if isinstance(layout, str) and layout.startswith(prefix):
-                elements[backend] += math.prod(weight.shape)
-    backend = max(elements, key=elements.__getitem__)
-    if not elements[backend]:
-        return None
-    return backend if by_name()[backend].why_not_here(environment) is None else None
+                elements[backends] = elements.get(backends, 0) + math.prod(weight.shape)
+    table = by_name()
+    most = max(elements, key=elements.__getitem__, default=())
+    return tuple(name for name in most if table[name].why_not_here(environment) is None)
 
 
 def find(model: Any) -> AttentionOverride | None:
@@ -60,7 +64,7 @@ def install(
     if remark is not None:
         log.warning(remark)
     if pair_with_weights and policy.backend == AUTO and policy.budget != "exact":
-        paired = paired_backend(model.model, environment)
+        paired = paired_backends(model.model, environment)
         policy = Policy(policy.backend, policy.budget, policy.stop, paired)
     clone = model.clone()
     options = clone.model_options["transformer_options"]

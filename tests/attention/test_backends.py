@@ -17,6 +17,7 @@ from lowbit.attention.environment import Environment
 
 from . import fakes
 
+SAGE_KERNEL = "qk_int8_sv_f8_accum_f32_fuse_v_scale_attn_inst_buf"
 TABLE = {backend.name: backend for backend in BACKENDS}
 CALL = AttentionCall("cuda", torch.bfloat16, 1, 24, 24, 4608, 4608, 128, 128)
 GPUS = {
@@ -32,6 +33,10 @@ def call(**changes):
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
+        ("lowbit_int8_fp8", {"head_dim": 256}, "head dim 256; it takes up to 128"),
+        ("lowbit_int8_fp8", {"mask": "bool"}, "it takes no mask but one of keys"),
+        ("lowbit_int8_fp16", {"mask": "float"}, "it takes no mask but one of keys"),
+        ("lowbit_int8_fp16", {"dtype": torch.float32}, "it takes float16 or bfloat16, not float32"),
         ("sageattn_3_fp4", {"head_dim": 96}, "head dim 96; it takes 64 and 128"),
         ("sageattn_3_fp4", {"mask": "float"}, "it takes no mask"),
         ("sageattn_3_fp4", {"scale": 0.5}, "it takes no softmax scale of its own"),
@@ -53,7 +58,9 @@ def test_a_limit_says_itself(name, changes, says):
     assert says in str(TABLE[name].why_not(call(**changes), GPUS[9, 0]))
 
 
-@pytest.mark.parametrize("name", ["sageattn_3_fp8", "comfy_kitchen_int8", "flash", "cudnn", "sdpa"])
+@pytest.mark.parametrize(
+    "name", ["lowbit_int8_fp8", "lowbit_int8_fp16", "sageattn_3_fp8", "comfy_kitchen_int8", "flash", "cudnn", "sdpa"]
+)
 def test_the_usual_call_is_taken(name):
     assert TABLE[name].why_not(CALL, GPUS[9, 0]) is None
     assert TABLE[name].why_not(call(kv_heads=8), GPUS[9, 0]) is None
@@ -68,6 +75,8 @@ def test_fp8_values_are_kept_from_lengths_where_they_are_known_to_be_noisy():
 @pytest.mark.parametrize(
     ("name", "there"),
     [
+        ("lowbit_int8_fp8", {(8, 9), (9, 0), (10, 0), (12, 0)}),
+        ("lowbit_int8_fp16", set(GPUS) - {(7, 5)}),
         ("sageattn_3_fp4", {(10, 0), (12, 0)}),
         ("sageattn_3", {(10, 0), (12, 0)}),
         ("sageattn_3_fp8", {(8, 9), (9, 0), (12, 0)}),
@@ -82,6 +91,7 @@ def test_capabilities(name, there, monkeypatch):
         SM80_ENABLED=True, SM89_ENABLED=True, SM90_ENABLED=True,
     )  # fmt: skip
     monkeypatch.setattr(backends, "load", lambda module: (whole, ""))
+    monkeypatch.setattr(backends.int8, "missing_triton", lambda device: None)
     assert {cc for cc, gpu in GPUS.items() if TABLE[name].why_not_here(gpu) is None} == there
 
 
@@ -99,6 +109,49 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
     unbuilt = types.SimpleNamespace(sageattn_qk_int8_pv_fp8_cuda=1, SM90_ENABLED=False)
     monkeypatch.setattr(backends, "load", lambda module: (unbuilt, ""))
     assert "built without kernels for cc 9.0" in str(TABLE["sageattn_3_fp8"].why_not_here(GPUS[9, 0]))
+
+
+def test_a_sageattention_whose_hopper_kernel_writes_nothing_is_refused_by_name(monkeypatch):
+    """Before its pull request 307 the shape function for torch.compile took the kernel's name; the version is the same."""
+
+    def shape_function():
+        pass
+
+    class CustomOpDef:
+        def __call__(self):
+            pass
+
+    for kernel, refused in ((shape_function, True), (CustomOpDef(), False), (None, False)):
+        compiled = None if kernel is None else types.SimpleNamespace(**{SAGE_KERNEL: kernel})
+        package = types.SimpleNamespace(
+            sageattn_qk_int8_pv_fp8_cuda=1, sageattn_qk_int8_pv_fp16_cuda=1, SM90_ENABLED=True, SM89_ENABLED=True,
+            sm90_compile=compiled,
+        )  # fmt: skip
+        monkeypatch.setattr(backends, "load", lambda module, package=package: (package, ""))
+        hopper = dataclasses.replace(GPUS[9, 0], packages=(("sageattention", "2.2.0"),))
+        for name in ("sageattn_3_fp8", "sageattn"):
+            reason = TABLE[name].why_not_here(hopper)
+            assert (reason is not None) is refused
+            assert not refused or "2.2.0 from before its pull request 307" in str(reason)
+            assert TABLE[name].why_not_here(GPUS[8, 9]) is None, "the fault is Hopper's"
+
+
+def test_masks_are_told_apart():
+    q, k, v = fakes.qkv(batch=2)
+    for shape, dtype, kind in (
+        ((2, 1, 1, 11), torch.bool, "keys"),
+        ((1, 1, 1, 11), torch.bool, "keys"),
+        ((2, 1, 9, 11), torch.bool, "bool"),
+        ((2, 2, 1, 11), torch.bool, "bool"),
+        ((2, 1, 1, 11), torch.float32, "float"),
+    ):
+        assert AttentionCall.of(q, k, v, torch.zeros(shape, dtype=dtype), None).mask == kind
+
+
+def test_without_a_triton_that_builds_our_own_say_so(monkeypatch):
+    monkeypatch.setattr(backends.int8, "kernels_run_on", lambda x: False)
+    reason = backends.int8.missing_triton(torch.device("cpu"))
+    assert "Triton that can build kernels" in reason
 
 
 def test_sageattention_1_is_kept_from_lengths_it_miscounts(monkeypatch):

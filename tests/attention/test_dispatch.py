@@ -21,10 +21,9 @@ from . import fakes
 SETTLED = CHECKED_CALLS + TIMED_CALLS
 
 
-def dispatcher(*backends, policy=None, ranks=None, **options):
-    policy = policy or Policy("auto", "fast")
-    ranks = fakes.rank(*(b.name for b in backends), budget=None) if ranks is None else ranks
-    return Dispatcher(policy, backends=backends, ranks=ranks, **options)
+def dispatcher(*backends, policy=None, **options):
+    timings = fakes.KnownTimes(*(b.name for b in backends))
+    return Dispatcher(policy or Policy("auto", "fast"), timings, backends=backends, **options)
 
 
 def run(target, q, k, v, mask=None, scale=None, exact=False, heads_first=False, times=1, core=None):
@@ -298,7 +297,7 @@ def test_odd_inputs_go_to_the_last_resort_untouched():
 
 def test_a_mask_that_masks_nothing_is_dropped_and_read_once():
     recorder = fakes.Recorder()
-    target = dispatcher(fakes.backend("nomask", recorder, masks=()), ranks=fakes.rank("nomask", budget=None))
+    target = dispatcher(fakes.backend("nomask", recorder, masks=()))
     target.begin_run()
     q, k, v = fakes.qkv()
     mask = torch.zeros(1, 1, 11)

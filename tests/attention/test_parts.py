@@ -1,4 +1,4 @@
-"""The dispatcher's parts: input checks, masks, the schedule, the ranking table, the timing file."""
+"""The dispatcher's parts: input checks, masks, the schedule, the timing file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.attention import checks, masks
-from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS, AttentionCall
-from lowbit.attention.ranking import RANKS, order_for
 from lowbit.attention.schedule import CALLS_AHEAD, Schedule, StepCounter, parse_blocks, step_of
 from lowbit.attention.timing_cache import FILE_NAME, TimingCache
 from lowbit.errors import LowbitError
@@ -251,26 +249,6 @@ def test_schedules(schedule, exact):
     counter = StepCounter(sigmas)
     assert [schedule.exact_at(sigma, counter) for sigma in sigmas[:-1]] == [bool(x) for x in exact]
     assert schedule.needs_sigma is any(exact)
-
-
-def shape(q_len, kv_len, head_dim=128):
-    return AttentionCall("cuda", torch.bfloat16, 1, 24, 24, q_len, kv_len, head_dim, head_dim)
-
-
-def test_the_auto_table_names_backends_within_their_budget():
-    classes = {backend.name: backend.error_class for backend in BACKENDS}
-    for rank in RANKS:
-        assert rank.budget in BUDGETS
-        for name in rank.order:
-            if name != CORE:
-                assert ERROR_LIMITS[classes[name]] <= ERROR_LIMITS[rank.budget], rank
-
-
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_every_order_ends_with_cores_own(budget):
-    for capability in ((0, 0), (7, 5), (8, 6), (9, 0), (12, 0)):
-        for call in (shape(32760, 32760), shape(32760, 512), shape(64, 64)):
-            assert order_for(capability, budget, call)[0][-1] == CORE
 
 
 def test_timings_are_kept_and_merged(tmp_path):

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-# Last: the repository's own `nodes` folder must not shadow core's module.
-sys.path.append(str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))
 
-from testing.in_process import start_core  # noqa: E402
+from testing.core import start_core  # noqa: E402
 
 STEPS = 2
 LORA_STRENGTH = 1.0

@@ -45,7 +45,7 @@ def test_every_call_is_counted_and_self_attention_is_timed(result):
         assert sum(report["calls_by_backend"].values()) in (32, 64), name
         assert report["sampling_runs"] == 2
         # On tensors this small ComfyUI's own attention may be the faster one.
-        assert all(struck["reason"].startswith("it took") for struck in report["struck_off"]), name
+        assert not report["struck_off"], name
         assert any(call["ms_per_call"] for call in report["calls"] if call["q_len"] == call["kv_len"] == 9216)
 
 
@@ -57,7 +57,6 @@ def test_exact_steps_are_exact(result):
 
 def test_fp8_weights_are_paired_where_the_kernel_is_there(result):
     report = result["rows"]["fp8 weights"]["report"]
-    if report["paired"] is None:
+    if not report["paired"]:
         pytest.skip("no FP8 attention kernel for this GPU is installed")
-    assert report["paired"] == "sageattn_3_fp8"
-    assert "sageattn_3_fp8" in report["calls_by_backend"]
+    assert {"lowbit_int8_fp8", "lowbit_int8_fp16"} <= set(report["paired"])

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbit.kernels.attention_int8 import Tiles, attend_int8
+from lowbit.kernels.attention_quantize import quantize_attention
 from lowbit.kernels.runtime import INTERPRETED
 from lowbit.ops import linear_paths
 from lowbit.ops.linear_table import REFERENCE, Gpu, choose_path
@@ -55,6 +57,26 @@ def test_products_stay_inside_their_tensors(name, fast, at, monkeypatch):
                 patched.setattr(torch, "empty", empty)
                 out = linear_paths.LINEAR_PATHS[path](x, weight, bias, None, HOPPER)
             assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("at", ["end", "start"])
+@pytest.mark.parametrize("fp8_values", [False, True])
+@pytest.mark.parametrize(("queries", "keys", "head_dim", "masked"), [(1, 1, 64, True), (70, 130, 80, False)])
+def test_attention_stays_inside_its_tensors(queries, keys, head_dim, masked, fp8_values, at, monkeypatch):
+    def empty(*shape, dtype=None, **options):
+        return guarded(plain_empty(*shape, dtype=dtype, **options).zero_(), at)
+
+    plain_empty = torch.empty
+    q, k, v = (guarded(torch.randn(1, 1, n, head_dim).half(), at) for n in (queries, keys, keys))
+    mask = guarded(torch.ones(1, keys, dtype=torch.bool), at) if masked else None
+    out, lse = guarded(torch.zeros_like(q), at), guarded(torch.zeros(1, 1, queries), at)
+    tiles = Tiles(64, 64, 4, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", empty)
+        quantized = quantize_attention(q, k, v, mask, 0.1, tiles.rows, fp8_values, shift=True)
+    attend_int8(quantized, v, mask, out, lse, tiles)
+    assert out.isfinite().all()
+    assert lse.isfinite().all()
 
 
 def test_a_read_past_the_end_is_noticed():

@@ -15,13 +15,16 @@ import pytest
 import torch
 
 from lowbit.kernels.attend_cache import attend_cache
+from lowbit.kernels.attention_hopper import QUERY_BLOCK, attend_hopper
+from lowbit.kernels.attention_int8 import attend_int8, tiles_for
+from lowbit.kernels.attention_quantize import quantize_attention
 from lowbit.kernels.cache_heads import HeadNorms, cache_heads
 from lowbit.kernels.evict_slot import evict_slot
 from lowbit.kernels.gate_rows import gate_rows
 from lowbit.kernels.matmul_blocks import block_splits, multiply_parts
 from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.norm_rows import add_norm
-from lowbit.kernels.runtime import SMALLEST_DOT
+from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
 from lowbit.ops import linear_paths
 from lowbit.ops.linear_table import KITCHEN, REFERENCE, Gpu, choose_path
 
@@ -33,6 +36,9 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 LAUNCHING = (
     "attend_cache",
     "cache_heads",
+    "attention_hopper",
+    "attention_int8",
+    "attention_quantize",
     "decode_rows",
     "evict_slot",
     "gate_rows",
@@ -48,6 +54,8 @@ LAUNCHING = (
 DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "norm_rows")
 """Of them, those that choose between Triton and plain torch themselves."""
 
+COUNTING = ("attend_cache", "attention_hopper", "matmul_rows")
+"""Those that ask how many multiprocessors there are."""
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """Shared memory that a block may have. Source: CUDA C++ Programming Guide, table of compute capabilities."""
 
@@ -103,7 +111,7 @@ def compiled(monkeypatch):
 
     for name in LAUNCHING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "launch", compiles)
-    for name in ("ops.linear_paths", "kernels.matmul_rows", "kernels.attend_cache"):
+    for name in ("ops.linear_paths", *(f"kernels.{name}" for name in COUNTING)):
         monkeypatch.setattr(importlib.import_module(f"lowbit.{name}"), "multiprocessor_count", lambda index: 132)
     for name in DECODING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "kernels_run_on", lambda x: True)
@@ -186,3 +194,29 @@ def test_blocks_of_several_weights_compile(cc, compiled):
     multiply_parts(torch.randn(1, 3584).bfloat16(), weights, partial, **options)
     (metadata,) = compiled.kernels
     assert metadata.shared <= SHARED_KIB[cc] * 1024
+
+
+ATTENTION = ((torch.bfloat16, 128, False), (torch.float16, 80, True))
+"""dtype, head dim, whether with a mask and the log-sum-exp."""
+
+
+@pytest.mark.parametrize("cc", SHARED_KIB)
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize(("dtype", "head_dim", "more"), ATTENTION)
+def test_attention_compiles_and_fits(cc, hopper, dtype, head_dim, more, compiled):
+    if hopper and (cc != (9, 0) or not GLUON_FOUND):
+        pytest.skip("Hopper's kernel, of Triton 3.6")
+    compiled.use(cc)
+    q, k, v = (torch.randn(1, 2, 200, head_dim).to(dtype) for _ in range(3))
+    mask = torch.ones(1, 200, dtype=torch.bool) if more else None
+    lse = torch.empty(1, 2, 200) if more else None
+    for fp8 in [True, False] if cc >= (8, 9) else [False]:
+        tiles = tiles_for(cc, fp8)
+        quantized = quantize_attention(q, k, v, mask, 0.1, QUERY_BLOCK if hopper else tiles.rows, fp8, shift=more)
+        if hopper:
+            attend_hopper(quantized, v, mask, torch.empty_like(q), lse)
+        else:
+            attend_int8(quantized, v, mask, torch.empty_like(q), lse, tiles)
+    assert len(compiled.kernels) == (8 if cc >= (8, 9) else 4)
+    for kernel in compiled.kernels:
+        assert kernel.shared <= SHARED_KIB[cc] * 1024, (kernel.name, kernel.shared)

@@ -36,8 +36,8 @@ def override(host, *backends, policy=None, schedule=None, previous=None):
     backends = backends or (fakes.backend("sdpa_like"),)
     dispatcher = Dispatcher(
         policy or Policy("auto", "fast"),
+        fakes.KnownTimes(*(b.name for b in backends)),
         backends=backends,
-        ranks=fakes.rank(*(b.name for b in backends), budget=None),
     )
     return host.attention.AttentionOverride(dispatcher, schedule or Schedule(), previous)
 

@@ -155,7 +155,7 @@ def test_cores_own_choice_becomes_the_last_resort(host):
 
 
 @pytest.mark.parametrize("request_exact", ["budget", "low_precision", "precision", "step"])
-@pytest.mark.parametrize("backend", ["auto", "measured"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
 def test_what_must_be_exact_never_ends_at_a_lossy_kernel_chosen_before(host, backend, request_exact):
     """As with --use-sage-attention or the INT8 choice of ModelAttentionBackend."""
 
@@ -236,11 +236,12 @@ def test_the_report_is_found_under_a_later_override(host):
 @pytest.mark.parametrize(
     ("layout", "capability", "paired"),
     [
-        ("TensorCoreNVFP4Layout", (12, 0), "sageattn_3_fp4"),
-        ("TensorCoreFP8E4M3Layout", (9, 0), "sageattn_3_fp8"),
-        ("TensorCoreFP8E4M3Layout", (8, 0), None),
-        ("TensorCoreNVFP4Layout", (9, 0), None),
-        ("TensorWiseINT8Layout", (9, 0), None),
+        ("TensorCoreNVFP4Layout", (12, 0), ("sageattn_3_fp4",)),
+        ("TensorCoreFP8E4M3Layout", (9, 0), ("lowbit_int8_fp8", "lowbit_int8_fp16", "sageattn_3_fp8")),
+        ("TensorCoreFP8E4M3Layout", (8, 0), ("lowbit_int8_fp16",)),
+        ("TensorCoreNVFP4Layout", (9, 0), ()),
+        ("TensorWiseINT8Layout", (9, 0), ("lowbit_int8_fp8", "lowbit_int8_fp16", "sageattn_3_fp8")),
+        ("AnotherLayout", (9, 0), ()),
     ],
 )
 def test_weights_are_paired_with_attention_of_their_precision(host, monkeypatch, layout, capability, paired):
@@ -253,9 +254,10 @@ def test_weights_are_paired_with_attention_of_their_precision(host, monkeypatch,
         sageattn3_blackwell=None, sageattn_qk_int8_pv_fp8_cuda=None, SM89_ENABLED=True, SM90_ENABLED=True
     )
     monkeypatch.setattr(backends, "load", lambda name: (stand_in, ""))
+    monkeypatch.setattr(backends.int8, "missing_triton", lambda device: None)
     assert environment.load is not backends.load
     gpu = Environment("cuda", capability, "a GPU", (13, 0))
-    assert host.installing.paired_backend(model, gpu) == paired
+    assert host.installing.paired_backends(model, gpu) == paired
 
 
 def test_a_warm_call_through_the_override_adds_less_than_15_microseconds(host):

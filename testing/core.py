@@ -1,4 +1,4 @@
-"""Starts ComfyUI in this process, as its main.py does, but without the server."""
+"""Starts ComfyUI's core in this process as its main.py does, dynamic VRAM included, but without the server."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def start_core(options: list[str]) -> None:
     """Import ComfyUI with `options` and switch dynamic VRAM on where main.py would."""
     sys.path.insert(0, os.environ.get("COMFYUI_PATH") or str(Path.home() / "ComfyUI"))
+    # Last: the repository's own `nodes` folder must not shadow core's module.
+    sys.path.append(str(ROOT))
     sys.argv = ["main.py", *options]
     import comfy.options
 

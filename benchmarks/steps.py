@@ -1,0 +1,275 @@
+"""Whole steps of ComfyUI itself at real dimensions with fewer blocks: stock, stock with quantized files, and this pack.
+
+    python benchmarks/steps.py --out benchmarks/results/steps.json [--model wan480 wan720 qwen] [--only NAME ...]
+
+Everything runs in one process, without the server. Weights are random at the scale of a trained model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks.goals import Goal, write  # noqa: E402
+from benchmarks.timing import environment  # noqa: E402
+from testing.core import start_core  # noqa: E402
+from testing.tiny import qwen_image, wan  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+STEPS = 5
+FIRST_TIMED = 2
+CFG = 5.0
+KERNELS_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with fewer blocks, and what it samples. context: tokens and width of the text."""
+
+    title: str
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+    latent: tuple[int, ...]
+    context: tuple[int, int]
+
+
+def _wan(title: str, layers: int, latent: tuple[int, ...]) -> Case:
+    config = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=layers, text=4096)
+    return Case(title, wan.shapes(config), config.metadata(), latent, (512, 4096))
+
+
+def _qwen(title: str, layers: int, latent: tuple[int, ...]) -> Case:
+    config = qwen_image.QwenImageConfig(heads=24, layers=layers, joint=3584)
+    return Case(title, qwen_image.shapes(config), {"format": "pt"}, latent, (128, 3584))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "wan480": lambda: _wan("Wan 14B, 832x480x81, 8 of 40 blocks", 8, (1, 16, 21, 60, 104)),
+    "wan720": lambda: _wan("Wan 14B, 1280x720x81, 4 of 40 blocks", 4, (1, 16, 21, 90, 160)),
+    "qwen": lambda: _qwen("Qwen-Image, 1328x1328, 15 of 60 blocks", 15, (1, 16, 1, 166, 166)),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """weights: a format of the loaders, None for the bf16 file. stock: ComfyUI's own loader. attention: the error budget
+    of Attention (Lowbit), None without it. profiled: list its kernels."""
+
+    name: str
+    weights: str | None
+    stock: bool
+    attention: str | None = None
+    profiled: bool = False
+
+
+FP8, INT8 = "fp8_e4m3fn_scaled_fast", "int8_convrot_fast"
+STOCK, STOCK_FP8 = "stock, bf16", "stock, our FP8 file"
+CONTENDERS = (
+    Contender(STOCK, None, True, profiled=True),
+    Contender(STOCK_FP8, FP8, True),
+    Contender("stock, our INT8 file", INT8, True),
+    Contender("bf16, attention fast", None, True, "fast"),
+    Contender("auto", "auto", False),
+    Contender("auto, attention exact", "auto", False, "exact"),
+    Contender("auto, attention fast", "auto", False, "fast", profiled=True),
+    Contender("FP8, attention fast", FP8, False, "fast", profiled=True),
+)
+# model, contender, beside, times as fast
+GOALS = (
+    ("wan480", "auto, attention fast", "stock, bf16", 1.9),
+    ("wan480", "FP8, attention fast", "stock, bf16", 2.0),
+    ("wan480", "FP8, attention fast", "stock, our FP8 file", 1.75),
+    ("wan720", "auto, attention fast", "stock, bf16", 2.1),
+    ("wan720", "FP8, attention fast", "stock, our FP8 file", 2.0),
+    ("qwen", "auto, attention fast", "stock, bf16", 1.45),
+    ("qwen", "FP8, attention fast", "stock, bf16", 1.6),
+)
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The goals of the models that were run."""
+    seconds = {(row["case"], row["contender"]): row["seconds"] for row in rows if "seconds" in row}
+    entries = []
+    for model, contender, beside, factor in GOALS:
+        ours, theirs = seconds.get((model, contender)), seconds.get((model, beside))
+        if ours and theirs:
+            entries.append(Goal(f"{model}, {contender}, beside {beside}", factor, "x").judged([theirs / ours]))
+    return entries
+
+
+def write_random(path: Path, case: Case) -> Path:
+    """A bf16 checkpoint of Gaussian weights, drawn on the GPU: matrices of variance 1 / fan-in."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    tensors = {}
+    for name, shape in case.shapes.items():
+        tensor = torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32)
+        if name.endswith("bias"):
+            tensor *= 0.02
+        elif len(shape) == 1 or name.endswith("gamma"):
+            tensor = 1 + 0.1 * tensor
+        else:
+            tensor *= tensor[0].numel() ** -0.5
+        tensors[name] = tensor.bfloat16().cpu()
+    save_file(tensors, path, metadata=case.metadata)
+    return path
+
+
+def load(contender: Contender, path: Path, timings: Path) -> Any:
+    """The model as the contender's loader and attention node make it, and the name of its format."""
+    import comfy.sd
+
+    from lowbit.attention.plan import Policy
+    from lowbit.attention.schedule import Schedule
+    from lowbit.host.attention.installing import install
+    from lowbit.host.weights.loading import load_diffusion_model
+    from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+
+    choice = "bf16"
+    if contender.weights is not None:
+        planned = plan_file(path, Request(contender.weights))
+        path, choice = prepared_file(planned), planned.choice.split(":")[0]
+    model = comfy.sd.load_diffusion_model(str(path)) if contender.stock else load_diffusion_model(str(path))
+    if contender.attention is not None:
+        model = install(model, Policy("auto", contender.attention), Schedule(), True, timings)[0]
+    return model, choice
+
+
+def with_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with how many times as fast as the stock rows of its case it is."""
+    seconds = {(row["case"], row["contender"]): row["seconds"] for row in rows if "seconds" in row}
+    for row in rows:
+        for key, beside in (("speedup", STOCK), ("speedup_over_fp8", STOCK_FP8)):
+            theirs = seconds.get((row["case"], beside))
+            if theirs and "seconds" in row:
+                row[key] = round(theirs / row["seconds"], 3)
+    return rows
+
+
+def sample(model: Any, case: Case, steps: int) -> tuple[torch.Tensor, list[float]]:
+    """The latent, and the seconds of each step, from one callback to the next."""
+    import comfy.sample
+
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(case.latent, generator=generator)
+    texts = [[[torch.randn(1, *case.context, generator=generator), {}]] for _ in range(2)]
+    ends: list[float] = []
+
+    def ended(*_: Any) -> None:
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+
+    ended()
+    latent = comfy.sample.sample(
+        model, noise, steps, CFG, "euler", "simple", *texts, torch.zeros_like(noise), seed=5, callback=ended,
+        disable_pbar=True,
+    )  # fmt: skip
+    return latent.float().cpu(), [after - before for before, after in zip(ends, ends[1:], strict=False)]
+
+
+def kernels(model: Any, case: Case) -> dict[str, float]:
+    """Milliseconds of GPU time by kernel in two steps, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        sample(model, case, 2)
+    spent: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        spent[event.key] += event.self_device_time_total / 1e3
+    ordered = sorted(((name, ms) for name, ms in spent.items() if ms), key=lambda item: -item[1])
+    table = {name[:100]: round(ms, 2) for name, ms in ordered[:KERNELS_LISTED]}
+    return {"all": round(sum(ms for _, ms in ordered), 2)} | table
+
+
+def run(
+    name: str, case: Case, contender: Contender, path: Path, folder: Path, exact: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """One row of the results. exact: the latent of stock bf16 by case, filled when it is that one's turn."""
+    import comfy.model_management
+
+    from lowbit.host.attention.installing import find
+
+    started = time.perf_counter()
+    model, choice = load(contender, path, folder)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    latent, times = sample(model, case, STEPS)
+    want = exact.setdefault(name, latent) if contender.name == STOCK else exact.get(name)
+    row: dict[str, Any] = {
+        "case": name,
+        "model": case.title,
+        "contender": contender.name,
+        "weights": choice,
+        "seconds": statistics.median(times[FIRST_TIMED:]),
+        "first_step": times[0],
+        "steps": times,
+        "error": None if want is None else float((latent - want).norm() / want.norm()),
+        "peak_bytes": torch.cuda.max_memory_reserved() if DEVICE == "cuda" else None,
+    }
+    override = find(model)
+    if override is not None:
+        row["attention"] = override.report()["calls"]
+    if contender.profiled and DEVICE == "cuda":
+        row["kernels_of_two_steps_ms"] = kernels(model, case)
+    row["whole"] = time.perf_counter() - started
+    del model, override
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--only", nargs="*", choices=[contender.name for contender in CONTENDERS])
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    # What was measured of other models stays.
+    before = json.loads(out.read_text())["rows"] if out.exists() else []
+    rows: list[dict[str, Any]] = [row for row in before if row["case"] not in arguments.model]
+    exact: dict[str, torch.Tensor] = {}
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
+        start_core(["--base-directory", folder, *([] if DEVICE == "cuda" else ["--cpu"])])
+        with torch.inference_mode():
+            for name in arguments.model:
+                case = CASES[name]()
+                path = write_random(Path(folder) / f"{name}.safetensors", case)
+                for contender in CONTENDERS:
+                    if arguments.only and contender.name not in arguments.only:
+                        continue
+                    try:
+                        row = run(name, case, contender, path, Path(folder), exact)
+                    except Exception as error:
+                        row = {"case": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+                    rows = with_speedups(rows)
+                    record = {"environment": environment(), "rows": rows, "goals": goals(rows)}
+                    write(out, record)
+                path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""Attention with int8 scores and e4m3 or 16-bit values, for every GPU from cc 8.0 on; its plain-torch reference beside it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .attention_quantize import KEY_BLOCK, LARGEST_FACTOR, QuantizedAttention, padded_head_dim, rotation
+from .launch import launch
+from .quantize_rows import SMALLEST_SCALE
+from .runtime import INTERPRETED, ceil_div, constexpr, tl, triton
+
+VALUE_SHIFT = 8.8
+"""Weights are at most 2^8.8 = 445.7 before they become e4m3, whose largest number is 448."""
+
+NO_SCORE = -1e30
+"""Stands for a score of minus infinity: differences of two of them are numbers."""
+
+_NO_SCORE = constexpr(NO_SCORE)
+_INTERPRETED = constexpr(INTERPRETED)
+_LARGEST_FACTOR = constexpr(LARGEST_FACTOR)
+
+
+class Tiles(NamedTuple):
+    """Launch settings. rows, keys: of the tile of scores, keys a divisor of KEY_BLOCK."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By compute capability: tiles with e4m3 values, and with 16-bit ones. The first row whose capability is not above the
+# GPU's holds. Hopper's were swept on an H200; the others fit their shared memory and are untimed.
+TILES: tuple[tuple[tuple[int, int], Tiles, Tiles], ...] = (
+    ((12, 0), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
+    ((10, 0), Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2)),
+    ((9, 0), Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2)),
+    ((8, 6), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
+    ((8, 0), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+)
+
+
+def tiles_for(capability: tuple[int, int], fp8_values: bool) -> Tiles:
+    """The launch settings of a GPU."""
+    row = next((row for row in TILES if row[0] <= capability), TILES[-1])
+    return row[1] if fp8_values else row[2]
+
+
+@triton.jit
+def _attend_block(
+    acc,
+    total,
+    highest,
+    q,
+    q_scales,
+    start,
+    k,
+    k_scale,
+    v,
+    mask,
+    v_l,
+    v_d,
+    mask_l,
+    keys,
+    padded_keys,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    SHIFT: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """One block of keys: k, k_scale, v and mask point at their head's (batch's) first."""
+    column = tl.arange(0, D)
+    place = start + tl.arange(0, N)
+    k_tile = tl.load(k + column[:, None] + place[None, :] * D)
+    scores = tl.dot(q, k_tile, out_dtype=tl.int32)
+    factor = tl.minimum(q_scales * tl.load(k_scale + start // KEY_BLOCK), _LARGEST_FACTOR)
+    if BOUNDED:
+        counts = place < keys
+        if HAS_MASK:
+            counts = counts & (tl.load(mask + place.to(tl.int64) * mask_l, mask=counts, other=0) != 0)
+        x = tl.where(counts[None, :], scores.to(tl.float32) * factor[:, None], _NO_SCORE)
+        now = tl.maximum(highest, tl.max(x, 1))
+        x = x - (now - SHIFT)[:, None]
+    else:
+        # The largest of the integers costs less than that of the floats.
+        now = tl.maximum(highest, tl.max(scores, 1).to(tl.float32) * factor)
+        x = scores.to(tl.float32) * factor[:, None] - (now - SHIFT)[:, None]
+    p = tl.math.exp2(x)
+    rescale = tl.math.exp2(highest - now)
+    total = total * rescale + tl.sum(p, 1)
+    if FP8:
+        v_tile = tl.load(v + place[:, None] + column[None, :] * padded_keys)
+        weights = tl.reshape(p.to(tl.float8e4nv), [M, N // 16, 2, 4, 2])
+        weights = tl.reshape(tl.permute(weights, (0, 1, 3, 2, 4)), [M, N])
+        # A sum of its own for each block: Hopper adds FP8 products up in 14 bits.
+        acc = acc * rescale[:, None] + tl.dot(weights, v_tile)
+    else:
+        where = v + place.to(tl.int64)[:, None] * v_l + column.to(tl.int64)[None, :] * v_d
+        inside = (column < HEAD_DIM)[None, :]
+        if BOUNDED:
+            inside = inside & (place < keys)[:, None]
+        v_tile = tl.load(where, mask=inside, other=0.0)
+        weights = p.to(v_tile.dtype)
+        if _INTERPRETED:  # which takes bfloat16 operands for integers
+            weights, v_tile = weights.to(tl.float32), v_tile.to(tl.float32)
+        acc = tl.dot(weights, v_tile, acc * rescale[:, None])
+    return acc, total, now
+
+
+@triton.jit(do_not_specialize=("heads", "group", "queries", "keys"))
+def _attention_int8_kernel(
+    q,
+    q_scale,
+    k,
+    k_scale,
+    v,
+    v_scale,
+    mask,
+    shift,
+    out,
+    lse,
+    v_b,
+    v_h,
+    v_l,
+    v_d,
+    mask_b,
+    mask_l,
+    out_b,
+    out_h,
+    out_l,
+    heads,
+    group,
+    queries,
+    rows,
+    keys,
+    padded_keys,
+    limit,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    LSE: tl.constexpr,
+):
+    """One block of one head's queries over all of its keys, the last block of them first: it alone may be ragged."""
+    pair = tl.program_id(1)
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.arange(0, D)
+    first = pair.to(tl.int64) * rows
+    q_tile = tl.load(q + (first + row)[:, None] * D + column[None, :])
+    q_scales = tl.load(q_scale + first + row)
+    source = pair // group
+    blocks = padded_keys // KEY_BLOCK
+    k += source.to(tl.int64) * padded_keys * D
+    k_scale += source * blocks
+    if FP8:
+        v += source.to(tl.int64) * D * padded_keys
+    else:
+        v += batch * v_b + head // group * v_h
+    if HAS_MASK:
+        mask += batch * mask_b
+    acc = tl.zeros([M, D], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    highest = tl.full([M], _NO_SCORE, tl.float32)
+    last = (keys - 1) // N * N
+    acc, total, highest = _attend_block(
+        acc, total, highest, q_tile, q_scales, last, k, k_scale, v, mask, v_l, v_d, mask_l, keys, padded_keys,
+        HEAD_DIM, D, M, N, KEY_BLOCK, FP8, SHIFT, True, HAS_MASK,
+    )  # fmt: skip
+    for start in tl.range(0, last, N):
+        acc, total, highest = _attend_block(
+            acc, total, highest, q_tile, q_scales, start, k, k_scale, v, mask, v_l, v_d, mask_l, keys, padded_keys,
+            HEAD_DIM, D, M, N, KEY_BLOCK, FP8, SHIFT, HAS_MASK, HAS_MASK,
+        )  # fmt: skip
+    # Where no key counts, what was added up are weights of keys without values.
+    some = highest > 0.5 * _NO_SCORE
+    inverse = tl.where(some, 1.0 / total, 0.0)
+    result = acc * inverse[:, None]
+    if FP8:
+        result = result * tl.load(v_scale + source * D + column)[None, :]
+    inside = row < queries
+    result = tl.where(result > limit, limit, tl.where(result < -limit, -limit, result))
+    where = out + batch * out_b + head * out_h + row.to(tl.int64)[:, None] * out_l + column[None, :]
+    tl.store(where, result.to(out.dtype.element_ty), mask=inside[:, None] & (column < HEAD_DIM)[None, :])
+    if LSE:
+        exponent = (highest + tl.log2(total) - SHIFT) * 0.6931471805599453 + tl.load(shift + first + row)
+        exponent = tl.where(some, exponent, -float("inf"))
+        tl.store(lse + pair.to(tl.int64) * queries + row, exponent, mask=inside)
+
+
+def attend_int8(
+    quantized: QuantizedAttention,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    tiles: Tiles,
+) -> None:
+    """Writes attention over quantized Q and K into `out`.
+
+    Args:
+        quantized: of the q, k and v that are attended; its rows are a multiple of `tiles.rows`.
+        v: (batch, kv_heads, keys, head_dim) float16 or bfloat16, any strides; read where `quantized.v` is None, and then
+            finite also where it is masked.
+        mask: (batch or 1, keys) bool, True where a key counts.
+        out: (batch, heads, queries, head_dim) of last stride 1, float16 or bfloat16.
+        lse: (batch, heads, queries) float32, contiguous, or None; needs `quantized.shift`.
+        tiles: launch settings.
+    """
+    batch, heads, queries, head_dim = out.shape
+    kv_heads, keys = v.shape[1:3]
+    fp8 = quantized.v is not None
+    mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
+    rows = quantized.q.shape[1]
+    launch(
+        _attention_int8_kernel,
+        (rows // tiles.rows, batch * heads, 1),
+        (
+            quantized.q, quantized.q_scale, quantized.k, quantized.k_scale,
+            quantized.v if quantized.v is not None else v,
+            quantized.v_scale if quantized.v_scale is not None else quantized.k_scale,
+            v if mask is None else mask, quantized.shift if quantized.shift is not None else quantized.q_scale,
+            out, quantized.q_scale if lse is None else lse, *v.stride(), *mask_strides, *out.stride()[:3],
+            heads, heads // kv_heads, queries, rows, keys, quantized.k.shape[1], torch.finfo(out.dtype).max,
+        ),
+        {
+            "HEAD_DIM": head_dim, "D": quantized.q.shape[2], "M": tiles.rows, "N": tiles.keys, "KEY_BLOCK": KEY_BLOCK,
+            "FP8": fp8, "SHIFT": VALUE_SHIFT if fp8 else 0.0, "HAS_MASK": mask is not None, "LSE": lse is not None,
+        },
+        warps=tiles.warps,
+        stages=tiles.stages,
+    )  # fmt: skip
+
+
+def attention_int8_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    fp8_values: bool,
+) -> torch.Tensor:
+    """What the kernels compute, in float32 with the same codes: (batch, heads, queries, head_dim).
+
+    q, k, v: (batch, heads or kv_heads, length, head_dim). mask: (batch or 1, keys) bool.
+    """
+    batch, heads, _, head_dim = q.shape
+    kv_heads, keys = k.shape[1:3]
+    d, blocks = padded_head_dim(head_dim), ceil_div(keys, KEY_BLOCK)
+    kept = torch.ones(batch, keys, dtype=torch.bool, device=q.device) if mask is None else mask.expand(batch, keys)
+    kept = kept[:, None, :, None]
+    matrix = rotation(d, q.device, torch.float32)
+    pad = torch.nn.functional.pad
+
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        return pad(x, (0, d - head_dim)).to(torch.float32 if INTERPRETED else torch.bfloat16).float() @ matrix
+
+    k32, v32 = torch.where(kept, k.float(), 0.0), torch.where(kept, v.float(), 0.0)
+    mean = k32.sum(2, keepdim=True) / kept.sum(2, keepdim=True).clamp_min(1)
+    k32 = pad(rotated(torch.where(kept, k32 - mean, 0.0)), (0, 0, 0, blocks * KEY_BLOCK - keys))
+    grouped = k32.view(batch, kv_heads, blocks, KEY_BLOCK, d)
+    k_scale = (grouped.abs().amax((3, 4), keepdim=True) / 127).clamp_min(SMALLEST_SCALE)
+    k32 = ((grouped / k_scale).round() * k_scale).reshape(k32.shape)[:, :, :keys]
+    q32 = rotated(q.float())
+    q_scale = (q32.abs().amax(3, keepdim=True) / 127).clamp_min(SMALLEST_SCALE)
+    q32 = (q32 / q_scale).round() * q_scale
+    k32, v32 = (x.repeat_interleave(heads // kv_heads, 1) for x in (k32, v32))
+    scores = (q32 @ k32.transpose(2, 3) * (scale * d)).masked_fill(~kept.transpose(2, 3), -torch.inf)
+    weights = torch.exp(scores - scores.amax(3, keepdim=True).clamp_min(NO_SCORE))
+    total = weights.sum(3, keepdim=True)
+    if fp8_values:
+        v_scale = (v32.abs().amax(2, keepdim=True) / 448).clamp_min(SMALLEST_SCALE)
+        v32 = (v32 / v_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * v_scale
+        most = 2.0**VALUE_SHIFT
+        weights = (weights * most).to(torch.float8_e4m3fn).float() / most
+    else:
+        weights = weights.to(v.dtype).float()
+    out = weights @ v32 / total.clamp_min(1e-30)
+    limit = torch.finfo(q.dtype).max
+    return out.clamp(-limit, limit).to(q.dtype)
