@@ -1,4 +1,4 @@
-"""The command line, without ComfyUI: `lowbit quantize IN OUT` and `lowbit inspect FILE`."""
+"""The command line, without ComfyUI: `lowbit quantize IN OUT`, `lowbit inspect FILE` and `lowbit generate MODEL`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import CapabilityError, CheckpointError, LowbitError, StorageError
+from .errors import CapabilityError, CheckpointError, FormatError, LowbitError, StorageError
 from .ops.auto_format import choose_format
 from .ops.checkpoint import open_checkpoint
 from .ops.device_info import device_info
@@ -23,6 +23,9 @@ from .ops.layer_errors import layer_errors
 from .ops.plan import make_plan
 from .ops.plan_report import plan_report, plan_summary
 from .ops.stream import quantize_checkpoint, read_origin
+from .text.caches import FULL, HEAVY_HITTERS, CachePolicy
+from .text.sampling import Sampling
+from .text.writer import Stopwatch, Writer, encode, load_tokenizer
 
 logger = logging.getLogger("lowbit")
 
@@ -56,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lowbit", description="Quantize checkpoints and look into them.")
+    parser = argparse.ArgumentParser(
+        prog="lowbit", description="Quantize checkpoints, look into them, and write text with them."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     quantize = commands.add_parser("quantize", help="write a quantized file that stock ComfyUI loads")
@@ -79,7 +84,28 @@ def _parser() -> argparse.ArgumentParser:
         "--against", type=Path, metavar="ORIGINAL", help="also show each layer's error against this original"
     )
     inspect.set_defaults(command=_inspect)
+    _add_generate(commands)
     return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    generate = commands.add_parser("generate", help="write text with a language model or a text encoder")
+    generate.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder or a text encoder file")
+    generate.add_argument("--prompt", required=True, help="what to answer")
+    formats = [name for name in FORMAT_CHOICES if name != AUTO]
+    generate.add_argument("--format", default=AS_STORED, choices=formats, help="weight format (default: as stored)")
+    generate.add_argument("--kv-cache", default=FULL, choices=(FULL, HEAVY_HITTERS), help="tokens that are kept")
+    generate.add_argument("--window", type=int, default=252, help="newest tokens that heavy_hitters keeps")
+    generate.add_argument("--heavy-hitters", type=int, default=252, help="older tokens that heavy_hitters keeps")
+    generate.add_argument("--max-length", type=int, default=256, help="tokens at most")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    generate.add_argument("--top-k", type=int, default=0, help="only the likeliest so many (0: all)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="only the likeliest that add up to this")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    generate.add_argument("--tokenizer", type=Path, default=None, help="a Hugging Face folder, if MODEL is a file")
+    generate.add_argument("--raw", action="store_true", help="no chat template")
+    generate.add_argument("--device", default=None, help="where (default: the GPU, where there is one)")
+    generate.set_defaults(command=_generate)
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -153,6 +179,32 @@ def _print_errors(file: Path, original: Path) -> None:
     print(f"{'relative error':>14}  {'SQNR dB':>7}  {'format':<16} layer")
     for row in layer_errors(open_checkpoint(file), open_checkpoint(original)):
         print(f"{row.relative_error:14.2e}  {row.sqnr_decibels:7.1f}  {row.core_format:<16} {row.layer}")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    device = _device(options.device)
+    if options.window < 1 or options.heavy_hitters < 0 or options.max_length < 1:
+        raise FormatError("--window and --max-length must be at least 1, and --heavy-hitters at least 0.")
+    if options.tokenizer is None and not options.model.is_dir():
+        raise CheckpointError(
+            f"{options.model.name} has no tokenizer in it: name a Hugging Face folder by --tokenizer."
+        )
+    weight_format = None if options.format == AS_STORED else find_format(options.format)
+    writer = Writer.load(options.model, weight_format, device)
+    tokenizer = load_tokenizer(options.tokenizer or options.model)
+    sampling = Sampling(options.temperature > 0, options.temperature, options.top_k, options.top_p, seed=options.seed)
+    policy = CachePolicy(options.kv_cache, options.window, options.heavy_hitters)
+    watch = Stopwatch.start()
+    prompt = encode(tokenizer, options.prompt, options.raw)
+    tokens = writer.write(prompt, options.max_length, sampling, policy, seen=watch.seen)
+    print(tokenizer.decode(tokens, skip_special_tokens=True))
+    logger.info(
+        "%d tokens after %d of the prompt: the first after %.2f s, then %.1f a second.",
+        len(tokens),
+        len(prompt),
+        watch.first,
+        watch.rate,
+    )
 
 
 def _bar() -> Callable[[int, int, str], None]:

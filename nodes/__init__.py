@@ -11,6 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..host.attention import core_names as attention_names
 from ..host.memory import core_names as memory_names
+from ..host.text import core_names as text_names
 from ..host.weights import core_names as weights_names
 from ..ops import kitchen_names
 from ..versions import lacking, missing
@@ -39,6 +40,7 @@ GROUPS = (
     Group("Quantize Model and Save Quantized Model", "quantized_model", (weights_names, kitchen_names)),
     Group("the attention nodes", "attention", (attention_names,)),
     Group("the memory nodes", "memory", (memory_names,)),
+    Group("Text Generation", "text", (text_names,)),
 )
 
 

@@ -117,8 +117,6 @@ _TEXT_ENCODER = (
     Rule("shared", reason=_EMBEDDINGS, structural=True),
     Rule("embed_tokens", reason=_EMBEDDINGS, structural=True),
     Rule("relative_attention_bias", reason=_EMBEDDINGS, structural=True),
-    # Core renames its weight alone.
-    Rule("lm_head", reason=_INPUT_OUTPUT, structural=True),
 )
 
 _WAN_SIGNATURE = ("blocks.*.self_attn.q", "blocks.*.cross_attn.q")

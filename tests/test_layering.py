@@ -1,4 +1,4 @@
-"""Imports run one way: nodes -> host -> ops, attention, memory, text -> kernels; what stands outside only looks inward."""
+"""Imports run one way: nodes -> host -> text, ops, attention, memory -> kernels; what stands outside only looks inward."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BELOW: dict[str, set[str]] = {
     "ops": {"kernels"},
     "attention": {"kernels"},
     "memory": {"kernels"},
-    "text": {"kernels"},
+    "text": {"ops", "kernels"},
     "host": {"ops", "attention", "memory", "text", "kernels"},
     "nodes": {"host", "ops", "attention", "memory", "text"},
-    "cli": {"ops"},
+    "cli": {"ops", "text"},
 }
 """A folder, or a file beside the folders -> what it may import of the others."""
 
@@ -43,7 +43,7 @@ OTHER_PACKAGES: dict[str, set[str]] = {
     "ops": {"torch", "safetensors", "einops", "comfy_kitchen", "gguf", "sentencepiece"},
     "attention": {"torch", "einops"},
     "memory": {"torch", "PIL", "psutil"},
-    "text": {"torch", "einops", "triton"},
+    "text": {"torch", "transformers"},
 }
 """The folders that run without ComfyUI -> the packages they import."""
 

@@ -40,8 +40,12 @@ PATCHING = dotted(
 
 _FUSION = "feed-forward blocks of {} run without their fused activation, a little slower"
 _DETECTION = "a file of a kind that ComfyUI does not know is noticed only when it is loaded"
+_HEAD = "Qwen2.5-VL is loaded without its output head, so it cannot write text"
 OPTIONAL = {
     **dict.fromkeys(PATCHING, "LoRAs on quantized models are quantized with the weights, as ComfyUI does it"),
+    "comfy.model_management.archive_model_dtypes": _HEAD,
+    "comfy.sd1_clip.SDClipModel": _HEAD,
+    "comfy.text_encoders.llama.Qwen25_7BVLI": _HEAD,
     "comfy.memory_management.aimdo_enabled": "a load that main memory cannot hold is not refused beforehand",
     "comfy.ldm.wan.model.WanFeedForward": _FUSION.format("Wan"),
     "comfy.ldm.qwen_image.model.FeedForward": _FUSION.format("Qwen-Image"),

@@ -24,6 +24,7 @@ from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .checked import NumbersCheck, settle, watched
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .operations import adopt_quantized_linears
+from .output_head import attach_output_head, output_head_tensors
 from .patching import patch_beside_weights
 from .temporary_files import remove_with
 
@@ -88,6 +89,7 @@ def load_text_encoder(
         model_options["load_device"] = model_options["offload_device"] = torch.device("cpu")
     names = ", ".join(Path(path).name for path in paths)
     state_dicts, _, checks = zip(*(read_stored_file(path) for path in paths), strict=True)
+    heads = [output_head_tensors(state_dict) for state_dict in state_dicts]
     with watched(names) as arrivals:
         clip = comfy.sd.load_text_encoder_state_dicts(
             list(state_dicts),
@@ -97,6 +99,7 @@ def load_text_encoder(
             disable_dynamic=disable_dynamic,
         )
     settle(arrivals, names, optional_parts=True)
+    attach_output_head(clip, heads)
     for numbers in checks:
         numbers.begin(clip.patcher)
     take_over(clip.cond_stage_model)

@@ -56,6 +56,11 @@ def qwen25_tensors() -> Tensors:
     return draw(text_encoders.qwen25_shapes(QWEN25))
 
 
+def qwen25_writing_tensors() -> Tensors:
+    """The weights of the tiny Qwen2.5-VL with the output head that the real files have."""
+    return qwen25_tensors() | draw({"lm_head.weight": (text_encoders.QWEN_VOCABULARY, QWEN25.width)})
+
+
 def infinitetalk_tensors() -> Tensors:
     """The weights of the tiny InfiniteTalk patch."""
     return draw(infinitetalk.shapes(INFINITETALK))
@@ -121,6 +126,7 @@ FILES: dict[str, Writer] = {
     "text_encoders/umt5.safetensors": lambda path: write_file(path, umt5_tensors()),
     "text_encoders/umt5_scaled_fp8.safetensors": _umt5_scaled,
     "text_encoders/qwen25_vl.safetensors": lambda path: write_file(path, qwen25_tensors()),
+    "text_encoders/qwen25_vl_writing.safetensors": lambda path: write_file(path, qwen25_writing_tensors()),
     "vae/wan_vae.safetensors": lambda path: write_file(path, draw(vae.shapes())),
     "model_patches/infinitetalk.safetensors": lambda path: write_file(path, infinitetalk_tensors()),
     "loras/wan.safetensors": lambda path: write_file(path, lora.make(wan_tensors(), _lora_layers(wan_tensors()))),

@@ -14,9 +14,15 @@ import types
 import pytest
 import torch
 
+from lowbit.kernels.attend_cache import attend_cache
 from lowbit.kernels.attention_hopper import QUERY_BLOCK, attend_hopper
 from lowbit.kernels.attention_int8 import attend_int8, tiles_for
 from lowbit.kernels.attention_quantize import quantize_attention
+from lowbit.kernels.cache_heads import HeadNorms, cache_heads
+from lowbit.kernels.evict_slot import evict_slot
+from lowbit.kernels.gate_rows import gate_rows
+from lowbit.kernels.matvec_together import matvec_together
+from lowbit.kernels.norm_rows import add_norm
 from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
 from lowbit.ops import linear_paths
 from lowbit.ops.linear_table import KITCHEN, REFERENCE, Gpu, choose_path
@@ -27,19 +33,26 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("compiles with Triton", allow_module_level=True)
 
 LAUNCHING = (
+    "attend_cache",
     "attention_hopper",
     "attention_int8",
     "attention_quantize",
+    "cache_heads",
     "decode_rows",
+    "evict_slot",
+    "gate_rows",
     "matmul_blocks",
     "matmul_decode",
     "matmul_rows",
     "matmul_split",
+    "matvec_together",
+    "norm_rows",
     "quantize_rows",
     "rotate_rows",
 )
-COUNTING = ("attention_hopper", "matmul_rows")
-"""Those that ask how many multiprocessors there are."""
+DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "norm_rows")
+"""Of them, those that choose between Triton and plain torch themselves."""
+
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """Shared memory that a block may have. Source: CUDA C++ Programming Guide, table of compute capabilities."""
 
@@ -95,8 +108,10 @@ def compiled(monkeypatch):
 
     for name in LAUNCHING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "launch", compiles)
-    for module in (linear_paths, *(importlib.import_module(f"lowbit.kernels.{name}") for name in COUNTING)):
-        monkeypatch.setattr(module, "multiprocessor_count", lambda index: 132)
+    for name in ("ops.linear_paths", "kernels.matmul_rows", "kernels.attend_cache", "kernels.attention_hopper"):
+        monkeypatch.setattr(importlib.import_module(f"lowbit.{name}"), "multiprocessor_count", lambda index: 132)
+    for name in DECODING:
+        monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "kernels_run_on", lambda x: True)
     driver = triton.runtime.driver
     active = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.5
     monkeypatch.setattr(driver, active, getattr(driver, active))
@@ -154,3 +169,40 @@ def test_attention_compiles_and_fits(cc, hopper, dtype, head_dim, more, compiled
     assert len(compiled.kernels) == (8 if cc >= (8, 9) else 4)
     for kernel in compiled.kernels:
         assert kernel.shared <= SHARED_KIB[cc] * 1024, (kernel.name, kernel.shared)
+
+
+@pytest.mark.parametrize("cc", SHARED_KIB)
+@pytest.mark.parametrize("sizes", [(28, 4, 128, 64), (8, 1, 512, 256), (16, 16, 256, 32)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_launch_of_a_decoding_step_compiles_and_fits(cc, sizes, dtype, compiled):
+    compiled.use(cc)
+    heads, kv_heads, width, half = sizes
+    x, q = torch.randn(1, 3584, dtype=dtype), torch.randn(heads, width, dtype=dtype)
+    kv, weight = torch.randn(kv_heads, width, dtype=dtype), torch.randn(width, dtype=dtype)
+    caches, table = torch.randn(2, kv_heads, 505, width, dtype=dtype), torch.randn(9, half)
+    step, slot = torch.tensor([3]), torch.zeros(kv_heads, dtype=torch.int64)
+    add_norm(x, x, x[0], x[0], 1e-6)
+    gate_rows(x, x, "gelu_tanh")
+    cache_heads(q, kv, kv, HeadNorms(weight, weight, True), table, table, step, slot, *caches)
+    attend_cache(q, *caches, step, 100, 0.1, torch.zeros(kv_heads, 505))
+    evict_slot(torch.zeros(kv_heads, 505), torch.zeros(kv_heads, 505, dtype=torch.int64), step, 505, 252)
+    assert len(compiled.kernels) == 7
+    for metadata in compiled.kernels:
+        assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
+
+
+@pytest.mark.parametrize("cc", SHARED_KIB)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("int8", torch.int8), ("e4m3", torch.float8_e4m3fn), ("plain", torch.bfloat16)]
+)
+def test_weights_multiplied_together_compile(cc, kind, dtype, compiled):
+    if kind == "e4m3" and cc < (8, 9):
+        pytest.skip("this GPU does not convert e4m3")
+    compiled.use(cc)
+    x, out = torch.randn(1, 3584).bfloat16(), torch.zeros(1, 9999).bfloat16()
+    scale = None if kind == "plain" else torch.ones(1)
+    for rows, gate in (((3584, 512, 512), None), ((9000, 9000), "silu"), ((100,), None)):
+        weights = [torch.zeros(count, 3584, dtype=dtype) for count in rows]
+        options = {"kind": kind, "gate": gate, "assembly": True}
+        matvec_together(x, weights, [scale] * len(rows), [None] * len(rows), out, **options)
+    assert len(compiled.kernels) == 3

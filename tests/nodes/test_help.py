@@ -25,7 +25,7 @@ BACKEND_HEADING = {"en": "\n## Backends\n", "zh": "\n## 后端\n"}
 # Choices that are explained in the help of one node, and those that are core's or the user's own files.
 FORMAT_HELP = "LowbitLoadDiffusionModel"
 NOT_OURS = ("type", "unet_name", "clip_name", "vae_name", "name")
-OUR_FOLDERS = ("nodes", "host", "ops", "attention", "memory", "kernels")
+OUR_FOLDERS = ("nodes", "host", "ops", "attention", "memory", "kernels", "text")
 
 
 def page(node: str, language: str) -> str:

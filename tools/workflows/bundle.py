@@ -22,6 +22,7 @@ class Workflow:
         design: makes it.
         varies: how it differs from the template in files and settings, where it is meant to.
         adapt: makes the variant of the template that it is to be compared with.
+        added: core's nodes that it has and the template has not; its picture is another one then.
     """
 
     title: str
@@ -30,6 +31,7 @@ class Workflow:
     design: Callable[[ObjectInfo], Design]
     varies: str = ""
     adapt: Callable[[Flat], None] | None = None
+    added: tuple[str, ...] = ()
 
 
 WORKFLOWS: dict[str, Workflow] = {
@@ -48,6 +50,13 @@ WORKFLOWS: dict[str, Workflow] = {
     ),
     "qwen_image_text_to_image": Workflow(
         "Qwen-Image", "Text to image", qwen_image.TEXT_TO_IMAGE, qwen_image.text_to_image
+    ),
+    "qwen_image_rewrite_the_prompt": Workflow(
+        "Rewrite the prompt",
+        "then make the picture, Qwen-Image",
+        qwen_image.TEXT_TO_IMAGE,
+        qwen_image.rewrite_the_prompt,
+        added=("TextGenerate",),
     ),
     "qwen_image_edit": Workflow("Qwen-Image-Edit", "Edit an image", qwen_image.EDIT, qwen_image.image_edit),
     "quantize_qwen_image_once_and_save": Workflow(

@@ -38,6 +38,23 @@ Quantizes Qwen-Image once, tries it on a picture and saves it. The file is in Co
 
 Quantizing needs a few layers' worth of main memory, not the whole model."""
 
+ABOUT_REWRITE = """\
+{template} of ComfyUI's own templates, with the same files and settings; before the picture is made, its prompt is \
+rewritten by the text encoder that the graph has loaded anyway.
+
+- **Text Generation**: the encoder writes on the GPU, one captured graph a token, from its quantized weights.
+- **Rewrite the prompt**: what to write, and the prompt itself, below the empty line. Another `seed`, another text.
+- **The prompt that was written** goes into the picture.
+- **Attention**, **Memory Manager**, **Release Component** and the **reports**: as in *qwen_image_text_to_image*.
+
+The encoder's file must hold its output head (`lm_head`)."""
+
+_REWRITE = """\
+Rewrite this into one detailed prompt for an image model: subject, surroundings, light, colors, style. One paragraph, and \
+nothing before or after it.
+
+"""
+
 
 @dataclass(frozen=True)
 class _Numbers:
@@ -99,10 +116,43 @@ def quantize_and_save(info: ObjectInfo) -> Design:
     return design
 
 
-def _prompts() -> Box:
+def rewrite_the_prompt(info: ObjectInfo) -> Design:
+    """Qwen-Image from a prompt that its own text encoder has rewritten."""
+    flat = edit.official_nodes(TEXT_TO_IMAGE, info)
+    name = "qwen_image_rewrite_the_prompt"
+    design = _text_to_image(name, flat, ABOUT_REWRITE.format(template=f"*{TEXT_TO_IMAGE}*"))
+    prompt = flat[_POSITIVE].values.pop("text")
+    flat[_POSITIVE].title = "Rewritten prompt"
+    flat["writer"] = edit.own("LowbitTextGeneration", None, {"clip": ("memory", 1)})
+    flat["write"] = edit.own(
+        "TextGenerate",
+        "Rewrite the prompt",
+        {"clip": ("writer", 0)},
+        prompt=_REWRITE + prompt,
+        max_length=256,
+        sampling_mode="on",
+        **{"sampling_mode.seed": 0},
+    )
+    flat["written"] = edit.own("PreviewAny", "The prompt that was written", {"source": ("write", 0)})
+    flat[_POSITIVE].links["text"] = ("write", 0)
+    flat[_POSITIVE].links["clip"] = ("writer", 0)
+    design.subgraphs["rewrite"] = Subgraph(
+        "Rewrite the prompt",
+        row("writer", column("write", above=160), column(_POSITIVE, "written")),
+        inputs={"clip": ("memory", 1)},
+        outputs={"positive": (_POSITIVE, 0)},
+        widgets=[Exposed("prompt", (("write", "prompt"),)), Exposed("seed", (("write", "sampling_mode.seed"),))],
+    )
+    design.box = _root(_prompts("rewrite", above=480))
+    design.routes[(_TEXT.decode, "vae")] = (f"under {_NEGATIVE} {_LATENT}",)
+    design.extra_heights |= {"rewrite": 150, "write": 200, "written": 160, _POSITIVE: 0}
+    return design
+
+
+def _prompts(positive: str = _POSITIVE, above: int = 320) -> Box:
     return row(
-        column(_POSITIVE, _NEGATIVE),
-        column(_LATENT, above=320),
+        column(positive, _NEGATIVE),
+        column(_LATENT, above=above),
         title="Prompt and size",
         above=410,
         left=100,

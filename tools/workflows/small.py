@@ -20,6 +20,7 @@ INPUTS: Mapping[tuple[str, str], Any] = {
     ("WanInfiniteTalkToVideo", "motion_frame_count"): 1,
     ("BasicScheduler", "steps"): STEPS,
     ("LowbitMemoryManager", "vram_limit_gib"): 0.0,
+    ("TextGenerate", "max_length"): 8,
 }
 """(class, input) -> value. The memory limit is that of a GPU, which the CPU has not."""
 

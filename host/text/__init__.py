@@ -1,0 +1,1 @@
+"""Decoding behind core's clip.generate. Start at route.py."""

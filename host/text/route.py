@@ -1,0 +1,107 @@
+"""Puts our decoding behind a CLIP: what asks it for text gets our loop, what encodes prompts notices nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.sd
+import torch
+from comfy.sd1_clip import SDClipModel
+from comfy.text_encoders import qwen_vl
+from comfy.text_encoders.llama import BaseGenerate, Qwen25_7BVLI
+
+from .generating import TextGeneration, generate_text
+
+_KEY = "lowbit_text_generation"
+_ROUTED = "_lowbit_routes_text"
+
+
+def install(clip: comfy.sd.CLIP, settings: TextGeneration) -> comfy.sd.CLIP:
+    """A clone of `clip` whose text is made by this pack, through whatever node calls its `generate`."""
+    _route()
+    clone = clip.clone()
+    clone.patcher.model_options[_KEY] = settings
+    return clone
+
+
+def find(clip: comfy.sd.CLIP) -> TextGeneration | None:
+    """What `install` put on it, or None."""
+    return clip.patcher.model_options.get(_KEY)
+
+
+def _route() -> None:
+    """Have core's `CLIP.generate` look for our settings, once a process.
+
+    They travel with the patcher's options, as a LoRA loader behind our node clones the CLIP into a fresh object.
+    """
+    core = comfy.sd.CLIP.generate
+    if getattr(core, _ROUTED, False):
+        return
+
+    @functools.wraps(core)
+    def routed(self: comfy.sd.CLIP, *args: Any, **kwargs: Any) -> list[int]:
+        settings = find(self)
+        if settings is None:
+            return core(self, *args, **kwargs)
+        with decoding_here(self.cond_stage_model, settings):
+            return core(self, *args, **kwargs)
+
+    setattr(routed, _ROUTED, True)
+    comfy.sd.CLIP.generate = routed
+
+
+@contextlib.contextmanager
+def decoding_here(model: torch.nn.Module, settings: TextGeneration) -> Iterator[None]:
+    """For as long as this lasts, the generating text encoders in `model` decode through this pack."""
+    routed: list[Any] = []
+    for module in model.modules():
+        if isinstance(module, BaseGenerate):
+            module.generate = functools.partial(generate_text, module, settings)
+        elif isinstance(module, SDClipModel) and isinstance(module.transformer, Qwen25_7BVLI):
+            module.generate = functools.partial(_generate_from_images, module)
+        else:
+            continue
+        routed.append(module)
+    try:
+        yield
+    finally:
+        for module in routed:
+            del module.generate
+
+
+def _generate_from_images(
+    module: Any,
+    tokens: Any,
+    do_sample: bool,
+    max_length: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    presence_penalty: float = 0.0,
+) -> list[int]:
+    """Core's `SDClipModel.generate` for Qwen2.5-VL, with the positions of images that core gives its encoding only."""
+    if isinstance(tokens, dict):
+        tokens = next(iter(tokens.values()))
+    embeds, _, _, infos = module.process_tokens(
+        [[token[0] for token in line] for line in tokens], module.execution_device
+    )
+    positions = qwen_vl.qwen2vl_mrope_position_ids(infos, embeds.shape[1], embeds.device)
+    return module.transformer.generate(
+        embeds,
+        do_sample,
+        max_length,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        seed,
+        presence_penalty=presence_penalty,
+        position_ids=positions,
+    )
