@@ -368,8 +368,16 @@ SHOWN: dict[str, Shown] = {
             "decoder": "contender",
             "tokens/s": "tokens_per_second",
             "first token, s": "first_token_seconds",
+            "prompt": "prompt_tokens",
             "peak VRAM": lambda row: gib(row.get("peak_bytes")),
         },
+        "In ComfyUI, drawn weights, greedy. Peak: what PyTorch held; weights in dynamic VRAM lie outside it.",
+    ),
+    "text_quality": Shown(
+        "text_quality.json",
+        lambda record: record["rows"],
+        {"model": "model", "weights": "weights", "what is seen": "contender", "perplexity": "perplexity"},
+        "On the first 800 tokens of the GPL; the cache counts from the 100th on.",
     ),
 }
 """A marker's name -> what stands there."""
