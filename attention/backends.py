@@ -103,6 +103,7 @@ class Backend:
     missing: why the package or kernel is not there, None when it is. error_class: key of ERROR_LIMITS.
     capabilities: inclusive (lowest, highest) ranges of compute capability, empty for any device. head_dims: (lowest, highest).
     contiguous: q, k and v must be contiguous in (batch, heads, length, head_dim); others take any strides with a last of 1.
+    as_they_are: it takes any strides and addresses at all, so that nothing is ever copied for it.
     tested_on: compute capabilities, or "CPU", where this project has run it.
     max_kv_len: by compute capability, the longest kv for which the error class was seen to hold. further_limit: why a
     call is refused for a reason only this backend has. runtime_check: torch's own word on the very tensors.
@@ -124,6 +125,7 @@ class Backend:
     scale: bool = True
     other_value_dim: bool = False
     contiguous: bool = False
+    as_they_are: bool = False
     max_elements: int | None = None
     min_kv_len: int = 1
     max_kv_len: tuple[tuple[tuple[int, int], int], ...] = ()
@@ -316,6 +318,7 @@ BACKENDS: tuple[Backend, ...] = (
         capabilities=(((8, 9), (99, 0)),),
         head_dims=(32, 128),
         masks=("keys",),
+        as_they_are=True,
         tested_on=("9.0",),
     ),
     Backend(
@@ -328,6 +331,7 @@ BACKENDS: tuple[Backend, ...] = (
         capabilities=AMPERE_AND_NEWER,
         head_dims=(32, 128),
         masks=("keys",),
+        as_they_are=True,
         tested_on=("9.0",),
     ),
     Backend(

@@ -173,8 +173,10 @@ class Dispatcher:
             if kernel is None:
                 out = core(drop_mask)
             else:
-                contiguous = candidate.contiguous
-                q, k, v = checks.prepared(q, contiguous), checks.prepared(k, contiguous), checks.prepared(v, contiguous)
+                if not candidate.as_they_are:
+                    contiguous = candidate.contiguous
+                    q, k = checks.prepared(q, contiguous), checks.prepared(k, contiguous)
+                    v = checks.prepared(v, contiguous)
                 out = kernel(q, k, v, mask if mask is None else normalized(mask), scale)
                 if out.shape != plan.out_shape:
                     raise WrongOutput(f"it gave {tuple(out.shape)} instead of {tuple(plan.out_shape)}")

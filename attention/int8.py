@@ -38,6 +38,9 @@ def int8_attention(
     Returns:
         (batch, heads, queries, head_dim) in q's dtype, tokens first in memory; (batch, heads, queries) float32 or None.
     """
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return int8_attention(q, k, v, mask, scale, fp8_values, with_lse)
     batch, heads, queries, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)

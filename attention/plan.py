@@ -68,13 +68,14 @@ class Request(NamedTuple):
 class Candidate:
     """A backend ready for one shape. kernel is None for ComfyUI's own attention."""
 
-    __slots__ = ("backend", "kernel", "contiguous", "limit", "lossy", "tally", "struck")
+    __slots__ = ("backend", "kernel", "contiguous", "as_they_are", "limit", "lossy", "tally", "struck")
 
     def __init__(self, name: str, tally: Tally, kernel: Kernel | None, contiguous: bool, lossy: bool, limit: float):
         self.backend = name
         self.tally = tally
         self.kernel = kernel
         self.contiguous = contiguous
+        self.as_they_are = False
         self.lossy = lossy
         self.limit = limit
         self.struck: Struck | None = None
@@ -82,7 +83,9 @@ class Candidate:
     @classmethod
     def of(cls, backend: Backend, tally: Tally, kernel: Kernel, limit: float) -> Candidate:
         """A row of the table, held to `limit`."""
-        return cls(backend.name, tally, kernel, backend.contiguous, backend.error_class != "exact", limit)
+        candidate = cls(backend.name, tally, kernel, backend.contiguous, backend.error_class != "exact", limit)
+        candidate.as_they_are = backend.as_they_are
+        return candidate
 
     @classmethod
     def own(cls, name: str, tally: Tally, lossy: bool, limit: float) -> Candidate:
@@ -93,7 +96,9 @@ class Candidate:
         """The output for a request whose mask has four dimensions, unchecked."""
         if self.kernel is None:
             return request.own(self.backend)
-        q, k, v = (prepared(x, self.contiguous) for x in request[:3])
+        q, k, v = request[:3]
+        if not self.as_they_are:
+            q, k, v = (prepared(x, self.contiguous) for x in (q, k, v))
         return self.kernel(q, k, v, request.mask, request.scale)
 
 

@@ -203,7 +203,8 @@ def _quantize_keys_values_kernel(
         x = _rows_of(k + batch * k_b, head, rows, inside, k_h, k_l, k_d, HEAD_DIM, D)
         # A quarter: the difference of two finite numbers may be none.
         x = _rotated(tl.where(inside[:, None], x * 0.25 - mean[None, :] * 0.25, 0.0), rotation_ptr, D)
-        scale, inverse = _row_scale(tl.max(tl.max(_magnitude_bits(x), 1), 0), 127.0, smallest)
+        largest_of_all = tl.max(tl.reshape(_magnitude_bits(x), [ROWS * D]), 0)
+        scale, inverse = _row_scale(largest_of_all, 127.0, smallest)
         tl.store(k_scale + pair * tl.num_programs(0) + block, scale)
         first = (pair.to(tl.int64) * tl.num_programs(0) + block) * ROWS
         tl.store(k_codes + (first + place)[:, None] * D + column[None, :], _to_grid(x * inverse, True))

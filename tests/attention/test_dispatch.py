@@ -387,3 +387,14 @@ def test_another_thread_may_plan_while_plans_are_walked(method, monkeypatch):
         "unbar": lambda: target.unbar(["lossy"]),
     }[method]()
     assert len(plans) > before
+
+
+@pytest.mark.parametrize("as_they_are", [False, True])
+def test_nothing_is_copied_for_a_backend_that_takes_any_strides(as_they_are):
+    recorder = fakes.Recorder()
+    target = dispatcher(fakes.backend("ours", recorder, as_they_are=as_they_are))
+    q, k, v = fakes.qkv()
+    k, v = (x[:, :1].expand_as(x) for x in (k, v))
+    run(target, q, k, v, times=SETTLED + 1)
+    assert {call[1].data_ptr() == k.data_ptr() for call in recorder.calls} == {as_they_are}
+    assert {call[1].stride(1) == 0 for call in recorder.calls} == {as_they_are}

@@ -34,10 +34,10 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
 
 LAUNCHING = (
     "attend_cache",
-    "cache_heads",
     "attention_hopper",
     "attention_int8",
     "attention_quantize",
+    "cache_heads",
     "decode_rows",
     "evict_slot",
     "gate_rows",
@@ -53,8 +53,6 @@ LAUNCHING = (
 DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "norm_rows")
 """Of them, those that choose between Triton and plain torch themselves."""
 
-COUNTING = ("attend_cache", "attention_hopper", "matmul_rows")
-"""Those that ask how many multiprocessors there are."""
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 """Shared memory that a block may have. Source: CUDA C++ Programming Guide, table of compute capabilities."""
 
@@ -110,7 +108,7 @@ def compiled(monkeypatch):
 
     for name in LAUNCHING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "launch", compiles)
-    for name in ("ops.linear_paths", *(f"kernels.{name}" for name in COUNTING)):
+    for name in ("ops.linear_paths", "kernels.matmul_rows", "kernels.attend_cache", "kernels.attention_hopper"):
         monkeypatch.setattr(importlib.import_module(f"lowbit.{name}"), "multiprocessor_count", lambda index: 132)
     for name in DECODING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "kernels_run_on", lambda x: True)
@@ -145,6 +143,30 @@ def test_decoded_nvfp4_weights_stay_in_registers(cc, rows, block_m, compiled, mo
     (metadata,) = (kernel for kernel in compiled.kernels if kernel.name == "_matmul_blocks_kernel")
     block_m = max(block_m, SMALLEST_DOT)
     assert metadata.shared <= 512 * block_m * 2 + 64 * block_m * 4 + 1024
+
+
+ATTENTION = ((torch.bfloat16, 128, False), (torch.float16, 80, True))
+"""dtype, head dim, whether with a mask and the log-sum-exp."""
+
+
+@pytest.mark.parametrize(("cc", "hopper"), [*((cc, False) for cc in SHARED_KIB), *(((9, 0), True),) * GLUON_FOUND])
+@pytest.mark.parametrize(("dtype", "head_dim", "more"), ATTENTION)
+def test_attention_compiles_and_fits(cc, hopper, dtype, head_dim, more, compiled):
+    """hopper: the kernel of cc 9.0 and Triton 3.6."""
+    compiled.use(cc)
+    q, k, v = (torch.randn(1, 2, 200, head_dim).to(dtype) for _ in range(3))
+    mask = torch.ones(1, 200, dtype=torch.bool) if more else None
+    lse = torch.empty(1, 2, 200) if more else None
+    for fp8 in [True, False] if cc >= (8, 9) else [False]:
+        tiles = tiles_for(cc, fp8)
+        quantized = quantize_attention(q, k, v, mask, 0.1, QUERY_BLOCK if hopper else tiles.rows, fp8, shift=more)
+        if hopper:
+            attend_hopper(quantized, v, mask, torch.empty_like(q), lse)
+        else:
+            attend_int8(quantized, v, mask, torch.empty_like(q), lse, tiles)
+    assert len(compiled.kernels) == (8 if cc >= (8, 9) else 4)
+    for kernel in compiled.kernels:
+        assert kernel.shared <= SHARED_KIB[cc] * 1024, (kernel.name, kernel.shared)
 
 
 @pytest.mark.parametrize("cc", SHARED_KIB)
@@ -182,29 +204,3 @@ def test_weights_multiplied_together_compile(cc, kind, dtype, compiled):
         options = {"kind": kind, "gate": gate, "assembly": True}
         matvec_together(x, weights, [scale] * len(rows), [None] * len(rows), out, **options)
     assert len(compiled.kernels) == 3
-
-
-ATTENTION = ((torch.bfloat16, 128, False), (torch.float16, 80, True))
-"""dtype, head dim, whether with a mask and the log-sum-exp."""
-
-
-@pytest.mark.parametrize("cc", SHARED_KIB)
-@pytest.mark.parametrize("hopper", [False, True])
-@pytest.mark.parametrize(("dtype", "head_dim", "more"), ATTENTION)
-def test_attention_compiles_and_fits(cc, hopper, dtype, head_dim, more, compiled):
-    if hopper and (cc != (9, 0) or not GLUON_FOUND):
-        pytest.skip("Hopper's kernel, of Triton 3.6")
-    compiled.use(cc)
-    q, k, v = (torch.randn(1, 2, 200, head_dim).to(dtype) for _ in range(3))
-    mask = torch.ones(1, 200, dtype=torch.bool) if more else None
-    lse = torch.empty(1, 2, 200) if more else None
-    for fp8 in [True, False] if cc >= (8, 9) else [False]:
-        tiles = tiles_for(cc, fp8)
-        quantized = quantize_attention(q, k, v, mask, 0.1, QUERY_BLOCK if hopper else tiles.rows, fp8, shift=more)
-        if hopper:
-            attend_hopper(quantized, v, mask, torch.empty_like(q), lse)
-        else:
-            attend_int8(quantized, v, mask, torch.empty_like(q), lse, tiles)
-    assert len(compiled.kernels) == (8 if cc >= (8, 9) else 4)
-    for kernel in compiled.kernels:
-        assert kernel.shared <= SHARED_KIB[cc] * 1024, (kernel.name, kernel.shared)
