@@ -71,12 +71,14 @@ class Shown:
         rows: the file's content to rows.
         columns: heading -> a key of a row, or what makes a cell of it.
         note: a sentence above the table.
+        goals: whether the file's goals stand above it too.
     """
 
     file: str
     rows: Callable[[dict[str, Any]], Iterable[Row]]
     columns: dict[str, str | Callable[[Row], str]] = field(default_factory=dict)
     note: str = ""
+    goals: bool = True
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -90,7 +92,7 @@ class Shown:
         if record is None:
             return f"Not measured yet: no `{self.file}`."
         parts = [f"{where(record)} (`benchmarks/results/{self.file}`). {self.note}".rstrip()]
-        if record.get("goals"):
+        if self.goals and record.get("goals"):
             parts.append(goals(record))
         cells = [
             [cell(row) if callable(cell) else number_or_text(row.get(cell)) for cell in self.columns.values()]
@@ -172,6 +174,11 @@ def ratio(over: str, under: str) -> Callable[[Row], str]:
     return lambda row: f"{row[over] / row[under]:.2f}" if row.get(over) and row.get(under) else ""
 
 
+def ratio_text(key: str) -> Callable[[Row], str]:
+    """A ratio of a row, two decimals."""
+    return lambda row: "" if row.get(key) is None else f"{row[key]:.2f}"
+
+
 def key_percent(key: str) -> Callable[[Row], str]:
     """An error of a row."""
     return lambda row: percent(row.get(key))
@@ -216,7 +223,29 @@ LINEAR = {
     "more memory at the peak, MiB": "extra_peak_mib",
     "error": key_percent("relative_error"),
 }
+STEPS_NOTE = "Whole steps of real ComfyUI at real dimensions with fewer blocks and random weights, CFG on."
+HEADLINE = (
+    "stock, bf16",
+    "stock, our FP8 file",
+    "auto, attention exact",
+    "auto, attention fast",
+    "FP8, attention fast",
+)
+"""The contenders of steps.json that say what a user gains."""
 SHOWN: dict[str, Shown] = {
+    "headline": Shown(
+        "steps.json",
+        lambda record: [row for row in record["rows"] if row["contender"] in HEADLINE],
+        {
+            "model": "model",
+            "": "contender",
+            "s/step": "seconds",
+            "times stock bf16": ratio_text("speedup"),
+            "error against bf16": key_percent("error"),
+        },
+        STEPS_NOTE,
+        goals=False,
+    ),
     "steps": Shown(
         "steps.json",
         lambda record: record["rows"],
@@ -224,12 +253,11 @@ SHOWN: dict[str, Shown] = {
             "model": "model",
             "contender": "contender",
             "s/step": "seconds",
-            "times stock bf16": "speedup",
-            "times stock FP8": "speedup_over_fp8",
-            "peak VRAM": lambda row: gib(row.get("peak_bytes")),
+            "times stock bf16": ratio_text("speedup"),
+            "times stock FP8": ratio_text("speedup_over_fp8"),
             "error against bf16": key_percent("error"),
         },
-        "Whole steps of real ComfyUI at real dimensions with fewer blocks and random weights, CFG on.",
+        STEPS_NOTE,
     ),
     "formats": Shown("formats.json", named_rows, FORMAT_ERRORS, "Relative, on Gaussian weights."),
     "quality": Shown(
@@ -316,6 +344,19 @@ SHOWN: dict[str, Shown] = {
         "(Qwen-Image) and 64 GiB (Wan). Rows without a fastest step did not wait for the GPU at each step: only their "
         "totals count. Each row is one run beside others on a machine whose processor was shared.",
     ),
+    "gguf": Shown(
+        "gguf.json",
+        lambda record: record["rows"],
+        {
+            "block format": "kind",
+            "rows": "rows",
+            "stored anew, ms": "ms",
+            "decoded at every call, ms": "peer_ms",
+            "error": key_percent("error"),
+            "error of decoding at every call": key_percent("peer_error"),
+        },
+        "One layer of 13,824 x 5,120 as int8_convrot_fast, beside ComfyUI-GGUF's decoder and a 16-bit product.",
+    ),
     "textgen": Shown(
         "textgen.json",
         lambda record: record["rows"],
@@ -325,8 +366,15 @@ SHOWN: dict[str, Shown] = {
             "decoder": "contender",
             "tokens/s": "tokens_per_second",
             "first token, s": "first_token_seconds",
-            "peak VRAM": lambda row: gib(row.get("peak_bytes")),
+            "prompt": "prompt_tokens",
         },
+        "In ComfyUI, drawn weights, greedy. Peak: what PyTorch held; weights in dynamic VRAM lie outside it.",
+    ),
+    "text_quality": Shown(
+        "text_quality.json",
+        lambda record: record["rows"],
+        {"model": "model", "weights": "weights", "what is seen": "contender", "perplexity": "perplexity"},
+        "On the first 800 tokens of the GPL; the cache counts from the 100th on.",
     ),
 }
 """A marker's name -> what stands there."""

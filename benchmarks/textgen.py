@@ -155,11 +155,13 @@ def judged(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
 
 
 def keep(path: Path, model: str, rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
-    """Write the rows and goals of one model into a results file, in place of what it has of that model."""
+    """Write the rows and goals of one model into a results file, in place of what it has of that model in these weights."""
     record = json.loads(path.read_text()) if path.exists() else {"rows": [], "goals": []}
     record["environment"] = environment()
-    record["rows"] = [row for row in record["rows"] if row["model"] != model] + rows
-    record["goals"] = [goal for goal in record["goals"] if not goal["name"].startswith(f"{model}: ")] + found
+    made = {(model, row["weights"]) for row in rows}
+    named = {goal["name"] for goal in found}
+    record["rows"] = [row for row in record["rows"] if (row["model"], row["weights"]) not in made] + rows
+    record["goals"] = [goal for goal in record["goals"] if goal["name"] not in named] + found
     goals.write(path, record)
 
 

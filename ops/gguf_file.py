@@ -175,7 +175,7 @@ def _tokenizer(path: Path, reader: GGUFReader) -> TensorEntry:
         raise CapabilityError(
             f"{path.name} holds a tokenizer, which is made anew with 'sentencepiece' and 'protobuf': install both."
         ) from None
-    model = sentencepiece_model_pb2.ModelProto()
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     tokens = (_list(reader, f"tokenizer.ggml.{part}") for part in ("tokens", "scores", "token_type"))
     for token, score, kind in zip(*tokens, strict=True):
         model.pieces.add(piece=bytes(token).decode("utf-8"), score=float(score[0]), type=int(kind[0]))

@@ -47,9 +47,6 @@ OTHER_PACKAGES: dict[str, set[str]] = {
 }
 """The folders that run without ComfyUI -> the packages they import."""
 
-UNMENDED = ({("attention", "plan"), ("attention", "trial")},)
-"""Circles that are still there: whoever mends one takes it out here, and none is added."""
-
 
 @pytest.fixture(scope="module")
 def known():
@@ -63,7 +60,7 @@ def arrows(known):
 
 def test_no_modules_import_each_other(arrows):
     assert arrows
-    assert imports.circles(arrows) == list(UNMENDED)
+    assert imports.circles(arrows) == []
 
 
 def test_a_circle_is_found_however_long():

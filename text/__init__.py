@@ -1,1 +1,1 @@
-"""Generating text token by token: sampling, key-value caches and the decoding step, without ComfyUI. Start at decoder.py."""
+"""Writing text token by token, without ComfyUI: sampling, key-value caches and the decoding step. Start with decoder.py."""

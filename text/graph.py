@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
+
+
+@functools.lru_cache(maxsize=16)
+def _place(index: int) -> tuple[torch.cuda.Stream, torch.cuda.CUDAGraph]:
+    """The stream that steps of a device are captured on, and a graph of nothing whose memory pool they all share.
+
+    A stream or a pool of each capture's own would stay behind when it is over: kernels keep scratch memory by stream, and
+    the allocator does not use a dead graph's pool again.
+    """
+    stream, graph = torch.cuda.Stream(index), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        torch.zeros(1, device=torch.device("cuda", index))
+        graph.capture_end()
+    return stream, graph
 
 
 class StepGraph:
@@ -17,7 +33,7 @@ class StepGraph:
     def __init__(self, step: Callable[[], None], generator: torch.Generator | None) -> None:
         """`generator`: where the step's random numbers come from, or None."""
         self._step, self._generator = step, generator
-        self._stream = torch.cuda.Stream()
+        self._stream, self._pool = _place(torch.cuda.current_device())
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
 
@@ -40,7 +56,7 @@ class StepGraph:
         self._stream.wait_stream(current)
         # Not torch.cuda.graph: it empties the allocator's cache first, which takes as long as dozens of tokens.
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool.pool(), capture_error_mode="thread_local")
             try:
                 self._step()
             finally:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 
 import torch
 
+from ..kernels.runtime import kernels_run_on
 from .decoder import Decoder
 from .graph import StepGraph
 
@@ -31,7 +32,8 @@ def generate(
     tokens = decoder.tokens
     step: Callable[[], None] = decoder.step
     captured = None
-    if graph and tokens.is_cuda:
+    # Without Triton a step waits for the device, which a graph cannot hold.
+    if graph and tokens.is_cuda and kernels_run_on(tokens):
         step = captured = StepGraph(decoder.step, decoder.sampler.generator)
     look = STEPS_A_LOOK if tokens.is_cuda else 1
     made: list[int] = tokens[:1].tolist()

@@ -8,6 +8,7 @@ whole blocks, from hooks in a model's code; here the same calls are made from ou
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -44,14 +45,19 @@ class BlockFetcher:
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled and not missing(FETCHING)
+        self._ran: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def __call__(self, executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`executor`, with hooks on the model's blocks for as long as it runs."""
         if torch.compiler.is_compiling() or not self.enabled:
             return executor(x, *args, **kwargs)
-        blocks = blocks_of(executor.class_obj)  # type: ignore[attr-defined]
+        model = executor.class_obj  # type: ignore[attr-defined]
+        blocks = blocks_of(model)
         queue = None
-        if stream(blocks):
+        # Weights that come off the disk hold this thread up, and a whole block of them holds the GPU up with it.
+        cold = model not in self._ran
+        self._ran.add(model)
+        if stream(blocks) and not (cold and empty(blocks)):
             queue = prefetch.make_prefetch_queue(list(blocks), x.device, _options(args, kwargs))
         if queue is None:
             return executor(x, *args, **kwargs)
@@ -136,9 +142,19 @@ def blocks_of(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
 
 def stream(blocks: Sequence[torch.nn.Module]) -> bool:
     """Whether dynamic VRAM has some of these blocks' model in main memory only."""
-    paged = (vars(module).get("_v") for block in blocks for module in block.modules())
-    pages = next((page[0] for page in paged if page is not None), None)
+    pages = _pages(blocks)
     return pages is not None and int(pages.loaded_size()) < int(pages.offset)
+
+
+def empty(blocks: Sequence[torch.nn.Module]) -> bool:
+    """Whether none of their model is on the GPU yet."""
+    pages = _pages(blocks)
+    return pages is not None and not int(pages.loaded_size())
+
+
+def _pages(blocks: Sequence[torch.nn.Module]) -> Any:
+    paged = (vars(module).get("_v") for block in blocks for module in block.modules())
+    return next((page[0] for page in paged if page is not None), None)
 
 
 def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

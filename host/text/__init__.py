@@ -1,1 +1,1 @@
-"""Decoding behind core's clip.generate. Start at route.py."""
+"""Text generation in ComfyUI, decoding behind clip.generate: start with route.py."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from comfy.text_encoders import gemma4, llama, qwen35
 
 from ...kernels.cache_heads import HeadNorms
-from ...text.caches import CachePolicy, LayerCache
+from ...text.caches import CachePolicy, LayerCache, RingCache
 from ...text.decoder import Model
 from ...text.layers import Attention, FeedForward, Layer, Rotation
 from .delta_net import DeltaNet
@@ -106,10 +106,12 @@ def _feed_forward(module: Any, weights: Weights, config: Any) -> FeedForward:
 
 
 def _head_norms(attention: Any, weights: Weights, value: bool = False) -> HeadNorms:
-    modules = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    eps = next((module.eps for module in modules if module is not None), 1e-6)
-    query, key = (None if module is None else _norm(module, weights) for module in modules)
-    return HeadNorms(query=query, key=key, value=value, eps=eps)
+    options: dict[str, Any] = {"value": value}
+    for ours, name in (("query", "q_norm"), ("key", "k_norm")):
+        module = getattr(attention, name, None)
+        if module is not None:
+            options |= {ours: _norm(module, weights), "eps": module.eps}
+    return HeadNorms(**options)
 
 
 def _rotations(tables: Any) -> list[Rotation]:
@@ -246,8 +248,6 @@ def _gemma4_rotation(matrices: torch.Tensor) -> Rotation:
 
 
 def _gemma4_cache(filled: Any, count: int) -> LayerCache:
-    from ...text.caches import RingCache
-
     kind = RingCache if isinstance(filled, gemma4.RingKV) else LayerCache
     return kind(filled.key[0], filled.value[0], count)
 

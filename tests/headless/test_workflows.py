@@ -245,7 +245,7 @@ def test_bundled_workflow_has_the_nodes_files_and_settings_of_its_template(info,
         assert not used & stock
     else:
         assert "LowbitOptimize" in used
-        assert not used & (SINGLE_NODES - {"LowbitLoadDiffusionModel"})
+        assert not used & (SINGLE_NODES - {"LowbitLoadDiffusionModel", "LowbitLoadTextEncoder"})
 
 
 def test_one_workflow_shows_every_node(info):

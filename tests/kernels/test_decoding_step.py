@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,12 @@ from lowbit.kernels.matvec_together import PLAIN, matvec_together
 from lowbit.kernels.norm_rows import add_norm, add_norm_reference
 from lowbit.kernels.quantize_rows import apply_activation
 from lowbit.kernels.runtime import INTERPRETED
+from lowbit.ops.layouts import register_layouts
+from lowbit.text.linears import HeldLinears, Linear
+
+from .stored import MAKERS
+
+register_layouts()
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 DTYPES = st.sampled_from(list(TOLERANCE))
@@ -162,3 +169,20 @@ def test_evict_slot(heads, slots, window, start, step):
     assert slot.tolist() == evict_slot_reference(*twins, place, start, window).tolist()
     assert torch.equal(gathered, twins[0])
     assert torch.equal(born, twins[1])
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_tensor", "e4m3", "nvfp4", "e5m2", "int8_convrot", "mxfp8"])
+def test_held_linears_of_any_kind_multiply_as_each_alone(name, device):
+    """Together where a kernel takes them, else one by one; and act(first) * second."""
+    layout, options = MAKERS[name]
+    weights = [
+        QuantizedTensor.from_float(torch.randn(count, 512, device=device), layout, **options) for count in (128, 128)
+    ]
+    x = torch.randn(1, 512, device=device).half()
+    bias = torch.randn(128, device=device).half()
+    linears = HeldLinears([Linear(weight, bias) for weight in weights])
+    expected = [torch.nn.functional.linear(x.float(), weight.dequantize().float(), bias.float()) for weight in weights]
+    for actual, wanted in zip(linears(x), expected, strict=True):
+        torch.testing.assert_close(actual.float() / 20, wanted / 20, rtol=6e-3, atol=6e-3)
+    wanted = torch.nn.functional.silu(expected[0]) * expected[1]
+    torch.testing.assert_close(linears.gated(x, "silu").float() / 400, wanted / 400, rtol=6e-3, atol=6e-3)

@@ -45,7 +45,7 @@ rewritten by the text encoder that the graph has loaded anyway.
 - **Text Generation**: the encoder writes on the GPU, one captured graph a token, from its quantized weights.
 - **Rewrite the prompt**: what to write, and the prompt itself, below the empty line. Another `seed`, another text.
 - **The prompt that was written** goes into the picture.
-- **Attention**, **Memory Manager**, **Release Component** and the **reports**: as in *qwen_image_text_to_image*.
+- **Optimize**: as in *qwen_image_text_to_image*.
 
 The encoder's file must hold its output head (`lm_head`)."""
 
@@ -119,11 +119,13 @@ def quantize_and_save(info: ObjectInfo) -> Design:
 def rewrite_the_prompt(info: ObjectInfo) -> Design:
     """Qwen-Image from a prompt that its own text encoder has rewritten."""
     flat = edit.official_nodes(TEXT_TO_IMAGE, info)
+    chosen = {widget: flat[_TEXT.clip].values[widget] for widget in ("clip_name", "type", "device")}
+    edit.replace(flat, _TEXT.clip, "LowbitLoadTextEncoder", format="auto", **chosen)
     name = "qwen_image_rewrite_the_prompt"
     design = _text_to_image(name, flat, ABOUT_REWRITE.format(template=f"*{TEXT_TO_IMAGE}*"))
     prompt = flat[_POSITIVE].values.pop("text")
     flat[_POSITIVE].title = "Rewritten prompt"
-    flat["writer"] = edit.own("LowbitTextGeneration", None, {"clip": ("memory", 1)})
+    flat["writer"] = edit.own("LowbitTextGeneration", None, {"clip": ("optimize", 1)})
     flat["write"] = edit.own(
         "TextGenerate",
         "Rewrite the prompt",
@@ -139,7 +141,7 @@ def rewrite_the_prompt(info: ObjectInfo) -> Design:
     design.subgraphs["rewrite"] = Subgraph(
         "Rewrite the prompt",
         row("writer", column("write", above=160), column(_POSITIVE, "written")),
-        inputs={"clip": ("memory", 1)},
+        inputs={"clip": ("optimize", 1)},
         outputs={"positive": (_POSITIVE, 0)},
         widgets=[Exposed("prompt", (("write", "prompt"),)), Exposed("seed", (("write", "sampling_mode.seed"),))],
     )

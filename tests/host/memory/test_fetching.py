@@ -134,6 +134,15 @@ def test_streams_are_its_own_and_the_same_at_every_step(core):
     assert len(set(map(id, core.streams))) == 1
 
 
+def test_weights_that_come_off_the_disk_for_the_first_time_come_as_core_brings_them(core):
+    """A whole block of them read at once held up the thread that launches, and with it the GPU, for seconds."""
+    model, fetcher = Model(Pages(0)), core.fetching.BlockFetcher()
+    run(core, model, fetcher)
+    assert model.ran == ["block 0", "block 1", "block 2"]
+    run(core, model, fetcher)
+    assert len(model.ran) == 3 + 6, "from the second step on, also where nothing stays on the GPU"
+
+
 def test_all_managers_of_the_process_share_one_pair(core):
     for _ in range(20):
         run(core, Model(Pages(40)))

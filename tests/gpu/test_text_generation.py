@@ -1,0 +1,52 @@
+"""Claims about writing text on a GPU in ComfyUI: the graph is the eager step bit for bit, and core's loop up to rounding."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.headless, pytest.mark.slow]
+
+MODES = {
+    "dynamic": [],
+    "legacy": ["--disable-dynamic-vram"],
+    "legacy streamed": ["--disable-dynamic-vram", "--novram"],
+}
+FORMATS = ("none", "int8", "fp8_e4m3fn_scaled", "fp4_scaled", "int8_convrot_fast")
+
+
+@pytest.fixture(scope="module", params=MODES)
+def run(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("text") / "out.json"
+    script = Path(__file__).with_name("text_process.py")
+    subprocess.run([sys.executable, str(script), str(out), *MODES[request.param]], check=True, timeout=570)
+    return request.param, json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_graph_writes_what_the_eager_step_writes(run, name):
+    mode, result = run
+    row = result["rows"][name]
+    assert row["dynamic"] is (mode == "dynamic")
+    assert row["greedy_equal"]
+    assert row["sampled_equal"]
+    assert row["heavy_equal"]
+    assert row["sampled_distinct"] > 5
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_logits_are_cores_up_to_rounding(run, name):
+    """bfloat16 has 8 bits; rotated weights go through another path of ours."""
+    errors = run[1]["rows"][name]["logit_errors"]
+    assert len(errors) == 10
+    assert max(errors) < 0.04
+
+
+def test_many_prompts_do_not_grow(run):
+    row = run[1]["rows"]["int8"]
+    assert row["grown_bytes"] < 1 << 20
+    assert row["reserved_growth"] < 1.2
