@@ -18,13 +18,13 @@ KEY_BLOCK = 128
 CHUNKS = 16
 """Parts that the keys are summed in; the next kernel adds them up in one order, so that results repeat."""
 
-LARGEST_FACTOR = 1e30
-"""Scales end here, so that no score of finite inputs leaves float32."""
+LARGEST_SCALE = 1e30
+"""Scales of queries end here: the softmax's factor in them could carry them out of float32."""
 
-_STATISTICS_ROWS, _STATISTICS_WARPS = 64, 4
+_STATISTICS_ROWS, _STATISTICS_WARPS = 32, 2
 _QUERY_ROWS, _QUERY_WARPS = 64, 4
-_KEY_WARPS = 8
-_LARGEST_FACTOR = constexpr(LARGEST_FACTOR)
+_KEY_WARPS = 4
+_LARGEST_SCALE = constexpr(LARGEST_SCALE)
 _LOG2_E = math.log2(math.e)
 
 
@@ -264,7 +264,7 @@ def _quantize_queries_kernel(
     scale, inverse = _row_scale(tl.max(_magnitude_bits(x), 1), 127.0, smallest)
     # Both rotations leave 1 / sqrt(D) too much, and K's a quarter: 4 D times the scores of exact attention.
     factor = scale * (tl.abs(softmax_scale) * 1.4426950408889634 * 4 * D)
-    tl.store(scales + place, tl.where(factor > _LARGEST_FACTOR, _LARGEST_FACTOR, factor))
+    tl.store(scales + place, tl.where(factor > _LARGEST_SCALE, _LARGEST_SCALE, factor))
     tl.store(codes + place[:, None] * D + column[None, :], _to_grid(x * inverse[:, None], True))
 
 
