@@ -9,8 +9,6 @@ some tiles of the weight's rows; the words of the next step arrive while it mult
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from .decode_tiles import e2m1_to_float32, e4m3_to_float32, swizzled_offset
@@ -194,14 +192,12 @@ def _add_product(
 
 
 @triton.jit
-def _store_partial(
-    out_ptr, acc, tile, part, m, M, N, stride, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr
-):
-    """acc (ROWS, m) to its place in the (parts, M, stride) partial products."""
+def _store_partial(out_ptr, acc, tile, part, m, M, N, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr):
+    """acc (ROWS, m) to its place in the (parts, M, N) partial products."""
     n = tile * ROWS + tl.arange(0, ROWS)
     if ASSEMBLY:
         acc = acc * (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
-    target = out_ptr + (part * M + m).to(tl.int64)[None, :] * stride + n[:, None]
+    target = out_ptr + (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(target, acc, mask=(m < M)[None, :] & (n < N)[:, None])
 
 
@@ -209,23 +205,15 @@ def _store_partial(
 def _matmul_blocks_kernel(
     x_ptr,
     w_ptr,
-    w_ptr_1,
-    w_ptr_2,
     block_scale_ptr,
-    block_scale_ptr_1,
-    block_scale_ptr_2,
     out_ptr,
     M,
     N,
-    N_1,
-    N_2,
-    stride_out,
     stride_xm,
     stride_xk,
     stride_wn,
     tiles_per_row,
     K: tl.constexpr,
-    COUNT: tl.constexpr,
     EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -238,8 +226,7 @@ def _matmul_blocks_kernel(
 ):
     """Partial products (K / (16 x WORDS x STEPS), M, N) in float32, without scale and bias; stride_wn counts words.
 
-    A program holds its part of x and goes over TILES x ROWS rows of the weight. EVEN: no tile goes beyond N. With COUNT
-    weights (and TILES 1) their rows follow each other in the output; a program beyond one weight goes on to the next.
+    A program holds its part of x and goes over TILES x ROWS rows of the weight. EVEN: no tile goes beyond N.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TOTAL: tl.constexpr = (K + 15) // 16
@@ -255,23 +242,9 @@ def _matmul_blocks_kernel(
     word_left = TOTAL - part * PART - word
     w_offset = row.to(tl.int64) * stride_wn + word
     scale_offset = swizzled_offset(row, word, tiles_per_row)
-    tile = tl.program_id(0) * TILES
-    if COUNT > 1:
-        beyond = tile - tl.cdiv(N, ROWS)
-        if beyond >= 0:
-            tile = beyond
-            w_ptr, block_scale_ptr = w_ptr_1, block_scale_ptr_1
-            out_ptr += N
-            N = N_1
-            if COUNT > 2:
-                beyond = tile - tl.cdiv(N, ROWS)
-                if beyond >= 0:
-                    tile = beyond
-                    w_ptr, block_scale_ptr = w_ptr_2, block_scale_ptr_2
-                    out_ptr += N
-                    N = N_2
     w_ptr += part * PART
     block_scale_ptr += part * (PART // 4) * 512
+    tile = tl.program_id(0) * TILES
     last = tl.minimum(tile + TILES, (N + ROWS - 1) // ROWS) - 1
     words, stored = _load_words(
         w_ptr, block_scale_ptr, tile, row, word_left, w_offset, scale_offset, N, stride_wn, tiles_per_row, ROWS, MASKED
@@ -307,14 +280,13 @@ def _matmul_blocks_kernel(
             )
             acc = _add_product(acc, words, stored, x[step], DTYPE, ASSEMBLY, ROWS, WORDS)
             words, stored = next_words, next_stored
-        _store_partial(out_ptr, acc, tile, part, m, M, N, stride_out, DTYPE, ASSEMBLY, ROWS)
+        _store_partial(out_ptr, acc, tile, part, m, M, N, DTYPE, ASSEMBLY, ROWS)
         tile = following
 
 
 WORDS_PER_STEP = 16
 STEPS_PER_PART = 2
 ROWS_PER_TILE = 64
-MOST_WEIGHTS = 3
 
 
 def block_splits(columns: int) -> int:
@@ -349,68 +321,26 @@ def matmul_blocks(
         activation: applied to x first.
         overlap: let the sum start while the products still run (cc 9.0).
     """
-    multiply_parts(
-        x,
-        [weight],
-        partial,
-        assembly=assembly,
-        hardware_e4m3=hardware_e4m3,
-        tiles=tiles,
-        activation=activation,
-        overlap=overlap,
-    )
-    sum_splits(partial, weight, bias, out, overlap)
-
-
-def multiply_parts(
-    x: torch.Tensor,
-    weights: Sequence[StoredWeight],
-    partial: torch.Tensor,
-    *,
-    assembly: bool,
-    hardware_e4m3: bool,
-    tiles: int = 1,
-    activation: str | None = None,
-    overlap: bool = False,
-) -> None:
-    """`matmul_blocks` of up to `MOST_WEIGHTS` weights in one launch, without scales, bias and the sum over K's parts.
-
-    Args:
-        weights: kind nvfp4, of one K and pitch; with more than one, `tiles` is 1.
-        partial: (block_splits(K), M, sum of N) float32, written.
-    """
     rows, columns = x.shape
     block_m = min(max(SMALLEST_DOT, power_of_two(rows)), 32)
-    missing = MOST_WEIGHTS - len(weights)
-    counts = [weight.rows for weight in weights]
-    codes = [weight.data.view(torch.int64) for weight in weights]
-    scales = [
-        weight.block_scale.view(torch.float8_e4m3fn) if hardware_e4m3 else weight.block_scale for weight in weights
-    ]
     launch(
         _matmul_blocks_kernel,
-        (
-            sum(ceil_div(count, ROWS_PER_TILE * tiles) for count in counts),
-            block_splits(columns),
-            ceil_div(rows, block_m),
-        ),
+        (ceil_div(weight.rows, ROWS_PER_TILE * tiles), block_splits(columns), ceil_div(rows, block_m)),
         (
             x,
-            *(codes + codes[:1] * missing),
-            *(scales + scales[:1] * missing),
+            weight.data.view(torch.int64),
+            weight.block_scale.view(torch.float8_e4m3fn) if hardware_e4m3 else weight.block_scale,
             partial,
             rows,
-            *(counts + [1] * missing),
-            sum(counts),
+            weight.rows,
             x.stride(0),
             x.stride(1),
-            weights[0].data.stride(0) // 8,
-            weights[0].scale_tiles_per_row,
+            weight.data.stride(0) // 8,
+            weight.scale_tiles_per_row,
         ),
         {
             "K": columns,
-            "COUNT": len(weights),
-            "EVEN": all(count % ROWS_PER_TILE == 0 for count in counts),
+            "EVEN": weight.rows % ROWS_PER_TILE == 0,
             "ACTIVATION": activation,
             "ASSEMBLY": assembly,
             "BLOCK_M": block_m,
@@ -422,3 +352,4 @@ def multiply_parts(
         },
         stages=1,
     )
+    sum_splits(partial, weight, bias, out, overlap)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,17 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.gate_rows import gate_rows
-from ..kernels.matmul_blocks import MOST_WEIGHTS as BLOCKS_AT_ONCE
-from ..kernels.matmul_blocks import block_splits, multiply_parts
-from ..kernels.matmul_decode import sum_splits
 from ..kernels.matvec_together import MOST_WEIGHTS, PLAIN, matvec_together
-from ..kernels.runtime import CAN_OVERLAP, INTERPRETED, compute_capability, kernels_run_on
-from ..kernels.stored_weight import FP8, INT8, NVFP4, StoredWeight
+from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
+from ..kernels.stored_weight import FP8, INT8
 from ..ops.linear import quantized_linear
 from ..ops.linear_weight import stored_weight
 
 _E4M3_CC = (8, 9)
-_OVERLAP_CC = (9, 0)
 
 
 class Linears(Protocol):
@@ -63,18 +58,18 @@ class HeldLinears:
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self.linears = list(linears)
-        self._together = _Together.of(self.linears) or _BlocksTogether.of(self.linears)
+        self._together = _Together.of(self.linears)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(1, K) -> (1, N) of each."""
-        if self._together is not None and self._together.takes(x):
-            return self._together(x).split([linear.weight.shape[0] for linear in self.linears], dim=-1)
+        if self._together is not None and x.shape[0] == 1:
+            return self._together(x, None).split([linear.weight.shape[0] for linear in self.linears], dim=-1)
         return tuple(linear(x) for linear in self.linears)
 
     def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
         """act(first) * second."""
-        if self._together is not None and self._together.takes(x):
-            return self._together.gated(x, activation)
+        if self._together is not None and x.shape[0] == 1:
+            return self._together(x, activation)
         gate, up = self(x)
         return gate_rows(gate, up, activation)
 
@@ -105,75 +100,14 @@ class _Together:
         biases = [linear.bias for linear in linears]
         return cls(kind, [part[1] for part in found], [part[2] for part in found], biases)
 
-    def takes(self, x: torch.Tensor) -> bool:
-        """One row."""
-        return x.shape[0] == 1
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, K) -> (1, N of all)."""
-        return self._multiply(x, None)
-
-    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """act(first) * second."""
-        return self._multiply(x, activation)
-
-    def _multiply(self, x: torch.Tensor, gate: str | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, gate: str | None) -> torch.Tensor:
+        """One row through all of them, or act(first) * second."""
         x = x.contiguous()
         total = sum(weight.shape[0] for weight in self.weights) if gate is None else self.weights[0].shape[0]
         out = torch.empty((1, total), dtype=x.dtype, device=x.device)
         kind, assembly = self.kind, not INTERPRETED
         matvec_together(x, self.weights, self.scales, self.biases, out, kind=kind, gate=gate, assembly=assembly)
         return out
-
-
-@dataclass(frozen=True)
-class _BlocksTogether:
-    """NVFP4 linears of one input: their products in one launch, the sum over the parts of K in a second."""
-
-    weights: list[StoredWeight]
-    whole: StoredWeight
-    bias: torch.Tensor | None
-
-    @classmethod
-    def of(cls, linears: Sequence[Linear]) -> _BlocksTogether | None:
-        """None for a single linear, or where one of them is of another kind."""
-        if not 1 < len(linears) <= BLOCKS_AT_ONCE or not kernels_run_on(linears[0].weight):
-            return None
-        weights = [stored_weight(linear.weight) for linear in linears]
-        found = [
-            weight for weight in weights if weight is not None and weight.kind == NVFP4 and weight.scale is not None
-        ]
-        first = found[0] if found else None
-        if first is None or len(found) < len(linears) or any(linear.input_scale is not None for linear in linears):
-            return None
-        pitches = {(w.columns, w.data.stride(), w.scale_tiles_per_row, w.data.data_ptr() % 8) for w in found}
-        with_bias = {linear.bias is None for linear in linears}
-        if len(pitches) > 1 or len(with_bias) > 1 or first.data.data_ptr() % 8 or first.data.stride(0) % 8:
-            return None
-        scale = torch.cat([w.scale.expand(w.rows) for w in found if w.scale is not None])
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        whole = dataclasses.replace(first, scale=scale, rows=scale.numel())
-        return cls(found, whole, torch.cat(biases) if biases else None)
-
-    def takes(self, x: torch.Tensor) -> bool:
-        """One row of 16 bits."""
-        return x.shape[0] == 1 and x.dtype in (torch.bfloat16, torch.float16)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, K) -> (1, N of all)."""
-        total, splits = self.whole.rows, block_splits(self.whole.columns)
-        partial = torch.empty((splits, 1, total), dtype=torch.float32, device=x.device)
-        out = torch.empty((1, total), dtype=x.dtype, device=x.device)
-        hardware = not INTERPRETED and _converts_e4m3(self.whole.data)
-        overlap = CAN_OVERLAP and not INTERPRETED and compute_capability(x.device.index or 0) >= _OVERLAP_CC
-        multiply_parts(x, self.weights, partial, assembly=not INTERPRETED, hardware_e4m3=hardware, overlap=overlap)
-        sum_splits(partial, self.whole, self.bias, out, overlap)
-        return out
-
-    def gated(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        """act(first) * second."""
-        gate, up = self(x).chunk(2, dim=-1)
-        return gate_rows(gate, up, activation)
 
 
 def _parts(linear: Linear) -> tuple[str, torch.Tensor, torch.Tensor | None] | None:

@@ -7,7 +7,7 @@ import torch
 
 from lowbit.kernels import matmul_blocks as matmul_blocks_module
 from lowbit.kernels.decode import decode_reference
-from lowbit.kernels.matmul_blocks import block_splits, matmul_blocks, multiply_parts
+from lowbit.kernels.matmul_blocks import block_splits, matmul_blocks
 from lowbit.kernels.matmul_decode import matmul_decode, matvec_decode
 from lowbit.kernels.matmul_split import matmul_split, split_rows, split_rows_reference, term_count
 from lowbit.kernels.runtime import INTERPRETED
@@ -147,19 +147,3 @@ def test_blocks(device, tiles, activation, threads_from_first, monkeypatch):
             matmul_blocks(x, weight, bias, out, partial, tiles=tiles, activation=activation, **options)
             activated = x if activation is None else torch.nn.functional.silu(x.double())
             _check(out, activated, weight, bias, max(BAR, 1e-5))
-
-
-@pytest.mark.parametrize("counts", [(128, 64, 64), (192, 100), (70, 64, 5)])
-def test_blocks_of_several_weights_in_one_launch(device, counts):
-    """Each weight's part of the output is what it is alone, to the bit."""
-    weights = [make("nvfp4", count, 1040, device) for count in counts]
-    x = torch.randn(1, 1040, device=device).half()
-    options = {"assembly": not INTERPRETED, "hardware_e4m3": not INTERPRETED}
-    partial = torch.full((block_splits(1040), 1, sum(counts)), torch.nan, device=device)
-    multiply_parts(x, weights, partial, **options)
-    start = 0
-    for weight in weights:
-        alone = torch.empty((block_splits(1040), 1, weight.rows), device=device)
-        multiply_parts(x, [weight], alone, **options)
-        assert torch.equal(partial[..., start : start + weight.rows], alone)
-        start += weight.rows

@@ -21,7 +21,6 @@ from lowbit.kernels.attention_quantize import quantize_attention
 from lowbit.kernels.cache_heads import HeadNorms, cache_heads
 from lowbit.kernels.evict_slot import evict_slot
 from lowbit.kernels.gate_rows import gate_rows
-from lowbit.kernels.matmul_blocks import block_splits, multiply_parts
 from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.norm_rows import add_norm
 from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
@@ -205,14 +204,3 @@ def test_weights_multiplied_together_compile(cc, kind, dtype, compiled):
         options = {"kind": kind, "gate": gate, "assembly": True}
         matvec_together(x, weights, [scale] * len(rows), [None] * len(rows), out, **options)
     assert len(compiled.kernels) == 3
-
-
-@pytest.mark.parametrize("cc", SHARED_KIB)
-def test_blocks_of_several_weights_compile(cc, compiled):
-    compiled.use(cc)
-    weights = [make("nvfp4", count, 3584, torch.device("cpu")) for count in (128, 64, 64)]
-    partial = torch.empty(block_splits(3584), 1, 256)
-    options = {"assembly": True, "hardware_e4m3": cc >= (8, 9), "overlap": cc >= (9, 0)}
-    multiply_parts(torch.randn(1, 3584).bfloat16(), weights, partial, **options)
-    (metadata,) = compiled.kernels
-    assert metadata.shared <= SHARED_KIB[cc] * 1024
