@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-ROUNDS = 5
+ROUNDS = 3
 ENOUGH_MS = 500.0
 """Rounds end early past this: long calls need no median, and the first step of a run may cost little."""
 WINDOW_MS = 10.0
 """Shorter calls are timed several in a row: the GPU then does not wait for the processor, as it does not in a model."""
 MOST_REPEATS = 8
 FAR_BEHIND, SHORT_MS = 1.5, 1.0
-"""A call of no less than a millisecond that takes so many times the fastest's time in the first round is not timed again."""
+"""A call of no less than a millisecond that takes so many times the fastest's first time is not timed again."""
 
 
 def milliseconds(
@@ -25,20 +25,18 @@ def milliseconds(
 
     shares: which part of the work a call does, where that is not all; its time is that of all.
 
-    A first round warms up, so that nothing is compiled while it is timed; the others are interleaved, so that a warming
-    GPU hurts all alike and no single call decides. A call that raises, in whichever round, has no time.
+    A first round warms up, so that nothing is compiled while it is timed, and a second says how many calls a time is
+    taken over; the others are interleaved, so that a warming GPU hurts all alike and no single call decides. A call that
+    raises, in whichever round, has no time.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, Exception] = {}
     repeats = dict.fromkeys(calls, 1)
     remaining = list(calls)
+    seen: dict[str, float] = {}
     spent = 0.0
-    for number in range(-1, ROUNDS):
-        if number == 1:
-            fastest = min((samples[name][0] for name in calls if samples[name]), default=0.0)
-            most = max(FAR_BEHIND * fastest, SHORT_MS)
-            remaining = [name for name in calls if samples[name] and samples[name][0] <= most]
-        for name in remaining:
+    for number in range(-2, ROUNDS):
+        for name in list(remaining):
             if name in failed:
                 continue
             try:
@@ -46,23 +44,33 @@ def milliseconds(
             except Exception as error:
                 failed[name] = error
                 continue
-            if number < 0:
-                continue
-            spent += taken * repeats[name]
-            samples[name].append(taken / (shares or {}).get(name, 1.0))
-            repeats[name] = min(max(round(WINDOW_MS / max(taken, 1e-3)), 1), MOST_REPEATS)
-        if spent > ENOUGH_MS:
+            part = (shares or {}).get(name, 1.0)
+            if number == -1:
+                seen[name] = taken / part
+                repeats[name] = min(max(round(WINDOW_MS / max(taken, 1e-3)), 1), MOST_REPEATS)
+            if number >= 0 or (number == -1 and repeats[name] == 1):
+                spent += taken * repeats[name]
+                samples[name].append(taken / part)
+                seen[name] = samples[name][0]
+        if spent > ENOUGH_MS and all(samples[name] for name in remaining if name not in failed):
             break
+        most = max(FAR_BEHIND * min(seen.values(), default=0.0), SHORT_MS)
+        remaining = [name for name in remaining if not samples[name] or seen[name] <= most]
     return {name: statistics.median(samples[name]) for name in calls if name not in failed}, failed
 
 
 def _once(call: Callable[[], torch.Tensor], device: torch.device, repeats: int) -> float:
-    """Milliseconds of one of `repeats` calls in a row."""
+    """Milliseconds of one of `repeats` calls in a row.
+
+    On a GPU as many run before them: power limits its clock, and what ran before, or nothing, would decide it.
+    """
     if device.type != "cuda":
         start = time.perf_counter()
         for _ in range(repeats):
             call()
         return (time.perf_counter() - start) * 1e3 / repeats
+    for _ in range(repeats if repeats > 1 else 0):
+        call()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(repeats):

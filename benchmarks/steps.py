@@ -209,8 +209,6 @@ def run(
 
     started = time.perf_counter()
     model, choice = load(contender, path, folder)
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     latent, times = sample(model, case, STEPS)
     want = exact.setdefault(name, latent) if contender.name == STOCK else exact.get(name)
     row: dict[str, Any] = {
@@ -222,7 +220,6 @@ def run(
         "first_step": times[0],
         "steps": times,
         "error": None if want is None else float((latent - want).norm() / want.norm()),
-        "peak_bytes": torch.cuda.max_memory_reserved() if DEVICE == "cuda" else None,
     }
     override = find(model)
     if override is not None:

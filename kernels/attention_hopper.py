@@ -80,7 +80,8 @@ def _attend_step(
     stage = step % _STAGES
     phase = (step // _STAGES) & 1
     zero = gl.zeros([_ROWS, N], gl.int32, layout=SCORES)
-    factor = gl.minimum(q_scales * gl.load(k_scale + start // N), _LARGEST_FACTOR)
+    factor = q_scales * gl.load(k_scale + start // N)
+    factor = gl.where(factor > _LARGEST_FACTOR, _LARGEST_FACTOR, factor)  # NaN stays
     hopper.mbarrier.wait(k_full.index(stage), phase)
     if not FP8:
         # The groups take turns at the tensor cores, so that one's exponentials run under another's products.

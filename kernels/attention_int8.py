@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from .attention_quantize import KEY_BLOCK, LARGEST_FACTOR, QuantizedAttention, padded_head_dim, rotation
+from .attention_quantize import KEY_BLOCK, QuantizedAttention, padded_head_dim, rotation
 from .launch import launch
 from .quantize_rows import SMALLEST_SCALE
 from .runtime import INTERPRETED, ceil_div, constexpr, tl, triton
 
-VALUE_SHIFT = 8.8
-"""Weights are at most 2^8.8 = 445.7 before they become e4m3, whose largest number is 448."""
+VALUE_SHIFT = math.log2(448)
+"""Weights are at most 448 before they become e4m3, whose largest number that is: a weight of one stays exact."""
+
+LARGEST_FACTOR = 0.5
+"""Of an integer score: those of finite inputs stay below 2^20, where the maximum and the fused multiply and subtract that
+follows agree to a sixteenth. Past that a softmax tells keys apart that differ by less than rounding."""
 
 NO_SCORE = -1e30
 """Stands for a score of minus infinity: differences of two of them are numbers."""
@@ -80,7 +85,8 @@ def _attend_block(
     place = start + tl.arange(0, N)
     k_tile = tl.load(k + column[:, None] + place[None, :] * D)
     scores = tl.dot(q, k_tile, out_dtype=tl.int32)
-    factor = tl.minimum(q_scales * tl.load(k_scale + start // KEY_BLOCK), _LARGEST_FACTOR)
+    factor = q_scales * tl.load(k_scale + start // KEY_BLOCK)
+    factor = tl.where(factor > _LARGEST_FACTOR, _LARGEST_FACTOR, factor)  # NaN stays
     if BOUNDED:
         counts = place < keys
         if HAS_MASK:

@@ -18,11 +18,13 @@ KEY_BLOCK = 128
 CHUNKS = 16
 """Parts that the keys are summed in; the next kernel adds them up in one order, so that results repeat."""
 
-LARGEST_FACTOR = 1e30
-"""Scales end here, so that no score of finite inputs leaves float32."""
+LARGEST_SCALE = 1e30
+"""Scales of queries end here: the softmax's factor in them could carry them out of float32."""
 
-_STATISTICS_ROWS = 64
-_LARGEST_FACTOR = constexpr(LARGEST_FACTOR)
+_STATISTICS_ROWS, _STATISTICS_WARPS = 32, 2
+_QUERY_ROWS, _QUERY_WARPS = 64, 4
+_KEY_WARPS = 4
+_LARGEST_SCALE = constexpr(LARGEST_SCALE)
 _LOG2_E = math.log2(math.e)
 
 
@@ -262,7 +264,7 @@ def _quantize_queries_kernel(
     scale, inverse = _row_scale(tl.max(_magnitude_bits(x), 1), 127.0, smallest)
     # Both rotations leave 1 / sqrt(D) too much, and K's a quarter: 4 D times the scores of exact attention.
     factor = scale * (tl.abs(softmax_scale) * 1.4426950408889634 * 4 * D)
-    tl.store(scales + place, tl.where(factor > _LARGEST_FACTOR, _LARGEST_FACTOR, factor))
+    tl.store(scales + place, tl.where(factor > _LARGEST_SCALE, _LARGEST_SCALE, factor))
     tl.store(codes + place[:, None] * D + column[None, :], _to_grid(x * inverse[:, None], True))
 
 
@@ -314,6 +316,7 @@ def quantize_attention(
         (CHUNKS, pairs, 2 if fp8_values else 1),
         (k, v, kept, sums, counts, largest, *k.stride(), *v.stride(), *mask_strides, kv_heads, keys),
         {"HEAD_DIM": head_dim, "D": d, "ROWS": _STATISTICS_ROWS, **kinds},
+        warps=_STATISTICS_WARPS,
     )
     launch(
         _quantize_keys_values_kernel,
@@ -324,16 +327,16 @@ def quantize_attention(
             *k.stride(), *v.stride(), *mask_strides, kv_heads, keys, SMALLEST_SCALE,
         ),
         {"HEAD_DIM": head_dim, "D": d, "ROWS": KEY_BLOCK, **kinds},
-        warps=8,
+        warps=_KEY_WARPS,
     )  # fmt: skip
-    query_rows = 64
     launch(
         _quantize_queries_kernel,
-        (rows // query_rows, batch * heads, 1),
+        (rows // _QUERY_ROWS, batch * heads, 1),
         (
             q, sums, counts, matrix, q_codes, q_scale, q_scale if shifts is None else shifts,
             *q.stride(), heads, heads // kv_heads, queries, keys, scale, SMALLEST_SCALE,
         ),
-        {"HEAD_DIM": head_dim, "D": d, "ROWS": query_rows, "CHUNKS": CHUNKS, "SHIFT": shift},
+        {"HEAD_DIM": head_dim, "D": d, "ROWS": _QUERY_ROWS, "CHUNKS": CHUNKS, "SHIFT": shift},
+        warps=_QUERY_WARPS,
     )  # fmt: skip
     return QuantizedAttention(q_codes, q_scale, k_codes, k_scale, v_codes, v_scale, shifts)

@@ -41,7 +41,7 @@ ONLY_IN_HOST = {"comfy_aimdo"}
 OTHER_PACKAGES: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "ops": {"torch", "safetensors", "einops", "comfy_kitchen", "gguf", "sentencepiece"},
-    "attention": {"torch", "einops"},
+    "attention": {"torch"},
     "memory": {"torch", "PIL", "psutil"},
     "text": {"torch", "transformers"},
 }

@@ -36,4 +36,4 @@ def test_latents_are_equal_to_the_bit(rows, name, case):
 def test_every_block_is_fetched_at_every_step_where_it_is_asked_for(rows, name):
     behind, ahead = rows[name]["fetched"]
     assert behind == 0
-    assert ahead >= BLOCKS * STEPS * RUNS
+    assert ahead >= BLOCKS * (STEPS * RUNS - 1), "all but the first forward of a cold model, which is core's"

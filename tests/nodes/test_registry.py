@@ -64,7 +64,7 @@ def test_comfyui_itself_brings_every_requirement(requirements):
     except comfyui.ComfyUIMissingError as error:
         pytest.skip(f"need ComfyUI ({error})")
     for line in requirements:
-        assert re.search(rf"^{re.escape(name_of(line))}\b", brought, re.MULTILINE), line
+        assert re.search(rf"^{re.escape(name_of(line))}\b", brought, re.MULTILINE | re.IGNORECASE), line
 
 
 def test_the_package_asks_for_the_same_and_torch(project, requirements):
