@@ -105,6 +105,8 @@ def _read(path: Path) -> tuple[GGUFReader, FileStamp]:
         return gguf.GGUFReader(path), stamp
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} does not exist: check the file's name.") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path.name} is a folder: name a file in it.") from None
     except OSError as error:
         raise CheckpointError(
             f"{path.name} cannot be read ({error.strerror or error}): check its permissions."

@@ -159,6 +159,8 @@ def _read(path: Path) -> tuple[bytes, FileStamp]:
             return file.read(length), stamp
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} does not exist: check the file's name.") from None
+    except IsADirectoryError:
+        raise CheckpointError(f"{path.name} is a folder: name a file in it.") from None
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read ({error.strerror}): check its permissions.") from None
 

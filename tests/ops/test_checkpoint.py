@@ -253,3 +253,13 @@ def test_a_file_name_that_is_no_text_is_opened_and_has_an_identity(save, tmp_pat
     save({"a": torch.ones(4)}).rename(tmp_path / name)
     checkpoint = open_checkpoint(tmp_path / name)
     assert len(checkpoint.identity()) == 64
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows calls a folder a file without permission")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.gguf"])
+def test_a_folder_is_called_one(tmp_path, name):
+    if name.endswith("gguf"):
+        pytest.importorskip("gguf")
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"^{name} is a folder: name a file in it"):
+        open_checkpoint(tmp_path / name)
