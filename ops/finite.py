@@ -61,13 +61,16 @@ class FiniteCheck:
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         # Half of them: loading and what comes after it work at the same time.
         threads = min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
-        self._looks = [pool.submit(_look, piece) for piece in _pieces(tensors)]
-        pool.shutdown(wait=False)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
+        self._looks = [self._pool.submit(_look, piece) for piece in _pieces(tensors)]
+        self._pool.shutdown(wait=False)
 
     def first(self) -> str | None:
-        """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers."""
-        return next((look.result()[0] for look in self._looks if look.result()[1]), None)
+        """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers. No thread is left."""
+        try:
+            return next((look.result()[0] for look in self._looks if look.result()[1]), None)
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:

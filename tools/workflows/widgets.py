@@ -72,7 +72,8 @@ def _walk(
             nested = next((option for option in options["options"] if option["key"] == chosen), None)
             if nested is not None:
                 yield from _walk(inputs_of({"input": nested["inputs"]}), f"{name}.", choose)
-        if options.get(CONTROL) or (specification[0] == "INT" and short in ("seed", "noise_seed")):
+        # The frontend goes by the whole name: a dynamic combo's seed has no control unless it asks for one.
+        if options.get(CONTROL) or (specification[0] == "INT" and name in ("seed", "noise_seed")):
             yield f"{prefix}{CONTROL}", None
         if options.get("audio_upload"):
             yield "audioUI", None
