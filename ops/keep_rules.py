@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import FormatError
@@ -27,6 +27,8 @@ class Rule:
         reason: shown in the dry run.
         expected: the family always has such layers, so that matching nothing is worth a report.
         structural: core has no quantized module for such layers: kept whatever a user's rules say.
+        outside_blocks: only layers that stand in no numbered block: first, last and conditioning layers.
+        largest_share: the rule holds while the weights that it matches are at most this part of all: 1 is always.
     """
 
     pattern: str
@@ -34,11 +36,15 @@ class Rule:
     reason: str = "named by a keep rule"
     expected: bool = False
     structural: bool = False
+    outside_blocks: bool = False
+    largest_share: float = 1.0
 
     def matches(self, layer: str) -> bool:
         """Whether any run of whole segments of `layer` fits the pattern."""
         wanted = self.pattern.split(".")
         segments = layer.split(".")
+        if self.outside_blocks and _in_block(segments):
+            return False
         return any(
             all(fnmatch.fnmatchcase(segment, glob) for segment, glob in zip(segments[start:], wanted, strict=False))
             for start in range(len(segments) - len(wanted) + 1)
@@ -62,6 +68,12 @@ class ModelFamily:
     rules: tuple[Rule, ...] = field(default_factory=tuple)
 
 
+def _in_block(segments: Sequence[str]) -> bool:
+    """Whether a number is followed by a name: `blocks.0.attn.q` is in a block, `time_embed.0` in a plain sequence."""
+    first = next((place for place, segment in enumerate(segments) if segment.isdigit()), len(segments))
+    return not all(segment.isdigit() for segment in segments[first:])
+
+
 _NORMS = (Rule("norm*", reason="normalization"), Rule("*_norm", reason="normalization"))
 _EMBEDDINGS = "an embedding: few bytes in a forward pass, and every token depends on it"
 _CONDITIONING = "time, text and image conditioning: small, and every block depends on it"
@@ -76,7 +88,8 @@ _WAN_CORE = (
     Rule("patch_embedding", reason=_INPUT_OUTPUT, expected=True),
     Rule("time_*", reason=_CONDITIONING, expected=True),
     Rule("text_embedding", reason=_CONDITIONING, expected=True),
-    Rule("img_emb", reason=_CONDITIONING),
+    Rule("img_emb*", reason=_CONDITIONING),
+    Rule("music_*", reason=_AUDIO),
     Rule("head", reason=_INPUT_OUTPUT, expected=True),
     Rule("ref_conv", reason=_INPUT_OUTPUT),
 )
@@ -118,6 +131,9 @@ _TEXT_ENCODER = (
     Rule("embed_tokens", reason=_EMBEDDINGS, structural=True),
     Rule("relative_attention_bias", reason=_EMBEDDINGS, structural=True),
 )
+
+# Core renames its weight alone, and not the scale.
+_OUTPUT_HEAD = Rule("lm_head", reason=_INPUT_OUTPUT, structural=True)
 
 _WAN_SIGNATURE = ("blocks.*.self_attn.q", "blocks.*.cross_attn.q")
 
@@ -165,31 +181,49 @@ FAMILIES: tuple[ModelFamily, ...] = (
         ("model.layers.*.self_attn.q_proj", "visual.blocks.*"),
         (*_TEXT_ENCODER, Rule("visual", reason="the vision tower: small, and edits depend on it", expected=True)),
     ),
-    ModelFamily("text model", "text_encoder", ("model.layers.*.self_attn.q_proj",), _TEXT_ENCODER),
+    ModelFamily("text model", "text_encoder", ("model.layers.*.self_attn.q_proj",), (*_TEXT_ENCODER, _OUTPUT_HEAD)),
 )
 
+_TABLE_OF_MODULATION = "modulation: few bytes in this model, and every block depends on it"
+
+# What every architecture of ComfyUI 0.33 has in one form or another; error for its bytes, not the name, says what stays.
 GENERIC = ModelFamily(
     "unknown",
     "diffusion_model",
     (),
     (
         *_NORMS,
+        Rule("*_norm*", reason="normalization"),
+        # LTX audio-video's, whose name says embedding: transformers of 1.3 GiB.
+        Rule("*_embeddings_connector", QUANTIZE, reason="transformer blocks beside the embeddings"),
         # A header does not tell an embedding table from a linear layer; core looks rows up in FP8 and INT8 tables only.
         Rule("*embed*", reason=_EMBEDDINGS, structural=True),
         Rule("*emb", reason=_EMBEDDINGS, structural=True),
+        Rule("*_embs", reason=_EMBEDDINGS, structural=True),
         Rule("wte", reason=_EMBEDDINGS, structural=True),
         Rule("wpe", reason=_EMBEDDINGS, structural=True),
         Rule("time_*", reason=_CONDITIONING),
         Rule("t_embedder", reason=_CONDITIONING),
         Rule("modulation", reason="modulation"),
-        Rule("*_in", reason=_INPUT_OUTPUT),
-        Rule("img_in", reason=_INPUT_OUTPUT),
+        *(
+            Rule(pattern, reason=_TABLE_OF_MODULATION, largest_share=0.05)
+            for pattern in ("adaLN_modulation", "adaln_*", "*_modulation", "emb_layers")
+        ),
+        Rule("distilled_guidance_layer", reason=_CONDITIONING),
+        Rule("txtfusion", reason=_CONDITIONING, largest_share=0.05),
+        Rule("tokenizer", reason="ends in discrete codes, which an error changes whole"),
+        Rule("*_in", reason=_INPUT_OUTPUT, outside_blocks=True),
         Rule("final_layer", reason=_INPUT_OUTPUT),
         Rule("head", reason=_INPUT_OUTPUT),
-        Rule("proj_out", reason=_INPUT_OUTPUT),
-        # Core renames its weight alone.
-        Rule("lm_head", reason=_INPUT_OUTPUT, structural=True),
+        Rule("proj_out", reason=_INPUT_OUTPUT, outside_blocks=True),
+        _OUTPUT_HEAD,
         Rule("shared", reason=_EMBEDDINGS, structural=True),
+        Rule(
+            "*",
+            reason="outside the blocks: a first, last or conditioning layer",
+            outside_blocks=True,
+            largest_share=0.1,
+        ),
     ),
 )
 
@@ -228,6 +262,21 @@ def expand_rules(rules: Sequence[Rule] | None, family: ModelFamily) -> tuple[Rul
     for rule in rules:
         expanded.extend(family.rules if rule.pattern == "auto" and rule.action == KEEP else (rule,))
     return tuple(expanded)
+
+
+def affordable(rules: Iterable[Rule], sizes: Mapping[str, int]) -> tuple[Rule, ...]:
+    """`rules` without those whose layers are a larger share of all weights than the rule allows.
+
+    Args:
+        rules: first match wins.
+        sizes: elements or bytes of each layer that may be quantized.
+    """
+    total = sum(sizes.values())
+
+    def share(rule: Rule) -> float:
+        return sum(size for name, size in sizes.items() if rule.matches(name)) / max(total, 1)
+
+    return tuple(rule for rule in rules if rule.largest_share >= 1 or share(rule) <= rule.largest_share)
 
 
 def first_match(rules: Iterable[Rule], layer: str) -> Rule | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,17 @@ from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .diffusion_names import part_prefix, tables
 from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
-from .keep_rules import KEEP, QUANTIZE, ModelFamily, Rule, detect_family, expand_rules, first_match, unmatched_rules
+from .keep_rules import (
+    KEEP,
+    QUANTIZE,
+    ModelFamily,
+    Rule,
+    affordable,
+    detect_family,
+    expand_rules,
+    first_match,
+    unmatched_rules,
+)
 from .quantize import require_layout
 from .stored import StoredLayers, find_stored_layers
 
@@ -127,8 +138,9 @@ def make_plan(
         if name.endswith(".weight") and len(entry.shape) == 2
     }
     family = detect_family({name.rpartition(".")[0] for name in checkpoint.entries})
-    rules = expand_rules(user_rules, family)
     prefix = part_prefix(checkpoint.entries)
+    sizes = {name: math.prod(entry.shape) for name, entry in matrices.items() if name.startswith(prefix)}
+    rules = affordable(expand_rules(user_rules, family), sizes)
     pinned = tables(matrices) if pinned is None else pinned
     layers: dict[str, LayerPlan] = {}
     for name, entry in matrices.items():

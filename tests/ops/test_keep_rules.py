@@ -11,6 +11,7 @@ from lowbit.ops.keep_rules import (
     KEEP,
     QUANTIZE,
     Rule,
+    affordable,
     detect_family,
     expand_rules,
     first_match,
@@ -143,6 +144,36 @@ def test_tables_of_an_unknown_family_are_kept_whatever_the_user_writes(layer):
     rules = expand_rules(parse_rules(f"!{layer}, layers.0"), GENERIC)
     assert first_match(rules, layer).action == KEEP
     assert first_match(rules, "layers.1.q") is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "outside"),
+    [
+        ("proj_out", True),
+        ("model.diffusion_model.img_in", True),
+        ("time_embed.0", True),
+        ("label_emb.0.0", True),
+        ("blocks.0.proj_out", False),
+        ("input_blocks.4.1.proj_in", False),
+        ("txt_in.individual_token_refiner.blocks.0.mlp.fc1", False),
+    ],
+)
+def test_a_layer_outside_the_blocks_has_no_name_behind_a_number(layer, outside):
+    assert Rule("*", outside_blocks=True).matches(layer) is outside
+
+
+def test_what_is_a_large_share_of_the_model_is_quantized_by_a_rule_for_small_layers():
+    rules = (Rule("adaln", largest_share=0.05), Rule("head"))
+    small = affordable(rules, {"blocks.0.adaln": 5, "blocks.0.ffn": 90, "head": 5})
+    large = affordable(rules, {"blocks.0.adaln": 3, "blocks.1.adaln": 3, "blocks.0.ffn": 14, "head": 80})
+    assert [rule.pattern for rule in small] == ["adaln", "head"]
+    assert [rule.pattern for rule in large] == ["head"]
+    assert affordable(rules, {}) == rules
+
+
+def test_connectors_of_ltx_are_no_embeddings():
+    found = first_match(GENERIC.rules, "audio_embeddings_connector.transformer_1d_blocks.0.attn1.to_q")
+    assert found.action == QUANTIZE
 
 
 @pytest.mark.parametrize("text", ["a = fp6", "!", "!  # nothing", "= int8"])
