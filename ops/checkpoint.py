@@ -111,7 +111,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         CheckpointError: the file is missing, empty, truncated, a pickle, its header is not to be believed, or a part of
             its set is missing.
     """
-    path = Path(path)
+    checkpoint = _open(Path(path))
+    if not checkpoint.entries:
+        raise CheckpointError(f"{checkpoint.path.name} holds no tensors: choose the file that has the model's weights.")
+    return checkpoint
+
+
+def _open(path: Path) -> Checkpoint:
     if path.suffix.lower() == SUFFIX:
         entries, metadata, stamps = open_gguf(path)
         files = tuple(stamp.path for stamp in stamps)

@@ -112,8 +112,8 @@ def _read(path: Path) -> tuple[GGUFReader, FileStamp]:
             f"{path.name} cannot be read ({error.strerror or error}): check its permissions."
         ) from None
     except Exception as error:
-        # A header that lies makes the package fail in any way that Python has.
-        raise CheckpointError(f"{path.name} is no GGUF file that can be read ({error}): download it again.") from None
+        # A header that lies makes the package fail in any way that Python has, with sentences about its own arrays.
+        raise CheckpointError(f"{path.name} is no GGUF file that can be read: download it again.") from error
 
 
 def _entry(path: Path, tensor: ReaderTensor, reader: GGUFReader, size: int) -> TensorEntry:

@@ -255,6 +255,11 @@ def test_a_file_name_that_is_no_text_is_opened_and_has_an_identity(save, tmp_pat
     assert len(checkpoint.identity()) == 64
 
 
+def test_a_file_without_tensors_is_refused(save):
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        open_checkpoint(save({}))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows calls a folder a file without permission")
 @pytest.mark.parametrize("name", ["a.safetensors", "a.gguf"])
 def test_a_folder_is_called_one(tmp_path, name):
