@@ -140,11 +140,11 @@ def load(contender: Contender, path: Path, timings: Path) -> Any:
     from lowbit.attention.schedule import Schedule
     from lowbit.host.attention.installing import install
     from lowbit.host.weights.loading import load_diffusion_model
-    from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+    from lowbit.host.weights.preparing import Request, plan_diffusion_model, prepared_file
 
     choice = "bf16"
     if contender.weights is not None:
-        planned = plan_file(path, Request(contender.weights))
+        planned = plan_diffusion_model(path, Request(contender.weights))
         path, choice = prepared_file(planned), planned.choice.split(":")[0]
     model = comfy.sd.load_diffusion_model(str(path)) if contender.stock else load_diffusion_model(str(path))
     if contender.attention is not None:

@@ -17,7 +17,7 @@ from ..host.weights.preparing import (
     Planned,
     Request,
     check_disk,
-    plan_file,
+    plan_diffusion_model,
     plan_model_patch,
     plan_text_encoder,
     prepared_file,
@@ -134,7 +134,7 @@ class LoadDiffusionModel(io.ComfyNode):
         cls, unet_name: str, format: str, keep_rules: str, dry_run: bool, keep_quantized_file: bool
     ) -> io.NodeOutput:
         path = model_path("diffusion_models", unet_name)
-        planned = plan_file(path, Request(format, keep_rules, keep_quantized_file))
+        planned = plan_diffusion_model(path, Request(format, keep_rules, keep_quantized_file))
         check_diffusion_model(planned.checkpoint)
         return execute_plan(
             planned, dry_run, lambda: load_diffusion_model(str(prepared_file(planned))), cls.hidden.unique_id

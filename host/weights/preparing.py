@@ -72,7 +72,7 @@ class Planned:
         return plan_report(self.checkpoint, self.plan, self.device, self.choice)
 
 
-def plan_file(path: Path, request: Request, device: torch.device | None = None) -> Planned:
+def plan_diffusion_model(path: Path, request: Request, device: torch.device | None = None) -> Planned:
     """Read a diffusion model's header and decide, on the names and layers that core makes of the file.
 
     Args:
@@ -85,11 +85,11 @@ def plan_file(path: Path, request: Request, device: torch.device | None = None) 
         FormatError: the format or a rule is unknown.
         CapabilityError: ComfyUI or comfy-kitchen does not have a format that the file holds or was asked for.
     """
-    return plan_diffusion_model(under_core_names(diffusion_part(open_checkpoint(path))), request, device)
+    return plan_diffusion_checkpoint(under_core_names(diffusion_part(open_checkpoint(path))), request, device)
 
 
-def plan_diffusion_model(checkpoint: Checkpoint, request: Request, device: torch.device | None = None) -> Planned:
-    """`plan_file` for a diffusion model in core's names."""
+def plan_diffusion_checkpoint(checkpoint: Checkpoint, request: Request, device: torch.device | None = None) -> Planned:
+    """`plan_diffusion_model` for a diffusion model in core's names."""
 
     def look(tensors: dict[str, torch.Tensor]) -> object:
         return signature(detected(tensors, checkpoint.metadata))
@@ -98,7 +98,7 @@ def plan_diffusion_model(checkpoint: Checkpoint, request: Request, device: torch
 
 
 def plan_text_encoder(path: Path, request: Request) -> Planned:
-    """`plan_file` for a text encoder."""
+    """`plan_diffusion_model` for a text encoder."""
     checkpoint = open_checkpoint(path)
     return plan_checkpoint(
         checkpoint, request, pinned=pinned_text_layers(checkpoint), look=find("comfy.sd.detect_te_model")
@@ -106,10 +106,10 @@ def plan_text_encoder(path: Path, request: Request) -> Planned:
 
 
 def plan_model_patch(path: Path, request: Request) -> Planned:
-    """`plan_file` for a model patch; `auto` leaves alone the patches that cannot be quantized.
+    """`plan_diffusion_model` for a model patch; `auto` leaves alone the patches that cannot be quantized.
 
     Raises:
-        CheckpointError: as `plan_file`, or a format was asked for by name for such a patch.
+        CheckpointError: as `plan_diffusion_model`, or a format was asked for by name for such a patch.
     """
     checkpoint = open_checkpoint(path)
     if request.weight_format == AUTO and MODEL_PATCH_SIGNATURE not in checkpoint.entries:
@@ -128,7 +128,7 @@ def plan_checkpoint(
     pinned: Mapping[str, str] | None = None,
     look: Look | None = None,
 ) -> Planned:
-    """`plan_file` for a checkpoint that is open already.
+    """`plan_diffusion_model` for a checkpoint that is open already.
 
     Args:
         checkpoint: it.

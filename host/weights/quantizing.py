@@ -20,7 +20,7 @@ from ...ops.checkpoint import Checkpoint, TensorEntry, read_elements
 from .core_build import on_meta, under_core_names
 from .loading import load_diffusion_model
 from .patching import patch_beside_weights
-from .preparing import Planned, Request, diffusion_part, plan_diffusion_model, prepared_file
+from .preparing import Planned, Request, diffusion_part, plan_diffusion_checkpoint, prepared_file
 from .rebinding import check_untouched, rebind
 from .saving import source_checkpoint
 from .temporary_files import removal_put_off
@@ -83,7 +83,7 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
         edited = edited_weights(patcher, checkpoint)
         if not edited:
             checkpoint = with_told(checkpoint, patcher.model, on_meta(checkpoint))
-            return plan_diffusion_model(checkpoint, request, patcher.load_device)
+            return plan_diffusion_checkpoint(checkpoint, request, patcher.load_device)
         logger.warning(
             "Another node has changed %d weights of the model since %s was loaded, '%s' among them: the weights that it "
             "has now are quantized, not the file's.",
@@ -91,7 +91,7 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
             origin.path.name,
             edited[0],
         )
-    return plan_diffusion_model(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
+    return plan_diffusion_checkpoint(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
 
 
 def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) -> comfy.model_patcher.ModelPatcher:

@@ -54,7 +54,7 @@ def main() -> None:
         os.environ["LOWBIT_CACHE_DIR"] = str(folder / "cache")
         comfy_process.start_core([*options, "--base-directory", name])
         from lowbit.host.weights.loading import load_diffusion_model
-        from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+        from lowbit.host.weights.preparing import Request, plan_diffusion_model, prepared_file
 
         model, _ = comfy_process.write_models(folder)
         patcher = load_diffusion_model(str(model))
@@ -66,7 +66,7 @@ def main() -> None:
             "fast, last step exact": run(patcher, reference, folder, "auto", "fast", last_steps=1),
             "comfy_kitchen_int8": run(patcher, reference, folder, "comfy_kitchen_int8", "exact"),
         }
-        eight_bits = load_diffusion_model(str(prepared_file(plan_file(model, Request("fp8_e4m3fn_scaled")))))
+        eight_bits = load_diffusion_model(str(prepared_file(plan_diffusion_model(model, Request("fp8_e4m3fn_scaled")))))
         rows["fp8 weights"] = run(eight_bits, sample(eight_bits), folder, "auto", "balanced")
         for row_name, row in rows.items():
             print(f"== {row_name}: errors {row['errors']}\n{row['text']}")

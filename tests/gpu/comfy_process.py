@@ -84,9 +84,9 @@ def run_format(
 
     from lowbit.host.weights.loading import load_diffusion_model
     from lowbit.host.weights.operations import QuantizedLinear
-    from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+    from lowbit.host.weights.preparing import Request, plan_diffusion_model, prepared_file
 
-    planned = plan_file(model, Request(name))
+    planned = plan_diffusion_model(model, Request(name))
     patcher = load_diffusion_model(str(prepared_file(planned)))
     linears = [module for module in patcher.model.modules() if isinstance(module, QuantizedLinear)]
     first = sample(patcher)
@@ -113,7 +113,7 @@ def run_format(
         "finite": bool(torch.isfinite(patched).all() and torch.isfinite(after).all()),
     }
     comfy.model_management.unload_all_models()
-    merged_first = sample(load_diffusion_model(str(prepared_file(plan_file(merged, Request(name))))))
+    merged_first = sample(load_diffusion_model(str(prepared_file(plan_diffusion_model(merged, Request(name))))))
     row["merged_error"] = relative(merged_first, reference + reference_delta)
     comfy.model_management.unload_all_models()
     return row

@@ -95,7 +95,7 @@ def main() -> None:
         import comfy.model_management
 
         from lowbit.host.weights.loading import load_diffusion_model
-        from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+        from lowbit.host.weights.preparing import Request, plan_diffusion_model, prepared_file
         from testing.shims import detection
 
         detection.install()
@@ -103,7 +103,7 @@ def main() -> None:
         model, lora = write_models(Path(folder))
         count, rows = counting(), {}
         for name in ("none", "int8_convrot_fast", "fp8_e4m3fn_scaled"):
-            path = model if name == "none" else prepared_file(plan_file(model, Request(name)))
+            path = model if name == "none" else prepared_file(plan_diffusion_model(model, Request(name)))
             patcher = load_diffusion_model(str(path))
             resident, _ = timed(patcher)
             rows[name] = compare(patcher, count)

@@ -52,10 +52,12 @@ def run_format(name: str, source: Path) -> dict[str, Any]:
     from lowbit.host.text import route
     from lowbit.host.text.generating import TextGeneration
     from lowbit.host.weights.loading import load_text_encoder
-    from lowbit.host.weights.preparing import Request, plan_file, prepared_file
+    from lowbit.host.weights.preparing import Request, plan_text_encoder, prepared_file
     from lowbit.text.caches import HEAVY_HITTERS, CachePolicy
 
-    clip = load_text_encoder([str(prepared_file(plan_file(source, Request(name))))], comfy.sd.CLIPType.QWEN_IMAGE)
+    clip = load_text_encoder(
+        [str(prepared_file(plan_text_encoder(source, Request(name))))], comfy.sd.CLIPType.QWEN_IMAGE
+    )
     model = next(module for module in clip.cond_stage_model.modules() if isinstance(module, Qwen25_7BVLI))
     tokens = clip.tokenize("a red train in the snow, seen from a bridge")
     graph, eager = (route.install(clip, TextGeneration(cuda_graph=on)) for on in (True, False))

@@ -53,7 +53,7 @@ def umt5(host, monkeypatch, tmp_path):
 
     def load(name: str):
         source = tiny.write("text_encoders/umt5.safetensors", tmp_path)
-        planned = host.preparing.plan_file(source, host.preparing.Request(name))
+        planned = host.preparing.plan_diffusion_model(source, host.preparing.Request(name))
         return host.loading.load_text_encoder([str(host.preparing.prepared_file(planned))], comfy.sd.CLIPType.WAN)
 
     return load

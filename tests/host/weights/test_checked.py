@@ -89,7 +89,7 @@ def test_and_when_such_a_file_is_quantized_further(host, tmp_path, format_name, 
     del tensors["blocks.0.self_attn.q.comfy_quant"]
     path, name = save(tensors, tmp_path / "partly.safetensors"), f"{LAYER}.{suffix}"
     count = open_checkpoint(path).entries[name].dtype.itemsize
-    planned = host.preparing.plan_file(damaged(path, name, byte, count), host.preparing.Request("int8"))
+    planned = host.preparing.plan_diffusion_model(damaged(path, name, byte, count), host.preparing.Request("int8"))
     with pytest.raises(CheckpointError, match=rf"partly.safetensors: {name} holds NaN or Inf"):
         host.preparing.prepared_file(planned)
 
@@ -109,7 +109,7 @@ def test_a_file_is_looked_at_once_and_one_of_the_cache_was_when_it_was_written(h
     assert {name for name, tensor in tiny.wan_tensors().items() if tensor.is_floating_point()} == set(looked)
     looked.clear()
     built(host, path)
-    cached = host.preparing.prepared_file(host.preparing.plan_file(path, host.preparing.Request("int8")))
+    cached = host.preparing.prepared_file(host.preparing.plan_diffusion_model(path, host.preparing.Request("int8")))
     looked.clear()
     built(host, cached)
     assert looked == []
@@ -126,7 +126,7 @@ def test_a_large_file_is_looked_at_after_loading_and_said_before_anything_is_com
     for patcher in (bad, bad.clone(), bad):
         with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
             comfy.model_management.load_models_gpu([patcher])
-    planned = host.preparing.plan_file(path, host.preparing.Request("none"))
+    planned = host.preparing.plan_diffusion_model(path, host.preparing.Request("none"))
     with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
         comfy.model_management.load_models_gpu([host.quantizing.quantize_model(good, planned)])
 
@@ -323,7 +323,7 @@ def test_another_tool_s_weights_are_named(host, tmp_path, suffix, dtype):
     with pytest.raises(CheckpointError, match=rf"foreign.safetensors: it holds 'blocks.0.ffn.0.{suffix}'"):
         built(host, path)
     with pytest.raises(CheckpointError, match=rf"foreign.safetensors: it holds 'blocks.0.ffn.0.{suffix}'"):
-        host.preparing.plan_file(path, host.preparing.Request("int8"))
+        host.preparing.plan_diffusion_model(path, host.preparing.Request("int8"))
 
 
 @pytest.mark.parametrize("layer", ["blocks.0.ffn.0", "blocks.1.ffn.0"])

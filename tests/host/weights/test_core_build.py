@@ -217,7 +217,7 @@ def test_a_quantized_file_in_diffusers_names_computes_what_the_16_bit_one_does(h
 
     folder, _ = files
     path = folder / "flux.safetensors"
-    planned = host.preparing.plan_file(path, host.preparing.Request("int8_convrot_fast"))
+    planned = host.preparing.plan_diffusion_model(path, host.preparing.Request("int8_convrot_fast"))
     assert planned.plan.layers["double_blocks.0.img_attn.qkv"].action == "quantize"
     plain = host.loading.load_diffusion_model(str(path))
     quantized = host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
@@ -250,7 +250,7 @@ def test_scales_that_core_would_lose_are_refused_by_name(host, files, tmp_path):
         with pytest.raises(
             CheckpointError, match="transformer_blocks.0.attn.to_q' quantized under a name of diffusers'"
         ):
-            host.preparing.plan_file(tmp_path / "scaled.safetensors", host.preparing.Request(name))
+            host.preparing.plan_diffusion_model(tmp_path / "scaled.safetensors", host.preparing.Request(name))
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.model.", "net.", "model."])
@@ -285,7 +285,7 @@ def test_what_core_uses_as_a_table_is_told_from_its_code(host, tmp_path):
     assert "Embedding" in pinned["trainable_cond_mask"]
     for name in ("fp4_scaled", "mxfp8", "int4_asym_fast", "int8"):
         request = host.preparing.Request(name, "!trainable_cond_mask\n!time_embedding")
-        layers = host.preparing.plan_file(tmp_path / "s2v.safetensors", request).plan.layers
+        layers = host.preparing.plan_diffusion_model(tmp_path / "s2v.safetensors", request).plan.layers
         assert layers["trainable_cond_mask"].action == "keep"
         assert layers["time_embedding.0"].action == "quantize"
 
@@ -364,11 +364,13 @@ def test_dimensions_that_core_reads_are_not_packed(host, tmp_path):
     folder = tmp_path
     save_file(built("flux"), folder / "flux.safetensors")
     rules = "!txt_in\n!img_in"
-    planned = host.preparing.plan_file(folder / "flux.safetensors", host.preparing.Request("fp4_scaled", rules))
+    planned = host.preparing.plan_diffusion_model(
+        folder / "flux.safetensors", host.preparing.Request("fp4_scaled", rules)
+    )
     for name in ("txt_in", "img_in"):
         assert planned.plan.layers[name].action == "keep"
         assert "dimensions" in planned.plan.layers[name].reason
-    eight_bits = host.preparing.plan_file(folder / "flux.safetensors", host.preparing.Request("int8", rules))
+    eight_bits = host.preparing.plan_diffusion_model(folder / "flux.safetensors", host.preparing.Request("int8", rules))
     assert eight_bits.plan.layers["txt_in"].action == "quantize"
     loaded = host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
     assert loaded.model.model_config.unet_config["context_in_dim"] == 64

@@ -11,7 +11,7 @@ from lowbit.ops.linear import quantized_linear
 
 
 def load(host, weight_format: str, name: str = "wan_t2v.safetensors"):
-    planned = host.preparing.plan_file(host.folder / name, host.preparing.Request(weight_format))
+    planned = host.preparing.plan_diffusion_model(host.folder / name, host.preparing.Request(weight_format))
     return host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
 
 

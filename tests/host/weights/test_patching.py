@@ -14,7 +14,7 @@ FUSED = BLOCK + "ffn.0.weight"
 
 
 def load(host, weight_format: str = "int8", name: str = "wan_t2v.safetensors"):
-    planned = host.preparing.plan_file(host.folder / name, host.preparing.Request(weight_format))
+    planned = host.preparing.plan_diffusion_model(host.folder / name, host.preparing.Request(weight_format))
     return host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
 
 

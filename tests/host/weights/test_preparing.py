@@ -32,7 +32,9 @@ def test_the_diffusion_part_of_a_checkpoint_keeps_its_description_in_the_header(
     layers = {f"{PREFIX}blocks.0.q": {"format": "nvfp4"}, "text_encoder.y": {"format": "nvfp4"}}
     metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
     save_file(tensors, tmp_path / "all_in_one.safetensors", metadata=metadata)
-    planned = host.preparing.plan_file(tmp_path / "all_in_one.safetensors", host.preparing.Request(format_name))
+    planned = host.preparing.plan_diffusion_model(
+        tmp_path / "all_in_one.safetensors", host.preparing.Request(format_name)
+    )
     assert planned.plan.layers["blocks.0.q"].action == "stored"
     assert planned.plan.layers["blocks.1.q"].action == ("quantize" if format_name == "int8" else "keep")
     if planned.plan.changes_weights:
@@ -52,7 +54,7 @@ def test_what_another_part_holds_decides_nothing(host, tmp_path, format_name):
     tensors["text_encoders.t5.scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
     tensors["text_encoders.t5.q.weight"] = torch.zeros(64, 64, dtype=torch.int8)
     save_file(tensors, tmp_path / "all.safetensors", metadata=metadata)
-    planned = host.preparing.plan_file(tmp_path / "all.safetensors", host.preparing.Request(format_name))
+    planned = host.preparing.plan_diffusion_model(tmp_path / "all.safetensors", host.preparing.Request(format_name))
     assert "full_precision_matrix_mult" not in planned.plan.stored.layers["blocks.0.ffn.0"].config
     loaded = host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
     assert torch.equal(
@@ -103,7 +105,9 @@ def test_a_format_that_this_comfyui_does_not_load_is_refused_before_anything_is_
 
     monkeypatch.delitem(comfy.quant_ops.QUANT_ALGOS, "asym_w4a8_int8")
     with pytest.raises(CapabilityError, match="'asym_w4a8_int8', a format that this ComfyUI"):
-        host.preparing.plan_file(host.folder / "wan_t2v.safetensors", host.preparing.Request("int4_asym_fast"))
+        host.preparing.plan_diffusion_model(
+            host.folder / "wan_t2v.safetensors", host.preparing.Request("int4_asym_fast")
+        )
 
 
 def test_a_stored_format_that_nobody_knows_is_refused_with_the_layers_name(host, tmp_path):
@@ -113,21 +117,21 @@ def test_a_stored_format_that_nobody_knows_is_refused_with_the_layers_name(host,
     }
     save_file(tensors, tmp_path / "new.safetensors")
     with pytest.raises(CapabilityError, match=r"new\.safetensors: the layer 'a' would be loaded as 'int3'"):
-        host.preparing.plan_file(tmp_path / "new.safetensors", host.preparing.Request("none"))
+        host.preparing.plan_diffusion_model(tmp_path / "new.safetensors", host.preparing.Request("none"))
 
 
 def test_a_description_that_cannot_be_believed_names_the_file_too(host, tmp_path):
     tensors = {"a.weight": matrix().to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 2)}
     save_file(tensors, tmp_path / "deepseek.safetensors")
     with pytest.raises(CheckpointError, match=r"^deepseek\.safetensors: the quantized layer 'a' is scaled by"):
-        host.preparing.plan_file(tmp_path / "deepseek.safetensors", host.preparing.Request("none"))
+        host.preparing.plan_diffusion_model(tmp_path / "deepseek.safetensors", host.preparing.Request("none"))
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(host, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file where the folder should be")
     monkeypatch.setenv("LOWBIT_CACHE_DIR", str(tmp_path / "cache"))
     for keep in (True, False):
-        planned = host.preparing.plan_file(
+        planned = host.preparing.plan_diffusion_model(
             host.folder / "wan_t2v.safetensors", host.preparing.Request("mxfp8", keep_file=keep)
         )
         with pytest.raises(StorageError, match="LOWBIT_CACHE_DIR") as raised:
@@ -137,7 +141,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(host, t
 
 def test_the_room_on_the_disk_is_asked_for_before_the_work_unless_the_file_is_there(host, monkeypatch):
     request = host.preparing.Request("fp8_e5m2")
-    planned = host.preparing.plan_file(host.folder / "wan_t2v.safetensors", request)
+    planned = host.preparing.plan_diffusion_model(host.folder / "wan_t2v.safetensors", request)
     monkeypatch.setattr("lowbit.ops.writer.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
     with pytest.raises(StorageError, match="GiB free.*LOWBIT_CACHE_DIR"):
         host.preparing.check_disk(planned)
@@ -146,7 +150,7 @@ def test_the_room_on_the_disk_is_asked_for_before_the_work_unless_the_file_is_th
     monkeypatch.setattr("lowbit.ops.writer.shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
     host.preparing.check_disk(planned)
     host.preparing.check_disk(
-        host.preparing.plan_file(host.folder / "wan_t2v.safetensors", host.preparing.Request("none"))
+        host.preparing.plan_diffusion_model(host.folder / "wan_t2v.safetensors", host.preparing.Request("none"))
     )
 
 
@@ -155,7 +159,7 @@ def test_auto_does_not_change_the_product_of_what_a_file_holds_quantized(host, t
     tensors |= {f"blocks.0.q.{suffix}": part for suffix, part in quantize_weight(matrix(), "float8_e4m3fn").items()}
     save_file(tensors, tmp_path / "mixed.safetensors")
     for name, kept in (("auto", True), ("int8_fast", False)):
-        planned = host.preparing.plan_file(tmp_path / "mixed.safetensors", host.preparing.Request(name))
+        planned = host.preparing.plan_diffusion_model(tmp_path / "mixed.safetensors", host.preparing.Request(name))
         written = load_file(host.preparing.prepared_file(planned))
         config = json.loads(written["blocks.0.q.comfy_quant"].numpy().tobytes())
         assert config.get("full_precision_matrix_mult", False) is kept
@@ -167,7 +171,7 @@ def test_a_saved_model_says_what_was_kept_but_not_whose_cached_file_it_was(host,
 
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     source = host.preparing.prepared_file(
-        host.preparing.plan_file(host.folder / "wan_t2v.safetensors", host.preparing.Request("int8"))
+        host.preparing.plan_diffusion_model(host.folder / "wan_t2v.safetensors", host.preparing.Request("int8"))
     )
     assert RECIPE_KEY in open_checkpoint(source).metadata
     saved = host.saving.save_diffusion_model(host.loading.load_diffusion_model(str(source)), "saved/wan")

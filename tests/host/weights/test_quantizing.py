@@ -13,7 +13,7 @@ KEY = "diffusion_model.blocks.0.self_attn.q.weight"
 
 
 def load(host, weight_format: str = "none", name: str = "wan_t2v.safetensors"):
-    planned = host.preparing.plan_file(host.folder / name, host.preparing.Request(weight_format))
+    planned = host.preparing.plan_diffusion_model(host.folder / name, host.preparing.Request(weight_format))
     return host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
 
 
@@ -111,7 +111,7 @@ def from_core(host, name: str, weight_format: str = "none"):
     import comfy.sd
     import comfy.utils
 
-    planned = host.preparing.plan_file(host.folder / name, host.preparing.Request(weight_format))
+    planned = host.preparing.plan_diffusion_model(host.folder / name, host.preparing.Request(weight_format))
     state_dict, metadata = comfy.utils.load_torch_file(str(host.preparing.prepared_file(planned)), return_metadata=True)
     return comfy.sd.load_diffusion_model_state_dict(state_dict, metadata=metadata)
 
