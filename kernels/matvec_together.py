@@ -184,7 +184,8 @@ def matvec_together(
         filled = [x if part is None else part for part in parts]
         return filled + [filled[0]] * (MOST_WEIGHTS - count)
 
-    first = scales[0]
+    # A weight of one row has one scale either way: the others tell which it is.
+    per_row = any(scale is not None and scale.numel() > 1 for scale in scales)
     launch(
         _matvec_together_kernel,
         (tiles[0] if gate else sum(tiles), 1, 1),
@@ -201,7 +202,7 @@ def matvec_together(
             "K": columns,
             "COUNT": count,
             "KIND": kind,
-            "SCALE": 0 if first is None else 1 if first.numel() == 1 else 2,
+            "SCALE": 0 if scales[0] is None else 2 if per_row else 1,
             "HAS_BIAS": biases[0] is not None,
             "GATE": gate,
             "ASSEMBLY": assembly,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lowbit.kernels.attend_cache import attend_cache, attend_cache_reference
@@ -124,6 +124,7 @@ def test_attend_cache_reads_what_is_filled(dtype, sizes, slots, start, step, gat
     st.sampled_from([None, "row", "tensor"]),
     st.booleans(),
 )
+@example(torch.float32, "int8", [1, 2], 1, "row", False)
 @settings(max_examples=15)
 def test_matvec_together(dtype, kind, rows, columns, scaled, has_bias):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
