@@ -143,7 +143,7 @@ def build_llama(owner: Any, weights: Weights, prompt: Prompt) -> Model:
         after = layer.pre_feedforward_layernorm if gemma else layer.post_attention_layernorm
         layers.append(
             Layer(
-                _llama_attention(layer.self_attn, weights, rotation, cache),
+                _self_attention(layer.self_attn, weights, rotation, cache),
                 _feed_forward(layer.mlp, weights, config),
                 _norm(layer.input_layernorm, weights),
                 _norm(after, weights),
@@ -155,7 +155,9 @@ def build_llama(owner: Any, weights: Weights, prompt: Prompt) -> Model:
     return Model(embed, layers, norm, _logits(owner, weights, table), config.rms_norm_eps)
 
 
-def _llama_attention(module: Any, weights: Weights, rotation: Rotation, cache: LayerCache) -> Attention:
+def _self_attention(
+    module: Any, weights: Weights, rotation: Rotation, cache: LayerCache, *, gated: bool = False
+) -> Attention:
     return Attention(
         weights.linears(module.q_proj, module.k_proj, module.v_proj),
         weights.linears(module.o_proj),
@@ -165,6 +167,7 @@ def _llama_attention(module: Any, weights: Weights, rotation: Rotation, cache: L
         rotation,
         module.head_dim**-0.5,
         cache,
+        gated=gated,
     )
 
 
@@ -183,18 +186,8 @@ def build_qwen35(owner: Any, weights: Weights, prompt: Prompt) -> Model:
         if layer.layer_type == "linear_attention":
             mixer: Any = DeltaNet.read(layer.linear_attn, weights, filled[0], filled[1])
         else:
-            module, gathered = layer.self_attn, prompt.gathered.get(index)
-            mixer = Attention(
-                weights.linears(module.q_proj, module.k_proj, module.v_proj),
-                weights.linears(module.o_proj),
-                module.num_heads,
-                module.head_dim,
-                _head_norms(module, weights),
-                rotation,
-                module.head_dim**-0.5,
-                take_cache(filled, prompt.count, prompt.room, None, prompt.policy, gathered),
-                gated=True,
-            )
+            cache = take_cache(filled, prompt.count, prompt.room, None, prompt.policy, prompt.gathered.get(index))
+            mixer = _self_attention(layer.self_attn, weights, rotation, cache, gated=True)
         layers.append(
             Layer(
                 mixer,
