@@ -7,11 +7,10 @@ import torch
 from ..kernels.attention_hopper import QUERY_BLOCK, attend_hopper, can_copy_in_bulk
 from ..kernels.attention_int8 import attend_int8, tiles_for
 from ..kernels.attention_quantize import quantize_attention
+from ..kernels.operators import register_operator
 from ..kernels.runtime import GLUON_FOUND, INTERPRETED, compute_capability, kernels_run_on
 
 HOPPER = (9, 0)
-FP8_FROM = (8, 9)
-"""The first compute capability whose tensor cores take e4m3."""
 
 
 def int8_attention(
@@ -80,17 +79,4 @@ def _int8_attention_fake(q, k, v, mask, scale, fp8_values):
     return q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
 
 
-def register_ops() -> None:
-    """Define `torch.ops.lowbit.int8_attention` once per process, also when the pack is imported under two names."""
-    if hasattr(torch.ops.lowbit, "int8_attention"):
-        return
-    library = torch.library.Library("lowbit", "FRAGMENT")
-    library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
-    for key in ("CPU", "CUDA"):
-        library.impl("int8_attention", _int8_attention_op, key)
-    torch.library.register_fake("lowbit::int8_attention", _int8_attention_fake, lib=library)
-    _libraries.append(library)
-
-
-_libraries: list[torch.library.Library] = []
-register_ops()
+register_operator("int8_attention", _SCHEMA, _int8_attention_op, _int8_attention_fake)

@@ -33,11 +33,6 @@ class Times:
         self.milliseconds.append((time.perf_counter() - begin) * 1e3)
         return out
 
-    @property
-    def are_known(self) -> bool:
-        """Whether the timed calls have ended, so that `resolved` need not wait."""
-        return all(end.query() for _, end in self.events)
-
     def resolved(self) -> list[float]:
         """The milliseconds of every call; waits for the GPU when events are pending."""
         for start, end in self.events:

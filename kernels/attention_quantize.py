@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,6 @@ _STATISTICS_ROWS, _STATISTICS_WARPS = 32, 2
 _QUERY_ROWS, _QUERY_WARPS = 64, 4
 _KEY_WARPS = 4
 _LARGEST_SCALE = constexpr(LARGEST_SCALE)
-_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)

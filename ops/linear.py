@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import FormatError
+from ..kernels.operators import register_operator
 from ..kernels.quantize_rows import ACTIVATIONS, apply_activation
 from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
 from ..kernels.stored_weight import StoredWeight
@@ -152,17 +153,4 @@ _SCHEMA = (
 )
 
 
-def register_ops() -> None:
-    """Define `torch.ops.lowbit.linear` once per process, also when the pack is imported under two names."""
-    if hasattr(torch.ops.lowbit, "linear"):
-        return
-    library = torch.library.Library("lowbit", "FRAGMENT")
-    library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
-    for key in ("CPU", "CUDA"):
-        library.impl("linear", _linear_op, key)
-    torch.library.register_fake("lowbit::linear", _linear_fake, lib=library)
-    _libraries.append(library)
-
-
-_libraries: list[torch.library.Library] = []
-register_ops()
+register_operator("linear", _SCHEMA, _linear_op, _linear_fake)
