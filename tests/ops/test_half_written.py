@@ -143,5 +143,6 @@ def test_a_file_system_without_locks_can_be_written_and_nothing_is_removed_from_
     writer = CheckpointWriter(tmp_path / "a.safetensors", name_bytes=9, name_count=1, metadata={})
     remove_half_written(tmp_path)
     assert len(left(tmp_path)) == 2
+    writer.add("a", torch.ones(3))
     writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

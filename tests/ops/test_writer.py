@@ -33,6 +33,7 @@ def write(path, tensors, metadata=None, **options):
             st.sampled_from([torch.float32, torch.bfloat16, torch.uint8, torch.float8_e4m3fn, torch.int64]),
             st.lists(st.integers(0, 9), max_size=3),
         ),
+        min_size=1,
         max_size=12,
     ),
     metadata=st.dictionaries(st.text(max_size=8), st.text(max_size=20), max_size=3),
