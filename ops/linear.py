@@ -16,7 +16,7 @@ from .linear_describe import LinearDescription, describe_linear
 from .linear_kitchen import kitchen_cuda_available, kitchen_linear
 from .linear_paths import LINEAR_PATHS, kernels_take
 from .linear_reference import linear_reference
-from .linear_table import FEW_ROWS, FP8_ROWS, INT8_ROWS, KITCHEN, REFERENCE, Gpu, choose_path
+from .linear_table import KITCHEN, REFERENCE, Gpu, choose_path
 from .linear_weight import stored_weight
 from .scratch import release_scratch, scratch_nbytes
 
@@ -25,7 +25,6 @@ __all__ = ["LinearDescription", "describe_linear", "quantized_linear", "release_
 MOST_OFFSET = 1 << 31
 """Kernels count within a row in 32 bits: a row that spans more elements than this is copied first."""
 
-_FLAT_PATHS = (FEW_ROWS, FP8_ROWS, INT8_ROWS)
 _INTERPRETED_GPU = Gpu((9, 0))
 
 
@@ -36,6 +35,7 @@ def quantized_linear(
     *,
     fast: bool = True,
     activation: str | None = None,
+    input_group: str = "",
 ) -> torch.Tensor:
     """act(x) @ weight.T + bias, for x (..., K) of any rank, strides and alignment.
 
@@ -47,6 +47,7 @@ def quantized_linear(
         fast: quantize x too, row by row, and multiply on low-precision tensor cores where the GPU has them. False:
             only the weight is quantized and the product is 16-bit.
         activation: None, "gelu_tanh" or "silu", applied to x first.
+        input_group: name of the linears that read this very tensor one after the other, and quantize it once; "": none.
 
     Returns:
         (..., N) in x's dtype.
@@ -68,8 +69,8 @@ def quantized_linear(
         # Gradients flow through the plain product; inference never comes here.
         return linear_reference(x, stored, bias, fast=False, activation=activation)
     if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return torch.ops.lowbit.linear(*_flatten(x, stored, bias, fast, activation))
-    return linear_stored(x, stored, bias, fast, activation)
+        return torch.ops.lowbit.linear(*_flatten(x, stored, bias, fast, activation, input_group))
+    return linear_stored(x, stored, bias, fast, activation, input_group)
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,7 +82,12 @@ def _gpu(kind: str, index: int) -> Gpu:
 
 
 def linear_stored(
-    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, fast: bool, activation: str | None
+    x: torch.Tensor,
+    weight: StoredWeight,
+    bias: torch.Tensor | None,
+    fast: bool,
+    activation: str | None,
+    input_group: str = "",
 ) -> torch.Tensor:
     """`quantized_linear` for a weight already taken apart, without autograd."""
     shape = (*x.shape[:-1], weight.rows)
@@ -95,21 +101,24 @@ def linear_stored(
         return linear_reference(x, weight, bias, fast=fast, activation=activation)
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return linear_stored(x, weight, bias, fast, activation)
+            return linear_stored(x, weight, bias, fast, activation, input_group)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     if path == KITCHEN:
         return kitchen_linear(x, weight, bias, activation).reshape(shape)
-    if path in _FLAT_PATHS and x.dim() != 2:
-        x = x.reshape(rows, weight.columns)
     if x.stride(-1) * weight.columns >= MOST_OFFSET:
         x = x.contiguous()
-    out = LINEAR_PATHS[path](x, weight, bias, activation, gpu)
+    out = LINEAR_PATHS[path](x, weight, bias, activation, gpu, input_group)
     return out if out.dim() == len(shape) else out.reshape(shape)
 
 
 def _flatten(
-    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, fast: bool, activation: str | None
+    x: torch.Tensor,
+    weight: StoredWeight,
+    bias: torch.Tensor | None,
+    fast: bool,
+    activation: str | None,
+    input_group: str = "",
 ) -> tuple:
     return (
         x,
@@ -127,21 +136,22 @@ def _flatten(
         weight.linear_dtype,
         fast,
         activation or "",
+        input_group,
     )
 
 
 def _linear_op(
     x, data, scale, block_scale, codebook, correction, bias,
-    kind, rows, columns, group, rotation, linear_dtype, fast, activation,
+    kind, rows, columns, group, rotation, linear_dtype, fast, activation, input_group,
 ):  # fmt: skip
     described = (rows, columns, block_scale, codebook, correction, group, rotation, linear_dtype)
     weight = StoredWeight(kind, data, scale, *described)
-    return linear_stored(x, weight, bias, fast, activation or None)
+    return linear_stored(x, weight, bias, fast, activation or None, input_group)
 
 
 def _linear_fake(
     x, data, scale, block_scale, codebook, correction, bias,
-    kind, rows, columns, group, rotation, linear_dtype, fast, activation,
+    kind, rows, columns, group, rotation, linear_dtype, fast, activation, input_group,
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], rows))
 
@@ -149,7 +159,7 @@ def _linear_fake(
 _SCHEMA = (
     "linear(Tensor x, Tensor data, Tensor? scale, Tensor? block_scale, Tensor? codebook, Tensor? correction, "
     "Tensor? bias, str kind, int rows, int columns, int group, int rotation, str linear_dtype, bool fast, "
-    "str activation) -> Tensor"
+    "str activation, str input_group) -> Tensor"
 )
 
 

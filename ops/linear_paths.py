@@ -25,6 +25,7 @@ from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_reference import linear_reference
 from .linear_table import ADA, FEW_ROWS, FP8_ROWS, GEFORCE_BLACKWELL, HOPPER, INT8_ROWS, SCRATCH, Gpu
 from .scratch import Spec, take_scratch
+from .shared_input import SharedInput, keep_for_input, take_for_input
 
 _log = logging.getLogger("lowbit.linear")
 
@@ -77,7 +78,7 @@ def _hardware_e4m3(gpu: Gpu) -> bool:
 
 
 def scratch_linear(
-    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu, group: str = ""
 ) -> torch.Tensor:
     """Decode the weight into scratch as x's dtype and let cuBLAS multiply; x of any rank and strides."""
     decoded, codes = take_scratch(x.device, ((weight.rows, weight.columns), x.dtype), _codes_spec(weight, 1))
@@ -146,9 +147,10 @@ def _few_rows_scratch(method: str, x: torch.Tensor, weight: StoredWeight, splits
 
 
 def few_rows_linear(
-    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu, group: str = ""
 ) -> torch.Tensor:
     """Multiply a few rows straight from the stored codes."""
+    x = x.reshape(-1, weight.columns)
     out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
     method = _few_rows_method(weight, x.shape[0], x.dtype, activation, gpu)
     splits = _few_rows_splits(method, weight, x.device)
@@ -315,38 +317,47 @@ def _fp8_matmul(
 
 
 def fp8_rows_linear(
-    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu, group: str = ""
 ) -> torch.Tensor:
     """Quantize x to e4m3 row by row and multiply with FP8 codes; mxfp8 and nvfp4 become e4m3 with a scale per row."""
     if not gpu.triton and (gpu.cc, weight.data.dtype) in _scaled_mm_refused:
         return linear_reference(x, weight, bias, fast=False, activation=activation)
+    float8 = torch.float8_e4m3fn
+    source, x = x, x.reshape(-1, weight.columns)
     rows, columns = x.shape
     count = weight.rows
     blocks = weight.kind in (MXFP8, NVFP4)
     out = torch.empty(rows, count, dtype=x.dtype, device=x.device)
     chunks = _row_chunks(rows, columns)
-    float8 = torch.float8_e4m3fn
-    q, row_scale, decoded, decoded_scale, codes = take_scratch(
+    shared = SharedInput.of(source, group, float8, activation) if len(chunks) == 1 else None
+    folded = weight.scale if weight.scale_mode == 1 and not blocks else None
+    scratch, quantized = take_for_input(
         x.device,
+        shared,
         ((chunks[0][1] - chunks[0][0], columns), float8),
         ((rows, 1), torch.float32),
+        ((rows, 1), torch.float32) if shared and folded is not None else None,
         ((count, columns), float8) if blocks else None,
         ((count,), torch.float32) if blocks else None,
         _codes_spec(weight, 1 if blocks else 16),
     )
+    q, row_scale, scaled, decoded, decoded_scale, codes = scratch
     weight = _straight(weight, codes)
     column_scale = weight.scale if weight.scale_mode == 2 else None
-    folded = weight.scale if weight.scale_mode == 1 else None
     if blocks:
-        data, column_scale, folded = decoded, decoded_scale, None
+        data, column_scale = decoded, decoded_scale
         decode_rows(weight, data, column_scale, hardware_e4m3=_hardware_e4m3(gpu))
     else:
         data = weight.data
     quantize = quantize_rows if gpu.triton else _quantize_without_triton
     for piece, part, scale, target in _pieces(chunks, x, q, row_scale, out):
-        quantize(piece, part, scale, activation, folded)
+        if not quantized:
+            quantize(piece, part, scale, activation, folded if scaled is None else None)
+        if scaled is not None:
+            scale = torch.mul(scale, folded, out=scaled)
         if not _fp8_matmul(part, data, scale, column_scale, bias, target, gpu):
             return linear_reference(x, weight, bias, fast=False, activation=activation)
+    keep_for_input(x.device, shared, scratch)
     return out
 
 
@@ -359,32 +370,39 @@ def _quantize_without_triton(
 
 
 def int8_rows_linear(
-    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu, group: str = ""
 ) -> torch.Tensor:
     """Rotate (convrot) and quantize x to int8 row by row, multiply with the int8 grid of an integer weight."""
+    source, x = x, x.reshape(-1, weight.columns)
     rows, columns = x.shape
     count = weight.rows
     decodes = weight.kind != INT8
     out = torch.empty(rows, count, dtype=x.dtype, device=x.device)
     chunks = _row_chunks(rows, columns)
-    q, row_scale, decoded, codes = take_scratch(
+    shared = SharedInput.of(source, group, torch.int8, weight.rotation, activation) if len(chunks) == 1 else None
+    scratch, quantized = take_for_input(
         x.device,
+        shared,
         ((chunks[0][1] - chunks[0][0], columns), torch.int8),
         ((rows, 1), torch.float32),
         ((count, columns), torch.int8) if decodes else None,
         _codes_spec(weight, 1 if decodes else 16),
     )
+    q, row_scale, decoded, codes = scratch
     weight = _straight(weight, codes)
     data = weight.data
     if decodes:
         data = decoded
         decode_rows(weight, data, hardware_e4m3=_hardware_e4m3(gpu))
     for piece, part, scale, target in _pieces(chunks, x, q, row_scale, out):
-        if weight.rotation:
+        if quantized:
+            pass
+        elif weight.rotation:
             rotate_rows(piece, part, scale, weight.rotation, activation)
         else:
             quantize_rows(piece, part, scale, activation)
         matmul_rows(part, data, scale, weight.scale, bias, target, descriptors=_has_room_for_descriptors(gpu))
+    keep_for_input(x.device, shared, scratch)
     return out
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import weakref
+from typing import Any
 
 import torch
 
-from ..kernels.runtime import made_to_keep
+from ..kernels.runtime import INTERPRETED, made_to_keep
 
 ALIGNMENT = 256
 _ROUND_UP = 2 << 20
@@ -26,6 +27,7 @@ class Scratch:
     def __init__(self) -> None:
         # One attribute, so that a release by another thread never leaves half of it.
         self._held: tuple[torch.Tensor | None, Views] = (None, {})
+        self._left: tuple[list[torch.Tensor | None], Any] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -35,6 +37,7 @@ class Scratch:
 
     def take(self, specs: tuple[Spec, ...], device: torch.device) -> list[torch.Tensor | None]:
         """Tensors for `specs`, cut from the buffer, which grows (and never shrinks) when they do not fit."""
+        self._left = None
         buffer, views = self._held
         if specs not in views:
             total = _total(specs)
@@ -47,6 +50,15 @@ class Scratch:
                 views.clear()
             views[specs] = _cut(buffer, specs)
         return views[specs]
+
+    def leave(self, tensors: list[torch.Tensor | None], content: Any) -> None:
+        """Say what was written to the tensors of the last `take`; the next `take` forgets it."""
+        self._left = tensors, content
+
+    def left(self, specs: tuple[Spec, ...]) -> Any:
+        """What the last `take` left in tensors of the same `specs`; None where it left nothing, or they were released."""
+        _, views = self._held
+        return self._left[1] if self._left is not None and views.get(specs) is self._left[0] else None
 
     def release(self) -> tuple[None, Views]:
         """Give the buffer back to PyTorch's allocator, as soon as no view of it is in use."""
@@ -103,18 +115,33 @@ def take_scratch(device: torch.device, *specs: Spec) -> list[torch.Tensor | None
     They are overwritten by the next call on the same thread and stream: use them within one linear only. While a CUDA
     graph is captured they come from the graph's own pool, so that a replay never touches memory this module has freed.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    scratch = scratch_here(device)
+    if scratch is None:
         return _cut(torch.empty(_total(specs), dtype=torch.uint8, device=device), specs)
-    # Work of one stream runs in order, so its calls can share a buffer; two streams, or two threads that
-    # interleave their launches on one stream, cannot.
-    index = torch.cuda.current_device() if device.index is None else device.index
-    key = (index, torch._C._cuda_getCurrentRawStream(index))
+    return scratch.take(specs, device)
+
+
+def scratch_here(device: torch.device) -> Scratch | None:
+    """The scratch memory of this thread and its current stream; None where each call has its own.
+
+    Work of one stream runs in order, so its calls can share a buffer; two streams, or two threads that interleave
+    their launches on one stream, cannot.
+    """
+    if device.type != "cuda":
+        key = (-1, 0)
+        if not INTERPRETED:
+            return None
+    elif torch.cuda.is_current_stream_capturing():
+        return None
+    else:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        key = (index, torch._C._cuda_getCurrentRawStream(index))
     scratch = _local.scratches.get(key)
     if scratch is None:
         scratch = _local.scratches[key] = Scratch()
         with _lock:
             _all.add(scratch)
-    return scratch.take(specs, device)
+    return scratch
 
 
 def scratch_nbytes() -> int:

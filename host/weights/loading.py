@@ -23,6 +23,7 @@ from ...versions import advice, find
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .checked import NumbersCheck, settle, watched
 from .feed_forward import fuse_feed_forwards, route_input_activations
+from .input_groups import group_inputs
 from .operations import adopt_quantized_linears
 from .output_head import attach_output_head, output_head_tensors
 from .patching import patch_beside_weights
@@ -157,6 +158,7 @@ def take_over(model: torch.nn.Module) -> int:
     adopted = adopt_quantized_linears(model)
     if adopted:
         fuse_feed_forwards(model)
+        group_inputs(model)
         route_input_activations()
     return adopted
 

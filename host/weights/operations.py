@@ -47,6 +47,7 @@ class QuantizedLinear(torch.nn.Module):
     """
 
     side_product: SideProduct | None = None
+    input_group: str = ""
     comfy_patched_weights: bool
     weight: Any
     weight_function: list[Any]
@@ -116,7 +117,9 @@ class QuantizedLinear(torch.nn.Module):
         ) as (weight, bias):
             if not isinstance(weight, QuantizedTensor):
                 weight = weight.to(input.dtype)
-            return quantized_linear(input, weight, bias, fast=self.fast, activation=activation)
+            return quantized_linear(
+                input, weight, bias, fast=self.fast, activation=activation, input_group=self.input_group
+            )
 
     @property
     def fast(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from lowbit.kernels.attention_int8 import Tiles, attend_int8
 from lowbit.kernels.attention_quantize import quantize_attention
 from lowbit.kernels.runtime import INTERPRETED
-from lowbit.ops import linear_paths
+from lowbit.ops import linear_paths, shared_input
 from lowbit.ops.linear_table import REFERENCE, Gpu, choose_path
 
 from .guarded import guarded
@@ -41,7 +41,8 @@ def test_products_stay_inside_their_tensors(name, fast, at, monkeypatch):
         return guarded(plain_empty(*shape, dtype=dtype, **options).zero_(), at)
 
     plain_empty = torch.empty
-    monkeypatch.setattr(linear_paths, "take_scratch", scratch)
+    for module in (linear_paths, shared_input):
+        monkeypatch.setattr(module, "take_scratch", scratch)
     for count, columns in SIZES[:1] if name in ROTATED else SIZES:
         weight = make(name, count, columns, torch.device("cpu"))
         fields = {f.name: getattr(weight, f.name) for f in dataclasses.fields(weight)}

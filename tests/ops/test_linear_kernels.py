@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
+from threading import Thread
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 
 from lowbit.kernels.hadamard import rotate_reference
 from lowbit.ops import linear as linear_module
-from lowbit.ops.linear import quantized_linear
+from lowbit.ops import linear_paths
+from lowbit.ops.linear import quantized_linear, release_scratch
 from lowbit.ops.linear_paths import LINEAR_PATHS, few_rows_linear, fp8_rows_linear
 from lowbit.ops.linear_table import Gpu
 from lowbit.ops.linear_weight import stored_weight
@@ -195,3 +198,123 @@ def test_weight_of_any_alignment_and_order(name, path):
     for other in (moved, data.t().contiguous().t()):
         stored = stored_weight(QuantizedTensor(other, weight._layout_cls, weight._params))
         torch.testing.assert_close(LINEAR_PATHS[path](x, stored, None, None, HOPPER), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.fixture
+def quantizations(monkeypatch):
+    """The inputs that were quantized, one entry a pass."""
+    release_scratch()
+    seen = []
+    for name in ("quantize_rows", "rotate_rows"):
+        plain = getattr(linear_paths, name)
+        monkeypatch.setattr(linear_paths, name, lambda x, *rest, plain=plain: seen.append(x) or plain(x, *rest))
+    return seen
+
+
+SHARING = ("e4m3", "e4m3 rows", "int8", "int8_convrot", "nvfp4", "int4")
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", SHARING)
+def test_linears_of_a_group_quantize_their_input_once_and_multiply_as_alone(name, inference, quantizations):
+    with torch.inference_mode(inference):
+        x = torch.randn(2, 10, 256)
+        weights = [_weight(name.removesuffix(" rows"), 24, 256) for _ in range(3)]
+        for weight in weights if name.endswith(" rows") else ():
+            weight._params = dataclasses.replace(weight._params, scale=torch.rand(24, 1) + 0.5)
+        alone = [quantized_linear(x, weight) for weight in weights]
+        assert len(quantizations) == 3
+        together = [quantized_linear(x, weight, input_group="q") for weight in weights]
+    assert len(quantizations) == 4
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def _touch_in_place(x, weight):
+    x.mul_(2)
+    return x
+
+
+def _take_it_anew(x, weight):
+    return x.clone()
+
+
+def _multiply_something_else(x, weight):
+    quantized_linear(torch.randn(20, 256), weight)
+    return x
+
+
+def _let_another_group_read_it(x, weight):
+    quantized_linear(x, weight, input_group="to_q")
+    return x
+
+
+def _release_scratch(x, weight):
+    release_scratch()
+    return x
+
+
+def _fail_in_the_middle(x, weight):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_paths, "matmul_rows", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            quantized_linear(x * 3, weight, input_group="q")
+    return x
+
+
+def _in_another_shape(x, weight):
+    return x.view(4, 5, 256)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        _touch_in_place,
+        _take_it_anew,
+        _multiply_something_else,
+        _let_another_group_read_it,
+        _release_scratch,
+        _fail_in_the_middle,
+        _in_another_shape,
+    ],
+)
+def test_an_input_that_may_have_changed_is_quantized_anew(between, quantizations):
+    x, weight = torch.randn(20, 256), _weight("e4m3", 24, 256)
+    quantized_linear(x, weight, input_group="q")
+    x = between(x, weight)
+    quantizations.clear()
+    out = quantized_linear(x, weight, input_group="q")
+    assert len(quantizations) == 1
+    assert torch.equal(out, quantized_linear(x.clone(), weight))
+
+
+def test_another_activation_or_format_of_a_group_is_quantized_anew(quantizations):
+    x, first, second = torch.randn(20, 256), _weight("int8", 24, 256), _weight("int8_convrot", 24, 256)
+    expected = [quantized_linear(x, first), quantized_linear(x, second), quantized_linear(x, second, activation="silu")]
+    out = [
+        quantized_linear(x, first, input_group="q"),
+        quantized_linear(x, second, input_group="q"),
+        quantized_linear(x, second, activation="silu", input_group="q"),
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(out, expected, strict=True))
+    assert len(quantizations) == 6
+
+
+def test_threads_share_nothing(quantizations):
+    x, weight = torch.randn(20, 256), _weight("int8", 24, 256)
+    expected = quantized_linear(x, weight)
+    out = []
+    for _ in range(2):
+        thread = Thread(target=lambda: out.append(quantized_linear(x, weight, input_group="q")))
+        thread.start()
+        thread.join()
+    out.append(quantized_linear(x, weight, input_group="q"))
+    assert all(torch.equal(one, expected) for one in out)
+    assert len(quantizations) == 4
+
+
+def test_a_group_keeps_no_input_alive():
+    x, weight = torch.randn(20, 256), _weight("int8", 24, 256)
+    quantized_linear(x, weight, input_group="q")
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None

@@ -13,7 +13,17 @@ from testing import tiny
 @pytest.fixture(scope="module")
 def host(core_modules, tmp_path_factory):
     """The host modules with ComfyUI on its CPU setting, and a folder with tiny checkpoints and a cache of its own."""
-    from lowbit.host.weights import feed_forward, folders, loading, operations, patching, preparing, quantizing, saving
+    from lowbit.host.weights import (
+        feed_forward,
+        folders,
+        input_groups,
+        loading,
+        operations,
+        patching,
+        preparing,
+        quantizing,
+        saving,
+    )
 
     folder = tmp_path_factory.mktemp("models")
     for name in ("wan_t2v.safetensors", "qwen_image.safetensors"):
@@ -25,6 +35,7 @@ def host(core_modules, tmp_path_factory):
                 folder=folder / "diffusion_models",
                 feed_forward=feed_forward,
                 folders=folders,
+                input_groups=input_groups,
                 loading=loading,
                 operations=operations,
                 patching=patching,

@@ -58,6 +58,22 @@ def test_a_weight_function_is_cores_and_only_while_it_is_there(host):
     assert torch.allclose(patched, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_the_linears_that_read_one_tensor_are_one_group(host):
+    attention = block(load(host, "int8")).self_attn
+    assert [getattr(attention, name).input_group for name in ("q", "k", "v", "o")] == ["q", "q", "q", ""]
+    module, alone = torch.nn.Module(), torch.nn.Module()
+    for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "to_add_out"):
+        module.add_module(name, host.operations.QuantizedLinear())
+    alone.add_module("to_q", host.operations.QuantizedLinear())
+    assert host.input_groups.group_inputs(torch.nn.ModuleList([module, alone])) == 5
+    assert (module.to_k.input_group, module.add_q_proj.input_group, module.to_add_out.input_group) == (
+        "to_q",
+        "add_q_proj",
+        "",
+    )
+    assert alone.to_q.input_group == ""
+
+
 def test_adopting_twice_changes_nothing(host):
     patcher = load(host, "int8")
     classes = [type(module) for module in patcher.model.modules()]
