@@ -24,18 +24,18 @@ INPUT_ACTIVATIONS = {
 }
 """What `QuantizedLinear.forward` can apply to its input on the way, in plain torch."""
 
-STORED_BESIDE_WEIGHT = frozenset(
-    {
-        "comfy_quant",
-        "weight_scale",
-        "weight_scale_2",
-        "weight_s_rel",
-        "weight_s_channel",
-        "weight_codebook",
-        "weight_correction",
-    }
-)
-"""What a quantized linear's `state_dict` may list that is no attribute of core's module."""
+
+class _Stored:
+    """What `state_dict` lists beside the weight: no attribute of core's module, which core looks up when models are merged."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: torch.nn.Module, owner: type) -> torch.Tensor:
+        stored = module.state_dict()
+        if self.name not in stored:
+            raise AttributeError(f"'{type(module).__name__}' object has no attribute '{self.name}'")
+        return stored[self.name]
 
 
 class QuantizedLinear(torch.nn.Module):
@@ -45,6 +45,14 @@ class QuantizedLinear(torch.nn.Module):
     faulted in by dynamic VRAM. Calls that core must see whole (training, a LoRA applied as a weight function, an input
     that is quantized already) go to core unchanged, for as long as they last.
     """
+
+    comfy_quant = _Stored()
+    weight_scale = _Stored()
+    weight_scale_2 = _Stored()
+    weight_s_rel = _Stored()
+    weight_s_channel = _Stored()
+    weight_codebook = _Stored()
+    weight_correction = _Stored()
 
     side_product: SideProduct | None = None
     input_group: str = ""
@@ -82,24 +90,14 @@ class QuantizedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(patched, requires_grad=False)
         return None
 
-    def __getattr__(self, name: str) -> Any:
-        """As ever; and what `state_dict` lists beside the weight, which core looks up when another model is merged in."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in STORED_BESIDE_WEIGHT:
-                stored = self.state_dict()
-                if name in stored:
-                    return stored[name]
-            raise
-
     def _product(self, input: torch.Tensor, activation: str | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self._multiplies_here(input):
+        weight = self.weight
+        if not self._multiplies_here(weight, input):
             if activation is not None:
                 input = INPUT_ACTIVATIONS[activation](input)
             return super().forward(input, *args, **kwargs)
         run_every_op()
-        pre_quant_scale = getattr(self, "pre_quant_scale", None)
+        pre_quant_scale = self._parameters.get("pre_quant_scale")
         if pre_quant_scale is not None:
             if activation is not None:
                 input, activation = INPUT_ACTIVATIONS[activation](input), None
@@ -108,7 +106,7 @@ class QuantizedLinear(torch.nn.Module):
         with comfy.ops.CastBiasWeightContext(
             self,
             input=None,
-            dtype=self.weight.dtype,
+            dtype=weight.dtype,
             device=input.device,
             bias_dtype=input.dtype,
             offloadable=True,
@@ -134,13 +132,13 @@ class QuantizedLinear(torch.nn.Module):
         emulated_by_core = getattr(self, "quant_format", None) in self._disabled_formats
         return emulated_by_core or not self._full_precision_mm
 
-    def _multiplies_here(self, input: torch.Tensor) -> bool:
+    def _multiplies_here(self, weight: Any, input: torch.Tensor) -> bool:
         return (
-            isinstance(self.weight, QuantizedTensor)
+            isinstance(weight, QuantizedTensor)
             and not isinstance(input, QuantizedTensor)
             and not input.requires_grad
             and input.is_floating_point()
-            and self.weight._layout_cls in LAYOUT_READERS
+            and weight._layout_cls in LAYOUT_READERS
             and len(self.weight_function) == 0
             and len(self.bias_function) == 0
         )
