@@ -68,12 +68,12 @@ def nodes_of(group: Group) -> list[type[io.ComfyNode]]:
     """The group's nodes that this ComfyUI can run; the log says which it cannot, and why."""
     gone = missing(dict.fromkeys(name for names in group.names for name in names.NEEDED))
     if gone:
-        log.warning(lacking(gone, f"{group.title} are left out"))
+        log.warning(lacking(gone, f"{group.title} will not be shown"))
         return []
     try:
         nodes = importlib.import_module(f".{group.module}", __name__).NODES
     except Exception as error:  # noqa: BLE001  # whatever another version of the interface raises
-        log.warning(lacking([str(error)], f"{group.title} are left out"))
+        log.warning(lacking([str(error)], f"{group.title} will not be shown"))
         return []
     return [node for node in nodes if _has_a_schema(node)]
 

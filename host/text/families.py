@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.text_encoders import gemma4, llama, qwen35
 
 from ...kernels.cache_heads import HeadNorms
 from ...text.caches import CachePolicy, LayerCache, RingCache
 from ...text.decoder import Model
 from ...text.layers import Attention, FeedForward, Layer, Rotation
+from ...versions import find
 from .delta_net import DeltaNet
 from .held_weights import HeldWeights, StreamedWeights
 from .prefill import take_cache
@@ -241,7 +241,7 @@ def _gemma4_rotation(matrices: torch.Tensor) -> Rotation:
 
 
 def _gemma4_cache(filled: Any, count: int) -> LayerCache:
-    kind = RingCache if isinstance(filled, gemma4.RingKV) else LayerCache
+    kind = RingCache if isinstance(filled, find(_RING_CACHE)) else LayerCache
     return kind(filled.key[0], filled.value[0], count)
 
 
@@ -320,11 +320,22 @@ def _gemma4_logits(owner: Any, logits: Callable[[torch.Tensor], torch.Tensor], f
     return capped
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family(llama.Llama2_, build_llama),
-    Family(qwen35.Qwen35Transformer, build_qwen35),
-    Family(gemma4.Gemma4Transformer, build_gemma4, hands_over_attention=False),
-)
+_RING_CACHE = "comfy.text_encoders.gemma4.RingKV"
+
+
+def _families() -> Iterator[Family]:
+    """Those whose classes this ComfyUI has."""
+    for names, build, hands_over_attention in (
+        (("comfy.text_encoders.llama.Llama2_",), build_llama, True),
+        (("comfy.text_encoders.qwen35.Qwen35Transformer",), build_qwen35, True),
+        (("comfy.text_encoders.gemma4.Gemma4Transformer", _RING_CACHE), build_gemma4, False),
+    ):
+        transformer, *others = map(find, names)
+        if transformer is not None and None not in others:
+            yield Family(transformer, build, hands_over_attention)
+
+
+FAMILIES = tuple(_families())
 
 
 def find_family(owner: Any) -> Family | None:
