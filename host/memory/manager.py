@@ -10,7 +10,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ...memory.policies import Settings
 from .decoding import manage_vae
 from .encoding import manage_clip
-from .release import take_over
+from .release import manage_prompt
 from .sampling import KEY, SamplingHooks
 
 
@@ -26,7 +26,7 @@ def manage(
         settings: the node's choices.
         node_id: of the manager node, for the meter.
     """
-    take_over(node_id, settings.limit_bytes)
+    manage_prompt(node_id, settings.limit_bytes)
     managed, hooks = model.clone(), SamplingHooks(settings, node_id)
     wrappers: dict[str, Callable[..., Any]] = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
