@@ -136,7 +136,7 @@ def load(contender: Contender, path: Path, timings: Path) -> Any:
     """The model as the contender's loader and attention node make it, and the name of its format."""
     import comfy.sd
 
-    from lowbit.attention.plan import Policy
+    from lowbit.attention.candidates import Policy
     from lowbit.attention.schedule import Schedule
     from lowbit.host.attention.installing import install
     from lowbit.host.weights.loading import load_diffusion_model

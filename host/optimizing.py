@@ -8,9 +8,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ..attention.backends import BACKENDS, ERROR_LIMITS
+from ..attention.candidates import AUTO as AUTO_BACKEND
+from ..attention.candidates import Policy
 from ..attention.environment import detect
-from ..attention.plan import AUTO as AUTO_BACKEND
-from ..attention.plan import Policy
 from ..attention.schedule import Schedule
 from ..memory.policies import POLICIES, Settings
 from ..ops.auto_format import four_bit_format

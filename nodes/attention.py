@@ -7,7 +7,7 @@ import json
 from comfy_api.latest import io, ui
 
 from ..attention.backends import BACKENDS, BUDGETS, backend_names
-from ..attention.plan import AUTO, Policy
+from ..attention.candidates import AUTO, Policy
 from ..attention.schedule import Schedule, parse_blocks
 from ..host.attention.installing import find, install
 from ..host.weights.folders import cache_folder

@@ -11,9 +11,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...attention.backends import by_name
+from ...attention.candidates import AUTO, Policy
 from ...attention.dispatch import Dispatcher
 from ...attention.environment import Environment, detect
-from ...attention.plan import AUTO, Policy
 from ...attention.planning import check_named
 from ...attention.schedule import Schedule
 from ...attention.timing_cache import TimingCache

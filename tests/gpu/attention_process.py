@@ -37,7 +37,7 @@ def sample(patcher) -> torch.Tensor:
 
 def run(patcher, reference: torch.Tensor, folder: Path, backend: str, budget: str, **schedule) -> dict:
     """One policy: the error against core's attention on the same weights, twice, and the report."""
-    from lowbit.attention.plan import Policy
+    from lowbit.attention.candidates import Policy
     from lowbit.attention.schedule import Schedule
     from lowbit.host.attention.installing import find, install
 

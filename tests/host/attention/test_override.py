@@ -7,21 +7,11 @@ import types
 import pytest
 import torch
 
+from lowbit.attention.candidates import Policy
 from lowbit.attention.environment import Environment
-from lowbit.attention.plan import Policy
 from lowbit.attention.schedule import Schedule
 
-from . import support
-
-fakes, counts, layouts, options, override = (
-    support.fakes, support.counts, support.layouts, support.options, support.override,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def host(core_modules):
-    """The host modules."""
-    return support.load()
+from .support import counts, fakes, layouts, microseconds, options, override
 
 
 @pytest.mark.parametrize("gqa", [False, True])
@@ -277,5 +267,5 @@ def test_a_warm_call_through_the_override_adds_less_than_15_microseconds(host):
 
     for _ in range(10):
         through()
-    added = support.microseconds(through) - support.microseconds(bare)
+    added = microseconds(through) - microseconds(bare)
     assert added < 15, f"{added:.1f} us a call"

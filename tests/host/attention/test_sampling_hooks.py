@@ -11,17 +11,7 @@ import torch
 
 from lowbit.attention.schedule import CALLS_AHEAD, Schedule
 
-from . import support
-
-fakes, counts, layouts, options, override = (
-    support.fakes, support.counts, support.layouts, support.options, support.override,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def host(core_modules):
-    """The host modules."""
-    return support.load()
+from .support import counts, fakes, layouts, options, override
 
 
 @torch.no_grad()
