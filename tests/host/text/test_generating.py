@@ -303,4 +303,4 @@ def test_every_argument_of_cores_generate_is_known(host):
     import inspect
 
     parameters = [name for name in inspect.signature(host.core).parameters if name != "self"]
-    assert parameters == [field.name for field in dataclasses.fields(host.generating.Request)]
+    assert parameters == [field.name for field in dataclasses.fields(host.generating.GenerateArguments)]
