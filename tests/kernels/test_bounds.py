@@ -25,7 +25,7 @@ from .stored import ROTATED, UNROTATED, make
 if not INTERPRETED:
     pytest.skip("the interpreter reads the addresses that a kernel asks for", allow_module_level=True)
 
-SIZES = [(24, 256), (33, 80), (192, 512)]
+SIZES = [(24, 256), (33, 80), (132, 320)]
 ROWS = ((1, torch.float16), (2, torch.float32), (17, torch.float16), (70, torch.float16))
 HOPPER = Gpu((9, 0), triton=True, kitchen=False)
 
