@@ -10,6 +10,10 @@ from lowbit.attention.schedule import Schedule
 from .support import counts, fakes, layouts, options, override
 
 
+# torch's own compiler says it of torch.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """No graph from another test."""
