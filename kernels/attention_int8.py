@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_quantize import KEY_BLOCK, QuantizedAttention, _batch_and_head, mask_strides, padded_head_dim, rotation
+from .attention_quantize import KEY_BLOCK, QuantizedAttention, _batch_and_head, mask_strides, padded_head_dim, sylvester
 from .launch import launch
 from .quantize_rows import SMALLEST_SCALE
 from .runtime import AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER, INTERPRETED, ceil_div, constexpr, tl, triton
@@ -27,7 +27,7 @@ _INTERPRETED = constexpr(INTERPRETED)
 _LARGEST_FACTOR = constexpr(LARGEST_FACTOR)
 
 
-class Tiles(NamedTuple):
+class AttentionTiles(NamedTuple):
     """Launch settings. rows, keys: of the tile of scores, keys a divisor of KEY_BLOCK."""
 
     rows: int
@@ -38,16 +38,16 @@ class Tiles(NamedTuple):
 
 # By compute capability: tiles with e4m3 values, and with 16-bit ones. The first row whose capability is not above the
 # GPU's holds. Hopper's were swept on an H200; the others fit their shared memory and are untimed.
-TILES: tuple[tuple[tuple[int, int], Tiles, Tiles], ...] = (
-    (GEFORCE_BLACKWELL, Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
-    (BLACKWELL, Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2)),
-    (HOPPER, Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2)),
-    ((8, 6), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
-    (AMPERE, Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+TILES: tuple[tuple[tuple[int, int], AttentionTiles, AttentionTiles], ...] = (
+    (GEFORCE_BLACKWELL, AttentionTiles(128, 64, 8, 3), AttentionTiles(128, 64, 8, 2)),
+    (BLACKWELL, AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 128, 8, 2)),
+    (HOPPER, AttentionTiles(64, 128, 4, 2), AttentionTiles(128, 128, 8, 2)),
+    ((8, 6), AttentionTiles(128, 64, 8, 3), AttentionTiles(128, 64, 8, 2)),
+    (AMPERE, AttentionTiles(128, 64, 8, 3), AttentionTiles(128, 64, 8, 3)),
 )
 
 
-def tiles_for(capability: tuple[int, int], fp8_values: bool) -> Tiles:
+def tiles_for(capability: tuple[int, int], fp8_values: bool) -> AttentionTiles:
     """The launch settings of a GPU."""
     row = next((row for row in TILES if row[0] <= capability), TILES[-1])
     return row[1] if fp8_values else row[2]
@@ -211,7 +211,7 @@ def attend_int8(
     mask: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    tiles: Tiles,
+    tiles: AttentionTiles,
 ) -> None:
     """Writes attention over quantized Q and K into `out`.
 
@@ -265,7 +265,7 @@ def attention_int8_reference(
     d, blocks = padded_head_dim(head_dim), ceil_div(keys, KEY_BLOCK)
     kept = torch.ones(batch, keys, dtype=torch.bool, device=q.device) if mask is None else mask.expand(batch, keys)
     kept = kept[:, None, :, None]
-    matrix = rotation(d, q.device, torch.float32)
+    matrix = sylvester(d, q.device, torch.float32)
     pad = torch.nn.functional.pad
 
     def rotated(x: torch.Tensor) -> torch.Tensor:

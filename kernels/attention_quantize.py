@@ -63,7 +63,7 @@ def key_order(position: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def rotation(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def sylvester(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The Hadamard matrix of Sylvester's construction over `size` (a power of two, so that it is exact in 16 bits)."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
@@ -308,7 +308,7 @@ def quantize_attention(
     floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
     sums, counts = floats(pairs, CHUNKS, d), floats(pairs, CHUNKS)
     largest = torch.empty(pairs if fp8_values else 0, CHUNKS, d, dtype=torch.int32, device=device)
-    matrix = rotation(d, device, torch.float32 if INTERPRETED else torch.bfloat16)
+    matrix = sylvester(d, device, torch.float32 if INTERPRETED else torch.bfloat16)
     k_codes = torch.empty(pairs, blocks * KEY_BLOCK, d, dtype=torch.int8, device=device)
     k_scale = floats(pairs, blocks)
     v_codes = (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import MemoryBudgetError
-from ...memory.decisions import Tiles, plan_tiles, smaller
+from ...memory.decisions import VaeTiles, plan_tiles, smaller
 from ...memory.policies import Settings
 from .encoding import managed_class
 from .release import manage_prompt
@@ -112,7 +112,7 @@ class ManagedVAE:
         release_all_but((), "the VAE")
         return "everything left the GPU"
 
-    def _tiles(self, samples: torch.Tensor) -> Tiles | None:
+    def _tiles(self, samples: torch.Tensor) -> VaeTiles | None:
         """How to cut this latent; None when it fits whole, or is of a kind that core cuts by itself."""
         if samples.ndim not in (4, 5) or self.latent_dim < 2 or not session().device.holds_models:  # type: ignore[attr-defined]
             return None
@@ -134,9 +134,9 @@ class ManagedVAE:
     def _smallest_tile(self) -> int:
         return max(1, _SMALLEST_TILE // self.spacial_compression_decode())  # type: ignore[attr-defined]
 
-    def _decode_in(self, tiles: Tiles, samples: torch.Tensor) -> torch.Tensor:
+    def _decode_in(self, tiles: VaeTiles, samples: torch.Tensor) -> torch.Tensor:
         """Decodes in tiles, in smaller ones after running out of memory, until they cannot be smaller."""
-        current: Tiles | None = tiles
+        current: VaeTiles | None = tiles
         while current is not None:
             try:
                 return self._decode_tiles(current, samples)
@@ -151,13 +151,13 @@ class ManagedVAE:
             "GiB for it: close what else uses the GPU, raise vram_limit_gib, or load the VAE in bf16."
         )
 
-    def _decode_tiles(self, tiles: Tiles, samples: torch.Tensor) -> torch.Tensor:
+    def _decode_tiles(self, tiles: VaeTiles, samples: torch.Tensor) -> torch.Tensor:
         time = {} if tiles.frames is None else {"tile_t": tiles.frames, "overlap_t": tiles.overlap_frames}
         return self.decode_tiled(  # type: ignore[attr-defined]
             samples, tile_x=tiles.size, tile_y=tiles.size, overlap=tiles.overlap, **time
         )
 
-    def _size(self, tiles: Tiles) -> str:
+    def _size(self, tiles: VaeTiles) -> str:
         pixels = f"{tiles.size * self.spacial_compression_decode()} pixels"  # type: ignore[attr-defined]
         return pixels if tiles.frames is None else f"{pixels} and {tiles.frames} latent frames"
 

@@ -11,7 +11,7 @@ from ...memory.policies import Settings
 from .decoding import manage_vae
 from .encoding import manage_clip
 from .release import manage_prompt
-from .sampling import KEY, SamplingHooks
+from .sampling import KEY, MemoryHooks
 
 
 def manage(
@@ -27,7 +27,7 @@ def manage(
         node_id: of the manager node, for the meter.
     """
     manage_prompt(node_id, settings.limit_bytes)
-    managed, hooks = model.clone(), SamplingHooks(settings, node_id)
+    managed, hooks = model.clone(), MemoryHooks(settings, node_id)
     wrappers: dict[str, Callable[..., Any]] = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
         WrappersMP.PREPARE_SAMPLING: hooks.prepare_sampling,

@@ -31,7 +31,7 @@ KEY = "lowbit_memory"
 _RELEASED_FRACTION = 0.25
 
 
-class SamplingHooks:
+class MemoryHooks:
     """The wrappers of one manager node; ComfyUI calls them around its own functions."""
 
     def __init__(self, settings: Settings, node_id: str | None):
@@ -45,7 +45,7 @@ class SamplingHooks:
         self._returning = 0
         self._working = 0.0
 
-    def __deepcopy__(self, memo: dict) -> SamplingHooks:
+    def __deepcopy__(self, memo: dict) -> MemoryHooks:
         """Clones for other GPUs share the settings and the run."""
         return self
 

@@ -6,9 +6,8 @@ small it is, encodes it and attends to it: here to a sixteenth of one.
 
 import math
 import os
+import sys
 import types
-
-import nodes
 
 QUICK = "LOWBIT_QUICK_TESTS"
 """The environment variable that asks for it."""
@@ -23,8 +22,9 @@ def install() -> None:
     if not os.environ.get(QUICK):
         return
     os.fsync = lambda file: None
+    core = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})  # none of it without a server
     for name in EDITS:
-        node = nodes.NODE_CLASS_MAPPINGS.get(name)
+        node = core.get(name)
         if node is not None:
             node.execute.__func__.__globals__["math"] = types.SimpleNamespace(
                 sqrt=lambda value: math.sqrt(value) / SIDE

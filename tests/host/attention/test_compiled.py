@@ -9,7 +9,6 @@ from lowbit.attention.schedule import Schedule
 
 from .support import counts, fakes, layouts, options, override
 
-
 # torch's own compiler says it of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 

@@ -124,7 +124,7 @@ def patcher(host):
 
 
 def install(host, model, backend="auto", budget="balanced"):
-    return host.installing.install(model, Policy(backend, budget), Schedule(), True, None)[0]
+    return host.installing.install_override(model, Policy(backend, budget), Schedule(), True, None)[0]
 
 
 def test_cores_own_choice_becomes_the_last_resort(host):
@@ -155,7 +155,7 @@ def test_what_must_be_exact_never_ends_at_a_lossy_kernel_chosen_before(host, bac
     model = patcher(host)
     model.set_model_optimized_attention(lossy)
     patched = install(host, model, backend, "exact" if request_exact == "budget" else "fast")
-    target = host.installing.find(patched)
+    target = host.installing.find_override(patched)
     target.exact_model_call = request_exact == "step"
     keywords = {
         "low_precision": {"low_precision_attention": False},
@@ -179,7 +179,7 @@ def test_cores_exact_functions_are_known_wrapped_and_bare(host):
         assert function.__wrapped__ not in host.attention.EXACT_FUNCTIONS
     model = patcher(host)
     model.set_model_optimized_attention(core.attention_pytorch)
-    assert host.installing.find(install(host, model))._chosen is core.attention_pytorch
+    assert host.installing.find_override(install(host, model))._chosen is core.attention_pytorch
 
 
 def test_calls_that_cannot_be_taken_are_counted_and_stay_exact(host):
@@ -207,12 +207,12 @@ def test_install_leaves_the_model_alone_and_replaces_its_own(host):
     model = patcher(host)
     first = install(host, model)
     second = install(host, first, "sdpa")
-    assert host.installing.find(model) is None
+    assert host.installing.find_override(model) is None
     assert "optimized_attention_override" not in model.model_options["transformer_options"]
-    assert host.installing.find(first) is not host.installing.find(second)
-    assert host.installing.find(second).previous is None
-    assert host.installing.find(second).dispatcher.policy.backend == "sdpa"
-    assert host.installing.find(second.clone()) is host.installing.find(second)
+    assert host.installing.find_override(first) is not host.installing.find_override(second)
+    assert host.installing.find_override(second).previous is None
+    assert host.installing.find_override(second).dispatcher.policy.backend == "sdpa"
+    assert host.installing.find_override(second.clone()) is host.installing.find_override(second)
     for wrappers in second.wrappers.values():
         assert [len(w) for w in wrappers.values()] == [1]
 
@@ -220,7 +220,7 @@ def test_install_leaves_the_model_alone_and_replaces_its_own(host):
 def test_the_report_is_found_under_a_later_override(host):
     patched = install(host, patcher(host))
     patched.set_model_optimized_attention(host.core.attention_pytorch)
-    assert host.installing.find(patched) is not None
+    assert host.installing.find_override(patched) is not None
 
 
 @pytest.mark.parametrize(
