@@ -10,6 +10,7 @@ from types import FunctionType, ModuleType
 import torch
 from torch.backends.cuda import SDPAParams
 
+from ..kernels.runtime import ADA, AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER, TURING
 from . import calls, int8
 from .environment import Environment, load
 
@@ -200,8 +201,11 @@ class Backend:
         return " or ".join(filter(None, [", ".join(ranges[:-1]), ranges[-1]])) if ranges else "any"
 
 
-AMPERE_AND_NEWER = (((8, 0), (99, 0)),)
-BLACKWELL = (((10, 0), (10, 0)), ((12, 0), (12, 1)))
+NEWEST = (99, 0)
+AMPERE_AND_NEWER = ((AMPERE, NEWEST),)
+GEFORCE_50 = (GEFORCE_BLACKWELL, (12, 1))
+ANY_BLACKWELL = ((BLACKWELL, BLACKWELL), GEFORCE_50)
+UP_TO_HOPPER_AND_GEFORCE_50 = ((AMPERE, HOPPER), GEFORCE_50)
 SAGE_2 = "build SageAttention 2.2 from github.com/thu-ml/SageAttention (it is not on PyPI)"
 SAGE_3 = "build sageattn3 from github.com/thu-ml/SageAttention, folder sageattention3_blackwell (it is not on PyPI)"
 
@@ -213,11 +217,11 @@ def _sage_kernel_missing(environment: Environment) -> str | None:
         return reason
     if not hasattr(package, "sageattn_qk_int8_pv_fp8_cuda"):
         return f"version {environment.version('sageattention')}, which has no FP8 kernels"
-    built = "SM90_ENABLED" if environment.capability == (9, 0) else "SM89_ENABLED"
+    built = "SM90_ENABLED" if environment.capability == HOPPER else "SM89_ENABLED"
     core, reason = load("sageattention.core")
     if not getattr(core, built, False):
         return f"built without kernels for cc {environment.compute_capability}"
-    if environment.capability == (9, 0) and _calls_the_fake(core):
+    if environment.capability == HOPPER and _calls_the_fake(core):
         return (
             f"version {environment.version('sageattention')} from before its pull request 307 (December 2025), whose "
             "output for cc 9.0 is memory that nothing has written"
@@ -250,8 +254,8 @@ def _sage_default_missing(environment: Environment) -> str | None:
         triton_only = (
             f"version {environment.version('sageattention')}, whose Triton kernels are not for cc 10 and newer"
         )
-        return triton_only if environment.capability >= (10, 0) else None
-    return _sage_fp16_missing(environment) if environment.capability < (8, 9) else _sage_kernel_missing(environment)
+        return triton_only if environment.capability >= BLACKWELL else None
+    return _sage_fp16_missing(environment) if environment.capability < ADA else _sage_kernel_missing(environment)
 
 
 SAGE_1_TILE = 64
@@ -315,7 +319,7 @@ BACKENDS: tuple[Backend, ...] = (
         missing=_own_missing,
         bind=partial(calls.bind_int8, fp8_values=True),
         install="pip install triton (triton-windows on Windows)",
-        capabilities=(((8, 9), (99, 0)),),
+        capabilities=((ADA, NEWEST),),
         head_dims=(32, 128),
         masks=("keys",),
         as_they_are=True,
@@ -341,7 +345,7 @@ BACKENDS: tuple[Backend, ...] = (
         missing=_sageattn3_missing,
         bind=partial(calls.bind_sageattn3, per_block_mean=True),
         install=SAGE_3,
-        capabilities=BLACKWELL,
+        capabilities=ANY_BLACKWELL,
         only_head_dims=(64, 128),
         gqa=False,
         scale=False,
@@ -355,9 +359,9 @@ BACKENDS: tuple[Backend, ...] = (
         missing=_sage_kernel_missing,
         bind=calls.bind_sage_fp8,
         install=SAGE_2,
-        capabilities=(((8, 9), (8, 9)), ((9, 0), (9, 0)), ((12, 0), (12, 1))),
+        capabilities=((ADA, ADA), (HOPPER, HOPPER), GEFORCE_50),
         # Reports of noise past 160k tokens on cc 12.0: kernel-notes.
-        max_kv_len=(((12, 0), 160_000), ((12, 1), 160_000)),
+        max_kv_len=tuple((capability, 160_000) for capability in GEFORCE_50),
         tested_on=("9.0",),
         max_elements=INT32_ELEMENTS,
     ),
@@ -368,7 +372,7 @@ BACKENDS: tuple[Backend, ...] = (
         missing=_sageattn3_missing,
         bind=partial(calls.bind_sageattn3, per_block_mean=False),
         install=SAGE_3,
-        capabilities=BLACKWELL,
+        capabilities=ANY_BLACKWELL,
         only_head_dims=(64, 128),
         gqa=False,
         scale=False,
@@ -382,8 +386,8 @@ BACKENDS: tuple[Backend, ...] = (
         missing=_sage_default_missing,
         bind=calls.bind_sage_default,
         install="pip install sageattention for the Triton version, or " + SAGE_2,
-        capabilities=(((8, 0), (9, 0)), ((12, 0), (12, 1))),
-        max_kv_len=(((12, 0), 160_000), ((12, 1), 160_000)),
+        capabilities=UP_TO_HOPPER_AND_GEFORCE_50,
+        max_kv_len=tuple((capability, 160_000) for capability in GEFORCE_50),
         min_kv_len=128,
         further_limit=_sage_default_limit,
         tested_on=("9.0",),
@@ -396,7 +400,7 @@ BACKENDS: tuple[Backend, ...] = (
         missing=_sage_fp16_missing,
         bind=calls.bind_sage_fp16,
         install=SAGE_2,
-        capabilities=(((8, 0), (9, 0)), ((12, 0), (12, 1))),
+        capabilities=UP_TO_HOPPER_AND_GEFORCE_50,
         # Below one tile of keys it reads shared memory nothing has written: NaN, seen on an H200 with 1, 3 and 32 keys.
         min_kv_len=128,
         tested_on=("9.0",),
@@ -409,7 +413,7 @@ BACKENDS: tuple[Backend, ...] = (
         missing=_comfy_kitchen_missing,
         bind=calls.bind_comfy_kitchen_int8,
         install="pip install comfy-kitchen",
-        capabilities=(((7, 5), (99, 0)),),
+        capabilities=((TURING, NEWEST),),
         dtypes=FLOATS,
         head_dims=(1, 256),
         masks=("keys", "bool", "float"),

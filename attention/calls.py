@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.runtime import ADA, GEFORCE_BLACKWELL, HOPPER
 from . import int8  # noqa: F401  (registers the operator)
 from .environment import Environment, load
 
@@ -118,12 +119,12 @@ def _call_sageattn3(
 def bind_sage_fp8(environment: Environment) -> Kernel:
     """SageAttention 2.2 with the product of weights and V in FP8, smoothed K; the kernel of this compute capability."""
     package = _sageattention()
-    if environment.capability == (9, 0):
+    if environment.capability == HOPPER:
         function = partial(package.sageattn_qk_int8_pv_fp8_cuda_sm90, pv_accum_dtype="fp32+fp32", smooth_k=True)
         return partial(_call_sage, function)
     # "fp32+fp16" fails to launch when built with CUDA below 12.8.
     accumulate = "fp32+fp16" if environment.cuda >= (12, 8) else "fp32+fp32"
-    granularity = "per_warp" if environment.capability >= (12, 0) else "per_thread"
+    granularity = "per_warp" if environment.capability >= GEFORCE_BLACKWELL else "per_thread"
     function = partial(
         package.sageattn_qk_int8_pv_fp8_cuda, pv_accum_dtype=accumulate, qk_quant_gran=granularity, smooth_k=True
     )
@@ -141,7 +142,7 @@ def bind_sage_default(environment: Environment) -> Kernel:
     package = _sageattention()
     if not hasattr(package, "sageattn_qk_int8_pv_fp16_cuda"):
         return partial(_call_sage_triton, package.sageattn)
-    return bind_sage_fp16(environment) if environment.capability < (8, 9) else bind_sage_fp8(environment)
+    return bind_sage_fp16(environment) if environment.capability < ADA else bind_sage_fp8(environment)
 
 
 def bind_sageattn3(environment: Environment, per_block_mean: bool) -> Kernel:
@@ -184,7 +185,7 @@ def bind_int8(environment: Environment, fp8_values: bool) -> Kernel:
 
 def bind_flash(environment: Environment) -> Kernel:
     """FlashAttention 3 where it is installed and the GPU is cc 9.0, else FlashAttention 2's package, else torch's own."""
-    if environment.capability == (9, 0) and environment.version("flash_attn_interface"):
+    if environment.capability == HOPPER and environment.version("flash_attn_interface"):
         package, _ = load("flash_attn_interface")
         if package is not None:
             return partial(_call_flash_package, package.flash_attn_func)

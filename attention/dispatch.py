@@ -10,9 +10,9 @@ import torch
 
 from . import checks
 from .backends import BACKENDS, CORE, Backend
+from .candidates import NEVER, AttentionInputs, Candidate, Policy, ShapePlan
 from .environment import Environment, detect
 from .masks import MaskMemory, normalized
-from .plan import NEVER, Candidate, Core, Plan, Policy, Request
 from .planning import Planner
 from .report import TIMED_CALLS, Report, Struck, Tally
 from .timing_cache import TimingCache
@@ -55,7 +55,7 @@ class Dispatcher:
         self.masks = MaskMemory()
         self.lossy_calls = 0
         self.planner = Planner(policy, self.report, timings, backends, environment)
-        self._plans: dict[tuple, Plan] = {}
+        self._plans: dict[tuple, ShapePlan] = {}
         self._model_calls = 0
         self._told: set[tuple[str, str]] = set()
 
@@ -126,33 +126,19 @@ class Dispatcher:
             "packages": dict(environment.packages),
         }
 
-    def run(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        exact: bool,
-        core: Core,
-        heads_first: bool = False,
-        core_exact: Core | None = None,
-        core_name: str = CORE,
-    ) -> torch.Tensor:
+    def run(self, inputs: AttentionInputs) -> torch.Tensor:
         """Attention of q over k and v.
 
-        q: (batch, heads, q_len, head_dim); k, v: (batch, kv_heads, kv_len, head_dim); any strides. mask: 2 to 4
-        dimensions, bool or added. scale: None for head_dim ** -0.5. exact: only backends of the exact class. core: the
-        last resort; core_exact: an exact one, given when `core` is not. core_name: which function `core` is.
         Returns (batch, q_len, heads * head_dim), or (batch, heads, q_len, head_dim) with heads_first.
         Raises CapabilityError when the policy says stop and the backend asked for cannot run.
         """
+        q, k, v, mask, scale, exact, core, heads_first, core_exact, core_name, drop_mask = inputs
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             self.report.hand_on(GRADIENTS)
             return (core_exact or core)(False)
-        drop_mask = False
         if mask is not None and self.masks.masks_nothing(mask):
             mask, drop_mask = None, True
+            inputs = inputs._replace(mask=mask, drop_mask=drop_mask)
             self.report.masks_dropped += 1
         key = (
             q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, scale, exact, core_name,
@@ -162,8 +148,7 @@ class Dispatcher:
         if plan is not None:
             plan.left -= 1
         if plan is None or plan.left == 0:
-            request = Request(q, k, v, mask, scale, exact, core, drop_mask, heads_first, core_exact, core_name)
-            return self._careful(plan or self._new_plan(key, request), request)
+            return self._careful(plan or self._new_plan(key, inputs), inputs)
         candidate = plan.current
         kernel = candidate.kernel
         if kernel is None and not candidate.lossy:
@@ -182,15 +167,14 @@ class Dispatcher:
                     raise WrongOutput(f"it gave {tuple(out.shape)} instead of {tuple(plan.out_shape)}")
         except Exception as error:
             self._strike_for(plan, candidate, error)
-            request = Request(q, k, v, mask, scale, exact, core, drop_mask, heads_first, core_exact, core_name)
-            return self._careful(plan, request)
+            return self._careful(plan, inputs)
         candidate.tally.calls += 1
         self.lossy_calls += candidate.lossy
         return out if heads_first or kernel is None else out.transpose(1, 2).reshape(plan.flat_shape)
 
-    def _new_plan(self, key: tuple, request: Request) -> Plan:
+    def _new_plan(self, key: tuple, inputs: AttentionInputs) -> ShapePlan:
         """A plan for this call, kept for the next ones; what failed while it was timed is struck off."""
-        planned = self.planner.plan(request, self._model_calls, _capturing(request.q))
+        planned = self.planner.plan(inputs, self._model_calls, _capturing(inputs.q))
         plan = planned.plan
         if planned.keep:
             self._plans[key] = plan
@@ -200,12 +184,12 @@ class Dispatcher:
                 self._strike(plan, candidate, f"{_said(error)} while it was timed")
         return plan
 
-    def _careful(self, plan: Plan, request: Request) -> torch.Tensor:
+    def _careful(self, plan: ShapePlan, inputs: AttentionInputs) -> torch.Tensor:
         """A checked call: timed while the backend is new, and done again with the next one when it is wrong."""
-        capturing = _capturing(request.q)
+        capturing = _capturing(inputs.q)
         suspects: list[Candidate] = []
-        mask = request.mask if request.mask is None else normalized(request.mask)
-        plain = request._replace(mask=mask)
+        mask = inputs.mask if inputs.mask is None else normalized(inputs.mask)
+        plain = inputs._replace(mask=mask)
         while True:
             candidate = plan.current
             if candidate.kernel is None and not candidate.lossy:
@@ -215,9 +199,9 @@ class Dispatcher:
             try:
                 out = self._timed(candidate, plain, capturing)
                 whole = _heads_first(out, candidate, plain)
-                if whole.shape != plan.out_shape or whole.dtype != request.q.dtype:
+                if whole.shape != plan.out_shape or whole.dtype != inputs.q.dtype:
                     raise WrongOutput(
-                        f"it gave {tuple(whole.shape)} {whole.dtype} instead of {tuple(plan.out_shape)} {request.q.dtype}"
+                        f"it gave {tuple(whole.shape)} {whole.dtype} instead of {tuple(plan.out_shape)} {inputs.q.dtype}"
                     )
                 if not capturing:
                     self._check(plan, candidate, plain, whole)
@@ -229,25 +213,25 @@ class Dispatcher:
             candidate.tally.calls += 1
             self.lossy_calls += candidate.lossy
             plan.left = self._next_check(plan)
-            return out if request.heads_first or candidate.kernel is None else _merged(out, plan)
+            return out if inputs.heads_first or candidate.kernel is None else _merged(out, plan)
 
-    def _known(self, plan: Plan) -> bool:
+    def _known(self, plan: ShapePlan) -> bool:
         """Whether the first calls of the current candidate are behind it."""
         return plan.checked >= CHECKED_CALLS + TIMED_CALLS or plan.attempts >= UNJUDGED_CALLS
 
-    def _compares_all(self, plan: Plan) -> bool:
+    def _compares_all(self, plan: ShapePlan) -> bool:
         """Whether every call is compared: of a lossy backend held to a budget, in the model call in which it took over
         this shape, and until its first calls are behind it."""
         bounded = plan.current.lossy and plan.current.limit < float("inf")
         return bounded and self._model_calls > 0 and (plan.since == self._model_calls or not self._known(plan))
 
-    def _next_check(self, plan: Plan) -> int:
+    def _next_check(self, plan: ShapePlan) -> int:
         """Calls until the next one that is checked; `begin_model_call` sets it for the calls of later model calls."""
         if not self._known(plan) or self._compares_all(plan):
             return 1
         return COMPARED_EVERY if plan.current.lossy and not self._model_calls else NEVER
 
-    def _check(self, plan: Plan, candidate: Candidate, request: Request, out: torch.Tensor) -> None:
+    def _check(self, plan: ShapePlan, candidate: Candidate, inputs: AttentionInputs, out: torch.Tensor) -> None:
         """Raises NotFinite or WrongOutput when this output cannot be trusted. Between the checked calls and the last
         timed one nothing is looked at, so that timing does not wait for the GPU."""
         timing = CHECKED_CALLS <= plan.checked < CHECKED_CALLS + TIMED_CALLS
@@ -255,12 +239,12 @@ class Dispatcher:
             plan.checked += 1
             return
         if not checks.is_finite(out):
-            if all(checks.is_finite(x) for x in request[:3]):
+            if all(checks.is_finite(x) for x in inputs[:3]):
                 raise NotFinite("it made NaN or Inf from finite inputs")
             plan.attempts += 1
             return
         plan.checked += 1
-        error = self._error(plan.references, request, out) if candidate.lossy else None
+        error = self._error(plan.references, inputs, out) if candidate.lossy else None
         if error is None:
             return
         candidate.tally.error = max(error, candidate.tally.error or 0.0)
@@ -270,12 +254,14 @@ class Dispatcher:
             )
 
     @staticmethod
-    def _error(references: Sequence[Callable[..., torch.Tensor]], request: Request, out: torch.Tensor) -> float | None:
+    def _error(
+        references: Sequence[Callable[..., torch.Tensor]], inputs: AttentionInputs, out: torch.Tensor
+    ) -> float | None:
         """The relative error of an output against the first exact backend that gives a finite one, on a few heads.
 
         None where none does.
         """
-        q, k, v, mask, scale = request[:5]
+        q, k, v, mask, scale = inputs[:5]
         q, k, v = (checks.prepared(x) for x in (q, k, v))
         tries = [(q, k, v, out)]
         if k.shape[1] == q.shape[1] and (mask is None or mask.shape[1] == 1):
@@ -295,7 +281,7 @@ class Dispatcher:
         return None
 
     def _finish_core(
-        self, plan: Plan, core: Candidate, out: torch.Tensor, suspects: list[Candidate], capturing: bool
+        self, plan: ShapePlan, core: Candidate, out: torch.Tensor, suspects: list[Candidate], capturing: bool
     ) -> None:
         """Counts a call of ComfyUI's own, and clears backends of a NaN that ComfyUI's own makes too."""
         core.tally.calls += 1
@@ -315,17 +301,17 @@ class Dispatcher:
         candidate.struck = None
 
     @staticmethod
-    def _timed(candidate: Candidate, request: Request, capturing: bool) -> torch.Tensor:
+    def _timed(candidate: Candidate, inputs: AttentionInputs, capturing: bool) -> torch.Tensor:
         """Runs the call; from the third on, until enough are known, its time is taken without waiting for the GPU."""
         tally: Tally = candidate.tally
         if capturing or tally.calls < CHECKED_CALLS or len(tally.times) >= TIMED_CALLS:
-            return candidate.on(request)
-        return tally.times.take(lambda: candidate.on(request), request.q.is_cuda)
+            return candidate.on(inputs)
+        return tally.times.take(lambda: candidate.on(inputs), inputs.q.is_cuda)
 
-    def _strike_for(self, plan: Plan, candidate: Candidate, error: Exception) -> None:
+    def _strike_for(self, plan: ShapePlan, candidate: Candidate, error: Exception) -> None:
         self._strike(plan, candidate, _said(error), temporary=isinstance(error, torch.OutOfMemoryError))
 
-    def _strike(self, plan: Plan, candidate: Candidate, reason: str, temporary: bool = False) -> None:
+    def _strike(self, plan: ShapePlan, candidate: Candidate, reason: str, temporary: bool = False) -> None:
         """Takes a candidate off a plan for good, or for this run; tells the user once per backend and kind of reason."""
         candidate.struck = Struck(candidate.backend, plan.call, reason, temporary)
         self.report.strike(candidate.struck)
@@ -344,14 +330,14 @@ def _capturing(x: torch.Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _heads_first(out: torch.Tensor, candidate: Candidate, request: Request) -> torch.Tensor:
+def _heads_first(out: torch.Tensor, candidate: Candidate, inputs: AttentionInputs) -> torch.Tensor:
     """An output as (batch, heads, length, head_dim): ComfyUI's own comes as the model wants it."""
-    if candidate.kernel is not None or request.heads_first:
+    if candidate.kernel is not None or inputs.heads_first:
         return out
-    return out.unflatten(-1, (request.q.shape[1], -1)).transpose(1, 2)
+    return out.unflatten(-1, (inputs.q.shape[1], -1)).transpose(1, 2)
 
 
-def _merged(out: torch.Tensor, plan: Plan) -> torch.Tensor:
+def _merged(out: torch.Tensor, plan: ShapePlan) -> torch.Tensor:
     return out.transpose(1, 2).reshape(plan.flat_shape)
 
 

@@ -8,9 +8,7 @@ from ..kernels.attention_hopper import QUERY_BLOCK, attend_hopper, can_copy_in_b
 from ..kernels.attention_int8 import attend_int8, tiles_for
 from ..kernels.attention_quantize import quantize_attention
 from ..kernels.operators import register_operator
-from ..kernels.runtime import GLUON_FOUND, INTERPRETED, compute_capability, kernels_run_on
-
-HOPPER = (9, 0)
+from ..kernels.runtime import GLUON_FOUND, HOPPER, INTERPRETED, compute_capability, kernels_run_on
 
 
 def int8_attention(

@@ -12,25 +12,25 @@ import torch
 from ..errors import CapabilityError
 from . import checks, measure
 from .backends import BACKENDS, CORE, CORE_EXACT, ERROR_LIMITS, AttentionCall, Backend, Reason, backend_names, by_name
+from .candidates import AUTO, AttentionInputs, Candidate, Policy, ShapePlan
 from .environment import Environment, detect
 from .masks import normalized
-from .plan import AUTO, Candidate, Plan, Policy, Request
 from .report import Report
 from .timing_cache import TimingCache
 
 
-class Planned(NamedTuple):
+class NewPlan(NamedTuple):
     """A new plan, the candidates that failed while they were timed, and whether it holds for later calls too."""
 
-    plan: Plan
+    plan: ShapePlan
     failed: dict[str, Exception]
     keep: bool = True
 
 
 class _Case(NamedTuple):
-    """One call as the planner sees it: its request with a mask of four dimensions, its shape, and where it runs."""
+    """One call as the planner sees it: its inputs with a mask of four dimensions, its shape, and where it runs."""
 
-    request: Request
+    inputs: AttentionInputs
     call: AttentionCall
     budget: str
     environment: Environment
@@ -39,7 +39,7 @@ class _Case(NamedTuple):
     @property
     def own(self) -> str:
         """ComfyUI's own attention that this call may end at: never a lossy kernel when it must be exact."""
-        return CORE_EXACT if self.budget == "exact" and self.request.core_exact is not None else CORE
+        return CORE_EXACT if self.budget == "exact" and self.inputs.core_exact is not None else CORE
 
 
 class Planner:
@@ -61,31 +61,31 @@ class Planner:
         self.environment = environment
         self.timings = timings or TimingCache(None)
 
-    def plan(self, request: Request, since: int, capturing: bool) -> Planned:
+    def plan(self, inputs: AttentionInputs, since: int, capturing: bool) -> NewPlan:
         """The candidates for calls like this one: what was asked for by name, else those that are faster here than
         ComfyUI's own attention, fastest first."""
-        mask = request.mask if request.mask is None else normalized(request.mask)
-        request = request._replace(mask=mask)
+        mask = inputs.mask if inputs.mask is None else normalized(inputs.mask)
+        inputs = inputs._replace(mask=mask)
         case = _Case(
-            request,
-            AttentionCall.of(request.q, request.k, request.v, mask, request.scale),
-            "exact" if request.exact else self.policy.effective_budget,
-            self.environment(request.q.device),
+            inputs,
+            AttentionCall.of(inputs.q, inputs.k, inputs.v, mask, inputs.scale),
+            "exact" if inputs.exact else self.policy.effective_budget,
+            self.environment(inputs.q.device),
             capturing,
         )
-        usable = self._usable(case) if _well_formed(request) else {}
+        usable = self._usable(case) if _well_formed(inputs) else {}
         asked = [name for name in usable if name == self.policy.backend]
         times, failed = self._times(case, usable, timing=not asked) if usable else ({}, {})
         names = [*asked, *self._faster(case, usable, times), *(name for name in failed if name in usable)]
         candidates = [usable[name] for name in dict.fromkeys(names)]
         self._say_if_never_run(case, candidates)
         references = [candidate.kernel for candidate in usable.values() if not candidate.lossy and candidate.kernel]
-        plan = Plan(case.call, [*candidates, *self._last_resorts(case)], references, since)
-        return Planned(plan, failed, keep=bool(asked) or times is not None)
+        plan = ShapePlan(case.call, [*candidates, *self._last_resorts(case)], references, since)
+        return NewPlan(plan, failed, keep=bool(asked) or times is not None)
 
     def _last_resorts(self, case: _Case) -> list[Candidate]:
         """ComfyUI's own attention: its kernel unless that is lossy and the call exact, then its exact one."""
-        lossy = case.request.core_exact is not None
+        lossy = case.inputs.core_exact is not None
         names = [case.own] if case.own == CORE_EXACT or not lossy else [CORE, CORE_EXACT]
         names = [name for name in names if not (lossy and name in self.barred)]
         limit = ERROR_LIMITS[case.budget]
@@ -103,8 +103,8 @@ class Planner:
     def _usable(self, case: _Case) -> dict[str, Candidate]:
         """Every backend that can take the call, in the table's order; why the one asked for cannot is noted."""
         usable: dict[str, Candidate] = {}
-        request, call = case.request, case.call
-        tensors = (checks.prepared(request.q), checks.prepared(request.k), checks.prepared(request.v))
+        inputs, call = case.inputs, case.call
+        tensors = (checks.prepared(inputs.q), checks.prepared(inputs.k), checks.prepared(inputs.v))
         for backend in self.backends.values():
             limit = self._limit(backend, case)
             reason = self._refusal(backend, case, tensors, limit)
@@ -122,7 +122,7 @@ class Planner:
 
     def _limit(self, backend: Backend, case: _Case) -> float:
         """The error a backend is held to: none when it was asked for by name, its own class when it is paired."""
-        if not case.request.exact and backend.name == self.policy.backend:
+        if not case.inputs.exact and backend.name == self.policy.backend:
             return float("inf")
         if case.budget == "exact":
             return ERROR_LIMITS["exact"]
@@ -137,7 +137,7 @@ class Planner:
             return reason
         if backend.name in self.barred:
             return Reason(self.barred[backend.name])
-        if not backend.accepts(*tensors, case.request.mask):
+        if not backend.accepts(*tensors, case.inputs.mask):
             return Reason("torch has no such kernel for these tensors")
         if ERROR_LIMITS[backend.error_class] > limit:
             return Reason(f"its error class is {backend.error_class} and this call must be {case.budget}")
@@ -175,11 +175,11 @@ class Planner:
     @staticmethod
     def _timed_now(case: _Case, usable: dict[str, Candidate]) -> tuple[dict[str, float], dict[str, Exception]]:
         """Times everybody on this call's tensors, backends on a part of a large call's heads."""
-        request = case.request
-        part, share = _part_of(request, case.call)
+        inputs = case.inputs
+        part, share = _part_of(inputs, case.call)
         calls = {name: partial(candidate.on, part) for name, candidate in usable.items()}
         shares = dict.fromkeys(calls, share)
-        return measure.milliseconds({case.own: partial(request.own, case.own), **calls}, request.q.device, shares)
+        return measure.milliseconds({case.own: partial(inputs.own, case.own), **calls}, inputs.q.device, shares)
 
     @staticmethod
     def _faster(case: _Case, usable: dict[str, Candidate], times: dict[str, float] | None) -> list[str]:
@@ -191,9 +191,9 @@ class Planner:
         return sorted((name for name in usable if times.get(name, own_ms) < own_ms), key=times.__getitem__)
 
 
-def _well_formed(request: Request) -> bool:
+def _well_formed(inputs: AttentionInputs) -> bool:
     """Whether these are plain attention inputs at all; whatever is not goes to ComfyUI's own untouched."""
-    q, k, v, mask = request[:4]
+    q, k, v, mask = inputs[:4]
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         return False
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -210,15 +210,15 @@ LARGE_CALL = 4e12
 GROUPS_PER_DOUBLING = 4
 
 
-def _part_of(request: Request, call: AttentionCall) -> tuple[Request, float]:
-    """The request on enough of its heads to fill a GPU, and which share of all that is."""
+def _part_of(inputs: AttentionInputs, call: AttentionCall) -> tuple[AttentionInputs, float]:
+    """The inputs on enough of their heads to fill a GPU, and which share of all that is."""
     operations = 4.0 * call.batch * call.heads * call.q_len * call.kv_len * call.head_dim
-    mask = request.mask
+    mask = inputs.mask
     if operations <= LARGE_CALL or call.kv_heads != call.heads or (mask is not None and mask.shape[1] != 1):
-        return request, 1.0
+        return inputs, 1.0
     heads = max(math.ceil(call.heads * LARGE_CALL / operations), 1)
-    q, k, v = (x[:, :heads] for x in request[:3])
-    return request._replace(q=q, k=k, v=v), heads / call.heads
+    q, k, v = (x[:, :heads] for x in inputs[:3])
+    return inputs._replace(q=q, k=k, v=v), heads / call.heads
 
 
 def _group(length: int) -> str:
@@ -228,14 +228,14 @@ def _group(length: int) -> str:
 
 def timing_key(case: _Case) -> str:
     """Everything about a call that its time depends on; the machine's part is `Environment.fingerprint`."""
-    request, call = case.request, case.call
-    layout = "tokens first" if request.q.stride(1) < request.q.stride(2) else "heads first"
-    out = "heads first" if request.heads_first else "tokens first"
-    scale = "" if request.scale is None else ", scaled"
-    own = CORE_EXACT if case.own == CORE_EXACT else request.core_name
+    inputs, call = case.inputs, case.call
+    layout = "tokens first" if inputs.q.stride(1) < inputs.q.stride(2) else "heads first"
+    out = "heads first" if inputs.heads_first else "tokens first"
+    scale = "" if inputs.scale is None else ", scaled"
+    own = CORE_EXACT if case.own == CORE_EXACT else inputs.core_name
     return (
         f"{call.batch} x {call.heads}/{call.kv_heads} heads, {_group(call.q_len)} x {_group(call.kv_len)} tokens, "
-        f"head dim {call.head_dim}, {str(call.dtype).removeprefix('torch.')}, mask {_mask_shape(request.mask)}, "
+        f"head dim {call.head_dim}, {str(call.dtype).removeprefix('torch.')}, mask {_mask_shape(inputs.mask)}, "
         f"{layout} in, {out} out{scale}, budget {case.budget}, beside {own}"
     )
 

@@ -34,9 +34,9 @@ from lowbit.attention.backends import (  # noqa: E402
     ERROR_LIMITS,
     AttentionCall,
 )
+from lowbit.attention.candidates import AttentionInputs, Policy  # noqa: E402
 from lowbit.attention.dispatch import Dispatcher  # noqa: E402
 from lowbit.attention.environment import detect  # noqa: E402
-from lowbit.attention.plan import Policy  # noqa: E402
 from lowbit.attention.timing_cache import TimingCache  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
@@ -157,7 +157,9 @@ def core(shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None) -
 def through(dispatcher: Dispatcher, shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None):
     """The same call through a dispatcher."""
     q, k, v = heads_first(shape, tensors)
-    return dispatcher.run(q, k, v, mask, None, False, lambda drop: core(shape, tensors, None if drop else mask))
+    return dispatcher.run(
+        AttentionInputs(q, k, v, mask, None, False, lambda drop: core(shape, tensors, None if drop else mask))
+    )
 
 
 def sampled_reference(shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None):

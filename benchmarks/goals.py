@@ -85,19 +85,6 @@ def linear(record: Record) -> list[Record]:
     return entries
 
 
-def blocks(record: Record) -> list[Record]:
-    """Of blocks.json: no format slower than ComfyUI's own way with the same weights, nor in more memory."""
-    found = {(row["block"], row["format"], row["contender"]): row for row in record["results"] if "ms" in row}
-    pairs = {key[:2]: (row, found.get((*key[:2], "core"))) for key, row in found.items() if key[2] == "lowbit"}
-    entries = []
-    for block in dict.fromkeys(block for block, _ in pairs):
-        both = [(ours, core) for (name, _), (ours, core) in pairs.items() if name == block and core]
-        for what, key in (("time", "ms"), ("peak memory", "extra_peak_mib")):
-            goal = Goal(f"{block}, every format: {what} beside ComfyUI's", 1.0, "x", at_most=True)
-            entries.append(goal.judged(ours[key] / core[key] for ours, core in both))
-    return entries
-
-
 def formats(record: Record) -> list[Record]:
     """Of formats.json."""
     bounds = {"fp8_e4m3fn_scaled_fast": 4, "int8_convrot_fast": 1.5, "fp4_scaled": 10, "int4_convrot_fast": 16}
@@ -154,7 +141,6 @@ def memory(record: Record) -> list[Record]:
 
 JUDGES: dict[str, Callable[[Record], list[Record]]] = {
     "linear": linear,
-    "blocks": blocks,
     "formats": formats,
     "quality": quality,
     "quantize": quantize,

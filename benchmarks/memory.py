@@ -1,13 +1,10 @@
 """ComfyUI on a smaller machine, with and without the memory manager: does it finish, in what memory, how fast, does it grow.
 
     python -m benchmarks.memory --out benchmarks/results/memory.json [--only CASE ...] [--caps GIB ...] [--steps N]
-                                [--work FOLDER] [--seconds N] [--budget N] [--files disk|cache]
-    python -m benchmarks.memory --write CASE ... [--quantize] --work FOLDER
+                                [--work FOLDER] [--seconds N] [--files disk|cache]
 
 Checkpoints have the real dimensions and random weights; they are written into --work and stay there for the next call.
-Several processes may share --work: each has a ComfyUI base directory of its own, and one of them writes a file while the
-others wait for it. Every row is written as soon as it is measured; what fails or takes longer than --seconds is a row with
-its error, and what would not be done within --budget is left out, for a later call with --only and --caps.
+Every row is written as soon as it is measured; what fails or takes longer than --seconds is a row with its error.
 --tiny runs everything on a CPU with tiny checkpoints and no caps, to test the script: its numbers mean nothing.
 """
 
@@ -17,7 +14,6 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
-import math
 import re
 import signal
 import statistics
@@ -35,7 +31,7 @@ from safetensors.torch import load_file
 
 from benchmarks.goals import write
 from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, Case, Contender, Scale, qwen_graph
-from benchmarks.memory_files import CACHE, drop_from_page_cache, quantize_all
+from benchmarks.memory_files import drop_from_page_cache
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
 from benchmarks.timing import environment
 from testing import comfyui, graphs
@@ -45,9 +41,6 @@ SAMPLERS = ("sample", "sample_high")
 FAILURES = (RuntimeError, TimeoutError, aiohttp.ClientError)
 """What a graph on too small a machine may end with (the server's errors are RuntimeErrors), and its row says."""
 
-LEAST_SECONDS = 40
-"""A row that has less time than this is left for a later call."""
-
 
 @dataclass
 class Row:
@@ -56,7 +49,6 @@ class Row:
     Attributes:
         host_cap_by: `cgroup`, or `holder` for a process that held the rest; None without a cap.
         files: whether checkpoints were read from the `disk`, or lay in the page `cache`.
-        memory_touched_gib: main memory that was touched first, so that no row pays for being the first; else 0.
         usage: see `Usage`.
         finite: whether the latent holds neither NaN nor Inf.
         node_seconds: of each node, by its id in the graph.
@@ -71,7 +63,6 @@ class Row:
     host_cap: int | None
     host_cap_by: str | None
     files: str
-    memory_touched_gib: int
     completed: bool
     error: str | None
     usage: dict[str, int | None]
@@ -87,22 +78,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Site:
-    """Where this process works: a base directory of its own, models that others may use too, and how files are read."""
+    """Where ComfyUI works: its base directory, the models, and how files are read."""
 
     base: Path
     models: Path
     dynamic: bool = True
     files: str = "disk"
-    touched: int = 0
 
 
-def make_site(work: Path, dynamic: bool, files: str, touched: int = 0) -> Site:
-    """A fresh base directory in `work` on the models folder that all share."""
+def make_site(work: Path, dynamic: bool, files: str) -> Site:
+    """A fresh base directory in `work` on the models folder that every call shares."""
     work.mkdir(parents=True, exist_ok=True)
     models = work / "models"
     models.mkdir(exist_ok=True)
     base = Path(tempfile.mkdtemp(prefix="base-", dir=work))
-    return Site(prepare_base(base, models=models), models, dynamic, files, touched)
+    return Site(prepare_base(base, models=models), models, dynamic, files)
 
 
 class Steps:
@@ -176,7 +166,7 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
     """Runs one case once on a machine of that size."""
     vram = None if cap is None or scale.tiny else cap * GIB
     host = None if scale.tiny or case.host is None else case.host * GIB
-    made = case.quantize(site.models) if contender.weight_format or contender.copies else []
+    quantizing = case.quantize(site.models) if contender.weight_format or contender.copies else None
     if contender.copies:
         case.name_copies(site.models)
     if site.files == "disk":
@@ -194,7 +184,7 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
             watch = Watch(server.process.pid, baseline, usage, machine.group)
             stack.callback(watch.close)
             steps.started = time.monotonic()
-            result = server.run(graph, timeout=scale.left, on_event=steps)
+            result = server.run(graph, timeout=scale.seconds, on_event=steps)
             report = json.loads(result.outputs["json"]["text"][0]) if contender.managed else None
         except FAILURES as failure:
             error = reason(failure, machine.group.kills() if machine and machine.group else 0)
@@ -210,12 +200,11 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
         host_cap=host,
         host_cap_by=machine.host_cap_by if machine else None,
         files=site.files,
-        memory_touched_gib=site.touched,
         completed=error is None,
         error=error,
         usage=asdict(usage),
         finite=is_finite(latent),
-        quantize_seconds=sum(copy.seconds for copy in made) if made else None,
+        quantize_seconds=quantizing,
         load_seconds=steps.load_seconds,
         seconds_per_step=steps.seconds_per_step,
         step_seconds=[round(seconds, 4) for seconds in steps.seconds],
@@ -226,12 +215,12 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
 
 
 def measure_growth(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
-    """Allocated and reserved bytes at the end of each sampling run, beside the third one, as far as time allows."""
+    """Allocated and reserved bytes at the end of each sampling run, beside the third one."""
     graph = case.graph(scale, MANAGED)
     marks: list[dict[str, int]] = []
     notes: list[str] = []
     error = None
-    deadline = time.monotonic() + scale.left
+    deadline = time.monotonic() + scale.seconds
     try:
         with SmallerMachine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
             for seed in range(scale.prompts if case.name == "50_generations" else 1):
@@ -268,7 +257,7 @@ def measure_overhead(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     names = {"no manager": Contender("plain"), "manager, auto": MANAGED}
     found: dict[str, list[float]] = {name: [] for name in names}
     error = None
-    deadline = time.monotonic() + scale.left
+    deadline = time.monotonic() + scale.seconds
     try:
         with SmallerMachine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
             for turn in range(1 + scale.pick(4, 2)):
@@ -309,13 +298,13 @@ class Results:
         results[kind].append(entry)
         partial = self.path.with_suffix(".partial")
         write(partial, results)
-        partial.replace(self.path)  # other processes read it meanwhile
+        partial.replace(self.path)  # a call that is ended while it writes keeps the rows before
         shown = {key: value for key, value in entry.items() if key not in ("report", "marks")}
         print(json.dumps(shown), flush=True)
 
 
 def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale, results: Results) -> None:
-    """Every cap and contender of a case that was asked for, as far as time allows."""
+    """Every cap and contender of a case that was asked for."""
     case.write(site.models, scale)
     chosen = [cap for cap in case.vram if cap in (options.caps or case.vram)]
     caps: list[int | None] = [None] if scale.tiny else [*chosen]
@@ -323,14 +312,7 @@ def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale, 
         for contender in CONTENDERS:
             if options.contenders and contender.name not in options.contenders:
                 continue
-            name = f"{case.name}, {contender.name}, {cap} GiB"
-            if scale.left < LEAST_SECONDS:
-                print(f"no time left for {name}", flush=True)
-                continue
             row = measure(case, contender, cap, site, scale)
-            if row.error and row.error.startswith(TimeoutError.__name__) and scale.left < LEAST_SECONDS:
-                print(f"no time left to finish {name}: {json.dumps(asdict(row))}", flush=True)
-                continue
             results.keep("rows", asdict(row))
             if not row.completed:
                 show_logs(site)
@@ -343,25 +325,11 @@ def show_logs(site: Site, lines: int = 25) -> None:
         print(f"  | {line[:300]}", flush=True)
 
 
-def write_only(options: argparse.Namespace, scale: Scale) -> None:
-    """The checkpoints of the cases in --write, and their quantized copies."""
-    models = options.work.resolve() / "models"
-    for name in options.write:
-        started = time.monotonic()
-        ALL[name].write(models, scale)
-        print(json.dumps({"written": name, "seconds": round(time.monotonic() - started, 1)}), flush=True)
-    sources = [models / file for name in options.write for file in ALL[name].files[: ALL[name].quantized]]
-    for copy in quantize_all(sources, models / CACHE) if options.quantize else ():
-        print(json.dumps({"quantized": asdict(copy)}), flush=True)
-
-
 def read_options(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=ALL, default=list(ALL))
-    parser.add_argument("--write", nargs="*", choices=ALL, help="only write these cases' checkpoints")
-    parser.add_argument("--quantize", action="store_true", help="with --write: the copies in format auto too")
     parser.add_argument("--caps", nargs="*", type=int, help="only these GPU sizes, in GiB")
     parser.add_argument("--contenders", nargs="*", choices=[c.name for c in CONTENDERS])
     parser.add_argument("--no-dynamic-vram", action="store_true")
@@ -369,21 +337,16 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, help="of 50_generations")
     parser.add_argument("--windows", type=int, help="of infinitetalk")
     parser.add_argument("--seconds", type=float, default=Scale.seconds, help="the most a graph or growth run may take")
-    parser.add_argument("--budget", type=float, default=math.inf, help="the most seconds that all of it may take")
     parser.add_argument("--files", choices=("disk", "cache"), default="disk", help="drop files from the page cache?")
-    parser.add_argument("--touched", type=int, default=0, help="GiB of main memory that were touched first")
     parser.add_argument("--work", type=Path, default=None)
     parser.add_argument("--tiny", action="store_true", help="test the script on a CPU; the numbers mean nothing")
     options = parser.parse_args(arguments)
-    if options.out is None and options.write is None:
-        parser.error("--out or --write is needed")
     options.work = (options.work or Path(tempfile.mkdtemp(prefix="lowbit-memory-"))).resolve()
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the cases that were asked for and writes each row at once."""
-    started = time.monotonic()
     options = read_options(arguments)
     if not options.tiny and not torch.cuda.is_available():
         print("This needs an NVIDIA GPU; --tiny tests the script without one.", file=sys.stderr)
@@ -394,21 +357,15 @@ def main(arguments: list[str] | None = None) -> int:
         options.prompts or (5 if options.tiny else 50),
         options.windows or (3 if options.tiny else 20),
         options.seconds,
-        started + options.budget,
     )
-    if options.write is not None:
-        write_only(options, scale)
-        return 0
-    site = make_site(options.work, not options.no_dynamic_vram, options.files, options.touched)
+    site = make_site(options.work, not options.no_dynamic_vram, options.files)
     results = Results(options.out, options.tiny)
     for name in options.only:
         if name in CASES:
             run_case(CASES[name], options, site, scale, results)
             continue
         LONG[name].write(site.models, scale)
-        if scale.left < LEAST_SECONDS:
-            print(f"no time left for {name}", flush=True)
-        elif name == "overhead":
+        if name == "overhead":
             results.keep("overhead", measure_overhead(LONG[name], site, scale))
         else:
             results.keep("growth", measure_growth(LONG[name], site, scale))

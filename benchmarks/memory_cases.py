@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory_files import CACHE, Quantized, quantize_all, second_name, write_checkpoint
+from benchmarks.memory_files import CACHE, quantize, second_name, write_checkpoint
 from testing import graphs, tiny
 from testing.tiny import infinitetalk, qwen_image, text_encoders, vae, wan
 
@@ -28,7 +26,6 @@ class Scale:
     Attributes:
         steps: of each sampler; None for the case's own.
         seconds: the most a graph may take.
-        deadline: by `time.monotonic()`, when this process must be done.
     """
 
     tiny: bool
@@ -36,16 +33,10 @@ class Scale:
     prompts: int
     windows: int
     seconds: float = 240
-    deadline: float = math.inf
 
     def pick(self, real: Any, small: Any) -> Any:
         """One of two sizes."""
         return small if self.tiny else real
-
-    @property
-    def left(self) -> float:
-        """Seconds that a graph which starts now may take; some are left for its server to end."""
-        return min(self.seconds, self.deadline - time.monotonic() - 15)
 
 
 def copy_name(name: str) -> str:
@@ -111,9 +102,10 @@ class Case:
     vram: tuple[int, ...]
     host: int | None
 
-    def quantize(self, models: Path) -> list[Quantized]:
-        """Makes the copies that the loaders' `auto` would make; returns those that were not there."""
-        return quantize_all([models / name for name in self.files[: self.quantized]], models / CACHE)
+    def quantize(self, models: Path) -> float | None:
+        """Makes the copies that the loaders' `auto` would make; returns the seconds, None where none had to be made."""
+        seconds = [quantize(models / name, models / CACHE) for name in self.files[: self.quantized]]
+        return sum(taken for taken in seconds if taken is not None) or None
 
     def name_copies(self, models: Path) -> None:
         """Lets core's loaders find the quantized copies."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,26 +30,6 @@ _EMBEDDINGS = ("embed_tokens.weight", "shared.weight", "relative_attention_bias.
 _PIECE = 1 << 26
 
 
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keeps other processes that want the same file waiting."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def is_taken(path: Path) -> bool:
-    """Whether another process is `alone` with the file now."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
 def write_checkpoint(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
@@ -65,20 +42,20 @@ def write_checkpoint(
     All tensors are cut from one pool of values, each from another place, scaled and shifted once per kind.
     extra: tensors that go in as they are, of uint8.
     """
-    with alone(path):
-        if path.exists():
-            return path
-        extra = dict(extra or {})
-        pool = _Pool(max(math.prod(shape) for shape in shapes.values()))
-        partial = path.with_suffix(".partial")
-        with partial.open("wb", buffering=0) as file:
-            _write(file, memoryview(_header(shapes, metadata or {}, extra)))
-            for index, (name, shape) in enumerate(shapes.items()):
-                for piece in pool.pieces(math.prod(shape), index, *_scale(name, shape)):
-                    _write(file, piece)
-            for tensor in extra.values():
-                _write(file, memoryview(tensor.numpy()))
-        partial.rename(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    extra = dict(extra or {})
+    pool = _Pool(max(math.prod(shape) for shape in shapes.values()))
+    partial = path.with_suffix(".partial")
+    with partial.open("wb", buffering=0) as file:
+        _write(file, memoryview(_header(shapes, metadata or {}, extra)))
+        for index, (name, shape) in enumerate(shapes.items()):
+            for piece in pool.pieces(math.prod(shape), index, *_scale(name, shape)):
+                _write(file, piece)
+        for tensor in extra.values():
+            _write(file, memoryview(tensor.numpy()))
+    partial.rename(path)
     return path
 
 
@@ -136,26 +113,16 @@ def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 def second_name(path: Path, other: Path) -> Path:
     """The same file under another name: two models of one size without the disk for both."""
-    with alone(path):
-        if not path.exists():
-            os.link(other, path)
+    if not path.exists():
+        os.link(other, path)
     return path
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A quantized copy that the pack's loaders find when they are asked for format `auto`."""
+def quantize(path: Path, cache: Path) -> float | None:
+    """Makes what `auto` will load instead of `path`, as the loader would.
 
-    file: str
-    format: str
-    seconds: float
-    nbytes: int
-
-
-def quantize(path: Path, cache: Path) -> Quantized | None:
-    """Makes what `auto` will load instead of `path`, as the loader would; None when it is there, or would not be made.
-
-    One process at a time makes it, so that runs beside each other do not each write tens of gigabytes.
+    Returns:
+        Seconds; None when it is there, or would not be made.
     """
     checkpoint, rules, device = open_checkpoint(path), parse_rules("auto"), device_info()
     name, _ = choose_format(checkpoint, device, rules)
@@ -163,27 +130,14 @@ def quantize(path: Path, cache: Path) -> Quantized | None:
         return None
     plan = make_plan(checkpoint, find_format(name), rules, named=False)
     target = cached_path(checkpoint, plan, cache)
-    with alone(cache / path.name):
-        if target.exists():
-            return None
-        started = time.monotonic()
-        where = "cuda" if torch.cuda.is_available() else "cpu"
-        made = quantized_file(checkpoint, plan, cache, device=where)
-        if where == "cuda":
-            torch.cuda.empty_cache()
-        return Quantized(path.name, name, time.monotonic() - started, made.stat().st_size)
-
-
-def quantize_all(paths: Iterable[Path], cache: Path) -> list[Quantized]:
-    """`quantize` for each file, those last that another process is at: several share the work. Returns what this one made."""
-    waiting, made = [], []
-    for path in paths:
-        if is_taken(cache / path.name):
-            waiting.append(path)
-        else:
-            made.append(quantize(path, cache))
-    made += [quantize(path, cache) for path in waiting]
-    return [copy for copy in made if copy is not None]
+    if target.exists():
+        return None
+    started = time.monotonic()
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    quantized_file(checkpoint, plan, cache, device=where)
+    if where == "cuda":
+        torch.cuda.empty_cache()
+    return time.monotonic() - started
 
 
 def drop_from_page_cache(files: Iterable[Path]) -> None:
@@ -192,25 +146,3 @@ def drop_from_page_cache(files: Iterable[Path]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def disk_rates(folder: Path, nbytes: int = 2 * GIB) -> dict[str, float]:
-    """Gigabytes a second: into the page cache, onto the disk, and from the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, piece = folder / "rate.probe", memoryview(torch.randn(_PIECE // 4).view(torch.uint8).numpy())
-    times = {}
-    started = time.monotonic()
-    with path.open("wb", buffering=0) as file:
-        for _ in range(nbytes // _PIECE):
-            _write(file, piece)
-        times["to_cache"] = time.monotonic() - started
-        os.fsync(file.fileno())
-    times["to_disk"] = time.monotonic() - started
-    drop_from_page_cache([path])
-    started = time.monotonic()
-    with path.open("rb", buffering=0) as file:
-        while file.read(_PIECE):
-            pass
-    times["from_disk"] = time.monotonic() - started
-    path.unlink()
-    return {name: round(nbytes / seconds / 1e9, 2) for name, seconds in times.items()}

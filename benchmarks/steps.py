@@ -136,9 +136,9 @@ def load(contender: Contender, path: Path, timings: Path) -> Any:
     """The model as the contender's loader and attention node make it, and the name of its format."""
     import comfy.sd
 
-    from lowbit.attention.plan import Policy
+    from lowbit.attention.candidates import Policy
     from lowbit.attention.schedule import Schedule
-    from lowbit.host.attention.installing import install
+    from lowbit.host.attention.installing import install_override
     from lowbit.host.weights.loading import load_diffusion_model
     from lowbit.host.weights.preparing import Request, plan_diffusion_model, prepared_file
 
@@ -148,7 +148,7 @@ def load(contender: Contender, path: Path, timings: Path) -> Any:
         path, choice = prepared_file(planned), planned.choice.split(":")[0]
     model = comfy.sd.load_diffusion_model(str(path)) if contender.stock else load_diffusion_model(str(path))
     if contender.attention is not None:
-        model = install(model, Policy("auto", contender.attention), Schedule(), True, timings)[0]
+        model = install_override(model, Policy("auto", contender.attention), Schedule(), True, timings)[0]
     return model, choice
 
 
@@ -205,7 +205,7 @@ def run(
     """One row of the results. exact: the latent of stock bf16 by case, filled when it is that one's turn."""
     import comfy.model_management
 
-    from lowbit.host.attention.installing import find
+    from lowbit.host.attention.installing import find_override
 
     started = time.perf_counter()
     model, choice = load(contender, path, folder)
@@ -221,7 +221,7 @@ def run(
         "steps": times,
         "error": None if want is None else float((latent - want).norm() / want.norm()),
     }
-    override = find(model)
+    override = find_override(model)
     if override is not None:
         row["attention"] = override.report()["calls"]
     if contender.profiled and DEVICE == "cuda":

@@ -283,21 +283,6 @@ SHOWN: dict[str, Shown] = {
         },
         "A bf16 file of 3.9 GiB, largest tensor 72 MiB.",
     ),
-    "blocks": Shown(
-        "blocks.json",
-        beside("block", "format", others={"core": "core_"}),
-        {
-            "block": "block",
-            "format": "format",
-            "ms": "ms",
-            "ComfyUI, ms": "core_ms",
-            "bf16, ms": "bf16_ms",
-            "times bf16": ratio("bf16_ms", "ms"),
-            "peak MiB": "extra_peak_mib",
-            "ComfyUI, peak MiB": "core_extra_peak_mib",
-        },
-        "Linears and attention of one block (Wan: 32,760 tokens; Qwen-Image: 4,096 image and 256 text tokens).",
-    ),
     "linear": Shown(
         "linear.json",
         beside("case", "m", "format", others={"comfy-kitchen": "kitchen_"}),

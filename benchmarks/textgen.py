@@ -23,7 +23,7 @@ from benchmarks.timing import environment
 from lowbit.ops.formats import find_format
 from lowbit.text.architecture import Architecture
 from lowbit.text.caches import FULL, HEAVY_HITTERS, CachePolicy
-from lowbit.text.layers import Attention
+from lowbit.text.layers import LayerAttention
 from lowbit.text.reading import Reader
 from lowbit.text.sampling import Sampling
 from lowbit.text.writer import Stopwatch, Writer, load_tokenizer
@@ -120,7 +120,7 @@ def measure(writer: Writer, prompt: list[int], length: int, policy: CachePolicy,
         writer.write(prompt, length, Sampling(), policy, stop_tokens=(), seen=watch.seen)
         first.append(watch.first)
         rate.append(watch.rate)
-    caches = [layer.mixer.cache for layer in writer.model.layers if isinstance(layer.mixer, Attention)]
+    caches = [layer.mixer.cache for layer in writer.model.layers if isinstance(layer.mixer, LayerAttention)]
     return {
         "tokens_per_second": statistics.median(rate),
         "first_token_seconds": statistics.median(first),

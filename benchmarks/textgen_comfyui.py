@@ -172,8 +172,8 @@ def rows_of(name: str, weights: str, prompts: list[int]) -> list[dict[str, Any]]
     from lowbit.text.caches import HEAVY_HITTERS, CachePolicy
 
     clip = load(ENCODERS[name], weights)
-    ours = route.install(clip, TextGeneration())
-    heavy = route.install(clip, TextGeneration(cache=CachePolicy(HEAVY_HITTERS)))
+    ours = route.install_settings(clip, TextGeneration())
+    heavy = route.install_settings(clip, TextGeneration(cache=CachePolicy(HEAVY_HITTERS)))
     contenders = [("ComfyUI", clip, CORE_TOKENS, prompts[:1]), ("lowbit", ours, TOKENS, prompts[:1])]
     contenders.append(("lowbit, heavy hitters", heavy, TOKENS, prompts))
     rows = []

@@ -8,15 +8,15 @@ from types import MappingProxyType
 from typing import Any
 
 from ..attention.backends import BACKENDS, ERROR_LIMITS
+from ..attention.candidates import AUTO as AUTO_BACKEND
+from ..attention.candidates import Policy
 from ..attention.environment import detect
-from ..attention.plan import AUTO as AUTO_BACKEND
-from ..attention.plan import Policy
 from ..attention.schedule import Schedule
 from ..memory.policies import POLICIES, Settings
 from ..ops.auto_format import four_bit_format
 from ..ops.device_info import device_info
 from ..ops.formats import AS_STORED, AUTO
-from .attention.installing import find, install
+from .attention.installing import find_override, install_override
 from .memory.manager import manage
 from .weights.folders import cache_folder
 from .weights.loading import load_diffusion_model
@@ -120,7 +120,7 @@ def optimize(model: Any, clip: Any | None, vae: Any | None, preset: Preset, node
         check_disk(planned)
         check_load(planned)
         model = quantize_model(model, planned)
-    model, _ = install(model, Policy(AUTO_BACKEND, preset.error_budget), Schedule(), True, cache_folder())
+    model, _ = install_override(model, Policy(AUTO_BACKEND, preset.error_budget), Schedule(), True, cache_folder())
     text = "\n".join((_weights_line(planned), _attention_line(model), _memory_line(planned, preset)))
     managed = manage(model, clip, vae, Settings(preset.memory_policy), node_id)
     return Optimized(*managed, text, planned.report)
@@ -158,7 +158,7 @@ def _attention_line(model: Any) -> str:
     environment = detect(model.load_device)
     if environment.device_type != "cuda":
         return "Attention: ComfyUI's own, as there is no GPU to choose a backend for."
-    override = find(model)
+    override = find_override(model)
     budget = override.dispatcher.policy.effective_budget if override is not None else "exact"
     limit = ERROR_LIMITS[budget]
     usable = [

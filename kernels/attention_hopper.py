@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .attention_int8 import LARGEST_FACTOR, NO_SCORE, VALUE_SHIFT
-from .attention_quantize import KEY_BLOCK, QuantizedAttention
+from .attention_quantize import KEY_BLOCK, QuantizedAttention, mask_strides
 from .launch import launch
 from .runtime import GLUON_FOUND, HopperDescriptor, constexpr, gl, gluon, hopper, multiprocessor_count
 
@@ -280,7 +280,6 @@ def attend_hopper(
         values = _descriptor(v, [1, 1, KEY_BLOCK, d])
     tiles = rows // QUERY_BLOCK
     all_tiles = tiles * batch * heads
-    mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
     launch(
         _attention_hopper_kernel,
         (min(all_tiles, multiprocessor_count(out.device.index or 0)), 1, 1),
@@ -289,7 +288,7 @@ def attend_hopper(
             quantized.q_scale, quantized.k_scale,
             quantized.k_scale if quantized.v_scale is None else quantized.v_scale, out if mask is None else mask,
             quantized.q_scale if quantized.shift is None else quantized.shift, out,
-            quantized.q_scale if lse is None else lse, *mask_strides, *out.stride()[:3],
+            quantized.q_scale if lse is None else lse, *mask_strides(mask), *out.stride()[:3],
             tiles, all_tiles, heads, heads // kv_heads, queries, rows, keys, padded_keys, torch.finfo(out.dtype).max,
         ),
         {

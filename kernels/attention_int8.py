@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_quantize import KEY_BLOCK, QuantizedAttention, padded_head_dim, rotation
+from .attention_quantize import KEY_BLOCK, QuantizedAttention, _batch_and_head, mask_strides, padded_head_dim, sylvester
 from .launch import launch
 from .quantize_rows import SMALLEST_SCALE
-from .runtime import INTERPRETED, ceil_div, constexpr, tl, triton
+from .runtime import AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER, INTERPRETED, ceil_div, constexpr, tl, triton
 
 VALUE_SHIFT = math.log2(448)
 """Weights are at most 448 before they become e4m3, whose largest number that is: a weight of one stays exact."""
@@ -27,7 +27,7 @@ _INTERPRETED = constexpr(INTERPRETED)
 _LARGEST_FACTOR = constexpr(LARGEST_FACTOR)
 
 
-class Tiles(NamedTuple):
+class AttentionTiles(NamedTuple):
     """Launch settings. rows, keys: of the tile of scores, keys a divisor of KEY_BLOCK."""
 
     rows: int
@@ -38,16 +38,16 @@ class Tiles(NamedTuple):
 
 # By compute capability: tiles with e4m3 values, and with 16-bit ones. The first row whose capability is not above the
 # GPU's holds. Hopper's were swept on an H200; the others fit their shared memory and are untimed.
-TILES: tuple[tuple[tuple[int, int], Tiles, Tiles], ...] = (
-    ((12, 0), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
-    ((10, 0), Tiles(128, 128, 8, 2), Tiles(128, 128, 8, 2)),
-    ((9, 0), Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 2)),
-    ((8, 6), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2)),
-    ((8, 0), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+TILES: tuple[tuple[tuple[int, int], AttentionTiles, AttentionTiles], ...] = (
+    (GEFORCE_BLACKWELL, AttentionTiles(128, 64, 8, 3), AttentionTiles(128, 64, 8, 2)),
+    (BLACKWELL, AttentionTiles(128, 128, 8, 2), AttentionTiles(128, 128, 8, 2)),
+    (HOPPER, AttentionTiles(64, 128, 4, 2), AttentionTiles(128, 128, 8, 2)),
+    ((8, 6), AttentionTiles(128, 64, 8, 3), AttentionTiles(128, 64, 8, 2)),
+    (AMPERE, AttentionTiles(128, 64, 8, 3), AttentionTiles(128, 64, 8, 3)),
 )
 
 
-def tiles_for(capability: tuple[int, int], fp8_values: bool) -> Tiles:
+def tiles_for(capability: tuple[int, int], fp8_values: bool) -> AttentionTiles:
     """The launch settings of a GPU."""
     row = next((row for row in TILES if row[0] <= capability), TILES[-1])
     return row[1] if fp8_values else row[2]
@@ -160,7 +160,7 @@ def _attention_int8_kernel(
 ):
     """One block of one head's queries over all of its keys, the last block of them first: it alone may be ragged."""
     pair = tl.program_id(1)
-    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    batch, head = _batch_and_head(pair, heads)
     row = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.arange(0, D)
     first = pair.to(tl.int64) * rows
@@ -211,7 +211,7 @@ def attend_int8(
     mask: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    tiles: Tiles,
+    tiles: AttentionTiles,
 ) -> None:
     """Writes attention over quantized Q and K into `out`.
 
@@ -227,7 +227,6 @@ def attend_int8(
     batch, heads, queries, head_dim = out.shape
     kv_heads, keys = v.shape[1:3]
     fp8 = quantized.v is not None
-    mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
     rows = quantized.q.shape[1]
     launch(
         _attention_int8_kernel,
@@ -237,7 +236,7 @@ def attend_int8(
             quantized.v if quantized.v is not None else v,
             quantized.v_scale if quantized.v_scale is not None else quantized.k_scale,
             v if mask is None else mask, quantized.shift if quantized.shift is not None else quantized.q_scale,
-            out, quantized.q_scale if lse is None else lse, *v.stride(), *mask_strides, *out.stride()[:3],
+            out, quantized.q_scale if lse is None else lse, *v.stride(), *mask_strides(mask), *out.stride()[:3],
             heads, heads // kv_heads, queries, rows, keys, quantized.k.shape[1], torch.finfo(out.dtype).max,
         ),
         {
@@ -266,7 +265,7 @@ def attention_int8_reference(
     d, blocks = padded_head_dim(head_dim), ceil_div(keys, KEY_BLOCK)
     kept = torch.ones(batch, keys, dtype=torch.bool, device=q.device) if mask is None else mask.expand(batch, keys)
     kept = kept[:, None, :, None]
-    matrix = rotation(d, q.device, torch.float32)
+    matrix = sylvester(d, q.device, torch.float32)
     pad = torch.nn.functional.pad
 
     def rotated(x: torch.Tensor) -> torch.Tensor:

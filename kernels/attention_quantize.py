@@ -51,6 +51,11 @@ def padded_head_dim(head_dim: int) -> int:
     return max(64, power_of_two(head_dim))
 
 
+def mask_strides(mask: torch.Tensor | None) -> tuple[int, int]:
+    """Of a (batch or 1, keys) mask, from one batch and from one key to the next."""
+    return (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
+
+
 def key_order(position: torch.Tensor) -> torch.Tensor:
     """The key whose values lie at `position`: within 16, a product's 8-bit operand holds columns 2q, 2q+1, 2q+8, 2q+9
     where its result has four neighbours, so that weights go from one product to the next without leaving registers."""
@@ -58,12 +63,18 @@ def key_order(position: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def rotation(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def sylvester(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The Hadamard matrix of Sylvester's construction over `size` (a power of two, so that it is exact in 16 bits)."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return made_to_keep(lambda: (matrix / size).to(device=device, dtype=dtype))
+
+
+@triton.jit
+def _batch_and_head(pair, heads):
+    """Of a pair of both, in 64 bits: offsets are made of them."""
+    return (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
 
 
 @triton.jit
@@ -130,7 +141,7 @@ def _attention_statistics_kernel(
     """Of one chunk of one head's keys: in one program K's sum and how many keys count, in another the largest |V| (as bits)
     per channel."""
     chunk, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    batch, head = _batch_and_head(pair, kv_heads)
     column = tl.arange(0, D)
     steps = tl.cdiv(keys, ROWS)
     each = tl.cdiv(steps, CHUNKS)
@@ -193,7 +204,7 @@ def _quantize_keys_values_kernel(
     """A block of one head's keys: in one program K without its mean, rotated, to int8; in another V to e4m3, transposed,
     in the products' order."""
     block, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    batch, head = _batch_and_head(pair, kv_heads)
     column = tl.arange(0, D)
     place = tl.arange(0, ROWS)
     rows = block * ROWS + place
@@ -248,7 +259,7 @@ def _quantize_queries_kernel(
 ):
     """Rows of one head's queries, rotated, to int8 with a scale per row that holds everything a score is multiplied by."""
     block, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    batch, head = _batch_and_head(pair, heads)
     column = tl.arange(0, D)
     rows = block * ROWS + tl.arange(0, ROWS)
     x = _rows_of(q + batch * q_b, head, rows, rows < queries, q_h, q_l, q_d, HEAD_DIM, D)
@@ -297,7 +308,7 @@ def quantize_attention(
     floats = functools.partial(torch.empty, dtype=torch.float32, device=device)
     sums, counts = floats(pairs, CHUNKS, d), floats(pairs, CHUNKS)
     largest = torch.empty(pairs if fp8_values else 0, CHUNKS, d, dtype=torch.int32, device=device)
-    matrix = rotation(d, device, torch.float32 if INTERPRETED else torch.bfloat16)
+    matrix = sylvester(d, device, torch.float32 if INTERPRETED else torch.bfloat16)
     k_codes = torch.empty(pairs, blocks * KEY_BLOCK, d, dtype=torch.int8, device=device)
     k_scale = floats(pairs, blocks)
     v_codes = (
@@ -306,13 +317,12 @@ def quantize_attention(
     v_scale = floats(pairs, d) if fp8_values else None
     q_codes, q_scale = torch.empty(batch * heads, rows, d, dtype=torch.int8, device=device), floats(batch * heads, rows)
     shifts = floats(batch * heads, rows) if shift else None
-    mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.shape[0] > 1 else 0, mask.stride(1))
     kept = k if mask is None else mask
     kinds = {"CHUNKS": CHUNKS, "VALUES": fp8_values, "HAS_MASK": mask is not None}
     launch(
         _attention_statistics_kernel,
         (CHUNKS, pairs, 2 if fp8_values else 1),
-        (k, v, kept, sums, counts, largest, *k.stride(), *v.stride(), *mask_strides, kv_heads, keys),
+        (k, v, kept, sums, counts, largest, *k.stride(), *v.stride(), *mask_strides(mask), kv_heads, keys),
         {"HEAD_DIM": head_dim, "D": d, "ROWS": _STATISTICS_ROWS, **kinds},
         warps=_STATISTICS_WARPS,
     )
@@ -322,7 +332,7 @@ def quantize_attention(
         (
             k, v, kept, sums, counts, largest, matrix,
             k_codes, k_scale, k_codes if v_codes is None else v_codes, k_scale if v_scale is None else v_scale,
-            *k.stride(), *v.stride(), *mask_strides, kv_heads, keys, SMALLEST_SCALE,
+            *k.stride(), *v.stride(), *mask_strides(mask), kv_heads, keys, SMALLEST_SCALE,
         ),
         {"HEAD_DIM": head_dim, "D": d, "ROWS": KEY_BLOCK, **kinds},
         warps=_KEY_WARPS,

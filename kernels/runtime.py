@@ -71,6 +71,9 @@ DESCRIPTORS_FIT = TRITON_VERSION >= (3, 5)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+TURING, AMPERE, ADA, HOPPER, BLACKWELL, GEFORCE_BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
+"""The lowest compute capability of each generation of GPUs."""
+
 
 def constexpr(value):
     """A module constant that kernels may read."""

@@ -71,7 +71,7 @@ def runs_one_at_a_time(choice: str, demand: PassDemand) -> bool:
 
 
 @dataclass(frozen=True)
-class Tiles:
+class VaeTiles:
     """How to cut a latent: tile and overlap along height and width, and along time (None for the whole)."""
 
     size: int
@@ -82,7 +82,7 @@ class Tiles:
 
 def plan_tiles(
     estimate: Callable[[int, int | None], float], height: int, width: int, frames: int, smallest: int, room: float
-) -> Tiles | None:
+) -> VaeTiles | None:
     """The largest tiles whose decode fits, or the smallest there are when none does; None for the whole.
 
     Args:
@@ -104,11 +104,11 @@ def plan_tiles(
             length = -(-length // 2)
     overlap = max(1, size // 4)
     if length is None or length >= frames:
-        return None if size >= whole else Tiles(size, overlap, None, None)
-    return Tiles(size, overlap, length, max(1, length // 4))
+        return None if size >= whole else VaeTiles(size, overlap, None, None)
+    return VaeTiles(size, overlap, length, max(1, length // 4))
 
 
-def smaller(tiles: Tiles, smallest: int, frames: int) -> Tiles | None:
+def smaller(tiles: VaeTiles, smallest: int, frames: int) -> VaeTiles | None:
     """Tiles of half the size, for after an out-of-memory error, then of half the time; None when they cannot be smaller.
 
     Args:
@@ -118,9 +118,9 @@ def smaller(tiles: Tiles, smallest: int, frames: int) -> Tiles | None:
     """
     if tiles.size > smallest:
         size = max(smallest, -(-tiles.size // 2))
-        return Tiles(size, max(1, size // 4), tiles.frames, tiles.overlap_frames)
+        return VaeTiles(size, max(1, size // 4), tiles.frames, tiles.overlap_frames)
     length = frames if tiles.frames is None else tiles.frames
     if length <= 2:
         return None
     length = -(-length // 2)
-    return Tiles(tiles.size, tiles.overlap, length, max(1, length // 4))
+    return VaeTiles(tiles.size, tiles.overlap, length, max(1, length // 4))

@@ -18,7 +18,7 @@ NEVER, UNDER_PRESSURE, ALWAYS = "never", "under pressure", "always"
 
 
 @dataclass(frozen=True)
-class Policy:
+class MemoryPolicy:
     """One row of the table.
 
     Attributes:
@@ -43,7 +43,7 @@ class Policy:
 
 
 _ROWS = (
-    Policy(
+    MemoryPolicy(
         "auto",
         "acts only when what comes next does not fit beside what is loaded; costs nothing while memory is plentiful",
         UNDER_PRESSURE,
@@ -53,7 +53,7 @@ _ROWS = (
         AUTO,
         True,
     ),
-    Policy(
+    MemoryPolicy(
         "speed",
         "keeps every model where it is and leaves the rest to ComfyUI; steps in only after an out-of-memory error",
         NEVER,
@@ -63,7 +63,7 @@ _ROWS = (
         OFF,
         True,
     ),
-    Policy(
+    MemoryPolicy(
         "balanced",
         "only the model at work stays on the GPU, and a fifth of the budget is kept free of weights; a reload of some "
         "seconds at each change of model",
@@ -74,7 +74,7 @@ _ROWS = (
         AUTO,
         True,
     ),
-    Policy(
+    MemoryPolicy(
         "lowest",
         "almost all weights stream from main memory at each step, prompts run one at a time, nothing unused is kept; "
         "the slowest, up to several times where the PCIe bus is the limit",
@@ -87,7 +87,7 @@ _ROWS = (
     ),
 )
 
-POLICIES: Mapping[str, Policy] = MappingProxyType({row.name: row for row in _ROWS})
+POLICIES: Mapping[str, MemoryPolicy] = MappingProxyType({row.name: row for row in _ROWS})
 """Policy name -> its row."""
 
 
@@ -110,7 +110,7 @@ class Settings:
     sequential_cfg: str = AUTO
 
     @property
-    def row(self) -> Policy:
+    def row(self) -> MemoryPolicy:
         """The policy's row of the table."""
         return POLICIES[self.policy]
 

@@ -17,7 +17,7 @@ from .units import size_text
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """A report on a run, in its three forms. `device`: its name, and `total` its bytes of memory."""
 
     run: Run
@@ -77,12 +77,12 @@ class Report:
         return draw(self.run, self.device)
 
 
-def make_report(run: Run, device: Device) -> Report:
+def make_report(run: Run, device: Device) -> RunReport:
     """A report on a run so far."""
-    return Report(run, device.name, device.total())
+    return RunReport(run, device.name, device.total())
 
 
-def _headline(report: Report) -> str:
+def _headline(report: RunReport) -> str:
     limit = "no limit" if report.run.limit is None else f"limit {size_text(report.run.limit)}"
     return f"{report.device}, {size_text(report.total)} in all, {limit}"
 

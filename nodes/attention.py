@@ -7,9 +7,9 @@ import json
 from comfy_api.latest import io, ui
 
 from ..attention.backends import BACKENDS, BUDGETS, backend_names
-from ..attention.plan import AUTO, Policy
+from ..attention.candidates import AUTO, Policy
 from ..attention.schedule import Schedule, parse_blocks
-from ..host.attention.installing import find, install
+from ..host.attention.installing import find_override, install_override
 from ..host.weights.folders import cache_folder
 from .common import CATEGORY, show_text
 
@@ -141,7 +141,7 @@ class Attention(io.ComfyNode):
         schedule = Schedule(
             exact_first_steps, exact_last_steps, exact_sigma_from, exact_sigma_to, parse_blocks(exact_blocks)
         )
-        patched, remark = install(model, policy, schedule, pair_with_weights, cache_folder())
+        patched, remark = install_override(model, policy, schedule, pair_with_weights, cache_folder())
         if remark is not None:
             show_text(cls.hidden.unique_id, remark)
         return io.NodeOutput(patched)
@@ -179,7 +179,7 @@ class AttentionReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, after: object) -> io.NodeOutput:
-        override = find(model)
+        override = find_override(model)
         report = {"error": NO_NODE} if override is None else override.report()
         text = NO_NODE if override is None else override.text()
         return io.NodeOutput(after, json.dumps(report, indent=1), ui=ui.PreviewText(text))

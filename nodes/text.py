@@ -83,7 +83,7 @@ class GenerateText(io.ComfyNode):
         cls, clip: io.Clip.Type, kv_cache: str, cuda_graph: str, window: int, heavy_hitters: int
     ) -> io.NodeOutput:
         settings = TextGeneration(cuda_graph == AUTO, CachePolicy(kv_cache, window, heavy_hitters))
-        return io.NodeOutput(route.install(clip, settings))
+        return io.NodeOutput(route.install_settings(clip, settings))
 
 
 NODES = [GenerateText]

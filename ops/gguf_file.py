@@ -17,7 +17,7 @@ import torch
 
 from ..errors import CapabilityError, CheckpointError
 from .gguf_names import LANGUAGE_MODELS, TEXT_ARCHITECTURES, Joined, TextArchitecture, vision_tensors
-from .header import FileStamp, TensorEntry, file_stamp
+from .header import FileStamp, TensorEntry, file_stamp, opening
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -101,16 +101,11 @@ def _read(path: Path) -> tuple[GGUFReader, FileStamp]:
             "Python."
         ) from None
     try:
-        stamp = file_stamp(path)
-        return gguf.GGUFReader(path), stamp
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.name} does not exist: check the file's name.") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{path.name} is a folder: name a file in it.") from None
-    except OSError as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read ({error.strerror or error}): check its permissions."
-        ) from None
+        with opening(path):
+            stamp = file_stamp(path)
+            return gguf.GGUFReader(path), stamp
+    except CheckpointError:
+        raise
     except Exception as error:
         # A header that lies makes the package fail in any way that Python has, with sentences about its own arrays.
         raise CheckpointError(f"{path.name} is no GGUF file that can be read: download it again.") from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -137,32 +138,42 @@ def load_json(text: bytes | str, **options: Any) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _read(path: Path) -> tuple[bytes, FileStamp]:
-    """The header's bytes, and the state of the file that they are from."""
+@contextmanager
+def opening(path: Path) -> Iterator[None]:
+    """Says in one sentence what keeps the file from being opened or read.
+
+    Raises:
+        CheckpointError: it is missing, a folder, or not to be read.
+    """
     try:
-        with path.open("rb") as file:
-            stamp = file_stamp(path, os.fstat(file.fileno()))
-            size = stamp.size
-            prefix = file.read(8)
-            length = int.from_bytes(prefix, "little")
-            whole = size >= 8 and length <= size - 8
-            _refuse_pickle(path, prefix, whole)
-            if not whole:
-                raise CheckpointError(
-                    f"{path.name} is not a whole safetensors file ({size} bytes, its header claims {length}): "
-                    "copy or download it again."
-                )
-            if length > HEADER_LIMIT:
-                raise CheckpointError(
-                    f"{path.name} has a header of {length} bytes, over the format's limit: not trusted."
-                )
-            return file.read(length), stamp
+        yield
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} does not exist: check the file's name.") from None
     except IsADirectoryError:
         raise CheckpointError(f"{path.name} is a folder: name a file in it.") from None
     except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error.strerror}): check its permissions.") from None
+        raise CheckpointError(
+            f"{path.name} cannot be read ({error.strerror or error}): check its permissions."
+        ) from None
+
+
+def _read(path: Path) -> tuple[bytes, FileStamp]:
+    """The header's bytes, and the state of the file that they are from."""
+    with opening(path), path.open("rb") as file:
+        stamp = file_stamp(path, os.fstat(file.fileno()))
+        size = stamp.size
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        whole = size >= 8 and length <= size - 8
+        _refuse_pickle(path, prefix, whole)
+        if not whole:
+            raise CheckpointError(
+                f"{path.name} is not a whole safetensors file ({size} bytes, its header claims {length}): "
+                "copy or download it again."
+            )
+        if length > HEADER_LIMIT:
+            raise CheckpointError(f"{path.name} has a header of {length} bytes, over the format's limit: not trusted.")
+        return file.read(length), stamp
 
 
 def _refuse_pickle(path: Path, prefix: bytes, whole: bool) -> None:

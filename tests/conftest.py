@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,8 @@ if sys.dont_write_bytecode:
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Threads that wait for each other's core took half as much time again.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+os.environ["LOWBIT_QUICK_TESTS"] = "1"  # testing/shims/quick.py
+os.fsync = lambda file: None  # what a test writes need not survive a power cut
 
 import torch  # noqa: E402
 
@@ -52,7 +55,14 @@ LONGEST_FIRST = (
     "headless/test_command_line.py",
     "headless/test_memory_report.py",
 )
-"""Files that take half a minute and more. Of two processes that take whole files, none shall be left alone with one."""
+"""Files that take half a minute and more. Of processes that take whole files, none shall be left alone with one."""
+
+TOGETHER = (
+    ("browser/",),
+    ("nodes/",),
+    ("headless/test_memory.py", "headless/test_memory_recovery.py", "headless/test_memory_report.py"),
+)
+"""Beginnings of the names of files that ask for the same ComfyUI, and no others do: one process runs them all."""
 
 
 def comfyui_required() -> bool:
@@ -97,6 +107,22 @@ def _turn(item: pytest.Item) -> int:
     """The place of a test's file among those that begin."""
     name = item.path.relative_to(TESTS).as_posix() if item.path.is_relative_to(TESTS) else ""
     return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files for a process, as `--dist loadfile` has it, and those of TOGETHER for one and the same."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            name = file.removeprefix("tests/")
+            return next((str(group) for group in TOGETHER if name.startswith(group)), file)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,8 +22,8 @@ class Rotation:
 
 
 @dataclass
-class Attention:
-    """Attention of a decoder layer.
+class LayerAttention:
+    """LayerAttention of a decoder layer.
 
     Attributes:
         project: query, key and value; the query alone where the layer reads another one's cache, and query and key

@@ -10,8 +10,8 @@ from .architecture import Architecture
 from .caches import FULL, CachePolicy, HeavyHitterCache, LayerCache, ring_cache
 from .decoder import Model, add_branch
 from .gathered import gathered_by_key
-from .layers import Attention
-from .reading import rotation
+from .layers import LayerAttention
+from .reading import rotary_tables
 
 
 def run_prompt(model: Model, shape: Architecture, tokens: torch.Tensor, room: int, policy: CachePolicy) -> torch.Tensor:
@@ -30,11 +30,11 @@ def run_prompt(model: Model, shape: Architecture, tokens: torch.Tensor, room: in
     for index, layer in enumerate(model.layers):
         x, normed = add_norm_reference(x, branch, branch_norm, layer.before_mixer, model.eps)
         attention = layer.mixer
-        assert isinstance(attention, Attention)
+        assert isinstance(attention, LayerAttention)
         branch = _attend(attention, normed, shape, shape.window[index], room, policy)
         x, normed = add_norm_reference(x, branch, layer.after_mixer, layer.before_feed_forward, model.eps)
         branch, branch_norm = layer.feed_forward(normed), layer.after_feed_forward
-        attention.rotation = rotation(shape, shape.window[index], count, room, x.device)
+        attention.rotation = rotary_tables(shape, shape.window[index], count, room, x.device)
     x = add_branch(x, branch, branch_norm, model.eps)
     if model.norm is not None:
         x = F.rms_norm(x, model.norm.shape, model.norm, model.eps)
@@ -42,7 +42,7 @@ def run_prompt(model: Model, shape: Architecture, tokens: torch.Tensor, room: in
 
 
 def _attend(
-    attention: Attention, x: torch.Tensor, shape: Architecture, window: int | None, room: int, policy: CachePolicy
+    attention: LayerAttention, x: torch.Tensor, shape: Architecture, window: int | None, room: int, policy: CachePolicy
 ) -> torch.Tensor:
     count, width = x.shape[0], attention.head_dim
     q, k, v = (part.view(count, -1, width).transpose(0, 1) for part in attention.project(x))
@@ -51,7 +51,7 @@ def _attend(
         q = F.rms_norm(q, norms.query.shape, norms.query, norms.eps)
     if norms.key is not None:
         k = F.rms_norm(k, norms.key.shape, norms.key, norms.eps)
-    turn = rotation(shape, window, 0, count, x.device)
+    turn = rotary_tables(shape, window, 0, count, x.device)
     q, k = (_rotate(part, turn.cosine, turn.sine) for part in (q, k))
     mask = None
     if window is not None and count > window:

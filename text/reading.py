@@ -19,7 +19,7 @@ from ..ops.stored import StoredLayers
 from .architecture import Architecture
 from .caches import LayerCache
 from .decoder import Model
-from .layers import Attention, FeedForward, Layer, Rotation
+from .layers import FeedForward, Layer, LayerAttention, Rotation
 from .linears import HeldLinears, Linear
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
@@ -108,13 +108,13 @@ class Reader:
         inner = entries[f"{mlp}.gate_proj.weight"].shape[0]
         empty = torch.empty(shape.kv_heads, 0, shape.head_dim, dtype=self.dtype, device=self.device)
         return Layer(
-            Attention(
+            LayerAttention(
                 self._linears([f"{attention}.{part}_proj" for part in "qkv"], shape.width, stored),
                 self._linears([f"{attention}.o_proj"], shape.heads * shape.head_dim, stored),
                 shape.heads,
                 shape.head_dim,
                 self._head_norms(attention),
-                rotation(shape, shape.window[index], 0, 0, self.device),
+                rotary_tables(shape, shape.window[index], 0, 0, self.device),
                 shape.scale,
                 LayerCache(empty, empty, 0),
             ),
@@ -135,7 +135,7 @@ class Reader:
         return HeadNorms(self._norm(f"{name}.q_norm"), self._norm(f"{name}.k_norm"), eps=self.architecture.eps)
 
 
-def rotation(shape: Architecture, window: int | None, start: int, count: int, device: torch.device) -> Rotation:
+def rotary_tables(shape: Architecture, window: int | None, start: int, count: int, device: torch.device) -> Rotation:
     """Rotary tables of `count` positions from `start` on, for a layer of (sliding) attention."""
     local = window is not None and shape.local_theta is not None
     theta = shape.local_theta if local and shape.local_theta is not None else shape.theta

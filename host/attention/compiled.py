@@ -5,13 +5,27 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 
+class Told(NamedTuple):
+    """What the operator is told beside its tensors and the handle, in its order.
+
+    scale: None for head_dim ** -0.5. exact: by the call's own arguments. precision: `attn_precision` as core was given it.
+    block: the number of the model's block, where the schedule asks for it. heads_first: the output keeps the heads in front.
+    """
+
+    scale: float | None
+    exact: bool
+    precision: torch.dtype | None
+    block: int | None
+    heads_first: bool
+
+
 class RunsCompiled(Protocol):
-    """What the operator calls: the attention override's own way in, with the operator's arguments but the handle."""
+    """What the operator calls: the attention override's own way in, with q, k, v, the mask and what was told."""
 
     @property
     def run_compiled(self) -> Callable[..., torch.Tensor]: ...
@@ -28,25 +42,13 @@ def register(override: RunsCompiled) -> int:
     return handle
 
 
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    handle: int,
-    scale: float | None,
-    exact: bool,
-    precision: torch.dtype | None,
-    block: int | None,
-    heads_first: bool,
-) -> torch.Tensor:
-    out = _OVERRIDES[handle].run_compiled(q, k, v, mask, scale, exact, precision, block, heads_first)
-    return out.contiguous()
+def _attention(q, k, v, mask, handle, *told):
+    return _OVERRIDES[handle].run_compiled(q, k, v, mask, Told(*told)).contiguous()
 
 
-def _attention_shape(q, k, v, mask, handle, scale, exact, precision, block, heads_first):
+def _attention_shape(q, k, v, mask, handle, *told):
     batch, heads, length, _ = q.shape
-    if heads_first:
+    if Told(*told).heads_first:
         return q.new_empty(batch, heads, length, v.shape[-1])
     return q.new_empty(batch, length, heads * v.shape[-1])
 

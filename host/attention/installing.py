@@ -11,14 +11,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...attention.backends import by_name
+from ...attention.candidates import AUTO, Policy
 from ...attention.dispatch import Dispatcher
 from ...attention.environment import Environment, detect
-from ...attention.plan import AUTO, Policy
 from ...attention.planning import check_named
 from ...attention.schedule import Schedule
 from ...attention.timing_cache import TimingCache
 from .override import OVERRIDE, AttentionOverride
-from .sampling_hooks import KEY, SamplingHooks
+from .sampling_hooks import KEY, AttentionHooks
 
 log = logging.getLogger("lowbit.attention")
 
@@ -45,13 +45,13 @@ def paired_backends(model: torch.nn.Module, environment: Environment) -> tuple[s
     return tuple(name for name in most if table[name].why_not_here(environment) is None)
 
 
-def find(model: Any) -> AttentionOverride | None:
+def find_override(model: Any) -> AttentionOverride | None:
     """The override a node of this pack has put on a model, also under patches that came later; None without one."""
     wrappers = model.get_wrappers(WrappersMP.OUTER_SAMPLE, KEY)
     return wrappers[-1].__self__.override if wrappers else None
 
 
-def install(
+def install_override(
     model: Any, policy: Policy, schedule: Schedule, pair_with_weights: bool, timings_folder: Path | None
 ) -> tuple[Any, str | None]:
     """A clone of the model whose attention goes through the dispatcher, and a remark for the user or None.
@@ -74,7 +74,7 @@ def install(
     override = AttentionOverride(Dispatcher(policy, TimingCache(timings_folder)), schedule, previous)
     override.device = model.load_device
     options[OVERRIDE] = override
-    hooks = SamplingHooks(override)
+    hooks = AttentionHooks(override)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, hooks.outer_sample),
         (WrappersMP.SAMPLER_SAMPLE, hooks.sampler_sample),

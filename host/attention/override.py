@@ -11,6 +11,7 @@ import comfy.ldm.modules.attention as core_attention
 import torch
 
 from ...attention.backends import CORE
+from ...attention.candidates import AttentionInputs
 from ...attention.dispatch import Dispatcher
 from ...attention.report import as_text
 from ...attention.schedule import Schedule
@@ -113,7 +114,7 @@ class AttentionOverride:
         """The dispatcher's pick, with core's attention on the arguments as they came for the last resort."""
         kernel = self._chosen or func
         core_exact = None if kernel in EXACT_FUNCTIONS else lambda drop_mask: _core_exact(args, kwargs, drop_mask)
-        return self.dispatcher.run(
+        inputs = AttentionInputs(
             *qkv,
             mask,
             kwargs.get("scale"),
@@ -123,6 +124,7 @@ class AttentionOverride:
             core_exact,
             getattr(kernel, "__name__", CORE),
         )
+        return self.dispatcher.run(inputs)
 
     def _unhandled(
         self, func: Attention, args: tuple, kwargs: dict[str, Any], exact: bool, block: int | None, reason: str
@@ -140,28 +142,21 @@ class AttentionOverride:
         return func(*args, **kwargs) if self._chooser is None else self._chooser(func, *args, **kwargs)
 
     def run_compiled(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-        exact: bool,
-        precision: torch.dtype | None,
-        block: int | None,
-        heads_first: bool,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, told: compiled.Told
     ) -> torch.Tensor:
         """The call of a compiled model: the same dispatcher, with core's default as the last resort.
 
         The schedule is asked here, at run time: a model compiled block by block would else be compiled for each block.
         """
-        exact = self._exact(exact, block)
-        args = (q, k, v, q.shape[1], mask, precision, True, heads_first)
+        exact = self._exact(told.exact, told.block)
+        args = (q, k, v, q.shape[1], mask, told.precision, True, told.heads_first)
         kwargs: dict[str, Any] = {"_inside_attn_wrapper": True}
         kwargs |= {"low_precision_attention": False} if exact else {}
-        kwargs |= {} if scale is None else {"scale": scale}
+        kwargs |= {} if told.scale is None else {"scale": told.scale}
         kwargs |= {} if k.shape[1] == q.shape[1] else {"enable_gqa": True}
-        return self._dispatch(core_attention.optimized_attention, args, kwargs, (q, k, v), mask, exact, heads_first)
+        return self._dispatch(
+            core_attention.optimized_attention, args, kwargs, (q, k, v), mask, exact, told.heads_first
+        )
 
     def say_unreached(self, model_options: dict[str, Any]) -> None:
         """After a sampling run without a single call: who keeps the calls from this node."""

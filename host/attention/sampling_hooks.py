@@ -25,7 +25,7 @@ KEY = "lowbit_attention"
 TEXT_MASKS = {"QwenImageTransformer2DModel": "attention_mask"}
 
 
-class SamplingHooks:
+class AttentionHooks:
     """The wrappers of one override; ComfyUI calls them around its own functions."""
 
     def __init__(self, override: AttentionOverride):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ...errors import MemoryBudgetError
-from ...memory.decisions import Tiles, plan_tiles, smaller
+from ...memory.decisions import VaeTiles, plan_tiles, smaller
 from ...memory.policies import Settings
 from .encoding import managed_class
-from .release import take_over
-from .room import again_after_oom, clear_out, make_way, raise_other, reachable_room
+from .release import manage_prompt
+from .room import again_after_oom, raise_other, reachable_room, release_all_but, release_for
 from .session import session
 
 _SETTINGS = "_lowbit_memory"
@@ -37,7 +37,7 @@ class ManagedVAE:
         self._begin("decode", self.memory_used_decode(samples_in.shape, self.vae_dtype))  # type: ignore[attr-defined]
         tiles = None if options else self._tiles(samples_in)
         if tiles is None:
-            out = again_after_oom(lambda: self._decode_whole(samples_in, options), self._clear_out, "the decode")
+            out = again_after_oom(lambda: self._decode_whole(samples_in, options), self._release_all, "the decode")
         else:
             session().say(f"The VAE decodes in tiles of {self._size(tiles)}: the whole does not fit.")
             out = self._decode_in(tiles, samples_in)
@@ -46,11 +46,11 @@ class ManagedVAE:
         return out
 
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
-        """Core's encode, after making way for it."""
+        """Core's encode, after a release if it needs the room."""
         self._begin("encode", self.memory_used_encode(self._pixel_shape(pixel_samples), self.vae_dtype))  # type: ignore[attr-defined]
         out = again_after_oom(
             lambda: super(ManagedVAE, self).encode(pixel_samples),  # type: ignore[misc]
-            self._clear_out,
+            self._release_all,
             "the encode",
         )
         session().observe("encoded")
@@ -87,15 +87,15 @@ class ManagedVAE:
             return False
         self._decoding_whole = False
         session().say("Out of memory in the decode: done again in tiles.")
-        clear_out([self.patcher], "the decode")
+        release_all_but([self.patcher], "the decode")
         return True
 
     def _begin(self, phase: str, working: float) -> None:
         settings, node_id = self._lowbit_memory
-        take_over(node_id, settings.limit_bytes)
+        manage_prompt(node_id, settings.limit_bytes)
         if self.device.type == "cpu" and session().device.torch_device.type != "cpu":
             session().say("The VAE works on the CPU, where --cpu-vae or a node has put it: that takes minutes.")
-        make_way(settings.row.release_before_decode, self.patcher, working, what=f"the VAE to {phase}")
+        release_for(settings.row.release_before_decode, self.patcher, working, what=f"the VAE to {phase}")
         session().observe(phase)
 
     def _pixel_shape(self, pixels: torch.Tensor) -> tuple[int, ...]:
@@ -107,12 +107,12 @@ class ManagedVAE:
             return (count, channels, height, width)
         return (count, channels, 1, height, width) if self.not_video else (1, channels, count, height, width)  # type: ignore[attr-defined]
 
-    def _clear_out(self) -> str:
+    def _release_all(self) -> str:
         self.patcher.detach()
-        clear_out((), "the VAE")
+        release_all_but((), "the VAE")
         return "everything left the GPU"
 
-    def _tiles(self, samples: torch.Tensor) -> Tiles | None:
+    def _tiles(self, samples: torch.Tensor) -> VaeTiles | None:
         """How to cut this latent; None when it fits whole, or is of a kind that core cuts by itself."""
         if samples.ndim not in (4, 5) or self.latent_dim < 2 or not session().device.holds_models:  # type: ignore[attr-defined]
             return None
@@ -134,15 +134,15 @@ class ManagedVAE:
     def _smallest_tile(self) -> int:
         return max(1, _SMALLEST_TILE // self.spacial_compression_decode())  # type: ignore[attr-defined]
 
-    def _decode_in(self, tiles: Tiles, samples: torch.Tensor) -> torch.Tensor:
+    def _decode_in(self, tiles: VaeTiles, samples: torch.Tensor) -> torch.Tensor:
         """Decodes in tiles, in smaller ones after running out of memory, until they cannot be smaller."""
-        current: Tiles | None = tiles
+        current: VaeTiles | None = tiles
         while current is not None:
             try:
                 return self._decode_tiles(current, samples)
             except Exception as error:  # noqa: BLE001
                 raise_other(error)
-            clear_out([self.patcher], "the decode")
+            release_all_but([self.patcher], "the decode")
             current = smaller(current, self._smallest_tile(), self._frames(samples))
             if current is not None:
                 session().say(f"Out of memory in the decode: done again in tiles of {self._size(current)}.")
@@ -151,13 +151,13 @@ class ManagedVAE:
             "GiB for it: close what else uses the GPU, raise vram_limit_gib, or load the VAE in bf16."
         )
 
-    def _decode_tiles(self, tiles: Tiles, samples: torch.Tensor) -> torch.Tensor:
+    def _decode_tiles(self, tiles: VaeTiles, samples: torch.Tensor) -> torch.Tensor:
         time = {} if tiles.frames is None else {"tile_t": tiles.frames, "overlap_t": tiles.overlap_frames}
         return self.decode_tiled(  # type: ignore[attr-defined]
             samples, tile_x=tiles.size, tile_y=tiles.size, overlap=tiles.overlap, **time
         )
 
-    def _size(self, tiles: Tiles) -> str:
+    def _size(self, tiles: VaeTiles) -> str:
         pixels = f"{tiles.size * self.spacial_compression_decode()} pixels"  # type: ignore[attr-defined]
         return pixels if tiles.frames is None else f"{pixels} and {tiles.frames} latent frames"
 

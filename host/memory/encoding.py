@@ -1,12 +1,12 @@
-"""A text encoder under the memory manager: makes way before it loads, and encodes again after running out."""
+"""A text encoder under the memory manager: releases what is in its way, and encodes again after running out."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ...memory.policies import Settings
-from .release import take_over
-from .room import again_after_oom, clear_out, keep_pages_within, make_way
+from .release import manage_prompt
+from .room import again_after_oom, keep_pages_within, release_all_but, release_for
 from .session import session
 
 _SETTINGS = "_lowbit_memory"
@@ -25,10 +25,10 @@ class ManagedClip:
         return manage_clip(super().clone(*args, **kwargs), *self._lowbit_memory)  # type: ignore[misc]
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Core's load, after making way for it."""
+        """Core's load, after a release if it needs the room."""
         settings, node_id = self._lowbit_memory
-        take_over(node_id, settings.limit_bytes)
-        make_way(settings.row.release_before_sampling, self.patcher, 0, what="the text encoder")
+        manage_prompt(node_id, settings.limit_bytes)
+        release_for(settings.row.release_before_sampling, self.patcher, 0, what="the text encoder")
         session().observe("load")
         out = super().load_model(*args, **kwargs)  # type: ignore[misc]
         keep_pages_within(self.patcher, 1.0, _WORKING_SHARE * session().limit.budget)
@@ -43,7 +43,7 @@ class ManagedClip:
 
         def make_room() -> str:
             self.patcher.detach()
-            clear_out((), "the text encoder")
+            release_all_but((), "the text encoder")
             return "everything left the GPU"
 
         out = again_after_oom(encode, make_room, "the text encoder")

@@ -10,8 +10,8 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ...memory.policies import Settings
 from .decoding import manage_vae
 from .encoding import manage_clip
-from .release import take_over
-from .sampling import KEY, SamplingHooks
+from .release import manage_prompt
+from .sampling import KEY, MemoryHooks
 
 
 def manage(
@@ -26,8 +26,8 @@ def manage(
         settings: the node's choices.
         node_id: of the manager node, for the meter.
     """
-    take_over(node_id, settings.limit_bytes)
-    managed, hooks = model.clone(), SamplingHooks(settings, node_id)
+    manage_prompt(node_id, settings.limit_bytes)
+    managed, hooks = model.clone(), MemoryHooks(settings, node_id)
     wrappers: dict[str, Callable[..., Any]] = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
         WrappersMP.PREPARE_SAMPLING: hooks.prepare_sampling,

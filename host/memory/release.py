@@ -41,7 +41,7 @@ class Released:
 def release(
     names: Collection[str], reason: str = "asked for", keep: Collection[Any] = (), running: bool = False
 ) -> Released:
-    """Evict every loaded model of these components.
+    """Release every loaded model of these components.
 
     Args:
         names: of `memory.components`.
@@ -57,7 +57,7 @@ def release(
         name = component_of(patcher.model)
         stays = id(patcher.model) in kept or (samples_now(patcher) and not running)
         if name is not None and name in names and not stays and can_leave(patcher):
-            weights = evict(patcher)
+            weights = release_weights(patcher)
             if weights:
                 gone[name] = gone.get(name, 0) + weights
     if SCRATCH in names:
@@ -74,7 +74,7 @@ def release(
     return released
 
 
-def take_over(node_id: str | None, limit: int | None) -> None:
+def manage_prompt(node_id: str | None, limit: int | None) -> None:
     """The manager node `node_id` has the prompt from here on; what is loaded beyond its limit leaves before anything else.
 
     Args:
@@ -107,7 +107,7 @@ def samples_now(patcher: Any) -> bool:
     return getattr(patcher.model, "current_patcher", None) is not None
 
 
-def evict(patcher: Any, nbytes: int = EVERYTHING) -> int:
+def release_weights(patcher: Any, nbytes: int = EVERYTHING) -> int:
     """Move a model's weights off its device; its pinned main memory and its place in ComfyUI's list stay.
 
     Args:

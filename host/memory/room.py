@@ -11,9 +11,9 @@ from ...errors import MemoryBudgetError
 from ...memory.components import MODELS, SCRATCH
 from ...memory.policies import ALWAYS, NEVER
 from .loaded_models import loaded_patchers, resident
-from .release import Released, can_leave, evict, release, runs_here
+from .release import Released, can_leave, release, release_weights, runs_here
 from .session import Session, session
-from .streaming import forget_leftovers, forget_queues, forget_transfers, give_up_pages, only_what_can_stream
+from .streaming import forget_leftovers, forget_queues, forget_transfers, only_what_can_stream, release_pages
 
 T = TypeVar("T")
 _GIB = 1 << 30
@@ -21,7 +21,7 @@ _DYNAMIC_VRAM_ERRORS = ("VRAM grow failed", "Fault failed")
 """Beginnings of what comfy-aimdo raises, as a RuntimeError, when the driver has no memory for a buffer or a page."""
 
 
-def make_way(when: str, patcher: Any, working: float, keep: Collection[Any] = (), what: str = "") -> Released | None:
+def release_for(when: str, patcher: Any, working: float, keep: Collection[Any] = (), what: str = "") -> Released | None:
     """Release what is not needed now, before `patcher`'s model runs.
 
     Args:
@@ -49,7 +49,7 @@ def reachable_room(patcher: Any) -> int:
     return session().limit.room + sum(resident(other) for other in others) - missing
 
 
-def clear_out(keep: Collection[Any], what: str, running: bool = False) -> Released:
+def release_all_but(keep: Collection[Any], what: str, running: bool = False) -> Released:
     """After an out-of-memory error: release everything but `keep`, our scratch included, and give all idle memory back."""
     forget_queues()
     for patcher in loaded_patchers():
@@ -59,14 +59,14 @@ def clear_out(keep: Collection[Any], what: str, running: bool = False) -> Releas
     return released
 
 
-def shrink(patcher: Any, nbytes: float) -> int:
+def release_part(patcher: Any, nbytes: float) -> int:
     """Move part of a running model's weights to main memory, from where they stream; returns the bytes."""
     if patcher.is_dynamic():
-        return give_up_pages(patcher, int(nbytes)) if runs_here(patcher) else 0
+        return release_pages(patcher, int(nbytes)) if runs_here(patcher) else 0
     if not can_leave(patcher):
         return 0
     with only_what_can_stream(patcher):
-        return evict(patcher, int(nbytes))
+        return release_weights(patcher, int(nbytes))
 
 
 def keep_pages_within(patcher: Any, fraction: float, working: float) -> None:
@@ -112,7 +112,7 @@ def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: s
     second = _attempt(call)
     if second.error is None:
         return second.value
-    clear_out((), what, running=True)
+    release_all_but((), what, running=True)
     raise MemoryBudgetError(give_up_text(session(), what, said, second.error))
 
 

@@ -1,4 +1,4 @@
-"""What the memory manager does around a sampling run: makes way, watches each step, and saves a step that runs out."""
+"""What the memory manager does around a sampling run: releases what is in its way, watches steps, saves one that runs out."""
 
 from __future__ import annotations
 
@@ -16,15 +16,22 @@ from ...memory.policies import AUTO, EVERY, OFF, ON, Settings
 from ..sampling_state import restorer
 from .fetching import BlockFetcher
 from .preflight import check_sampling
-from .release import take_over
-from .room import again_after_oom, clear_out, keep_pages_within, make_way, raise_other, shrink
+from .release import manage_prompt
+from .room import (
+    again_after_oom,
+    keep_pages_within,
+    raise_other,
+    release_all_but,
+    release_for,
+    release_part,
+)
 from .session import session, where
 
 KEY = "lowbit_memory"
-_SHRINK_FRACTION = 0.25
+_RELEASED_FRACTION = 0.25
 
 
-class SamplingHooks:
+class MemoryHooks:
     """The wrappers of one manager node; ComfyUI calls them around its own functions."""
 
     def __init__(self, settings: Settings, node_id: str | None):
@@ -38,7 +45,7 @@ class SamplingHooks:
         self._returning = 0
         self._working = 0.0
 
-    def __deepcopy__(self, memo: dict) -> SamplingHooks:
+    def __deepcopy__(self, memo: dict) -> MemoryHooks:
         """Clones for other GPUs share the settings and the run."""
         return self
 
@@ -49,7 +56,7 @@ class SamplingHooks:
         self._step = (0, 0)
         self._cleared, self._returning = False, 0
         patcher = executor.class_obj.model_patcher  # type: ignore[attr-defined]
-        take_over(self.node_id, self.settings.limit_bytes)
+        manage_prompt(self.node_id, self.settings.limit_bytes)
         out = executor(*args, **kwargs)
         sample = session().observe("sampled")
         session().passed((type(patcher.model).__name__, tuple(args[0].shape), "sampled"), sample, thorough=True)
@@ -58,7 +65,7 @@ class SamplingHooks:
     def prepare_sampling(
         self, executor: Callable[..., Any], model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """The load: refused when it cannot fit, after making way, and done again with less if it runs out."""
+        """The load: refused when it cannot fit, after a release, and done again with less if it runs out."""
         name = type(model.model).__name__
         session().observe("load")
         batched, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
@@ -66,7 +73,7 @@ class SamplingHooks:
         working = self._working = single if self.settings.sequential == ON else batched
         additional, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
         keep = [*additional, *model.get_nested_additional_models(), *model.model_patches_models()]
-        make_way(self.settings.row.release_before_sampling, model, working, keep, name)
+        release_for(self.settings.row.release_before_sampling, model, working, keep, name)
         reserve = [self._reserved_from_weights()]
 
         def load() -> Any:
@@ -75,8 +82,8 @@ class SamplingHooks:
 
         def make_room() -> str:
             model.detach()
-            clear_out(keep, f"loading {name}")
-            reserve[0] += _SHRINK_FRACTION * session().limit.budget
+            release_all_but(keep, f"loading {name}")
+            reserve[0] += _RELEASED_FRACTION * session().limit.budget
             return "everything else left the GPU, and a quarter of the budget is kept free of weights"
 
         out = again_after_oom(load, make_room, f"loading {name}")
@@ -133,8 +140,8 @@ class SamplingHooks:
             restore()
             patcher = model.current_patcher
             keep = [patcher, *patcher.get_nested_additional_models(), *patcher.model_patches_models()]
-            left = clear_out(keep, what).names
-            streamed = shrink(patcher, _SHRINK_FRACTION * session().limit.budget)
+            left = release_all_but(keep, what).names
+            streamed = release_part(patcher, _RELEASED_FRACTION * session().limit.budget)
             self._forced, self.fetcher.enabled = True, False
             done = [f"{', '.join(left)} left the GPU" if left else "idle memory was given back"]
             done += [f"{streamed / 2**20:,.0f} MiB of weights stream from now on"] if streamed else []

@@ -1,4 +1,4 @@
-"""Streaming of weights, seen from outside: parts of a running model given up, transfers that were cut short forgotten."""
+"""Streaming of weights, seen from outside: parts of a running model released, transfers that were cut short forgotten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...versions import find
 _PARAMETERS = ("weight", "bias")
 
 
-def give_up_pages(patcher: Any, nbytes: int) -> int:
+def release_pages(patcher: Any, nbytes: int) -> int:
     """Free pages of a running model's weights; returns the bytes. Those layers stream from then on.
 
     Not by core's `partially_unload`: where the pages are fewer than asked for, which is the rule after the driver has

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ...kernels.cache_heads import HeadNorms
 from ...text.caches import CachePolicy, LayerCache, RingCache
 from ...text.decoder import Model
-from ...text.layers import Attention, FeedForward, Layer, Rotation
+from ...text.layers import FeedForward, Layer, LayerAttention, Rotation
 from ...versions import find
 from .delta_net import DeltaNet
 from .held_weights import HeldWeights, StreamedWeights
@@ -157,8 +157,8 @@ def build_llama(owner: Any, weights: Weights, prompt: Prompt) -> Model:
 
 def _self_attention(
     module: Any, weights: Weights, rotation: Rotation, cache: LayerCache, *, gated: bool = False
-) -> Attention:
-    return Attention(
+) -> LayerAttention:
+    return LayerAttention(
         weights.linears(module.q_proj, module.k_proj, module.v_proj),
         weights.linears(module.o_proj),
         module.num_heads,
@@ -245,11 +245,13 @@ def _gemma4_cache(filled: Any, count: int) -> LayerCache:
     return kind(filled.key[0], filled.value[0], count)
 
 
-def _gemma4_attention(module: Any, weights: Weights, rotation: Rotation, cache: LayerCache, shared: bool) -> Attention:
+def _gemma4_attention(
+    module: Any, weights: Weights, rotation: Rotation, cache: LayerCache, shared: bool
+) -> LayerAttention:
     parts = [module.q_proj]
     if not shared:
         parts += [module.k_proj] + ([] if module.v_proj is None else [module.v_proj])
-    return Attention(
+    return LayerAttention(
         weights.linears(*parts),
         weights.linears(module.o_proj),
         module.num_heads,

@@ -41,7 +41,7 @@ class TextGeneration:
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerateArguments:
     """One call of core's `BaseGenerate.generate`, by its names."""
 
     embeds: torch.Tensor
@@ -89,38 +89,38 @@ def generate_text(owner: Any, settings: TextGeneration, *args: Any, **kwargs: An
     Raises:
         CapabilityError: it is a Qwen2.5-VL without its output head.
     """
-    request = Request(*args, **kwargs)
+    asked = GenerateArguments(*args, **kwargs)
     check_head(owner)
     family = find_family(owner)
-    reason = _unfit(family, request)
+    reason = _unfit(family, asked)
     if family is None or reason is not None:
         logger.warning("Text generation runs through core's own loop: %s.", reason)
         return BaseGenerate.generate(owner, *args, **kwargs)
-    embeds = request.embeds if request.embeds.ndim == 3 else request.embeds.unsqueeze(0)
+    embeds = asked.embeds if asked.embeds.ndim == 3 else asked.embeds.unsqueeze(0)
     device = embeds.device
-    dtype = request.execution_dtype or (
+    dtype = asked.execution_dtype or (
         torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
     )
     settings = _fitting(settings, family, owner)
-    prompt, logits = _run_prompt(owner, family, request, embeds.to(dtype), settings)
-    sampler = Sampler(request.sampling, logits.shape[-1], device, request.initial_tokens)
+    prompt, logits = _run_prompt(owner, family, asked, embeds.to(dtype), settings)
+    sampler = Sampler(asked.sampling, logits.shape[-1], device, asked.initial_tokens)
     first = sampler.draw(logits)
-    bar = comfy.utils.ProgressBar(request.max_length)
+    bar = comfy.utils.ProgressBar(asked.max_length)
 
     def seen(count: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update(count)
 
-    stops = stop_tokens(owner, request.stop_tokens)
+    stops = stop_tokens(owner, asked.stop_tokens)
     made = [int(first)]
     seen(1)
-    if made[0] in stops or request.max_length == 1:
+    if made[0] in stops or asked.max_length == 1:
         return made
     weights, model = _read_model(owner, family, device, dtype, prompt, settings)
     # Core's caches and the prompt's own tensors are the decoder's now, or nobody's.
     del prompt, logits
     try:
-        decoder = Decoder(model, sampler, first, request.max_length)
+        decoder = Decoder(model, sampler, first, asked.max_length)
         graph = settings.cuda_graph and isinstance(weights, HeldWeights)
         return generate(decoder, stops, graph=graph, seen=seen)
     finally:
@@ -148,10 +148,10 @@ def stop_tokens(owner: Any, given: Sequence[int] | None) -> set[int]:
     return set(owner.model.config.stop_tokens if known is None else known)
 
 
-def _unfit(family: Family | None, request: Request) -> str | None:
+def _unfit(family: Family | None, asked: GenerateArguments) -> str | None:
     if family is None:
         return "this model is of a family that the Text Generation node does not know"
-    if request.embeds.ndim == 3 and request.embeds.shape[0] != 1:
+    if asked.embeds.ndim == 3 and asked.embeds.shape[0] != 1:
         return "there is more than one prompt at a time"
     return None
 
@@ -168,16 +168,16 @@ def _fitting(settings: TextGeneration, family: Family, owner: Any) -> TextGenera
 
 
 def _run_prompt(
-    owner: Any, family: Family, request: Request, embeds: torch.Tensor, settings: TextGeneration
+    owner: Any, family: Family, asked: GenerateArguments, embeds: torch.Tensor, settings: TextGeneration
 ) -> tuple[Prompt, torch.Tensor]:
     """The prompt through core's forward; its caches, and (1, V) logits of what follows it."""
     count, device = embeds.shape[1], embeds.device
     keeps_all = settings.cache.kind == FULL
-    room = count + request.max_length
+    room = count + asked.max_length
     caches = owner.init_kv_cache(1, room if keeps_all else count, device, embeds.dtype)
     options: dict[str, Any] = {}
-    if request.deepstack_embeds is not None:
-        options = {"deepstack_embeds": request.deepstack_embeds, "visual_pos_masks": request.visual_pos_masks}
+    if asked.deepstack_embeds is not None:
+        options = {"deepstack_embeds": asked.deepstack_embeds, "visual_pos_masks": asked.visual_pos_masks}
     gathered = Gathered()
     watched = [] if keeps_all else owner.model.layers
     with gathered.watch(watched):
@@ -186,13 +186,13 @@ def _run_prompt(
             embeds=embeds,
             attention_mask=None,
             past_key_values=caches,
-            input_ids=request.initial_input_ids,
-            position_ids=request.position_ids,
-            embeds_info=request.embeds_info,
+            input_ids=asked.initial_input_ids,
+            position_ids=asked.position_ids,
+            embeds_info=asked.embeds_info,
             **options,
         )
-    start = count if request.position_ids is None else int(request.position_ids[:, -1].max()) + 1
-    positions = torch.arange(start, start + request.max_length, device=device).unsqueeze(0)
+    start = count if asked.position_ids is None else int(asked.position_ids[:, -1].max()) + 1
+    positions = torch.arange(start, start + asked.max_length, device=device).unsqueeze(0)
     return Prompt(caches, count, room, positions, settings.cache, gathered.by_layer), prompt_logits(owner, x)
 
 

@@ -19,7 +19,7 @@ _KEY = "lowbit_text_generation"
 _ROUTED = "_lowbit_routes_text"
 
 
-def install(clip: comfy.sd.CLIP, settings: TextGeneration) -> comfy.sd.CLIP:
+def install_settings(clip: comfy.sd.CLIP, settings: TextGeneration) -> comfy.sd.CLIP:
     """A clone of `clip` whose text is made by this pack, through whatever node calls its `generate`."""
     _route()
     clone = clip.clone()
@@ -27,7 +27,7 @@ def install(clip: comfy.sd.CLIP, settings: TextGeneration) -> comfy.sd.CLIP:
     return clone
 
 
-def find(clip: comfy.sd.CLIP) -> TextGeneration | None:
+def find_settings(clip: comfy.sd.CLIP) -> TextGeneration | None:
     """What `install` put on it, or None."""
     return clip.patcher.model_options.get(_KEY)
 
@@ -43,7 +43,7 @@ def _route() -> None:
 
     @functools.wraps(core)
     def routed(self: comfy.sd.CLIP, *args: Any, **kwargs: Any) -> list[int]:
-        settings = find(self)
+        settings = find_settings(self)
         if settings is None:
             return core(self, *args, **kwargs)
         with decoding_here(self.cond_stage_model, settings):

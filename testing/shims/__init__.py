@@ -8,10 +8,11 @@ The nodes make inputs that would need a real model (text conditioning of any wid
 and write tensors and facts about a loaded model into the output folder, exact to the bit.
 """
 
-from . import detection, steps
+from . import detection, quick, steps
 from .nodes import NODE_CLASS_MAPPINGS
 
 detection.install()
 steps.install()
+quick.install()
 
 __all__ = ["NODE_CLASS_MAPPINGS"]

@@ -10,8 +10,8 @@ import torch
 
 from lowbit.attention import dispatch
 from lowbit.attention.backends import CORE
+from lowbit.attention.candidates import AttentionInputs, Policy
 from lowbit.attention.dispatch import CHECKED_CALLS, COMPARED_EVERY, UNJUDGED_CALLS, Dispatcher
-from lowbit.attention.plan import Policy
 from lowbit.attention.report import TIMED_CALLS, Report, Struck, as_text
 
 from . import fakes
@@ -45,7 +45,7 @@ def model_calls(target, count, blocks=BLOCKS, tensors=None):
     for _ in range(count):
         target.begin_model_call()
         for _ in range(blocks):
-            target.run(q, k, v, None, None, False, fakes.Core(q, k, v))
+            target.run(AttentionInputs(q, k, v, None, None, False, fakes.Core(q, k, v)))
 
 
 @pytest.mark.parametrize("block", [0, 3, 7, BLOCKS - 1])
@@ -69,7 +69,7 @@ def test_later_model_calls_compare_one_call_each_in_changing_blocks():
         before = len(exact.calls)
         for block in range(BLOCKS):
             q, k, v = fakes.qkv()
-            target.run(q, k, v, None, None, False, fakes.Core(q, k, v))
+            target.run(AttentionInputs(q, k, v, None, None, False, fakes.Core(q, k, v)))
             if len(exact.calls) > before:
                 calls_before.append(block)
                 before = len(exact.calls)
@@ -101,7 +101,7 @@ def test_without_model_calls_a_few_are_compared_now_and_then():
     target = dispatcher(lossy, fakes.backend("right"))
     q, k, v = fakes.qkv()
     for _ in range(SETTLED + COMPARED_EVERY + 1):
-        target.run(q, k, v, None, None, False, fakes.Core(q, k, v))
+        target.run(AttentionInputs(q, k, v, None, None, False, fakes.Core(q, k, v)))
     assert counts(target)["right"] > 0
 
 
@@ -160,9 +160,9 @@ def test_inputs_that_are_not_finite_do_not_count_as_a_check():
     bad[0, 0, 0, 0] = torch.nan
     target = dispatcher(fakes.backend("lossy", Lossy(lambda n: True), error_class="fast"), fakes.backend("right"))
     for _ in range(SETTLED):
-        target.run(q, k, bad, None, None, False, fakes.Core(q, k, bad))
+        target.run(AttentionInputs(q, k, bad, None, None, False, fakes.Core(q, k, bad)))
     assert counts(target) == {"lossy": SETTLED}
-    target.run(q, k, v, None, None, False, fakes.Core(q, k, v))
+    target.run(AttentionInputs(q, k, v, None, None, False, fakes.Core(q, k, v)))
     assert counts(target) == {"lossy": SETTLED, "right": 1}
 
 
@@ -174,11 +174,11 @@ def test_inputs_that_are_never_finite_are_looked_at_a_limited_number_of_times(mo
     monkeypatch.setattr(dispatch.checks, "is_finite", lambda x: looks.append(1) or is_finite(x))
     target = dispatcher(fakes.backend())
     for _ in range(UNJUDGED_CALLS):
-        target.run(q, k, v, None, None, False, fakes.Core(q, k, v))
+        target.run(AttentionInputs(q, k, v, None, None, False, fakes.Core(q, k, v)))
     before = len(looks)
     assert before
     for _ in range(20):
-        target.run(q, k, v, None, None, False, fakes.Core(q, k, v))
+        target.run(AttentionInputs(q, k, v, None, None, False, fakes.Core(q, k, v)))
     assert len(looks) == before
 
 
@@ -191,14 +191,14 @@ def test_calls_that_need_gradients_go_to_core_whatever_came_before(which, warm):
     )
     tensors = fakes.qkv()
     for _ in range(SETTLED + 1 if warm else 0):
-        target.run(*tensors, None, None, False, fakes.Core(*tensors))
+        target.run(AttentionInputs(*tensors, None, None, False, fakes.Core(*tensors)))
     tensors[which].requires_grad_()
-    out = target.run(*tensors, None, None, False, fakes.Core(*tensors))
+    out = target.run(AttentionInputs(*tensors, None, None, False, fakes.Core(*tensors)))
     out.sum().backward()
     assert tensors[which].grad is not None
     assert report(target)["unhandled"] == [{"reason": dispatch.GRADIENTS, "calls": 1}]
     with torch.no_grad():
-        target.run(*tensors, None, None, False, fakes.Core(*tensors))
+        target.run(AttentionInputs(*tensors, None, None, False, fakes.Core(*tensors)))
     assert counts(target)["no_gradients"] == (SETTLED + 2 if warm else 1)
 
 
@@ -207,13 +207,13 @@ def test_plans_and_the_list_of_what_was_struck_stay_bounded(monkeypatch):
     target = dispatcher(fakes.backend())
     for q_len in range(1, 9):
         tensors = fakes.qkv(q_len=q_len)
-        target.run(*tensors, None, None, False, fakes.Core(*tensors))
+        target.run(AttentionInputs(*tensors, None, None, False, fakes.Core(*tensors)))
     target.report.clear()
     target.begin_run()
     assert not target._plans
     assert not target.report.tallies
     tensors = fakes.qkv(q_len=3)
-    target.run(*tensors, None, None, False, fakes.Core(*tensors))
+    target.run(AttentionInputs(*tensors, None, None, False, fakes.Core(*tensors)))
     assert counts(target) == {"fake": 1}
     found = Report()
     (tally, *_) = target.report.tallies.values()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lowbit.attention.backends import BACKENDS, CORE
+from lowbit.attention.candidates import AttentionInputs, Policy, ShapePlan
 from lowbit.attention.dispatch import CHECKED_CALLS, Dispatcher
-from lowbit.attention.plan import Plan, Policy
 from lowbit.attention.planning import check_named
 from lowbit.attention.report import TIMED_CALLS, Struck, as_text
 from lowbit.errors import CapabilityError
@@ -29,7 +29,7 @@ def dispatcher(*backends, policy=None, **options):
 def run(target, q, k, v, mask=None, scale=None, exact=False, heads_first=False, times=1, core=None):
     core = core or fakes.Core(q, k, v, mask, scale, heads_first)
     for _ in range(times):
-        out = target.run(q, k, v, mask, scale, exact, core, heads_first)
+        out = target.run(AttentionInputs(q, k, v, mask, scale, exact, core, heads_first))
     return out
 
 
@@ -154,9 +154,9 @@ def test_rows_that_the_mask_empties_are_nobodys_fault():
     target = dispatcher(fakes.backend("good", lambda q, k, v, m, s: torch.softmax(q @ k.mT + m, -1) @ v))
     core = fakes.Core(q, k, v, mask)
     core_out = torch.full((1, 9, 32), torch.nan)
-    out = target.run(q, k, v, mask, None, False, lambda drop: core_out)
+    out = target.run(AttentionInputs(q, k, v, mask, None, False, lambda drop: core_out))
     assert out is core_out
-    target.run(q, k, v, mask, None, False, core)
+    target.run(AttentionInputs(q, k, v, mask, None, False, core))
     assert counts(target) == {CORE: 1, "good": 1}
     assert report(target)["struck_off"] == []
 
@@ -290,7 +290,9 @@ def test_odd_inputs_go_to_the_last_resort_untouched():
         (fakes.qkv(batch=3)[0], k, v),
     ):
         taken = []
-        out = target.run(*arguments, None, None, False, lambda drop, taken=taken: taken.append(drop) or sentinel)
+        out = target.run(
+            AttentionInputs(*arguments, None, None, False, lambda drop, taken=taken: taken.append(drop) or sentinel)
+        )
         assert out is sentinel
         assert taken == [False]
 
@@ -345,7 +347,7 @@ def test_a_warm_call_costs_less_than_15_microseconds_of_python():
         slowness = fakes.slowness(1)
         start = time.thread_time()
         for _ in range(calls):
-            target.run(q, k, v, None, None, False, core)
+            target.run(AttentionInputs(q, k, v, None, None, False, core))
         rounds.append((time.thread_time() - start) / calls * 1e6 / slowness)
     assert min(rounds) < 15, f"{min(rounds):.1f} us a call"
 
@@ -377,7 +379,7 @@ def test_another_thread_may_plan_while_plans_are_walked(method, monkeypatch):
 
         return inserts
 
-    for owner, name in ((Plan, "advance"), (Dispatcher, "_known")):
+    for owner, name in ((ShapePlan, "advance"), (Dispatcher, "_known")):
         monkeypatch.setattr(owner, name, inserting(getattr(owner, name)))
     before = len(plans)
     {

@@ -11,8 +11,8 @@ import torch
 
 from lowbit.attention import measure, planning
 from lowbit.attention.backends import CORE, CORE_EXACT
+from lowbit.attention.candidates import AttentionInputs, Policy
 from lowbit.attention.dispatch import Dispatcher
-from lowbit.attention.plan import Policy
 from lowbit.attention.report import as_text
 from lowbit.attention.timing_cache import FILE_NAME, TimingCache
 
@@ -61,7 +61,9 @@ def noisy(q, k, v, mask, scale):
 def run(target, tensors=None, core=None, times=1, **options):
     q, k, v = tensors or fakes.qkv()
     for _ in range(times):
-        out = target.run(q, k, v, None, None, options.pop("exact", False), core or fakes.Core(q, k, v), **options)
+        out = target.run(
+            AttentionInputs(q, k, v, None, None, options.pop("exact", False), core or fakes.Core(q, k, v), **options)
+        )
     return out
 
 
@@ -168,7 +170,7 @@ def test_the_timing_key_holds_all_that_a_time_depends_on(tmp_path):
             calls.append(drop)
             return fakes.Core(*tensors, None, scale, heads_first)(drop)
 
-        target.run(*tensors, None, scale, False, core, heads_first, core_name=core_name)
+        target.run(AttentionInputs(*tensors, None, scale, False, core, heads_first, core_name=core_name))
         return len(calls) > 1
 
     assert timed()
@@ -314,7 +316,9 @@ def test_an_exact_call_never_ends_at_a_lossy_core(policy, heads_first):
     for backends in ((), (fakes.backend("slow", slow(fakes.attend)),)):
         target = dispatcher(*backends, policy=policy)
         for _ in range(3):
-            out = target.run(q, k, v, None, None, True, lossy_core(q, k, v, heads_first), heads_first, exact, "sage")
+            out = target.run(
+                AttentionInputs(q, k, v, None, None, True, lossy_core(q, k, v, heads_first), heads_first, exact, "sage")
+            )
             torch.testing.assert_close(out, fakes.Core(q, k, v, heads_first=heads_first)(False))
         assert counts(target) == {CORE_EXACT: 3}
         assert target.lossy_calls == 0
@@ -328,7 +332,7 @@ def test_a_lossy_core_is_held_to_the_budget_and_counted_as_lossy(heads_first):
         target = dispatcher(fakes.backend("other"), policy=Policy("auto", "balanced"), environment=fakes.CPU)
         for _ in range(8):
             core = lossy_core(q, k, v, heads_first, off)
-            out = target.run(q, k, v, None, None, False, core, heads_first, exact, "sage")
+            out = target.run(AttentionInputs(q, k, v, None, None, False, core, heads_first, exact, "sage"))
             torch.testing.assert_close(out, exact(False), atol=1e-3, rtol=0)
         assert counts(target) == taken
         assert target.lossy_calls == (8 if CORE in taken else 0)
@@ -339,14 +343,14 @@ def test_a_lossy_core_that_raises_or_is_barred_gives_way_to_the_exact_one():
     q, k, v = fakes.qkv()
     exact = fakes.Core(q, k, v)
     target = dispatcher(policy=Policy("auto", "fast"))
-    target.run(q, k, v, None, None, False, raising, False, exact, "sage")
+    target.run(AttentionInputs(q, k, v, None, None, False, raising, False, exact, "sage"))
     assert counts(target) == {CORE_EXACT: 1}
     target = dispatcher(policy=Policy("auto", "fast"))
-    target.run(q, k, v, None, None, False, fakes.Core(q, k, v), False, exact, "sage")
+    target.run(AttentionInputs(q, k, v, None, None, False, fakes.Core(q, k, v), False, exact, "sage"))
     assert target.bar_lossy("the output was not finite") == [CORE]
     for tensors in ((q, k, v), fakes.qkv(q_len=5)):
-        target.run(*tensors, None, None, False, raising, False, fakes.Core(*tensors), "sage")
+        target.run(AttentionInputs(*tensors, None, None, False, raising, False, fakes.Core(*tensors), "sage"))
     assert counts(target) == {CORE: 1, CORE_EXACT: 2}
     target.unbar([CORE])
-    target.run(q, k, v, None, None, False, fakes.Core(q, k, v), False, exact, "sage")
+    target.run(AttentionInputs(q, k, v, None, None, False, fakes.Core(q, k, v), False, exact, "sage"))
     assert counts(target) == {CORE: 2, CORE_EXACT: 2}

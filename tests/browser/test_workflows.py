@@ -28,6 +28,20 @@ RUN_ON_CANVAS = [path for path in WORKFLOWS if path.stem in ("wan2.2_14B_text_to
 LARGE = {"width": 3400, "height": 1500}
 BROKEN_IMAGES = """(card) => [...card.querySelectorAll("img")]
     .filter((image) => image.complete && !image.naturalWidth).map((image) => image.src)"""
+# The view glides to where a command sends it, and Nodes 2.0 lays its nodes out anew: over when nothing has moved for a while.
+SETTLED = """() => new Promise((resolve) => {
+    let before = "", still = 0;
+    const look = () => {
+        const { scale, offset } = app.canvas.ds;
+        const drawn = [...document.querySelectorAll("[data-node-id]")].map((node) => [node.offsetWidth, node.offsetHeight]);
+        const now = JSON.stringify([scale, ...offset, app.canvas.graph.nodes.map((node) => [...node.boundingRect]), drawn]);
+        still = now === before ? still + 1 : 0;
+        before = now;
+        if (still < 12) requestAnimationFrame(look);
+        else resolve();
+    };
+    look();
+})"""
 # A workflow that is opened twice is called "name (2)".
 LOADED = """([name, count]) => app.extensionManager.workflow.activeWorkflow?.filename.replace(/ \\(\\d+\\)$/, "") === name
     && window.lowbitTest.nodes().length === count"""
@@ -128,7 +142,7 @@ def open_template(tab: Any, path: Path) -> None:
     tab.page.wait_for_function(LOADED, arg=[path.stem, len(saved_nodes(path))])
     tab.page.wait_for_load_state("networkidle")
     tab.command("Comfy.Canvas.FitView")
-    tab.page.wait_for_timeout(500)
+    tab.evaluate(SETTLED)
     tab.showing = path
 
 
@@ -138,7 +152,7 @@ def look_over(tab: Any, vue: bool, name: str) -> list[str]:
     for level in range(tab.evaluate("() => window.lowbitTest.count()")):
         tab.evaluate("(level) => window.lowbitTest.show(level)", level)
         tab.command("Comfy.Canvas.FitView")
-        tab.page.wait_for_timeout(700)
+        tab.evaluate(SETTLED)
         tab.shot(name + (f"-inside-{level}" if level else ""))
         problems += tab.evaluate("() => window.lowbitTest.problemsInVue()") if vue else []
     tab.evaluate("() => window.lowbitTest.show(0)")

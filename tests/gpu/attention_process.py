@@ -37,13 +37,13 @@ def sample(patcher) -> torch.Tensor:
 
 def run(patcher, reference: torch.Tensor, folder: Path, backend: str, budget: str, **schedule) -> dict:
     """One policy: the error against core's attention on the same weights, twice, and the report."""
-    from lowbit.attention.plan import Policy
+    from lowbit.attention.candidates import Policy
     from lowbit.attention.schedule import Schedule
-    from lowbit.host.attention.installing import find, install
+    from lowbit.host.attention.installing import find_override, install_override
 
-    patched, _ = install(patcher, Policy(backend, budget), Schedule(**schedule), True, folder)
+    patched, _ = install_override(patcher, Policy(backend, budget), Schedule(**schedule), True, folder)
     errors = [comfy_process.relative(sample(patched), reference) for _ in range(2)]
-    override = find(patched)
+    override = find_override(patched)
     return {"errors": errors, "report": override.report(), "text": override.text()}
 
 

@@ -9,9 +9,9 @@ import torch
 
 from lowbit.attention import checks
 from lowbit.attention.backends import BACKENDS, ERROR_LIMITS, AttentionCall
+from lowbit.attention.candidates import AttentionInputs, Policy
 from lowbit.attention.dispatch import Dispatcher
 from lowbit.attention.environment import detect
-from lowbit.attention.plan import Policy
 from lowbit.attention.timing_cache import TimingCache
 
 NAMES = [backend.name for backend in BACKENDS]
@@ -161,7 +161,7 @@ def test_the_dispatcher_stays_within_the_budget_whatever_is_asked_for(backend):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     for _ in range(7):
-        out = dispatcher.run(q, k, v, None, None, False, core)
+        out = dispatcher.run(AttentionInputs(q, k, v, None, None, False, core))
     close(out, want, ERROR_LIMITS["fast"] if backend == "auto" else 0.5)
     rows = dispatcher.report.as_dict(dispatcher.settings(q.device))["calls"]
     assert sum(row["calls"] for row in rows) == 7
@@ -176,12 +176,12 @@ def test_attention_can_be_captured_in_a_graph():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     for _ in range(7):
-        dispatcher.run(q, k, v, None, None, False, core)
+        dispatcher.run(AttentionInputs(q, k, v, None, None, False, core))
     graph = torch.cuda.CUDAGraph()
     fresh = Dispatcher(Policy("auto"))
     with torch.cuda.graph(graph):
-        known = dispatcher.run(q, k, v, None, None, False, core)
-        unknown = fresh.run(q, k, v, None, None, False, core)
+        known = dispatcher.run(AttentionInputs(q, k, v, None, None, False, core))
+        unknown = fresh.run(AttentionInputs(q, k, v, None, None, False, core))
     graph.replay()
     want = reference(q, k, v).transpose(1, 2).flatten(2)
     close(known, want, 6e-3)
@@ -206,7 +206,7 @@ def test_auto_times_the_backends_once_and_keeps_the_budget(tmp_path):
         own = []
         for _ in range(7):
             core = counted(torch_sdpa(q, k, v), own)
-            out = dispatcher.run(q, k, v, None, None, False, core)
+            out = dispatcher.run(AttentionInputs(q, k, v, None, None, False, core))
         close(out, reference(q, k, v).transpose(1, 2).flatten(2), ERROR_LIMITS["fast"])
         report = dispatcher.report.as_dict(dispatcher.settings(q.device))
         assert not report["struck_off"]
@@ -227,7 +227,7 @@ def test_a_lossy_backend_is_compared_in_every_block_and_then_once_a_model_call(n
     for _ in range(4):
         dispatcher.begin_model_call()
         for _ in range(10):
-            dispatcher.run(q, k, v, None, None, False, torch_sdpa(q, k, v))
+            dispatcher.run(AttentionInputs(q, k, v, None, None, False, torch_sdpa(q, k, v)))
     assert len(compared) == 10 + 3
     (row,) = dispatcher.report.as_dict(dispatcher.settings(q.device))["calls"]
     assert row["backend"] == name
@@ -248,9 +248,11 @@ def test_auto_gives_way_to_comfyuis_own_where_that_is_faster():
         backend = dataclasses.replace(sdpa, bind=lambda environment, bind=bind: bind)
         dispatcher = Dispatcher(Policy("auto", "exact"), backends=(backend,))
         for _ in range(10):
-            out = dispatcher.run(
-                q, k, v, None, None, False, lambda drop, own=own: own(q, k, v, None, None).transpose(1, 2).flatten(2)
-            )
+
+            def core(drop, own=own):
+                return own(q, k, v, None, None).transpose(1, 2).flatten(2)
+
+            out = dispatcher.run(AttentionInputs(q, k, v, None, None, False, core))
             close(out, reference(q, k, v).transpose(1, 2).flatten(2), 6e-3)
         assert dispatcher.report.as_dict(dispatcher.settings(q.device))["calls_by_backend"] == {taken: 10}
 
@@ -264,11 +266,11 @@ def test_a_mask_that_was_idle_before_is_kept_in_a_captured_graph():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None if drop else mask)
 
     for _ in range(7):
-        dispatcher.run(q, k, v, mask, None, False, core)
+        dispatcher.run(AttentionInputs(q, k, v, mask, None, False, core))
     assert dispatcher.report.masks_dropped == 7
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = dispatcher.run(q, k, v, mask, None, False, core)
+        out = dispatcher.run(AttentionInputs(q, k, v, mask, None, False, core))
     mask[..., :300] = -torch.inf
     graph.replay()
     close(out, reference(q, k, v, mask).transpose(1, 2).flatten(2), 6e-3)
@@ -285,5 +287,7 @@ def test_a_lossy_core_on_the_gpu_is_held_to_the_budget():
             return out + error * out.std() * torch.randn_like(out)
 
         for _ in range(7):
-            dispatcher.run(q, k, v, None, None, False, lossy, core_exact=exact, core_name="attention_sage")
+            dispatcher.run(
+                AttentionInputs(q, k, v, None, None, False, lossy, core_exact=exact, core_name="attention_sage")
+            )
         assert dispatcher.report.as_dict(dispatcher.settings(q.device))["calls_by_backend"] == {taken: 7}

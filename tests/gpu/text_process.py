@@ -60,9 +60,9 @@ def run_format(name: str, source: Path) -> dict[str, Any]:
     )
     model = next(module for module in clip.cond_stage_model.modules() if isinstance(module, Qwen25_7BVLI))
     tokens = clip.tokenize("a red train in the snow, seen from a bridge")
-    graph, eager = (route.install(clip, TextGeneration(cuda_graph=on)) for on in (True, False))
+    graph, eager = (route.install_settings(clip, TextGeneration(cuda_graph=on)) for on in (True, False))
     heavy = [
-        route.install(clip, TextGeneration(cuda_graph=on, cache=CachePolicy(HEAVY_HITTERS, 8, 8)))
+        route.install_settings(clip, TextGeneration(cuda_graph=on, cache=CachePolicy(HEAVY_HITTERS, 8, 8)))
         for on in (True, False)
     ]
     row: dict[str, Any] = {"dynamic": clip.patcher.is_dynamic()}

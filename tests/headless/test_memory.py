@@ -47,7 +47,7 @@ def test_no_policy_changes_the_result(memory, graph, policy, gpu_mib):
     assert all(sum(sample["components"].values()) == sample["allocated"] for sample in sampling)
 
 
-def test_release_on_an_edge_evicts_just_then_and_the_next_prompt_is_right(memory):
+def test_release_on_an_edge_releases_just_then_and_the_next_prompt_is_right(memory):
     want = memory.run(wan(seed=21, conditioning=UMT5)).tensors
     graph = managed(wan(seed=21, conditioning=UMT5), gpu_mib=ROOMY, policy="speed")
     graph = released(graph, ["positive", 0], "after_encoding", text_encoder=True)
@@ -85,7 +85,7 @@ def test_without_a_gpu_there_is_nothing_to_release(memory):
         ("auto", 16.0, True),
     ],
 )
-def test_policies_make_way_always_never_or_under_pressure(memory, policy, gpu_mib, releases):
+def test_policies_release_always_never_or_under_pressure(memory, policy, gpu_mib, releases):
     memory.server.free()
     got = memory.run(managed(wan(seed=24, conditioning=UMT5), gpu_mib=gpu_mib, policy=policy))
     names = [name for entry in got.report["releases"] for name in entry["names"]]

@@ -13,13 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lowbit.attention.int8  # noqa: F401  (registers the operator)
 from lowbit.kernels import attention_quantize
 from lowbit.kernels.attention_hopper import QUERY_BLOCK, attend_hopper, can_copy_in_bulk
-from lowbit.kernels.attention_int8 import Tiles, attend_int8, attention_int8_reference, tiles_for
+from lowbit.kernels.attention_int8 import AttentionTiles, attend_int8, attention_int8_reference, tiles_for
 from lowbit.kernels.attention_quantize import KEY_BLOCK, key_order, quantize_attention
 from lowbit.kernels.runtime import GLUON_FOUND, INTERPRETED, compute_capability
 
 ON_HOPPER = GLUON_FOUND and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 KERNELS = ("any GPU", "hopper") if ON_HOPPER else ("any GPU",)
-SMALL = Tiles(64, 64, 4, 2)
+SMALL = AttentionTiles(64, 64, 4, 2)
 LIMITS = {True: 4e-2, False: 1.3e-2}
 
 
@@ -109,7 +109,7 @@ def test_any_shape(device, attend, queries, keys, head_dim, group, masked, fp8, 
     q, k, v = qkv(device, 2, 2 * group, 2, queries, keys, head_dim)
     mask = torch.rand(2, keys, device=device) < 0.6 if masked else None
     fp8 = fp8 and True in _values(device)
-    out, lse = attend(q, k, v, mask, scale, fp8, Tiles(rows, 64, 4, 2), lse=True)
+    out, lse = attend(q, k, v, mask, scale, fp8, AttentionTiles(rows, 64, 4, 2), lse=True)
     want, want_lse = exact(q, k, v, mask, scale)
     # One key's values alone are rounded to three bits: 6 % at most.
     assert apart(out, want) < (6.5e-2 if fp8 else 3e-2)
@@ -126,7 +126,7 @@ def test_outliers_and_an_offset_stay_within_the_budget(device, attend, fp8):
     k[..., [3, 40, 77]] *= 6
     k += 3 * torch.randn(128, device=device).bfloat16()
     want, _ = exact(q, k, v)
-    assert apart(attend(q, k, v, fp8=fp8, tiles=Tiles(64, 128, 4, 2)), want) < (5e-2 if fp8 else 2e-2)
+    assert apart(attend(q, k, v, fp8=fp8, tiles=AttentionTiles(64, 128, 4, 2)), want) < (5e-2 if fp8 else 2e-2)
 
 
 def test_short_sums_of_many_keys_lose_nothing(device, attend):
@@ -134,7 +134,7 @@ def test_short_sums_of_many_keys_lose_nothing(device, attend):
     q, k, v = qkv(device, 1, 1, 1, 64, 1024 if INTERPRETED else 40_000, 64)
     v += 0.5
     for fp8 in _values(device):
-        assert apart(attend(q, k, v, fp8=fp8, tiles=Tiles(64, 128, 4, 2)), exact(q, k, v)[0]) < 3e-2
+        assert apart(attend(q, k, v, fp8=fp8, tiles=AttentionTiles(64, 128, 4, 2)), exact(q, k, v)[0]) < 3e-2
 
 
 @pytest.mark.parametrize("fp8", [True, False])
@@ -227,7 +227,7 @@ def test_the_order_of_the_values_is_that_of_the_products(device):
 
 def test_the_rotation_is_one(device):
     for size in (64, 128):
-        matrix = attention_quantize.rotation(size, torch.device("cpu"), torch.float32) * size**0.5
+        matrix = attention_quantize.sylvester(size, torch.device("cpu"), torch.float32) * size**0.5
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(size))
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lowbit.memory.decisions import (
     LEAST_CLEARED,
     PassDemand,
-    Tiles,
+    VaeTiles,
     clears_now,
     plan_tiles,
     runs_one_at_a_time,
@@ -120,10 +120,10 @@ def test_tiles_are_as_large_as_fits(height, width, frames, smallest, room, count
 @pytest.mark.parametrize(
     ("start", "frames", "tried"),
     [
-        (Tiles(120, 30, None, None), 1, [(120, None), (60, None), (32, None)]),
-        (Tiles(120, 30, None, None), 9, [(120, None), (60, None), (32, None), (32, 5), (32, 3), (32, 2)]),
-        (Tiles(120, 30, 5, 1), 9, [(120, 5), (60, 5), (32, 5), (32, 3), (32, 2)]),
-        (Tiles(32, 8, None, None), 2, [(32, None)]),
+        (VaeTiles(120, 30, None, None), 1, [(120, None), (60, None), (32, None)]),
+        (VaeTiles(120, 30, None, None), 9, [(120, None), (60, None), (32, None), (32, 5), (32, 3), (32, 2)]),
+        (VaeTiles(120, 30, 5, 1), 9, [(120, 5), (60, 5), (32, 5), (32, 3), (32, 2)]),
+        (VaeTiles(32, 8, None, None), 2, [(32, None)]),
     ],
 )
 def test_after_running_out_tiles_get_smaller_along_the_sides_first_and_then_in_time(start, frames, tried):

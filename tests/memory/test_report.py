@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lowbit.memory import chart
 from lowbit.memory.components import COMPONENTS, DIFFUSION_MODEL, OTHER, TEXT_ENCODER, VAE
 from lowbit.memory.ledger import Release, Run, Sample
-from lowbit.memory.report import Report
+from lowbit.memory.report import RunReport
 from lowbit.memory.units import size_text
 
 GIB = 1 << 30
@@ -63,7 +63,7 @@ RUN = run_of(
 
 
 def test_the_text_has_every_number():
-    text = Report(RUN, NAME, 24 * GIB).text
+    text = RunReport(RUN, NAME, 24 * GIB).text
     for part in (
         "cuda:0 (a test), 24.00 GiB in all, limit 16.00 GiB",
         "Peak 13.25 GiB in step 1 of 2; reserved up to 14.00 GiB, 3.00 GiB of it dynamic VRAM's pages; at least 2.00 GiB free",
@@ -80,16 +80,16 @@ def test_the_text_has_every_number():
 
 
 def test_a_nodes_peak_leaves_out_what_happened_before_it():
-    rows = {line.split()[0]: line.split()[-2:] for line in Report(RUN, NAME, GIB).text.splitlines() if "(" in line}
+    rows = {line.split()[0]: line.split()[-2:] for line in RunReport(RUN, NAME, GIB).text.splitlines() if "(" in line}
     assert rows["CLIPTextEncode"] == ["7.00", "GiB"]
     assert rows["KSampler"] == ["13.25", "GiB"]
     late = run_of(sample(0, node="2", other=1), sample(1, node="3", other=1, peak=9.0), sample(2, node="3", other=2))
-    nodes = {entry["id"]: entry["peak_bytes"] for entry in Report(late, NAME, GIB).data["nodes"]}
+    nodes = {entry["id"]: entry["peak_bytes"] for entry in RunReport(late, NAME, GIB).data["nodes"]}
     assert nodes == {"2": GIB, "3": 2 * GIB}
 
 
 def test_the_data_is_json_and_complete():
-    data = json.loads(json.dumps(Report(RUN, NAME, 24 * GIB).data))
+    data = json.loads(json.dumps(RunReport(RUN, NAME, 24 * GIB).data))
     assert data["peak_bytes"] == 13.25 * GIB
     assert data["limit_bytes"] == 16 * GIB
     assert data["seconds_per_step"] == 3.0
@@ -103,13 +103,13 @@ def colours(picture) -> set[str]:
 
 
 def test_the_chart_shows_what_there_was_and_nothing_else():
-    picture = Report(RUN, NAME, GIB).chart
+    picture = RunReport(RUN, NAME, GIB).chart
     assert picture.size == (1600, 900)
     shown = colours(picture)
     assert {chart._COLOURS[name] for name in (DIFFUSION_MODEL, TEXT_ENCODER, OTHER)} <= shown
     assert chart._COLOURS[VAE] not in shown
     assert {chart._LIMIT, chart._PEAK} <= shown
-    assert chart._LIMIT not in colours(Report(run_of(*RUN.samples), NAME, GIB).chart)
+    assert chart._LIMIT not in colours(RunReport(run_of(*RUN.samples), NAME, GIB).chart)
 
 
 def test_remarks_are_written_beside_the_chart_as_far_as_they_fit():
@@ -118,7 +118,7 @@ def test_remarks_are_written_beside_the_chart_as_far_as_they_fit():
     flooded = run_of(*RUN.samples, notes=["Out of memory in step 1 of 2." * 4] * 100)
 
     def inked(run) -> int:
-        corner = Report(run, NAME, GIB).chart.crop((chart._RIGHT + 20, 0, chart.WIDTH, chart.HEIGHT))
+        corner = RunReport(run, NAME, GIB).chart.crop((chart._RIGHT + 20, 0, chart.WIDTH, chart.HEIGHT))
         return sum(count for count, colour in corner.getcolors(1 << 24) if colour != (15, 18, 24))
 
     assert inked(quiet) < inked(noted) < inked(flooded)
@@ -129,7 +129,7 @@ def test_areas_are_as_high_as_their_bytes():
     half = run_of(sample(0.0, diffusion_model=2.0, peak=4.0), sample(10.0, diffusion_model=2.0, peak=4.0))
 
     def height(run) -> int:
-        picture = Report(run, NAME, GIB).chart
+        picture = RunReport(run, NAME, GIB).chart
         middle = (chart._LEFT + chart._RIGHT) // 2
         blue = tuple(int(chart._COLOURS[DIFFUSION_MODEL][index : index + 2], 16) for index in (1, 3, 5))
         return sum(picture.getpixel((middle, y)) == blue for y in range(chart._TOP, chart._BOTTOM))
@@ -139,7 +139,7 @@ def test_areas_are_as_high_as_their_bytes():
 
 def test_areas_stand_on_each_other_in_the_order_of_the_components():
     both = {"diffusion_model": 3.0, "text_encoder": 1.0}
-    picture = Report(run_of(sample(0.0, **both), sample(10.0, **both)), NAME, GIB).chart
+    picture = RunReport(run_of(sample(0.0, **both), sample(10.0, **both)), NAME, GIB).chart
     column = [picture.getpixel(((chart._LEFT + chart._RIGHT) // 2, y)) for y in range(chart._TOP, chart._BOTTOM)]
     shown = {}
     for name in (DIFFUSION_MODEL, TEXT_ENCODER):
@@ -162,14 +162,14 @@ def test_any_run_has_a_report(rows, limit):
     for seconds, node, *sizes in sorted(rows):
         named = {name.replace(" ", "_"): size for name, size in zip(COMPONENTS, sizes, strict=True)}
         items.append(sample(seconds, node=str(node), step=node, steps=2 if node else 0, **named))
-    report = Report(run_of(*items, limit=limit), NAME, GIB)
+    report = RunReport(run_of(*items, limit=limit), NAME, GIB)
     assert report.chart.size == (1600, 900)
     assert report.text
     json.dumps(report.data, allow_nan=False)
 
 
 def test_an_empty_run_says_what_to_do():
-    report = Report(run_of(), NAME, GIB)
+    report = RunReport(run_of(), NAME, GIB)
     assert "put a Memory Manager (Lowbit) in front of the sampler" in report.text
     assert report.data["peak_bytes"] == 0
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 import types
 
+from lowbit.attention.candidates import Policy
 from lowbit.attention.dispatch import Dispatcher
-from lowbit.attention.plan import Policy
 from lowbit.attention.schedule import Schedule
 
 from ...attention import fakes

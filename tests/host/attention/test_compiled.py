@@ -7,17 +7,10 @@ import torch
 
 from lowbit.attention.schedule import Schedule
 
-from . import support
+from .support import counts, fakes, layouts, options, override
 
-fakes, counts, layouts, options, override = (
-    support.fakes, support.counts, support.layouts, support.options, support.override,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def host(core_modules):
-    """The host modules."""
-    return support.load()
+# torch's own compiler says it of torch.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)

@@ -7,21 +7,11 @@ import types
 import pytest
 import torch
 
+from lowbit.attention.candidates import Policy
 from lowbit.attention.environment import Environment
-from lowbit.attention.plan import Policy
 from lowbit.attention.schedule import Schedule
 
-from . import support
-
-fakes, counts, layouts, options, override = (
-    support.fakes, support.counts, support.layouts, support.options, support.override,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def host(core_modules):
-    """The host modules."""
-    return support.load()
+from .support import counts, fakes, layouts, microseconds, options, override
 
 
 @pytest.mark.parametrize("gqa", [False, True])
@@ -134,7 +124,7 @@ def patcher(host):
 
 
 def install(host, model, backend="auto", budget="balanced"):
-    return host.installing.install(model, Policy(backend, budget), Schedule(), True, None)[0]
+    return host.installing.install_override(model, Policy(backend, budget), Schedule(), True, None)[0]
 
 
 def test_cores_own_choice_becomes_the_last_resort(host):
@@ -165,7 +155,7 @@ def test_what_must_be_exact_never_ends_at_a_lossy_kernel_chosen_before(host, bac
     model = patcher(host)
     model.set_model_optimized_attention(lossy)
     patched = install(host, model, backend, "exact" if request_exact == "budget" else "fast")
-    target = host.installing.find(patched)
+    target = host.installing.find_override(patched)
     target.exact_model_call = request_exact == "step"
     keywords = {
         "low_precision": {"low_precision_attention": False},
@@ -189,7 +179,7 @@ def test_cores_exact_functions_are_known_wrapped_and_bare(host):
         assert function.__wrapped__ not in host.attention.EXACT_FUNCTIONS
     model = patcher(host)
     model.set_model_optimized_attention(core.attention_pytorch)
-    assert host.installing.find(install(host, model))._chosen is core.attention_pytorch
+    assert host.installing.find_override(install(host, model))._chosen is core.attention_pytorch
 
 
 def test_calls_that_cannot_be_taken_are_counted_and_stay_exact(host):
@@ -217,12 +207,12 @@ def test_install_leaves_the_model_alone_and_replaces_its_own(host):
     model = patcher(host)
     first = install(host, model)
     second = install(host, first, "sdpa")
-    assert host.installing.find(model) is None
+    assert host.installing.find_override(model) is None
     assert "optimized_attention_override" not in model.model_options["transformer_options"]
-    assert host.installing.find(first) is not host.installing.find(second)
-    assert host.installing.find(second).previous is None
-    assert host.installing.find(second).dispatcher.policy.backend == "sdpa"
-    assert host.installing.find(second.clone()) is host.installing.find(second)
+    assert host.installing.find_override(first) is not host.installing.find_override(second)
+    assert host.installing.find_override(second).previous is None
+    assert host.installing.find_override(second).dispatcher.policy.backend == "sdpa"
+    assert host.installing.find_override(second.clone()) is host.installing.find_override(second)
     for wrappers in second.wrappers.values():
         assert [len(w) for w in wrappers.values()] == [1]
 
@@ -230,7 +220,7 @@ def test_install_leaves_the_model_alone_and_replaces_its_own(host):
 def test_the_report_is_found_under_a_later_override(host):
     patched = install(host, patcher(host))
     patched.set_model_optimized_attention(host.core.attention_pytorch)
-    assert host.installing.find(patched) is not None
+    assert host.installing.find_override(patched) is not None
 
 
 @pytest.mark.parametrize(
@@ -277,5 +267,5 @@ def test_a_warm_call_through_the_override_adds_less_than_15_microseconds(host):
 
     for _ in range(10):
         through()
-    added = support.microseconds(through) - support.microseconds(bare)
+    added = microseconds(through) - microseconds(bare)
     assert added < 15, f"{added:.1f} us a call"

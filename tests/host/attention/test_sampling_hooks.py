@@ -11,17 +11,7 @@ import torch
 
 from lowbit.attention.schedule import CALLS_AHEAD, Schedule
 
-from . import support
-
-fakes, counts, layouts, options, override = (
-    support.fakes, support.counts, support.layouts, support.options, support.override,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def host(core_modules):
-    """The host modules."""
-    return support.load()
+from .support import counts, fakes, layouts, options, override
 
 
 @torch.no_grad()
@@ -114,7 +104,7 @@ def late_nan(host, good=6, **model):
     """A model whose lossy attention makes NaN from call `good` on, unseen by the checks of single calls."""
     target = override(host, fakes.backend("lossy", LateNan(good), error_class="fast"), fakes.backend("good"))
     target.dispatcher._check = lambda *args: None
-    return target, BaseModel(host, target, host.hooks.SamplingHooks(target), **model)
+    return target, BaseModel(host, target, host.hooks.AttentionHooks(target), **model)
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -160,7 +150,7 @@ def test_a_repeated_call_of_an_autoregressive_model_has_its_caches_back(host):
 
 def test_a_model_that_is_broken_itself_is_not_blamed_on_attention(host):
     target = override(host, fakes.backend("lossy", error_class="fast"), fakes.backend("good"))
-    model = BaseModel(host, target, host.hooks.SamplingHooks(target), broken=True)
+    model = BaseModel(host, target, host.hooks.AttentionHooks(target), broken=True)
     for _ in range(3):
         model.apply_model(None, None)
     assert target.report()["struck_off"] == []
@@ -178,7 +168,7 @@ def test_a_lossy_kernel_of_cores_is_checked_by_the_model_call_too(host):
 
     target = override(host, fakes.backend("absent", missing="not installed"))
     target.dispatcher._check = lambda *args: None
-    model = BaseModel(host, target, host.hooks.SamplingHooks(target))
+    model = BaseModel(host, target, host.hooks.AttentionHooks(target))
     q, k, v = layouts(*fakes.qkv())[False]
     model._apply_model = lambda *args, **kwargs: target(attention_sage, q, k, v, 2, _inside_attn_wrapper=True)
     for _ in range(8):
@@ -190,7 +180,7 @@ def test_a_lossy_kernel_of_cores_is_checked_by_the_model_call_too(host):
 def test_every_model_call_is_told_to_the_dispatcher(host, monkeypatch):
     """Which re-reads inference masks and compares one call of each shape."""
     target = override(host)
-    model = BaseModel(host, target, host.hooks.SamplingHooks(target))
+    model = BaseModel(host, target, host.hooks.AttentionHooks(target))
     mask = torch.zeros(1, 1, 8)
     looks = []
     monkeypatch.setattr(target.dispatcher, "begin_model_call", lambda: looks.append(mask))
@@ -203,7 +193,7 @@ def test_every_model_call_is_told_to_the_dispatcher(host, monkeypatch):
 @pytest.mark.parametrize("idle", [False, True])
 def test_qwens_text_mask_is_looked_at_once_a_run_and_dropped_when_idle(host, idle, compiled):
     target = override(host)
-    hooks = host.hooks.SamplingHooks(target)
+    hooks = host.hooks.AttentionHooks(target)
     model = BaseModel(host, target, hooks, network="QwenImageTransformer2DModel")
     if compiled:
         model.diffusion_model = types.SimpleNamespace(_orig_mod=model.diffusion_model)
@@ -231,7 +221,7 @@ def sampled(host, schedule, sampler, sigmas=(1.0, 0.9, 0.7, 0.4, 0.2, 0.0), extr
     import comfy.k_diffusion.sampling as samplers
 
     target = override(host, schedule=schedule)
-    hooks = host.hooks.SamplingHooks(target)
+    hooks = host.hooks.AttentionHooks(target)
     made, reported = [], []
 
     def model(x, sigma, **kwargs):
@@ -307,7 +297,7 @@ def test_a_run_in_which_no_call_arrives_says_who_takes_them(host):
         return host.core.attention_pytorch(*args, **{**kwargs, "_inside_attn_wrapper": True})
 
     def sample(target, later=None):
-        hooks = host.hooks.SamplingHooks(target)
+        hooks = host.hooks.AttentionHooks(target)
         found = options(later or target)
 
         def run(*args, **kwargs):

@@ -128,4 +128,4 @@ def loaded(host, device, monkeypatch):
 
 
 def hooks(host, **settings):
-    return host.sampling.SamplingHooks(Settings(**settings), "7")
+    return host.sampling.MemoryHooks(Settings(**settings), "7")

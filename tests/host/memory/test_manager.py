@@ -118,9 +118,9 @@ def test_without_a_gpu_nothing_is_limited(host, device):
 
 def test_what_is_loaded_beyond_a_new_limit_leaves_at_once(host, device, loaded):
     """PyTorch's allocator then refuses 16 bytes, before any room is made."""
-    host.release.take_over("7", 20 * GIB)
+    host.release.manage_prompt("7", 20 * GIB)
     assert all(patcher.loaded for patcher in loaded.values())
-    host.release.take_over("7", 3 * GIB)
+    host.release.manage_prompt("7", 3 * GIB)
     assert not any(patcher.loaded for patcher in loaded.values())
     (entry,) = host.session.session().ledger.run.releases
     assert "limit" in entry.reason
@@ -129,7 +129,7 @@ def test_what_is_loaded_beyond_a_new_limit_leaves_at_once(host, device, loaded):
 def test_a_model_that_samples_now_stays_under_a_new_limit(host, device, loaded):
     """A VAE that encodes in mid-step takes over too; the model of that step would not be loaded again before its call."""
     loaded[DIFFUSION_MODEL].model.current_patcher = loaded[DIFFUSION_MODEL]
-    host.release.take_over("7", 3 * GIB)
+    host.release.manage_prompt("7", 3 * GIB)
     assert [name for name, patcher in loaded.items() if patcher.loaded] == [DIFFUSION_MODEL]
 
 
@@ -137,7 +137,7 @@ def test_idle_memory_beyond_a_new_limit_goes_and_models_stay(host, device, loade
     held = [8 * GIB]
     monkeypatch.setattr(device, "clear", lambda: held.pop())
     monkeypatch.setattr(device, "read", lambda: host.Reading(10 * GIB, 10 * GIB + sum(held), 0, GIB))
-    host.release.take_over("7", 12 * GIB)
+    host.release.manage_prompt("7", 12 * GIB)
     assert all(patcher.loaded for patcher in loaded.values())
     assert not held
 
@@ -215,8 +215,8 @@ def test_a_model_that_samples_now_stays_until_its_run_has_failed(host, loaded):
     other = loaded[DIFFUSION_MODEL]
     other.model.current_patcher = other
     main = FakePatcher(model_of(host, DIFFUSION_MODEL), other.load_device, 30 * GIB)
-    host.room.make_way(ALWAYS, main, GIB, what="the second model")
-    host.room.clear_out([main], "a step")
+    host.room.release_for(ALWAYS, main, GIB, what="the second model")
+    host.room.release_all_but([main], "a step")
     assert loaded[TEXT_ENCODER].loaded == 0
     assert other.loaded == 2 * GIB
     demand = host.preflight.sampling_demand
@@ -246,7 +246,7 @@ def test_a_model_elsewhere_or_with_no_place_to_go_is_left_alone(host, loaded, de
     [(NEVER, 100 * GIB, False), (ALWAYS, 0, True), (UNDER_PRESSURE, GIB, False), (UNDER_PRESSURE, 15 * GIB, True)],
 )
 def test_way_is_made_by_policy(host, loaded, when, working, others_leave):
-    host.room.make_way(when, loaded[DIFFUSION_MODEL], working, [loaded[MODEL_PATCH]], "a test")
+    host.room.release_for(when, loaded[DIFFUSION_MODEL], working, [loaded[MODEL_PATCH]], "a test")
     assert loaded[DIFFUSION_MODEL].loaded == loaded[MODEL_PATCH].loaded == 2 * GIB
     assert {loaded[name].loaded == 0 for name in (TEXT_ENCODER, VAE, AUDIO_ENCODER)} == {others_leave}
 
@@ -256,7 +256,7 @@ def test_no_way_is_made_for_what_runs_elsewhere(host, loaded, when):
     """A text encoder on the CPU needs nothing of the GPU, however large it is."""
     encoder = loaded[TEXT_ENCODER]
     encoder.load_device, encoder.loaded, encoder.size = torch.device("cuda", 1), 0, 100 * GIB
-    assert host.room.make_way(when, encoder, 0, what="the text encoder") is None
+    assert host.room.release_for(when, encoder, 0, what="the text encoder") is None
     assert loaded[DIFFUSION_MODEL].loaded == 2 * GIB
 
 
@@ -274,19 +274,19 @@ def test_a_model_with_no_place_to_go_is_not_said_to_stream(host, loaded, device)
     model = loaded[DIFFUSION_MODEL]
     device.torch_device = model.load_device = model.offload_device = torch.device("cuda", 0)
     model.dynamic = False
-    assert host.room.shrink(model, GIB) == 0
+    assert host.room.release_part(model, GIB) == 0
     assert model.calls == []
     model.offload_device = torch.device("cpu")
-    assert host.room.shrink(model, GIB) == GIB
+    assert host.room.release_part(model, GIB) == GIB
 
 
 def test_weights_that_are_not_there_yet_count_as_pressure(host, loaded):
     model = loaded[DIFFUSION_MODEL]
     model.loaded, model.size = 0, 15 * GIB
-    host.room.make_way(UNDER_PRESSURE, model, GIB)
+    host.room.release_for(UNDER_PRESSURE, model, GIB)
     assert loaded[TEXT_ENCODER].loaded == 2 * GIB
     model.size = 16 * GIB
-    host.room.make_way(UNDER_PRESSURE, model, GIB)
+    host.room.release_for(UNDER_PRESSURE, model, GIB)
     assert loaded[TEXT_ENCODER].loaded == 0
 
 

@@ -83,11 +83,11 @@ def streaming(host, device, monkeypatch):
 
 
 @pytest.mark.parametrize("nbytes", [PAGE, 8 * GIB], ids=["less than is there", "more than is there"])
-def test_a_running_model_gives_up_pages_and_nothing_that_it_needs_where_it_is(host, streaming, nbytes):
+def test_a_running_model_releases_pages_and_nothing_that_it_needs_where_it_is(host, streaming, nbytes):
     """After a real out-of-memory error the driver has taken the pages already: asking for more must not take the rest."""
     model = streaming.model
     assert model.norm.weight.device.type == model.frequencies.device.type == "meta"
-    freed = host.room.shrink(streaming.patcher, nbytes)
+    freed = host.room.release_part(streaming.patcher, nbytes)
     assert freed == min(nbytes, 4 * PAGE)
     assert model.norm.weight.device.type == model.frequencies.device.type == "meta"
     assert streaming.patcher.loaded_size() == 4 * PAGE - freed + model.model_loaded_weight_memory
@@ -107,7 +107,7 @@ def test_without_dynamic_vram_too_what_cannot_stream_stays_where_it_runs(host, s
     for module in (model.first, model.second, model.norm):
         module.comfy_patched_weights = True
     model.model_loaded_weight_memory = patcher.model_size()
-    assert host.room.shrink(patcher, 200 << 10) > 128 << 10
+    assert host.room.release_part(patcher, 200 << 10) > 128 << 10
     assert moved, "the layers that can stream have left"
     assert model.norm.weight.device.type == model.norm.bias.device.type == "meta"
 
@@ -118,7 +118,7 @@ def test_a_transfer_that_was_cut_short_is_forgotten(host, streaming):
     first._prefetch = {"signature": (1,), "resident": False}
     second._prefetch = {"signature": None, "resident": False}
     first._v_signature, second._v_signature = (1,), None
-    host.room.clear_out([streaming.patcher], "a test")
+    host.room.release_all_but([streaming.patcher], "a test")
     assert not hasattr(first, "_prefetch")
     assert not hasattr(second, "_prefetch")
     assert streaming.unpinned == [("pages", 0, 1)], "a page that was faulted in is pinned once, and let go once"
@@ -130,10 +130,10 @@ def test_what_an_unmanaged_prompt_left_half_done_is_forgotten_before_the_model_r
     first, second = streaming.model.first, streaming.model.second
     first._v, second._v = ("pages", 0, 1), ("pages", 1, 1)
     first._v_signature, second._v_signature = (1,), (1,)
-    host.room.make_way(NEVER, streaming.patcher, 0)
+    host.room.release_for(NEVER, streaming.patcher, 0)
     assert first._v_signature == second._v_signature == (1,)
     second._prefetch = {"signature": None, "resident": False}
-    host.room.make_way(NEVER, streaming.patcher, 0)
+    host.room.release_for(NEVER, streaming.patcher, 0)
     assert not hasattr(second, "_prefetch")
     assert second._v_signature is None
 
@@ -189,7 +189,7 @@ def test_a_layer_whose_cast_ran_out_of_memory_gets_its_own_weights_when_the_step
     with pytest.raises(torch.OutOfMemoryError):
         weight_of(first)
     first.weight_function = []
-    host.room.clear_out([streaming.patcher], "a test")
+    host.room.release_all_but([streaming.patcher], "a test")
     for _ in range(2):
         assert weight_of(second).equal(second.weight.float())
         assert weight_of(first).equal(first.weight.float())

@@ -280,9 +280,9 @@ def test_settings_travel_with_clones_and_touch_nothing_else(host, built):
     clip = comfy.sd.CLIP(no_init=True)
     clip.patcher, clip.cond_stage_model, clip.tokenizer, clip.layer_idx = patcher, model, None, None
     clip.tokenizer_options, clip.use_clip_schedule, clip.apply_hooks_to_conds = {}, False, None
-    ours = host.route.install(clip, host.full)
-    assert host.route.find(ours.clone()) == host.full
-    assert host.route.find(clip) is None
+    ours = host.route.install_settings(clip, host.full)
+    assert host.route.find_settings(ours.clone()) == host.full
+    assert host.route.find_settings(clip) is None
     assert ours.patcher.clone_has_same_weights(clip.patcher)
     with host.route.decoding_here(model, host.full):
         assert "generate" in vars(model)
@@ -303,4 +303,4 @@ def test_every_argument_of_cores_generate_is_known(host):
     import inspect
 
     parameters = [name for name in inspect.signature(host.core).parameters if name != "self"]
-    assert parameters == [field.name for field in dataclasses.fields(host.generating.Request)]
+    assert parameters == [field.name for field in dataclasses.fields(host.generating.GenerateArguments)]

@@ -75,7 +75,7 @@ def core_writes(host, clip: Any, tokens: Any, **options: Any) -> list[int]:
         patch.setattr(host.route, "generate_text", lambda owner, settings, *args, **kw: host.core(owner, *args, **kw))
         patch.setattr(model.model.config, "stop_tokens", (151643, 151645), raising=False)
         patch.setattr(model, "logits", lambda x: model.model.lm_head(x[:, -1:]), raising=False)
-        return host.route.install(clip, host.settings).generate(tokens, **options)
+        return host.route.install_settings(clip, host.settings).generate(tokens, **options)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -85,12 +85,12 @@ def test_it_writes_what_cores_loop_would(host, clips, picture, format, options, 
     clip = clips[format]
     tokens = clip.tokenize("a red train", **({"images": [picture]} if shows else {}))
     wanted = core_writes(host, clip, tokens, **options)
-    assert host.route.install(clip, host.settings).generate(tokens, **options) == wanted
+    assert host.route.install_settings(clip, host.settings).generate(tokens, **options) == wanted
     assert len(set(wanted)) > 1
 
 
 def test_a_picture_is_looked_at(host, clips, picture):
-    ours = host.route.install(clips["none"], host.settings)
+    ours = host.route.install_settings(clips["none"], host.settings)
     written = [
         ours.generate(ours.tokenize("a red train", images=[image]), **GREEDY) for image in (picture, picture.flip(2))
     ]
@@ -112,7 +112,7 @@ def test_the_head_is_the_files_and_quantized_as_the_rest(host, clips):
 
 
 def test_without_a_head_it_says_what_to_do(host):
-    clip = host.route.install(host.load(SILENT), host.settings)
+    clip = host.route.install_settings(host.load(SILENT), host.settings)
     with pytest.raises(CapabilityError, match="has no output head"):
         clip.generate(clip.tokenize("a red train"), **GREEDY)
 
@@ -126,16 +126,16 @@ def test_a_lora_on_the_encoder_counts(host, clips, format):
     layers = [name.replace("lm_head", "model.lm_head") for name in layers]
     _, patched = host.load_lora(None, clip, lora.make(named, layers, PREFIX), 0, 1.0)
     tokens = clip.tokenize("a red train")
-    before = host.route.install(clip, host.settings).generate(tokens, **GREEDY)
-    ours = host.route.install(patched, host.settings).generate(tokens, **GREEDY)
+    before = host.route.install_settings(clip, host.settings).generate(tokens, **GREEDY)
+    ours = host.route.install_settings(patched, host.settings).generate(tokens, **GREEDY)
     assert ours == core_writes(host, patched, tokens, **GREEDY)
     assert ours != before
-    assert host.route.install(clip, host.settings).generate(tokens, **GREEDY) == before
+    assert host.route.install_settings(clip, host.settings).generate(tokens, **GREEDY) == before
 
 
 def test_encoding_for_sampling_is_as_before(host, clips):
     clip = clips["none"]
-    ours = host.route.install(clip, host.settings)
+    ours = host.route.install_settings(clip, host.settings)
     ours.generate(clip.tokenize("a red train"), **GREEDY)
     texts = [one.encode_from_tokens(one.tokenize("a red train")) for one in (clip, ours)]
     assert torch.equal(*texts)

@@ -1,4 +1,4 @@
-"""What the dispatcher knows and is asked: the user's policy, one call's request, the candidates for one shape."""
+"""What the dispatcher knows and is asked: the user's policy, one call's inputs, the candidates for one shape."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import CORE_EXACT, AttentionCall, Backend
+from .backends import CORE, CORE_EXACT, AttentionCall, Backend
 from .calls import Kernel
 from .checks import prepared
 from .report import Struck, Tally
@@ -39,12 +39,14 @@ class Policy:
         return "fast" if self.paired and self.budget == "balanced" else self.budget
 
 
-class Request(NamedTuple):
-    """One call as it came: (batch, heads, length, head_dim) tensors, the mask as it was given, and the last resorts.
+class AttentionInputs(NamedTuple):
+    """One call as it came.
 
-    drop_mask: a mask was given, and left out because it masks nothing. heads_first: the output keeps the heads in front.
-    core_exact: ComfyUI's exact attention, given when `core` is a lossy kernel; None says that `core` is exact.
-    core_name: which function `core` is, for the timing file.
+    q: (batch, heads, q_len, head_dim); k, v: (batch, kv_heads, kv_len, head_dim); any strides. mask: 2 to 4 dimensions,
+    bool or added. scale: None for head_dim ** -0.5. exact: only backends of the exact class. core: the last resort.
+    heads_first: the output keeps the heads in front. core_exact: an exact last resort, given when `core` is a lossy kernel.
+    core_name: which function `core` is, for the timing file. drop_mask: a mask was given, and left out because it masks
+    nothing; the dispatcher says so.
     """
 
     q: torch.Tensor
@@ -54,10 +56,10 @@ class Request(NamedTuple):
     scale: float | None
     exact: bool
     core: Core
-    drop_mask: bool
-    heads_first: bool
-    core_exact: Core | None
-    core_name: str
+    heads_first: bool = False
+    core_exact: Core | None = None
+    core_name: str = CORE
+    drop_mask: bool = False
 
     def own(self, name: str) -> torch.Tensor:
         """ComfyUI's own attention: CORE, or CORE_EXACT where that is another function."""
@@ -92,17 +94,17 @@ class Candidate:
         """ComfyUI's own attention."""
         return cls(name, tally, None, False, lossy, limit)
 
-    def on(self, request: Request) -> torch.Tensor:
-        """The output for a request whose mask has four dimensions, unchecked."""
+    def on(self, inputs: AttentionInputs) -> torch.Tensor:
+        """The output for inputs whose mask has four dimensions, unchecked."""
         if self.kernel is None:
-            return request.own(self.backend)
-        q, k, v = request[:3]
+            return inputs.own(self.backend)
+        q, k, v = inputs[:3]
         if not self.as_they_are:
             q, k, v = (prepared(x, self.contiguous) for x in (q, k, v))
-        return self.kernel(q, k, v, request.mask, request.scale)
+        return self.kernel(q, k, v, inputs.mask, inputs.scale)
 
 
-class Plan:
+class ShapePlan:
     """What is done with calls of one shape: candidates in order, and how far the first usable one is known.
 
     checked, attempts: calls whose output was judged, and those that could not be judged because their inputs were not
