@@ -28,6 +28,10 @@ HEAD = """# Versions that were tried
 Made for ComfyUI {made_for}. Each row: the pack loads with all its nodes and no warning, graphs with quantized weights, attention and
 the memory manager run (on a CPU), and a browser shows the nodes. `python -m tools.version_matrix` does it again.
 
+Older ones, started and given the same graphs on 2026-11-27: ComfyUI 0.32.0 shows every node, and Gemma 4 writes through ComfyUI's
+own loop. ComfyUI 0.31.0 has what the attention and the memory nodes need, not what the others do (`comfy.ops.CastBiasWeightContext`).
+The log says so when ComfyUI starts, with the version that is needed.
+
 """
 
 
