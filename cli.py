@@ -17,6 +17,7 @@ from .ops.auto_format import choose_format
 from .ops.checkpoint import open_checkpoint
 from .ops.device_info import device_info
 from .ops.diffusion_names import converted_model
+from .ops.foreign_layers import foreign_sentences
 from .ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, find_format
 from .ops.keep_rules import parse_rules
 from .ops.layer_errors import layer_errors
@@ -135,7 +136,8 @@ def _quantize(options: argparse.Namespace) -> None:
     except torch.OutOfMemoryError:
         logger.warning("Too little free memory on %s to quantize there: it is done on the CPU.", device)
         quantize_checkpoint(checkpoint, plan, options.target, device="cpu", progress=_bar())
-    print(f"\n{plan_summary(plan)}\nFormat {name}: {reason}\nWritten and verified: {options.target}")
+    said = "\n".join((plan_summary(plan), *foreign_sentences(checkpoint.entries.values())))
+    print(f"\n{said}\nFormat {name}: {reason}\nWritten and verified: {options.target}")
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,0 +1,506 @@
+"""Recognises weights as other tools store them, and what each is decoded from: one row a scheme.
+
+A row is found by the names of the tensors beside each other, then by their dtypes and shapes. Sources: as in
+`foreign_decode` and `nunchaku_decode`; the names as the tools save them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from . import foreign_decode, nunchaku_decode
+from .header import TensorEntry, load_json
+
+Read = Callable[[TensorEntry], torch.Tensor]
+Shape = tuple[int, ...]
+Decode = Callable[..., torch.Tensor]
+
+_FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+_NUMBERS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu})
+_BYTES = frozenset({torch.uint8, torch.float8_e8m0fnu})
+_BITS = (4, 8)
+_USUAL_BLOCK = 128
+_SMALLEST_BLOCK = 16
+_BEHIND_GELU = re.compile(r"(^|\.)((ff|ff_context|img_mlp|txt_mlp)\.net\.2|mlp_(context_)?fc2)$")
+"""Layers of nunchaku's whose input is a GELU's output."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A tensor that a layer's stored tensors are decoded to.
+
+    Attributes:
+        shape: of it.
+        parts: the suffixes of what it is made of.
+        decode: makes it of them, in that order.
+    """
+
+    shape: Shape
+    parts: tuple[str, ...]
+    decode: Decode
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer of a scheme.
+
+    Attributes:
+        what: the scheme in words, behind "is".
+        weight: what its weight is decoded from.
+        bias: what its bias is, where that is packed too.
+        renamed: the tool has names of its own for the model's layers.
+    """
+
+    what: str
+    weight: Decoded
+    bias: Decoded | None = None
+    renamed: bool = False
+
+
+@dataclass(frozen=True)
+class LayerTensors:
+    """The tensors below one layer's name.
+
+    Attributes:
+        name: of the layer.
+        tensors: by what follows its name and a dot.
+        read: gives a small one's value.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorEntry]
+    read: Read
+
+    def __contains__(self, suffix: str) -> bool:
+        return suffix in self.tensors
+
+    def dtype(self, suffix: str) -> torch.dtype:
+        return self.tensors[suffix].dtype
+
+    def shape(self, suffix: str) -> Shape:
+        return self.tensors[suffix].shape
+
+    def value(self, suffix: str) -> torch.Tensor:
+        return self.read(self.tensors[suffix])
+
+    def is_matrix(self, suffix: str, *dtypes: torch.dtype) -> bool:
+        """Whether a tensor has two dimensions and one of these dtypes."""
+        return len(self.shape(suffix)) == 2 and self.dtype(suffix) in dtypes
+
+    def there(self, *suffixes: str) -> tuple[str, ...]:
+        """Those of `suffixes` that the file has."""
+        return tuple(suffix for suffix in suffixes if suffix in self.tensors)
+
+    def need(self, what: str, shapes: Mapping[str, Shape | int | None]) -> None:
+        """Make sure that tensors are there and fit.
+
+        Args:
+            what: the layer is, for the error.
+            shapes: by suffix, a shape, a number of elements, or None for any.
+
+        Raises:
+            CheckpointError: one is missing, or has another shape.
+        """
+        for suffix, wanted in shapes.items():
+            if suffix not in self.tensors:
+                raise CheckpointError(
+                    f"the layer '{self.name}' is {what}, and its '{suffix}' is missing: the file is incomplete, download it "
+                    "again."
+                )
+            shape = self.shape(suffix)
+            if wanted is not None and wanted != (math.prod(shape) if isinstance(wanted, int) else shape):
+                raise CheckpointError(
+                    f"the layer '{self.name}' is {what}, and its '{suffix}' of shape {shape} does not fit: the file is "
+                    "damaged, or of a version of that tool that is not known here."
+                )
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a tool stores a layer.
+
+    Attributes:
+        needs: suffixes that together are the sign of it.
+        find: what the layer is decoded from; None where dtypes and shapes say that it is another scheme.
+        drops: further ones that only the tool's own kernels have a use for.
+    """
+
+    needs: frozenset[str]
+    find: Callable[[LayerTensors], Found | None]
+    drops: frozenset[str] = field(default=frozenset())
+
+
+def _block_size(length: int, count: int) -> int | None:
+    """The size of blocks of which `count` cover `length`, or None where no tool has such: 1, or at least 16."""
+    if count in (1, length):
+        return length // count
+    sizes = [_USUAL_BLOCK, *(2**power for power in range(4, 15))]
+    if count and length % count == 0 and length // count >= _SMALLEST_BLOCK:
+        sizes.insert(1, length // count)
+    return next((size for size in sizes if -(-length // size) == count), None)
+
+
+def _in_blocks(layer: LayerTensors, scale: str) -> Found | None:
+    """FP8 or INT8 with another scale than one per tensor or row, which core multiplies with, or with zero points."""
+    if not layer.is_matrix("weight", *_FLOAT8, torch.int8, torch.uint8) or layer.dtype(scale) not in _NUMBERS:
+        return None
+    zero = layer.there("weight_zero_point")
+    weight, dtype, table = layer.shape("weight"), layer.dtype("weight"), layer.shape(scale)
+    if math.prod(table) == 1 or table == weight[:1]:
+        table = (math.prod(table), 1)
+    as_core = table in ((1, 1), (weight[0], 1)) and not zero and scale != "weight_scale_inv"
+    if as_core or len(table) != 2 or (dtype == torch.uint8 and not zero):
+        return None
+    rows, columns = (_block_size(length, count) for length, count in zip(weight, table, strict=True))
+    microscaled = layer.dtype(scale) == torch.float8_e8m0fnu and (rows, columns) == (1, 32)
+    if rows is None or columns is None or microscaled:
+        return None
+    number = "FP8" if dtype in _FLOAT8 else "INT8"
+    if zero:
+        layer.need(f"{number} with zero points", {"weight_zero_point": math.prod(table)})
+    decode = partial(_blockwise, table=table, block=(rows, columns))
+    what = _blocks_in_words(number, weight, (rows, columns), bool(zero))
+    return Found(what, Decoded(weight, ("weight", scale, *zero), decode))
+
+
+def _blockwise(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None = None,
+    *,
+    table: Shape,
+    block: foreign_decode.Block,
+) -> torch.Tensor:
+    points = None if zero is None else zero.view(table)
+    return foreign_decode.blockwise(codes, scale.view(table), points, block=block)
+
+
+def _blocks_in_words(number: str, weight: Shape, block: tuple[int, int], zero: bool) -> str:
+    rows, columns = block
+    if rows >= weight[0] and columns == 1:
+        words = f"{number} with a scale per column"
+    elif columns >= weight[1] and rows == 1:
+        words = f"{number} with a scale per row"
+    elif rows >= weight[0] and columns >= weight[1]:
+        words = f"{number} with one scale"
+    elif rows == 1 and number == "INT8":
+        words = f"INT8 in groups of {columns}"
+    else:
+        words = f"{number} in {rows} x {columns} blocks"
+    return f"{words} and zero points" if zero else words
+
+
+def _llm_int8(layer: LayerTensors) -> Found | None:
+    if not layer.is_matrix("weight", torch.int8):
+        return None
+    what, weight = "LLM.int8 of bitsandbytes", layer.shape("weight")
+    layer.need(what, {"SCB": weight[0]})
+    if "weight_format" in layer and int(layer.value("weight_format").reshape(-1)[0]) != 0:
+        raise CheckpointError(
+            f"the layer '{layer.name}' is {what} in the tiles of one GPU, as old versions saved it: use the 16-bit file."
+        )
+    return Found(what, Decoded(weight, ("weight", "SCB"), foreign_decode.llm_int8))
+
+
+def _four_bit(layer: LayerTensors, kind: str) -> Found:
+    what = f"{kind.upper()} of bitsandbytes"
+    names = ("weight", "weight.quant_map", "weight.absmax")
+    try:
+        state = load_json(bytes(layer.value(f"weight.quant_state.bitsandbytes__{kind}").tolist()))
+        shape = tuple(_count(number) for number in state["shape"])
+        block = _count(state["blocksize"])
+        nested_block = _count(state["nested_blocksize"]) if "nested_blocksize" in state else 0
+        offset = float(state["nested_offset"]) if nested_block else 0.0
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the layer '{layer.name}' is {what}, and its quant_state cannot be read ({error}): download the file again."
+        ) from None
+    count = math.prod(shape)
+    blocks = -(-count // block)
+    layer.need(what, {"weight": (count + 1) // 2, "weight.quant_map": 16, "weight.absmax": blocks})
+    if not nested_block:
+        return Found(what, Decoded(shape, names, partial(foreign_decode.four_bit, shape=shape, block=block)))
+    nested_blocks = -(-blocks // nested_block)
+    layer.need(what, {"weight.nested_absmax": nested_blocks, "weight.nested_quant_map": 256})
+    decode = partial(foreign_decode.nested_four_bit, shape=shape, block=block, nested_block=nested_block, offset=offset)
+    return Found(what, Decoded(shape, (*names, "weight.nested_quant_map", "weight.nested_absmax"), decode))
+
+
+def _count(value: Any) -> int:
+    """A natural number of a description."""
+    if type(value) is not int or not 0 < value < 2**40:
+        raise ValueError(f"{value!r} is no number of elements")
+    return value
+
+
+def _nvfp4(layer: LayerTensors, packed: str, scale: str, decode: Decode, who: str) -> Found | None:
+    """FP4 with block scales row by row."""
+    if not layer.is_matrix(packed, torch.uint8, torch.int8) or layer.dtype("weight_scale") != torch.float8_e4m3fn:
+        return None
+    what = f"NVFP4 of {who}"
+    rows, half = layer.shape(packed)
+    layer.need(what, {"weight_scale": (rows, -(-half // 8)), scale: 1})
+    smooth = layer.there("pre_quant_scale")
+    if smooth:
+        layer.need(what, {"pre_quant_scale": half * 2})
+    return Found(what, Decoded((rows, half * 2), (packed, "weight_scale", scale, *smooth), decode))
+
+
+def _tiled_nvfp4(layer: LayerTensors, factors: tuple[str, ...], decode: Decode) -> Found | None:
+    if not layer.is_matrix("weight", torch.uint8):
+        return None
+    what = "NVFP4 of LightX2V"
+    rows, half = layer.shape("weight")
+    layer.need(what, {"weight_scale": _tiles(rows, -(-half // 8)), **dict.fromkeys(factors, 1)})
+    return Found(what, Decoded((rows, half * 2), ("weight", "weight_scale", *factors), decode))
+
+
+def _tiles(rows: int, blocks: int) -> int:
+    """Elements of block scales in tiles."""
+    return -(-rows // 128) * 128 * -(-blocks // 4) * 4
+
+
+def _tiled_microscaled(layer: LayerTensors) -> Found | None:
+    """LightX2V's MXFP8, MXFP6 or MXFP4: which, the number of scales tells."""
+    if not layer.is_matrix("weight", torch.uint8) or layer.dtype("weight_scale") not in _BYTES:
+        return None
+    rows, width = layer.shape("weight")
+    scales = math.prod(layer.shape("weight_scale"))
+    fits = [bits for bits in (4, 6, 8) if width * 8 % bits == 0 and scales == _tiles(rows, -(-width * 8 // bits // 32))]
+    if len(fits) != 1:
+        return None
+    return _microscaled(layer, "weight", fits[0], tiled=True, who="LightX2V")
+
+
+def _packed_microscaled(layer: LayerTensors) -> Found | None:
+    if not layer.is_matrix("weight_packed", torch.uint8) or layer.dtype("weight_scale") not in _BYTES:
+        return None
+    rows, half = layer.shape("weight_packed")
+    layer.need("MXFP4 of compressed-tensors", {"weight_scale": (rows, -(-half // 16))})
+    return _microscaled(layer, "weight_packed", 4, tiled=False, who="compressed-tensors")
+
+
+def _microscaled(layer: LayerTensors, packed: str, bits: int, *, tiled: bool, who: str) -> Found:
+    rows, width = layer.shape(packed)
+    decode = partial(foreign_decode.microscaled, bits=bits, tiled=tiled)
+    return Found(f"MXFP{bits} of {who}", Decoded((rows, width * 8 // bits), (packed, "weight_scale"), decode))
+
+
+def _packed_integers(layer: LayerTensors) -> Found | None:
+    if not layer.is_matrix("weight_packed", torch.int32):
+        return None
+    what = "INT4 or INT8 of compressed-tensors"
+    rows, columns = layer.shape("weight_packed")
+    layer.need(what, {"weight_shape": 2})
+    shape = tuple(int(length) for length in layer.value("weight_shape").tolist())
+    bits = next((bits for bits in _BITS if -(-shape[1] * bits // 32) == columns), None)
+    if bits is None or shape[0] != rows or min(shape) < 1:
+        layer.need(what, {"weight_packed": (shape[0], -(-shape[1] // 8))})
+        return None
+    what = f"INT{bits} of compressed-tensors"
+    table = layer.shape("weight_scale")
+    if len(table) != 2 or table[0] != rows or not 0 < table[1] <= shape[1]:
+        layer.need(what, {"weight_scale": (rows, 1)})
+    zero = layer.there("weight_zero_point")
+    if zero:
+        unpacked = layer.dtype("weight_zero_point") == torch.int8
+        layer.need(what, {"weight_zero_point": (rows if unpacked else -(-rows * bits // 32), table[1])})
+    group = layer.there("weight_g_idx")
+    if group:
+        layer.need(what, {"weight_g_idx": shape[1]})
+    decode = partial(_packed, shape=shape, bits=bits, parts=("zero", *group)[not zero :])
+    return Found(what, Decoded(shape, ("weight_packed", "weight_scale", *zero, *group), decode))
+
+
+def _packed(
+    packed: torch.Tensor, scale: torch.Tensor, *more: torch.Tensor, parts: Sequence[str], shape: Any, bits: int
+) -> torch.Tensor:
+    given = dict(zip(("zero" if part == "zero" else "group" for part in parts), more, strict=True))
+    return foreign_decode.packed_integers(packed, scale, **given, shape=shape, bits=bits)
+
+
+def _gptq_or_awq(layer: LayerTensors) -> Found | None:
+    """The dimension that is packed tells one from the other."""
+    integers = all(layer.is_matrix(suffix, torch.int32) for suffix in ("qweight", "qzeros"))
+    if not integers or not layer.is_matrix("scales", *_NUMBERS):
+        return None
+    (first, second), (groups, rows), zeros = (layer.shape(suffix) for suffix in ("qweight", "scales", "qzeros"))
+    if zeros[0] != groups:
+        return None
+    bits = next((bits for bits in _BITS if zeros[1] * 32 == rows * bits), None)
+    if bits == 4 and second * 8 == rows and groups <= first and "g_idx" not in layer:
+        return Found("AWQ", Decoded((rows, first), ("qweight", "qzeros", "scales"), foreign_decode.awq))
+    if bits is None or second != rows:
+        return None
+    columns = first * 32 // bits
+    group = layer.there("g_idx")
+    if group:
+        layer.need("GPTQ", {"g_idx": columns})
+    entry = layer.tensors["qzeros"]
+    some = layer.read(replace(entry, shape=(1, zeros[1]), nbytes=zeros[1] * entry.dtype.itemsize))
+    if not foreign_decode.zeros_in_the_middle(some, bits):
+        raise CheckpointError(foreign_decode.other_zeros(layer.name))
+    decode = partial(foreign_decode.gptq, bits=bits, name=layer.name)
+    return Found(f"GPTQ in {bits} bits", Decoded((rows, columns), ("qweight", "scales", "qzeros", *group), decode))
+
+
+_SVDQUANT = {
+    "qweight": ("qweight",),
+    "wscales": ("wscales",),
+    "wcscales": ("wcscales",),
+    "wtscale": ("wtscale",),
+    "smooth": ("smooth_factor", "smooth"),
+    "down": ("proj_down", "lora_down"),
+    "up": ("proj_up", "lora_up"),
+}
+"""What `nunchaku_decode` calls the tensors, and what the files do."""
+
+
+def _svdquant(layer: LayerTensors) -> Found | None:
+    if not layer.is_matrix("qweight", torch.int8, torch.uint8):
+        return None
+    rows, half = layer.shape("qweight")
+    columns, small = half * 2, layer.dtype("wscales") == torch.float8_e4m3fn
+    what = f"svdquant of nunchaku in {'NVFP4' if small else 'INT4'}"
+    layer.need(what, {"wscales": (columns // (16 if small else 64), rows)})
+    if rows % nunchaku_decode.ROWS or columns % nunchaku_decode.ROWS:
+        layer.need(what, {"qweight": (-(-rows // 128) * 128, -(-half // 64) * 64)})
+    names = {ours: there[0] for ours, theirs in _SVDQUANT.items() if (there := layer.there(*theirs))}
+    # A rank of nothing.
+    names = {ours: name for ours, name in names.items() if ours not in ("down", "up") or 0 not in layer.shape(name)}
+    for pair in (("proj_down", "proj_up"), ("lora_down", "lora_up")):
+        if layer.there(*pair):
+            layer.need(what, dict.fromkeys(pair))
+    if "down" in names:
+        rank = layer.shape(names["down"])[-1]
+        layer.need(what, {names["down"]: (columns, rank), names["up"]: (rows, rank)})
+    sizes = {"wcscales": rows, "wtscale": 1, "smooth": columns}
+    layer.need(what, {names[ours]: size for ours, size in sizes.items() if ours in names})
+    weight = Decoded((rows, columns), tuple(names.values()), partial(_named, nunchaku_decode.svdquant, tuple(names)))
+    return Found(what, weight, _svdquant_bias(layer, names, rows, shifted=not small), renamed=True)
+
+
+def _svdquant_bias(layer: LayerTensors, names: Mapping[str, str], rows: int, *, shifted: bool) -> Decoded | None:
+    if "bias" not in layer:
+        return None
+    layer.need("svdquant of nunchaku", {"bias": rows})
+    if shifted and _BEHIND_GELU.search(layer.name):
+        names = {ours: name for ours, name in names.items() if ours not in ("down", "up")}
+    else:
+        names = {}
+    names = {"bias": "bias", **names}
+    return Decoded((rows,), tuple(names.values()), partial(_named, nunchaku_decode.svdquant_bias, tuple(names)))
+
+
+def _named(decode: Callable[[dict[str, torch.Tensor]], torch.Tensor], names: tuple[str, ...], *parts: torch.Tensor):
+    return decode(dict(zip(names, parts, strict=True)))
+
+
+def _four_rows(layer: LayerTensors, scales: str, zeros: str, *, renamed: bool) -> Found | None:
+    if not layer.is_matrix("qweight", torch.int16, torch.int32) or not layer.is_matrix(scales, *_NUMBERS):
+        return None
+    what = "AWQ of nunchaku"
+    quarter, width = layer.shape("qweight")
+    rows, columns = quarter * 4, width * (2 if layer.dtype("qweight") == torch.int32 else 1)
+    groups = layer.shape(scales)[0]
+    if columns % 64 or not groups or columns % groups:
+        layer.need(what, {scales: (max(columns // 64, 1), rows)})
+    layer.need(what, {scales: (groups, rows), zeros: (groups, rows)})
+    decoded = Decoded((rows, columns), ("qweight", scales, zeros), nunchaku_decode.awq_four_rows)
+    return Found(what, decoded, renamed=renamed)
+
+
+def _scheme(*needs: str, find: Callable[[LayerTensors], Found | None], drops: Sequence[str] = ()) -> Scheme:
+    return Scheme(frozenset(needs), find, frozenset(drops))
+
+
+_INPUT = ("input_scale", "scale_input", "activation_scale")
+_LIGHTX2V_INPUT = ("input_global_scale", "input_absmax", "alpha")
+_KIND = "weight.quant_state.bitsandbytes__"
+
+SCHEMES: tuple[Scheme, ...] = (
+    _scheme("weight", _KIND + "nf4", find=partial(_four_bit, kind="nf4")),
+    _scheme("weight", _KIND + "fp4", find=partial(_four_bit, kind="fp4")),
+    _scheme("weight", "SCB", find=_llm_int8, drops=("weight_format",)),
+    _scheme("qweight", "wscales", "wzeros", find=partial(_four_rows, scales="wscales", zeros="wzeros", renamed=True)),
+    _scheme(
+        "qweight",
+        "wscales",
+        find=_svdquant,
+        drops=("smooth_factor_orig", "smooth_orig", "proj_down", "proj_up", "lora_down", "lora_up"),
+    ),
+    _scheme(
+        "qweight",
+        "scaled_zeros",
+        "scales",
+        find=partial(_four_rows, scales="scales", zeros="scaled_zeros", renamed=False),
+    ),
+    _scheme("qweight", "qzeros", "scales", find=_gptq_or_awq),
+    _scheme(
+        "weight_packed",
+        "weight_scale",
+        "weight_global_scale",
+        find=partial(
+            _nvfp4,
+            packed="weight_packed",
+            scale="weight_global_scale",
+            decode=foreign_decode.nvfp4_rows_divided,
+            who="compressed-tensors",
+        ),
+        drops=("input_global_scale",),
+    ),
+    _scheme("weight_packed", "weight_scale", "weight_shape", find=_packed_integers),
+    _scheme("weight_packed", "weight_scale", find=_packed_microscaled),
+    _scheme(
+        "weight",
+        "weight_scale",
+        "weight_scale_2",
+        find=partial(_nvfp4, packed="weight", scale="weight_scale_2", decode=foreign_decode.nvfp4_rows, who="modelopt"),
+        drops=_INPUT,
+    ),
+    _scheme(
+        "weight",
+        "weight_scale",
+        "weight_global_scale",
+        find=partial(_tiled_nvfp4, factors=("weight_global_scale",), decode=foreign_decode.nvfp4_tiles),
+        drops=_LIGHTX2V_INPUT,
+    ),
+    _scheme(
+        "weight",
+        "weight_scale",
+        "alpha",
+        "input_global_scale",
+        find=partial(
+            _tiled_nvfp4, factors=("alpha", "input_global_scale"), decode=foreign_decode.nvfp4_tiles_calibrated
+        ),
+    ),
+    _scheme("weight", "weight_scale", find=_tiled_microscaled),
+    *(
+        _scheme("weight", scale, find=partial(_in_blocks, scale=scale), drops=_INPUT)
+        for scale in ("weight_scale_inv", "weight_scale", "scale_weight")
+    ),
+)
+"""By what tells most; the first whose dtypes and shapes fit too is taken."""
+
+
+def find_scheme(layer: LayerTensors) -> tuple[Found, frozenset[str]] | None:
+    """How another tool stores a layer, and all suffixes that this takes; None where it is stored in no way known here.
+
+    Raises:
+        CheckpointError: it is of a scheme known here, and a tensor of it is missing or has a wrong shape.
+    """
+    for scheme in SCHEMES:
+        if scheme.needs <= layer.tensors.keys():
+            found = scheme.find(layer)
+            if found is not None:
+                read = {part for made in (found.weight, found.bias) if made is not None for part in made.parts}
+                return found, frozenset(scheme.needs | scheme.drops | read)
+    return None
