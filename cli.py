@@ -127,6 +127,10 @@ def _quantize(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(plan_report(checkpoint, plan, device_info(device), f"{name}: {reason}"))
         return
+    if not os.path.lexists(options.target.parent):
+        raise StorageError(
+            f"The folder {options.target.parent} does not exist: make it, or name a file in another one."
+        )
     if os.path.lexists(options.target) and not options.overwrite:
         raise StorageError(f"{options.target} exists: name another file or add --overwrite.")
     if options.target.resolve() in {file.resolve() for file in checkpoint.files}:
