@@ -184,7 +184,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _print_errors(file: Path, original: Path) -> None:
     print(f"{'relative error':>14}  {'SQNR dB':>7}  {'format':<16} layer")
     for row in layer_errors(open_checkpoint(file), open_checkpoint(original)):
-        print(f"{row.relative_error:14.2e}  {row.sqnr_decibels:7.1f}  {row.core_format:<16} {row.layer}")
+        print(f"{row.relative_error:14.2e}  {row.sqnr_decibels:7.1f}  {row.stored_as:<16} {row.layer}")
 
 
 def _generate(options: argparse.Namespace) -> None:

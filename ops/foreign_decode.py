@@ -35,6 +35,9 @@ _E3M2 = tuple(
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which of the eight codes in an int32 of AWQ is that of each column."""
 
+_CHUNK = 4 << 20
+"""Bytes looked up at a time: the index of one takes four."""
+
 _SCB_UNIT = 127.0
 """What LLM.int8's `SCB`, the largest of each row, is stored as."""
 
@@ -80,7 +83,11 @@ def nibbles(
     codes = torch.arange(256, device=packed.device)
     pair = (codes >> 4, codes & 15) if high_first else (codes & 15, codes >> 4)
     pairs = torch.stack([table[code] for code in pair], 1)
-    return pairs[packed.contiguous().view(torch.uint8).int()].flatten(-2)
+    stored = packed.contiguous().view(torch.uint8)
+    values = torch.empty((stored.numel(), 2), dtype=torch.float32, device=packed.device)
+    for some, chunk in zip(values.split(_CHUNK), stored.view(-1).split(_CHUNK), strict=True):
+        torch.index_select(pairs, 0, chunk.int(), out=some)
+    return values.view(*stored.shape[:-1], -1)
 
 
 def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -111,7 +118,7 @@ def four_bit(
 def nested_four_bit(
     packed: torch.Tensor,
     numbers: torch.Tensor,
-    largest_codes: torch.Tensor,
+    largest: torch.Tensor,
     nested_numbers: torch.Tensor,
     nested_largest: torch.Tensor,
     *,
@@ -120,10 +127,10 @@ def nested_four_bit(
     nested_block: int,
     offset: float,
 ) -> torch.Tensor:
-    """`four_bit` with the largest of each block in 8 bits themselves."""
-    largest = nested_numbers.float().reshape(-1)[largest_codes.reshape(1, -1).int()]
-    each_block(torch.Tensor.mul_, largest, nested_largest.view(1, -1), (1, nested_block))
-    return four_bit(packed, numbers, largest + offset, shape=shape, block=block)
+    """`four_bit` with the largest of each block in 8 bits themselves, coded alike, less an offset."""
+    decoded = nested_numbers.float().reshape(-1)[largest.reshape(1, -1).int()]
+    each_block(torch.Tensor.mul_, decoded, nested_largest.view(1, -1), (1, nested_block))
+    return four_bit(packed, numbers, decoded + offset, shape=shape, block=block)
 
 
 def llm_int8(codes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
@@ -232,14 +239,23 @@ def gptq(
         (out, in).
 
     Raises:
-        CheckpointError: the zero points are others.
+        CheckpointError: the zero points are others, or a column is of a group that is not there.
     """
     if not zeros_in_the_middle(zeros, bits):
         raise CheckpointError(other_zeros(name))
     values = _unpacked(codes.t().contiguous(), bits).sub_(2.0 ** (bits - 1))
     if group is not None:
-        return values.mul_(scale.float().t()[:, group.long()])
+        return values.mul_(scale.float().t()[:, _groups_of(group, scale.shape[0], name)])
     return each_block(torch.Tensor.mul_, values, scale.t(), (1, -(-values.shape[1] // scale.shape[0])))
+
+
+def _groups_of(group: torch.Tensor, groups: int, name: str) -> torch.Tensor:
+    """The group of each column, as an index."""
+    if int(group.min()) < 0 or int(group.max()) >= groups:
+        raise CheckpointError(
+            f"the layer '{name}' has columns of a group that has no scale: the file is damaged, download it again."
+        )
+    return group.long()
 
 
 def zeros_in_the_middle(zeros: torch.Tensor, bits: int) -> bool:
@@ -265,6 +281,7 @@ def packed_integers(
     *,
     shape: tuple[int, int],
     bits: int,
+    name: str,
 ) -> torch.Tensor:
     """compressed-tensors' `pack-quantized`.
 
@@ -275,6 +292,10 @@ def packed_integers(
         group: (in,) of each column, where they are not in order.
         shape: (out, in).
         bits: of a code.
+        name: of the layer, for errors.
+
+    Raises:
+        CheckpointError: a column is of a group that is not there.
     """
     rows, columns = shape
     middle = 2.0 ** (bits - 1)
@@ -282,8 +303,8 @@ def packed_integers(
     if zero is not None:
         packed_zero = zero.dtype == torch.int32
         zero = _unpacked(zero.t().contiguous(), bits)[:, :rows].t() - middle if packed_zero else zero.float()
-    if group is not None and int(group.min()) >= 0:
-        columns_of = group.long()
+    if group is not None and int(group.max()) >= 0:
+        columns_of = _groups_of(group, scale.shape[1], name)
         if zero is not None:
             values -= zero[:, columns_of]
         return values.mul_(scale.float()[:, columns_of])

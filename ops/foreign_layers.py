@@ -8,8 +8,9 @@ from functools import partial
 
 import torch
 
-from .foreign_scalings import Decoded, Found, LayerTensors, Read, find_scheme
+from .foreign_scalings import find_scheme
 from .header import DECODED, TensorEntry
+from .layer_tensors import Decoded, Found, LayerTensors, Read
 from .nunchaku_names import under_comfyui_names
 from .stored import UNKNOWN_SCALINGS, described_layers
 
@@ -93,11 +94,11 @@ def _entries(layer: str, tensors: Mapping[str, TensorEntry], found: Found) -> di
 def _entry(
     name: str, tensors: Mapping[str, TensorEntry], decoded: Decoded, what: str, alone: TensorEntry | None = None
 ) -> TensorEntry:
-    parts = tuple(tensors[suffix] for suffix in decoded.parts)
+    parts = tuple(tensors[suffix] for suffix in decoded.parts.values())
     nbytes = sum(part.nbytes for part in parts) if alone is None else alone.nbytes
     join = partial(_join, decoded)
     return TensorEntry(name, DECODED, decoded.shape, parts[0].path, 0, nbytes, "", parts, join, what)
 
 
 def _join(decoded: Decoded, parts: list[torch.Tensor]) -> torch.Tensor:
-    return decoded.decode(*parts)
+    return decoded.decode(**dict(zip(decoded.parts, parts, strict=True)))

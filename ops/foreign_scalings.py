@@ -7,7 +7,6 @@ A row is found by the names of the tensors beside each other, then by their dtyp
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,12 +15,10 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from . import foreign_decode, nunchaku_decode
-from .header import TensorEntry, load_json
-
-Read = Callable[[TensorEntry], torch.Tensor]
-Shape = tuple[int, ...]
-Decode = Callable[..., torch.Tensor]
+from . import foreign_decode
+from .header import load_json
+from .layer_tensors import Decode, Decoded, Found, LayerTensors, Shape
+from .nunchaku_layers import find_four_rows, find_svdquant
 
 _FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _NUMBERS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu})
@@ -29,98 +26,7 @@ _BYTES = frozenset({torch.uint8, torch.float8_e8m0fnu})
 _BITS = (4, 8)
 _USUAL_BLOCK = 128
 _SMALLEST_BLOCK = 16
-_BEHIND_GELU = re.compile(r"(^|\.)((ff|ff_context|img_mlp|txt_mlp)\.net\.2|mlp_(context_)?fc2)$")
-"""Layers of nunchaku's whose input is a GELU's output."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A tensor that a layer's stored tensors are decoded to.
-
-    Attributes:
-        shape: of it.
-        parts: the suffixes of what it is made of.
-        decode: makes it of them, in that order.
-    """
-
-    shape: Shape
-    parts: tuple[str, ...]
-    decode: Decode
-
-
-@dataclass(frozen=True)
-class Found:
-    """A layer of a scheme.
-
-    Attributes:
-        what: the scheme in words, behind "is".
-        weight: what its weight is decoded from.
-        bias: what its bias is, where that is packed too.
-        renamed: the tool has names of its own for the model's layers.
-    """
-
-    what: str
-    weight: Decoded
-    bias: Decoded | None = None
-    renamed: bool = False
-
-
-@dataclass(frozen=True)
-class LayerTensors:
-    """The tensors below one layer's name.
-
-    Attributes:
-        name: of the layer.
-        tensors: by what follows its name and a dot.
-        read: gives a small one's value.
-    """
-
-    name: str
-    tensors: Mapping[str, TensorEntry]
-    read: Read
-
-    def __contains__(self, suffix: str) -> bool:
-        return suffix in self.tensors
-
-    def dtype(self, suffix: str) -> torch.dtype:
-        return self.tensors[suffix].dtype
-
-    def shape(self, suffix: str) -> Shape:
-        return self.tensors[suffix].shape
-
-    def value(self, suffix: str) -> torch.Tensor:
-        return self.read(self.tensors[suffix])
-
-    def is_matrix(self, suffix: str, *dtypes: torch.dtype) -> bool:
-        """Whether a tensor has two dimensions and one of these dtypes."""
-        return len(self.shape(suffix)) == 2 and self.dtype(suffix) in dtypes
-
-    def there(self, *suffixes: str) -> tuple[str, ...]:
-        """Those of `suffixes` that the file has."""
-        return tuple(suffix for suffix in suffixes if suffix in self.tensors)
-
-    def need(self, what: str, shapes: Mapping[str, Shape | int | None]) -> None:
-        """Make sure that tensors are there and fit.
-
-        Args:
-            what: the layer is, for the error.
-            shapes: by suffix, a shape, a number of elements, or None for any.
-
-        Raises:
-            CheckpointError: one is missing, or has another shape.
-        """
-        for suffix, wanted in shapes.items():
-            if suffix not in self.tensors:
-                raise CheckpointError(
-                    f"the layer '{self.name}' is {what}, and its '{suffix}' is missing: the file is incomplete, download it "
-                    "again."
-                )
-            shape = self.shape(suffix)
-            if wanted is not None and wanted != (math.prod(shape) if isinstance(wanted, int) else shape):
-                raise CheckpointError(
-                    f"the layer '{self.name}' is {what}, and its '{suffix}' of shape {shape} does not fit: the file is "
-                    "damaged, or of a version of that tool that is not known here."
-                )
+_KIND = "weight.quant_state.bitsandbytes__"
 
 
 @dataclass(frozen=True)
@@ -152,7 +58,7 @@ def _in_blocks(layer: LayerTensors, scale: str) -> Found | None:
     """FP8 or INT8 with another scale than one per tensor or row, which core multiplies with, or with zero points."""
     if not layer.is_matrix("weight", *_FLOAT8, torch.int8, torch.uint8) or layer.dtype(scale) not in _NUMBERS:
         return None
-    zero = layer.there("weight_zero_point")
+    zero = layer.there(zero="weight_zero_point")
     weight, dtype, table = layer.shape("weight"), layer.dtype("weight"), layer.shape(scale)
     if math.prod(table) == 1 or table == weight[:1]:
         table = (math.prod(table), 1)
@@ -168,7 +74,7 @@ def _in_blocks(layer: LayerTensors, scale: str) -> Found | None:
         layer.need(f"{number} with zero points", {"weight_zero_point": math.prod(table)})
     decode = partial(_blockwise, table=table, block=(rows, columns))
     what = _blocks_in_words(number, weight, (rows, columns), bool(zero))
-    return Found(what, Decoded(weight, ("weight", scale, *zero), decode))
+    return Found(what, Decoded(weight, {"codes": "weight", "scale": scale, **zero}, decode))
 
 
 def _blockwise(
@@ -203,18 +109,18 @@ def _llm_int8(layer: LayerTensors) -> Found | None:
         return None
     what, weight = "LLM.int8 of bitsandbytes", layer.shape("weight")
     layer.need(what, {"SCB": weight[0]})
-    if "weight_format" in layer and int(layer.value("weight_format").reshape(-1)[0]) != 0:
+    if "weight_format" in layer and bool((layer.value("weight_format") != 0).any()):
         raise CheckpointError(
             f"the layer '{layer.name}' is {what} in the tiles of one GPU, as old versions saved it: use the 16-bit file."
         )
-    return Found(what, Decoded(weight, ("weight", "SCB"), foreign_decode.llm_int8))
+    return Found(what, Decoded(weight, {"codes": "weight", "largest": "SCB"}, foreign_decode.llm_int8))
 
 
 def _four_bit(layer: LayerTensors, kind: str) -> Found:
     what = f"{kind.upper()} of bitsandbytes"
-    names = ("weight", "weight.quant_map", "weight.absmax")
+    parts = {"packed": "weight", "numbers": "weight.quant_map", "largest": "weight.absmax"}
     try:
-        state = load_json(bytes(layer.value(f"weight.quant_state.bitsandbytes__{kind}").tolist()))
+        state = load_json(bytes(layer.value(f"{_KIND}{kind}").reshape(-1).tolist()))
         shape = tuple(_count(number) for number in state["shape"])
         block = _count(state["blocksize"])
         nested_block = _count(state["nested_blocksize"]) if "nested_blocksize" in state else 0
@@ -225,13 +131,19 @@ def _four_bit(layer: LayerTensors, kind: str) -> Found:
         ) from None
     count = math.prod(shape)
     blocks = -(-count // block)
-    layer.need(what, {"weight": (count + 1) // 2, "weight.quant_map": 16, "weight.absmax": blocks})
+    # The bytes may be kept as numbers of another dtype.
+    if layer.tensors["weight"].nbytes != (count + 1) // 2:
+        raise layer.unfit(what, "weight")
+    layer.need(what, {"weight.quant_map": 16, "weight.absmax": blocks})
+    if (layer.dtype("weight.absmax") == torch.uint8) != (nested_block > 0):
+        raise layer.unfit(what, "weight.absmax")
     if not nested_block:
-        return Found(what, Decoded(shape, names, partial(foreign_decode.four_bit, shape=shape, block=block)))
+        return Found(what, Decoded(shape, parts, partial(foreign_decode.four_bit, shape=shape, block=block)))
     nested_blocks = -(-blocks // nested_block)
     layer.need(what, {"weight.nested_absmax": nested_blocks, "weight.nested_quant_map": 256})
+    nested = {"nested_numbers": "weight.nested_quant_map", "nested_largest": "weight.nested_absmax"}
     decode = partial(foreign_decode.nested_four_bit, shape=shape, block=block, nested_block=nested_block, offset=offset)
-    return Found(what, Decoded(shape, (*names, "weight.nested_quant_map", "weight.nested_absmax"), decode))
+    return Found(what, Decoded(shape, {**parts, **nested}, decode))
 
 
 def _count(value: Any) -> int:
@@ -248,19 +160,21 @@ def _nvfp4(layer: LayerTensors, packed: str, scale: str, decode: Decode, who: st
     what = f"NVFP4 of {who}"
     rows, half = layer.shape(packed)
     layer.need(what, {"weight_scale": (rows, -(-half // 8)), scale: 1})
-    smooth = layer.there("pre_quant_scale")
+    smooth = layer.there(smooth="pre_quant_scale")
     if smooth:
         layer.need(what, {"pre_quant_scale": half * 2})
-    return Found(what, Decoded((rows, half * 2), (packed, "weight_scale", scale, *smooth), decode))
+    parts = {"packed": packed, "block_scale": "weight_scale", "scale": scale, **smooth}
+    return Found(what, Decoded((rows, half * 2), parts, decode))
 
 
-def _tiled_nvfp4(layer: LayerTensors, factors: tuple[str, ...], decode: Decode) -> Found | None:
+def _tiled_nvfp4(layer: LayerTensors, factors: Mapping[str, str], decode: Decode) -> Found | None:
     if not layer.is_matrix("weight", torch.uint8):
         return None
     what = "NVFP4 of LightX2V"
     rows, half = layer.shape("weight")
-    layer.need(what, {"weight_scale": _tiles(rows, -(-half // 8)), **dict.fromkeys(factors, 1)})
-    return Found(what, Decoded((rows, half * 2), ("weight", "weight_scale", *factors), decode))
+    layer.need(what, {"weight_scale": _tiles(rows, -(-half // 8)), **dict.fromkeys(factors.values(), 1)})
+    parts = {"packed": "weight", "block_scale": "weight_scale", **factors}
+    return Found(what, Decoded((rows, half * 2), parts, decode))
 
 
 def _tiles(rows: int, blocks: int) -> int:
@@ -291,7 +205,8 @@ def _packed_microscaled(layer: LayerTensors) -> Found | None:
 def _microscaled(layer: LayerTensors, packed: str, bits: int, *, tiled: bool, who: str) -> Found:
     rows, width = layer.shape(packed)
     decode = partial(foreign_decode.microscaled, bits=bits, tiled=tiled)
-    return Found(f"MXFP{bits} of {who}", Decoded((rows, width * 8 // bits), (packed, "weight_scale"), decode))
+    parts = {"packed": packed, "block_scale": "weight_scale"}
+    return Found(f"MXFP{bits} of {who}", Decoded((rows, width * 8 // bits), parts, decode))
 
 
 def _packed_integers(layer: LayerTensors) -> Found | None:
@@ -300,31 +215,27 @@ def _packed_integers(layer: LayerTensors) -> Found | None:
     what = "INT4 or INT8 of compressed-tensors"
     rows, columns = layer.shape("weight_packed")
     layer.need(what, {"weight_shape": 2})
-    shape = tuple(int(length) for length in layer.value("weight_shape").tolist())
-    bits = next((bits for bits in _BITS if -(-shape[1] * bits // 32) == columns), None)
-    if bits is None or shape[0] != rows or min(shape) < 1:
-        layer.need(what, {"weight_packed": (shape[0], -(-shape[1] // 8))})
-        return None
-    what = f"INT{bits} of compressed-tensors"
-    table = layer.shape("weight_scale")
+    if layer.dtype("weight_shape") not in (torch.int32, torch.int64):
+        raise layer.unfit(what, "weight_shape")
+    first, second = layer.value("weight_shape").reshape(-1).tolist()
+    shape = (int(first), int(second))
+    fits = shape[0] == rows and shape[1] > 0
+    bits = next((bits for bits in _BITS if fits and -(-shape[1] * bits // 32) == columns), None)
+    if bits is None:
+        raise layer.unfit(what, "weight_packed")
+    what, table = f"INT{bits} of compressed-tensors", layer.shape("weight_scale")
     if len(table) != 2 or table[0] != rows or not 0 < table[1] <= shape[1]:
-        layer.need(what, {"weight_scale": (rows, 1)})
-    zero = layer.there("weight_zero_point")
+        raise layer.unfit(what, "weight_scale")
+    zero = layer.there(zero="weight_zero_point")
     if zero:
         unpacked = layer.dtype("weight_zero_point") == torch.int8
         layer.need(what, {"weight_zero_point": (rows if unpacked else -(-rows * bits // 32), table[1])})
-    group = layer.there("weight_g_idx")
+    group = layer.there(group="weight_g_idx")
     if group:
         layer.need(what, {"weight_g_idx": shape[1]})
-    decode = partial(_packed, shape=shape, bits=bits, parts=("zero", *group)[not zero :])
-    return Found(what, Decoded(shape, ("weight_packed", "weight_scale", *zero, *group), decode))
-
-
-def _packed(
-    packed: torch.Tensor, scale: torch.Tensor, *more: torch.Tensor, parts: Sequence[str], shape: Any, bits: int
-) -> torch.Tensor:
-    given = dict(zip(("zero" if part == "zero" else "group" for part in parts), more, strict=True))
-    return foreign_decode.packed_integers(packed, scale, **given, shape=shape, bits=bits)
+    decode = partial(foreign_decode.packed_integers, shape=shape, bits=bits, name=layer.name)
+    parts = {"packed": "weight_packed", "scale": "weight_scale", **zero, **group}
+    return Found(what, Decoded(shape, parts, decode))
 
 
 def _gptq_or_awq(layer: LayerTensors) -> Found | None:
@@ -335,13 +246,14 @@ def _gptq_or_awq(layer: LayerTensors) -> Found | None:
     (first, second), (groups, rows), zeros = (layer.shape(suffix) for suffix in ("qweight", "scales", "qzeros"))
     if zeros[0] != groups:
         return None
+    parts = {"codes": "qweight", "zeros": "qzeros", "scale": "scales"}
     bits = next((bits for bits in _BITS if zeros[1] * 32 == rows * bits), None)
     if bits == 4 and second * 8 == rows and groups <= first and "g_idx" not in layer:
-        return Found("AWQ", Decoded((rows, first), ("qweight", "qzeros", "scales"), foreign_decode.awq))
+        return Found("AWQ", Decoded((rows, first), parts, foreign_decode.awq))
     if bits is None or second != rows:
         return None
     columns = first * 32 // bits
-    group = layer.there("g_idx")
+    group = layer.there(group="g_idx")
     if group:
         layer.need("GPTQ", {"g_idx": columns})
     entry = layer.tensors["qzeros"]
@@ -349,73 +261,7 @@ def _gptq_or_awq(layer: LayerTensors) -> Found | None:
     if not foreign_decode.zeros_in_the_middle(some, bits):
         raise CheckpointError(foreign_decode.other_zeros(layer.name))
     decode = partial(foreign_decode.gptq, bits=bits, name=layer.name)
-    return Found(f"GPTQ in {bits} bits", Decoded((rows, columns), ("qweight", "scales", "qzeros", *group), decode))
-
-
-_SVDQUANT = {
-    "qweight": ("qweight",),
-    "wscales": ("wscales",),
-    "wcscales": ("wcscales",),
-    "wtscale": ("wtscale",),
-    "smooth": ("smooth_factor", "smooth"),
-    "down": ("proj_down", "lora_down"),
-    "up": ("proj_up", "lora_up"),
-}
-"""What `nunchaku_decode` calls the tensors, and what the files do."""
-
-
-def _svdquant(layer: LayerTensors) -> Found | None:
-    if not layer.is_matrix("qweight", torch.int8, torch.uint8):
-        return None
-    rows, half = layer.shape("qweight")
-    columns, small = half * 2, layer.dtype("wscales") == torch.float8_e4m3fn
-    what = f"svdquant of nunchaku in {'NVFP4' if small else 'INT4'}"
-    layer.need(what, {"wscales": (columns // (16 if small else 64), rows)})
-    if rows % nunchaku_decode.ROWS or columns % nunchaku_decode.ROWS:
-        layer.need(what, {"qweight": (-(-rows // 128) * 128, -(-half // 64) * 64)})
-    names = {ours: there[0] for ours, theirs in _SVDQUANT.items() if (there := layer.there(*theirs))}
-    # A rank of nothing.
-    names = {ours: name for ours, name in names.items() if ours not in ("down", "up") or 0 not in layer.shape(name)}
-    for pair in (("proj_down", "proj_up"), ("lora_down", "lora_up")):
-        if layer.there(*pair):
-            layer.need(what, dict.fromkeys(pair))
-    if "down" in names:
-        rank = layer.shape(names["down"])[-1]
-        layer.need(what, {names["down"]: (columns, rank), names["up"]: (rows, rank)})
-    sizes = {"wcscales": rows, "wtscale": 1, "smooth": columns}
-    layer.need(what, {names[ours]: size for ours, size in sizes.items() if ours in names})
-    weight = Decoded((rows, columns), tuple(names.values()), partial(_named, nunchaku_decode.svdquant, tuple(names)))
-    return Found(what, weight, _svdquant_bias(layer, names, rows, shifted=not small), renamed=True)
-
-
-def _svdquant_bias(layer: LayerTensors, names: Mapping[str, str], rows: int, *, shifted: bool) -> Decoded | None:
-    if "bias" not in layer:
-        return None
-    layer.need("svdquant of nunchaku", {"bias": rows})
-    if shifted and _BEHIND_GELU.search(layer.name):
-        names = {ours: name for ours, name in names.items() if ours not in ("down", "up")}
-    else:
-        names = {}
-    names = {"bias": "bias", **names}
-    return Decoded((rows,), tuple(names.values()), partial(_named, nunchaku_decode.svdquant_bias, tuple(names)))
-
-
-def _named(decode: Callable[[dict[str, torch.Tensor]], torch.Tensor], names: tuple[str, ...], *parts: torch.Tensor):
-    return decode(dict(zip(names, parts, strict=True)))
-
-
-def _four_rows(layer: LayerTensors, scales: str, zeros: str, *, renamed: bool) -> Found | None:
-    if not layer.is_matrix("qweight", torch.int16, torch.int32) or not layer.is_matrix(scales, *_NUMBERS):
-        return None
-    what = "AWQ of nunchaku"
-    quarter, width = layer.shape("qweight")
-    rows, columns = quarter * 4, width * (2 if layer.dtype("qweight") == torch.int32 else 1)
-    groups = layer.shape(scales)[0]
-    if columns % 64 or not groups or columns % groups:
-        layer.need(what, {scales: (max(columns // 64, 1), rows)})
-    layer.need(what, {scales: (groups, rows), zeros: (groups, rows)})
-    decoded = Decoded((rows, columns), ("qweight", scales, zeros), nunchaku_decode.awq_four_rows)
-    return Found(what, decoded, renamed=renamed)
+    return Found(f"GPTQ in {bits} bits", Decoded((rows, columns), {**parts, **group}, decode))
 
 
 def _scheme(*needs: str, find: Callable[[LayerTensors], Found | None], drops: Sequence[str] = ()) -> Scheme:
@@ -424,24 +270,24 @@ def _scheme(*needs: str, find: Callable[[LayerTensors], Found | None], drops: Se
 
 _INPUT = ("input_scale", "scale_input", "activation_scale")
 _LIGHTX2V_INPUT = ("input_global_scale", "input_absmax", "alpha")
-_KIND = "weight.quant_state.bitsandbytes__"
-
 SCHEMES: tuple[Scheme, ...] = (
     _scheme("weight", _KIND + "nf4", find=partial(_four_bit, kind="nf4")),
     _scheme("weight", _KIND + "fp4", find=partial(_four_bit, kind="fp4")),
     _scheme("weight", "SCB", find=_llm_int8, drops=("weight_format",)),
-    _scheme("qweight", "wscales", "wzeros", find=partial(_four_rows, scales="wscales", zeros="wzeros", renamed=True)),
+    _scheme(
+        "qweight", "wscales", "wzeros", find=partial(find_four_rows, scales="wscales", zeros="wzeros", renamed=True)
+    ),
     _scheme(
         "qweight",
         "wscales",
-        find=_svdquant,
+        find=find_svdquant,
         drops=("smooth_factor_orig", "smooth_orig", "proj_down", "proj_up", "lora_down", "lora_up"),
     ),
     _scheme(
         "qweight",
         "scaled_zeros",
         "scales",
-        find=partial(_four_rows, scales="scales", zeros="scaled_zeros", renamed=False),
+        find=partial(find_four_rows, scales="scales", zeros="scaled_zeros", renamed=False),
     ),
     _scheme("qweight", "qzeros", "scales", find=_gptq_or_awq),
     _scheme(
@@ -470,7 +316,7 @@ SCHEMES: tuple[Scheme, ...] = (
         "weight",
         "weight_scale",
         "weight_global_scale",
-        find=partial(_tiled_nvfp4, factors=("weight_global_scale",), decode=foreign_decode.nvfp4_tiles),
+        find=partial(_tiled_nvfp4, factors={"scale": "weight_global_scale"}, decode=foreign_decode.nvfp4_tiles),
         drops=_LIGHTX2V_INPUT,
     ),
     _scheme(
@@ -479,7 +325,9 @@ SCHEMES: tuple[Scheme, ...] = (
         "alpha",
         "input_global_scale",
         find=partial(
-            _tiled_nvfp4, factors=("alpha", "input_global_scale"), decode=foreign_decode.nvfp4_tiles_calibrated
+            _tiled_nvfp4,
+            factors={"alpha": "alpha", "input_scale": "input_global_scale"},
+            decode=foreign_decode.nvfp4_tiles_calibrated,
         ),
     ),
     _scheme("weight", "weight_scale", find=_tiled_microscaled),
@@ -498,9 +346,9 @@ def find_scheme(layer: LayerTensors) -> tuple[Found, frozenset[str]] | None:
         CheckpointError: it is of a scheme known here, and a tensor of it is missing or has a wrong shape.
     """
     for scheme in SCHEMES:
-        if scheme.needs <= layer.tensors.keys():
+        if scheme.needs <= layer.tensors.keys() and not any(0 in layer.shape(suffix) for suffix in scheme.needs):
             found = scheme.find(layer)
             if found is not None:
-                read = {part for made in (found.weight, found.bias) if made is not None for part in made.parts}
+                read = {part for made in (found.weight, found.bias) if made is not None for part in made.parts.values()}
                 return found, frozenset(scheme.needs | scheme.drops | read)
     return None

@@ -17,38 +17,63 @@ _GELU_SHIFT = 0.171875
 """What the kernel adds to the output of a GELU, so that INT4 needs no sign: the bias of the layer behind makes up for it."""
 
 
-def svdquant(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The weight (out, in) of a layer of `svdquant`, its low rank and its smoothing in it.
+def svdquant(
+    qweight: torch.Tensor,
+    wscales: torch.Tensor,
+    wcscales: torch.Tensor | None = None,
+    wtscale: torch.Tensor | None = None,
+    smooth: torch.Tensor | None = None,
+    down: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weight of a layer of `svdquant`, its low rank and its smoothing in it.
 
     Args:
-        tensors: `qweight`, `wscales` and, where there are any, `wcscales`, `wtscale`, `smooth`, `down` and `up`.
+        qweight: (out, in / 2) codes of INT4, or of FP4 where the scales are FP8.
+        wscales: (groups, out) scales.
+        wcscales: (out,) scales of the rows.
+        wtscale: scale of all.
+        smooth: (in,) what the kernel divides the input by.
+        down, up: (in, rank) and (out, rank), of the input as it is.
+
+    Returns:
+        (out, in).
     """
-    values = _quantized_part(tensors)
-    if "down" in tensors:
-        values += _low_rank(tensors["up"], down=False) @ _low_rank(tensors["down"], down=True)
+    values = _quantized_part(qweight, wscales, wcscales, wtscale, smooth)
+    if down is not None and up is not None:
+        values.addmm_(_low_rank(up, down=False), _low_rank(down, down=True))
     return values
 
 
-def svdquant_bias(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Its bias in plain order, of `bias` alone or of the quantized weight too, where its input was shifted behind a GELU."""
-    bias = _column(tensors["bias"])
-    if "qweight" in tensors:
-        bias += _GELU_SHIFT * _quantized_part(tensors).sum(1)
-    return bias
+def svdquant_bias(bias: torch.Tensor, **quantized: torch.Tensor) -> torch.Tensor:
+    """Its bias in plain order.
+
+    Args:
+        bias: (out,).
+        quantized: the tensors of the quantized weight, where the kernel shifted its input behind a GELU.
+    """
+    plain = _column(bias)
+    return plain + _GELU_SHIFT * _quantized_part(**quantized).sum(1) if quantized else plain
 
 
-def _quantized_part(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    scales = tensors["wscales"]
-    values = _codes(tensors["qweight"], E2M1 if scales.dtype == torch.float8_e4m3fn else SIGNED)
+def _quantized_part(
+    qweight: torch.Tensor,
+    wscales: torch.Tensor,
+    wcscales: torch.Tensor | None = None,
+    wtscale: torch.Tensor | None = None,
+    smooth: torch.Tensor | None = None,
+) -> torch.Tensor:
+    fp4 = wscales.dtype == torch.float8_e4m3fn
+    values = _codes(qweight, E2M1 if fp4 else SIGNED)
     rows, columns = values.shape
-    plain = _small_groups(scales) if scales.dtype == torch.float8_e4m3fn else _groups(scales)
-    each_block(torch.Tensor.mul_, values, plain, (1, columns // scales.shape[0]))
-    if "wcscales" in tensors:
-        values *= _column(tensors["wcscales"]).view(rows, 1)
-    if "wtscale" in tensors:
-        values *= tensors["wtscale"].float().view(())
-    if "smooth" in tensors:
-        values /= _column(tensors["smooth"])
+    scales = _small_groups(wscales) if fp4 else _groups(wscales)
+    each_block(torch.Tensor.mul_, values, scales, (1, columns // scales.shape[1]))
+    if wcscales is not None:
+        values *= _column(wcscales).view(rows, 1)
+    if wtscale is not None:
+        values *= wtscale.float().view(())
+    if smooth is not None:
+        values /= _column(smooth)
     return values
 
 

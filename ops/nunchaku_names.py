@@ -256,7 +256,9 @@ def _layers(model: Model, names: Mapping[str, TensorEntry]) -> Iterator[Made]:
     blocks = {(found["stack"], found["number"]) for name in names if (found := _BLOCK.match(name)) is not None}
     for theirs, number in sorted(blocks):
         stack = model.stacks.get(theirs)
-        for made in stack.layers if stack is not None else ():
+        if stack is None:
+            continue
+        for made in stack.layers:
             whole = tuple(f"{theirs}.{number}.{layer}" for layer in made.theirs)
             yield replace(made, ours=f"{stack.ours}.{number}.{made.ours}", theirs=whole)
 

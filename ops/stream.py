@@ -54,7 +54,8 @@ def quantize_checkpoint(
 ) -> None:
     """Write the file that `plan` describes to `target`; nothing is left there when it fails or is cancelled.
 
-    Peak host memory over the idle process is about twice the largest tensor plus some 100 MiB; where another device
+    Peak host memory over the idle process is about twice the largest tensor (in float32 where it is decoded on the CPU) plus
+    some 100 MiB; where another device
     quantizes, one more tensor is read, and one written, in the meantime.
 
     Args:

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lowbit.cli import main
 from lowbit.errors import CheckpointError
 from lowbit.ops.checkpoint import decoded, open_checkpoint
 from lowbit.ops.device_info import DeviceInfo
@@ -184,6 +185,10 @@ DAMAGED = {
         lambda: _state(SCHEMES["nf4"].store(_weight())[0], blocksize=0),
         "quant_state cannot be read",
     ),
+    "absmax in 8 bits without what they stand for": (
+        lambda: {**four_bit("nf4", nested=False)(_weight())[0], "weight.absmax": torch.ones(128, dtype=torch.uint8)},
+        "'weight.absmax' of shape .* does not fit",
+    ),
     "a state that is no JSON": (
         lambda: {
             **SCHEMES["nf4"].store(_weight())[0],
@@ -193,7 +198,7 @@ DAMAGED = {
     ),
     "LLM.int8 with too few": (
         lambda: {**SCHEMES["llm.int8"].store(_weight())[0], "SCB": torch.ones(63)},
-        r"'SCB' of shape \(63,\) does not fit",
+        r"'SCB' of shape \(63,\) and float32 does not fit",
     ),
     "LLM.int8 in tiles": (
         lambda: {**SCHEMES["llm.int8"].store(_weight())[0], "weight_format": torch.tensor(2, dtype=torch.uint8)},
@@ -288,6 +293,34 @@ def test_what_cannot_be_read_is_refused_by_name_before_a_byte_is_written(case, s
         make_plan(checkpoint, FORMATS["int8"], None)
     assert named in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("group", [-1, 4])
+def test_a_column_of_a_group_that_is_not_there_is_said(save, tmp_path, group):
+    parts, _ = gptq(4)(_weight())
+    parts["g_idx"][5] = group
+    checkpoint = open_checkpoint(save(below("blocks.0.q", parts)))
+    with pytest.raises(CheckpointError, match=r"'blocks.0.q' has columns of a group that has no scale"):
+        quantize_checkpoint(checkpoint, make_plan(checkpoint, FORMATS["int8"], None), tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_bytes_that_bitsandbytes_keeps_as_16_bit_numbers_are_read(save):
+    parts, exact = four_bit("nf4")(_weight())
+    parts["weight"] = parts["weight"].view(-1).view(torch.bfloat16).view(-1, 1)
+    checkpoint = open_checkpoint(save(below("a", parts)))
+    assert torch.allclose(float_weight(checkpoint, "a.weight").double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_inspect_measures_each_layer_against_its_original(save, capsys):
+    tensors = {"blocks.0.q.weight": torch.randn(64, 128), "head.weight": torch.randn(8, 8)}
+    theirs, _ = stored_as(tensors, ["blocks.0.q"], SCHEMES["nf4"])
+    original = save(tensors, "original.safetensors")
+    assert main(["inspect", str(save(theirs)), "--against", str(original)]) == 0
+    out = capsys.readouterr().out
+    assert "1 layer is NF4 of bitsandbytes, which ComfyUI cannot multiply with: it is decoded and stored anew." in out
+    line = next(line for line in out.splitlines() if line.endswith("blocks.0.q") and "NF4" in line and "e-0" in line)
+    assert 0.05 < float(line.split()[0]) < 0.13
 
 
 def test_zero_points_that_either_format_of_gptq_could_mean_are_refused(save):
