@@ -83,7 +83,7 @@ def nibbles(
     codes = torch.arange(256, device=packed.device)
     pair = (codes >> 4, codes & 15) if high_first else (codes & 15, codes >> 4)
     pairs = torch.stack([table[code] for code in pair], 1)
-    stored = packed.contiguous().view(torch.uint8)
+    stored = _bytes(packed)
     values = torch.empty((stored.numel(), 2), dtype=torch.float32, device=packed.device)
     for some, chunk in zip(values.split(_CHUNK), stored.view(-1).split(_CHUNK), strict=True):
         torch.index_select(pairs, 0, chunk.int(), out=some)
@@ -94,7 +94,12 @@ def _unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes without a sign, lowest bits first: (rows, n) int32 to (rows, n * 32 / bits) float32."""
     if bits == 4:
         return nibbles(packed, UNSIGNED)
-    return packed.contiguous().view(torch.uint8).float()
+    return _bytes(packed).float()
+
+
+def _bytes(packed: torch.Tensor) -> torch.Tensor:
+    """(..., n) of any integers as (..., bytes): flat in between, since a single row may have any strides."""
+    return packed.reshape(-1).view(torch.uint8).view(*packed.shape[:-1], -1)
 
 
 def four_bit(

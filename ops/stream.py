@@ -55,8 +55,7 @@ def quantize_checkpoint(
     """Write the file that `plan` describes to `target`; nothing is left there when it fails or is cancelled.
 
     Peak host memory over the idle process is about twice the largest tensor (in float32 where it is decoded on the CPU) plus
-    some 100 MiB; where another device
-    quantizes, one more tensor is read, and one written, in the meantime.
+    some 100 MiB; where another device quantizes, one more tensor is read, and one written, in the meantime.
 
     Args:
         checkpoint: the source.
