@@ -154,7 +154,7 @@ def nvfp4_rows(
         scale: of all.
         smooth: (columns,) what the tool multiplies the input with.
     """
-    values = each_block(torch.Tensor.mul_, nibbles(packed, E2M1), block_scale, (1, 16)).mul_(scale.float())
+    values = each_block(torch.Tensor.mul_, nibbles(packed, E2M1), block_scale, (1, 16)).mul_(scale.float().view(()))
     return values if smooth is None else values.mul_(smooth.float().view(1, -1))
 
 

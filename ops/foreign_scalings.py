@@ -23,6 +23,7 @@ from .nunchaku_layers import find_four_rows, find_svdquant
 _FLOAT8 = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
 _NUMBERS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu})
 _BYTES = frozenset({torch.uint8, torch.float8_e8m0fnu})
+_INDICES = frozenset({torch.int32, torch.int64})
 _BITS = (4, 8)
 _USUAL_BLOCK = 128
 _SMALLEST_BLOCK = 16
@@ -215,7 +216,7 @@ def _packed_integers(layer: LayerTensors) -> Found | None:
     what = "INT4 or INT8 of compressed-tensors"
     rows, columns = layer.shape("weight_packed")
     layer.need(what, {"weight_shape": 2})
-    if layer.dtype("weight_shape") not in (torch.int32, torch.int64):
+    if layer.dtype("weight_shape") not in _INDICES:
         raise layer.unfit(what, "weight_shape")
     first, second = layer.value("weight_shape").reshape(-1).tolist()
     shape = (int(first), int(second))
@@ -230,12 +231,20 @@ def _packed_integers(layer: LayerTensors) -> Found | None:
     if zero:
         unpacked = layer.dtype("weight_zero_point") == torch.int8
         layer.need(what, {"weight_zero_point": (rows if unpacked else -(-rows * bits // 32), table[1])})
-    group = layer.there(group="weight_g_idx")
-    if group:
-        layer.need(what, {"weight_g_idx": shape[1]})
+    group = _group_indices(layer, what, "weight_g_idx", shape[1])
     decode = partial(foreign_decode.packed_integers, shape=shape, bits=bits, name=layer.name)
     parts = {"packed": "weight_packed", "scale": "weight_scale", **zero, **group}
     return Found(what, Decoded(shape, parts, decode))
+
+
+def _group_indices(layer: LayerTensors, what: str, suffix: str, columns: int) -> dict[str, str]:
+    """Where there is an index of each column's group."""
+    group = layer.there(group=suffix)
+    if group:
+        layer.need(what, {suffix: columns})
+        if layer.dtype(suffix) not in _INDICES:
+            raise layer.unfit(what, suffix)
+    return group
 
 
 def _gptq_or_awq(layer: LayerTensors) -> Found | None:
@@ -253,9 +262,7 @@ def _gptq_or_awq(layer: LayerTensors) -> Found | None:
     if bits is None or second != rows:
         return None
     columns = first * 32 // bits
-    group = layer.there(group="g_idx")
-    if group:
-        layer.need("GPTQ", {"g_idx": columns})
+    group = _group_indices(layer, "GPTQ", "g_idx", columns)
     entry = layer.tensors["qzeros"]
     some = layer.read(replace(entry, shape=(1, zeros[1]), nbytes=zeros[1] * entry.dtype.itemsize))
     if not foreign_decode.zeros_in_the_middle(some, bits):

@@ -13,6 +13,9 @@ from .foreign_decode import E2M1, SIGNED, UNSIGNED, each_block, nibbles
 ROWS = 128
 """Rows of a tile; a column of scales, a bias and a smoothing come in such tiles too."""
 
+RANKS = 16
+"""What the rank of the part in 16 bits is a multiple of."""
+
 _GELU_SHIFT = 0.171875
 """What the kernel adds to the output of a GELU, so that INT4 needs no sign: the bias of the layer behind makes up for it."""
 
@@ -105,7 +108,7 @@ def _column(packed: torch.Tensor) -> torch.Tensor:
 def _low_rank(packed: torch.Tensor, *, down: bool) -> torch.Tensor:
     """(rank, in) of the projection down and (out, rank) of the one up, both stored as (channels, rank)."""
     channels, rank = packed.shape
-    tiles = packed.float().reshape(channels // 16, rank // 16, 8, 4, 2, 2, 2)
+    tiles = packed.float().reshape(channels // RANKS, rank // RANKS, 8, 4, 2, 2, 2)
     if down:
         return tiles.permute(1, 4, 2, 0, 5, 3, 6).reshape(rank, channels)
     return tiles.permute(0, 4, 2, 1, 5, 3, 6).reshape(channels, rank)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
 
 from .layer_tensors import Decoded, Found, LayerTensors, Shape
-from .nunchaku_decode import ROWS, awq_four_rows, svdquant, svdquant_bias
+from .nunchaku_decode import RANKS, ROWS, awq_four_rows, svdquant, svdquant_bias
 
 _BEHIND_GELU = re.compile(r"(^|\.)((ff|ff_context|img_mlp|txt_mlp)\.net\.2|mlp_(context_)?fc2)$")
 """Layers of nunchaku's whose input is a GELU's output."""
@@ -40,8 +41,10 @@ def find_svdquant(layer: LayerTensors) -> Found | None:
     low_rank: dict[str, str] = {}
     for down, up in (("lora_down", "lora_up"), ("proj_down", "proj_up")):
         if found := layer.there(down=down, up=up):
-            rank = layer.shape(next(iter(found.values())))[-1]
+            rank = math.prod(layer.shape(next(iter(found.values())))[1:])
             layer.need(what, {down: (columns, rank), up: (rows, rank)})
+            if rank % RANKS:
+                raise layer.unfit(what, down)
             low_rank = found
     bias = None
     if "bias" in layer:

@@ -19,6 +19,7 @@ from lowbit.ops.plan import make_plan
 from lowbit.ops.plan_report import plan_report
 from lowbit.ops.quantize import core_config_tensor, quantize_weight
 from lowbit.ops.stream import quantize_checkpoint
+from testing.tiny import nunchaku_files
 from testing.tiny.foreign_files import SCHEMES, blocks, four_bit, gptq, nvfp4, packed_integers, stored_as
 
 HOPPER = DeviceInfo("NVIDIA H200", (9, 0), 140 << 30)
@@ -56,6 +57,16 @@ def test_a_layer_opens_as_one_weight_of_the_numbers_it_stands_for(scheme, tmp_pa
     assert (weight.double() - exact).abs().max() <= 2e-6 * exact.abs().max()
     assert torch.equal(checkpoint.read(f"{LAYER}.weight"), weight.to(torch.bfloat16))
     assert torch.equal(checkpoint.read(f"{LAYER}.bias"), bias)
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if not scheme.startswith("gptq")])
+def test_a_layer_is_decoded_where_its_bytes_are(scheme, save):
+    """On the device that quantizes: all tables are made there. GPTQ looks at numbers, which the meta device has not."""
+    parts, _ = SCHEMES[scheme].store(torch.randn(256, 512))
+    checkpoint = open_checkpoint(save(below(LAYER, parts)))
+    elsewhere = checkpoint.read_stored(f"{LAYER}.weight").to("meta")
+    weight = decoded(checkpoint.entries[f"{LAYER}.weight"], elsewhere)
+    assert (weight.device.type, weight.dtype, weight.shape) == ("meta", torch.float32, (256, 512))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -339,3 +350,62 @@ def test_a_scale_that_is_no_number_is_said(save, tmp_path):
             quantize_checkpoint(
                 checkpoint, make_plan(checkpoint, FORMATS[format] if format else None, None), tmp_path / "o.safetensors"
             )
+
+
+_WHOLE = {name: row.store(torch.randn(128, 512))[0] for name, row in SCHEMES.items()}
+_WHOLE |= {
+    "svdquant": nunchaku_files.svdquant(torch.randn(128, 512), torch.randn(128), fp4=False)[0],
+    "svdquant in nvfp4": nunchaku_files.svdquant(torch.randn(128, 512), torch.randn(128), fp4=True, older=True)[0],
+    "w4a16": nunchaku_files.awq_four_rows(torch.randn(128, 512))[0],
+    "w4a16 of t5": nunchaku_files.awq_four_rows(torch.randn(128, 512), names=("scales", "scaled_zeros"))[0],
+}
+_DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e8m0fnu,
+    torch.uint8,
+    torch.int8,
+    torch.int64,
+)
+
+
+def _changed(part: torch.Tensor, data: st.DataObject) -> torch.Tensor:
+    """Other numbers, another dtype or another shape."""
+    dtype = data.draw(st.sampled_from((part.dtype, part.dtype, *_DTYPES)))
+    shape = list(part.shape)
+    if data.draw(st.booleans()):
+        shape = data.draw(st.lists(st.sampled_from((0, 1, 2, 3, 64, 128, 512)), max_size=3))
+    elif shape:
+        place = data.draw(st.integers(0, len(shape) - 1))
+        shape[place] = data.draw(st.sampled_from((shape[place], 0, 1, shape[place] + 1, shape[place] * 2)))
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.randint(0, 256, (count,), dtype=torch.uint8).view(dtype).view(shape)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_layer_with_anything_changed_is_decoded_or_refused_in_a_sentence(data, tmp_path):
+    scheme = data.draw(st.sampled_from(sorted(_WHOLE)))
+    parts = dict(_WHOLE[scheme])
+    for _ in range(data.draw(st.integers(1, 2))):
+        suffix = data.draw(st.sampled_from(sorted(parts)))
+        changed = _changed(parts.pop(suffix), data)
+        if data.draw(st.integers(0, 3)):
+            parts[suffix] = changed
+    # One of the models whose layers nunchaku renames.
+    file = {
+        **below("transformer_blocks.0.attn.to_out.0", parts),
+        "transformer_blocks.0.img_mod.1.weight": torch.ones(12, 4),
+    }
+    save_file(file, tmp_path / "any.safetensors")
+    said = "any.safetensors"
+    try:
+        checkpoint = open_checkpoint(tmp_path / "any.safetensors")
+        make_plan(checkpoint, FORMATS["int8"], None)
+        for name, entry in checkpoint.entries.items():
+            assert checkpoint.read(name).shape == entry.shape
+    except CheckpointError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert "any.safetensors" in said or "to_out.0" in said

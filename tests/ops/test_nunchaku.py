@@ -14,6 +14,7 @@ from lowbit.ops.checkpoint import decoded, open_checkpoint
 from testing import tiny
 from testing.measure import relative_error
 from testing.tiny import nunchaku_files
+from testing.tiny.qwen_image import QwenImageConfig
 from testing.tiny.tensors import draw, linear, norm
 
 QWEN = "transformer_blocks.0"
@@ -67,7 +68,7 @@ def z_image_tensors(width: int = 128) -> dict[str, torch.Tensor]:
 
 
 MODELS = {
-    "Qwen-Image": (tiny.qwen_image_tensors, nunchaku_files.qwen_image),
+    "Qwen-Image": (lambda: tiny.qwen_image_tensors(QwenImageConfig(layers=1)), nunchaku_files.qwen_image),
     "Flux": (flux_tensors, nunchaku_files.flux),
     "Flux, newer names": (flux_tensors, lambda tensors, fp4: nunchaku_files.flux(tensors, fp4, older=False)),
     "Z-Image": (z_image_tensors, nunchaku_files.z_image),

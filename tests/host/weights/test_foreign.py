@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError
 from testing.measure import relative_error
 from testing.tiny import nunchaku_files
+from testing.tiny.foreign_files import SCHEMES, stored_as
+from testing.tiny.tensors import linear_names
 
-from .test_core_build import built
+from .test_core_build import built, in_diffusers_names
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,23 @@ def test_a_flux_of_nunchaku_is_core_s_flux(host, flux, file, format):
             assert relative_error(other(x), module(x)) < 0.25, name
             layers += 1
     assert layers > 20
+
+
+def test_a_flux_of_bitsandbytes_in_diffusers_names_is_joined_as_core_joins_it(host, flux, tmp_path):
+    theirs = in_diffusers_names("flux", load_file(flux / "ours.safetensors"))
+    stored, plain = stored_as(theirs, linear_names(theirs, ("transformer_blocks.",)), SCHEMES["nf4"])
+    for name, tensors in (("nf4", stored), ("plain", plain)):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors")
+    planned = [
+        host.preparing.plan_diffusion_model(tmp_path / f"{name}.safetensors", host.preparing.Request("int8"))
+        for name in ("nf4", "plain")
+    ]
+    assert "layers are NF4 of bitsandbytes" in planned[0].report
+    made = [load_file(host.preparing.prepared_file(plan)) for plan in planned]
+    assert made[0].keys() == made[1].keys()
+    for name, tensor in made[0].items():
+        if tensor.dtype == torch.int8:
+            assert (tensor.int() - made[1][name].int()).abs().max() <= 1, name
 
 
 def test_a_layer_that_is_not_whole_is_said_by_the_loader(host, tmp_path):
