@@ -17,6 +17,7 @@ from .ops.auto_format import choose_format
 from .ops.checkpoint import open_checkpoint
 from .ops.device_info import device_info
 from .ops.diffusion_names import converted_model
+from .ops.foreign_layers import foreign_sentences
 from .ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, find_format
 from .ops.keep_rules import parse_rules
 from .ops.layer_errors import layer_errors
@@ -126,6 +127,10 @@ def _quantize(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(plan_report(checkpoint, plan, device_info(device), f"{name}: {reason}"))
         return
+    if not os.path.lexists(options.target.parent):
+        raise StorageError(
+            f"The folder {options.target.parent} does not exist: make it, or name a file in another one."
+        )
     if os.path.lexists(options.target) and not options.overwrite:
         raise StorageError(f"{options.target} exists: name another file or add --overwrite.")
     if options.target.resolve() in {file.resolve() for file in checkpoint.files}:
@@ -135,7 +140,8 @@ def _quantize(options: argparse.Namespace) -> None:
     except torch.OutOfMemoryError:
         logger.warning("Too little free memory on %s to quantize there: it is done on the CPU.", device)
         quantize_checkpoint(checkpoint, plan, options.target, device="cpu", progress=_bar())
-    print(f"\n{plan_summary(plan)}\nFormat {name}: {reason}\nWritten and verified: {options.target}")
+    said = "\n".join((plan_summary(plan), *foreign_sentences(checkpoint.entries.values())))
+    print(f"\n{said}\nFormat {name}: {reason}\nWritten and verified: {options.target}")
 
 
 def _device(name: str | None) -> torch.device:
@@ -178,7 +184,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _print_errors(file: Path, original: Path) -> None:
     print(f"{'relative error':>14}  {'SQNR dB':>7}  {'format':<16} layer")
     for row in layer_errors(open_checkpoint(file), open_checkpoint(original)):
-        print(f"{row.relative_error:14.2e}  {row.sqnr_decibels:7.1f}  {row.core_format:<16} {row.layer}")
+        print(f"{row.relative_error:14.2e}  {row.sqnr_decibels:7.1f}  {row.stored_as:<16} {row.layer}")
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ _FORMAT_TOOLTIP = " ".join(
         *(f"{name}, for {purpose}: {FORMATS[name].summary}." for name, purpose in RECOMMENDED.items()),
         "The rest: none: as the file has them.",
         *(f"{row.name}: {row.summary}." for row in FORMATS.values() if row.name not in RECOMMENDED),
-        "What a file holds quantized already is taken as it is.",
+        "What a file holds quantized already is taken as it is, or decoded where ComfyUI cannot multiply with it.",
     )
 )
 

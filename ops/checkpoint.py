@@ -1,26 +1,39 @@
-"""Opens safetensors checkpoints, one file or a sharded set, and reads them one tensor at a time."""
+"""Opens safetensors checkpoints, one file or a sharded set, and GGUF files, and reads them one tensor at a time."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
 from ..errors import CheckpointError
+from .foreign_layers import decoded_layers
 from .gguf_decode import decode
 from .gguf_file import SUFFIX, open_gguf
 from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, read_header
 
-__all__ = ["DTYPES", "INDEX_NAME", "Checkpoint", "TensorEntry", "decoded", "open_checkpoint", "read_elements"]
+__all__ = [
+    "DTYPES",
+    "INDEX_NAME",
+    "Checkpoint",
+    "TensorEntry",
+    "buffer_nbytes",
+    "decoded",
+    "open_checkpoint",
+    "read_elements",
+]
 
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
 """Names of a sharded set's index: `model.safetensors.index.json`, in diffusers with a variant before `.json`."""
+
+_ALIGNMENT = 16
 
 _SHARD = re.compile(
     r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(\.(?P<variant>[^.]+))?\.(?P<suffix>safetensors|sft)$"
@@ -66,7 +79,7 @@ class Checkpoint:
         return decoded(entry, self.read_stored(name)).to(entry.dtype)
 
     def read_stored(self, name: str) -> torch.Tensor:
-        """`read`, but for block formats, whose bytes are left as they are: `decoded` makes numbers of them."""
+        """`read`, but bytes are left as they are where they are coded or several tensors': `decoded` makes numbers of them."""
         return read_stored(self.entries[name])
 
     def identity(self) -> str:
@@ -109,12 +122,18 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
     Raises:
         CheckpointError: the file is missing, empty, truncated, a pickle, its header is not to be believed, or a part of
-            its set is missing.
+            its set is missing, or a layer that another tool quantized is not whole.
     """
     checkpoint = _open(Path(path))
     if not checkpoint.entries:
         raise CheckpointError(f"{checkpoint.path.name} holds no tensors: choose the file that has the model's weights.")
-    return checkpoint
+    if checkpoint.path.suffix.lower() == SUFFIX:
+        return checkpoint
+    try:
+        entries = decoded_layers(checkpoint.entries, checkpoint.metadata, read_stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path.name}: {error}") from None
+    return replace(checkpoint, entries=MappingProxyType(dict(entries)))
 
 
 def _open(path: Path) -> Checkpoint:
@@ -136,21 +155,46 @@ def _open(path: Path) -> Checkpoint:
 
 def decoded(entry: TensorEntry, stored: torch.Tensor) -> torch.Tensor:
     """What `read_stored` read, on whatever device it is now, as numbers: float32 where they were coded."""
+    if entry.join is not None:
+        starts = _part_starts(entry)
+        parts = zip(entry.parts, starts, starts[1:], strict=False)
+        return entry.join([decoded(part, _as_stored(part, stored[start:end])) for part, start, end in parts])
     return decode(stored, entry.encoding, entry.shape) if entry.encoding else stored
 
 
 def read_stored(entry: TensorEntry) -> torch.Tensor:
-    """Read one tensor into host memory of its own, as it is stored: the bytes of block formats, uint8.
+    """Read one tensor into host memory of its own, as it is stored: the bytes, uint8, of block formats and joined tensors.
 
     Raises:
         CheckpointError: the file is gone, cannot be read, or has become shorter since its header was read.
     """
+    buffer = torch.empty(buffer_nbytes(entry), dtype=torch.uint8)
+    _fill(entry, buffer)
+    return _as_stored(entry, buffer)
+
+
+def buffer_nbytes(entry: TensorEntry) -> int:
+    """Bytes of what `read_stored` gives."""
+    return entry.nbytes if entry.join is None else _part_starts(entry)[-1]
+
+
+def _part_starts(entry: TensorEntry) -> list[int]:
+    """Where the parts of a joined tensor begin in its buffer, and where the last ends: each aligned for any dtype."""
+    sizes = (-(-buffer_nbytes(part) // _ALIGNMENT) * _ALIGNMENT for part in entry.parts)
+    return list(itertools.accumulate(sizes, initial=0))
+
+
+def _as_stored(entry: TensorEntry, buffer: torch.Tensor) -> torch.Tensor:
+    buffer = buffer[: buffer_nbytes(entry)]
+    return buffer if entry.encoding or entry.join is not None else buffer.view(entry.dtype).view(entry.shape)
+
+
+def _fill(entry: TensorEntry, buffer: torch.Tensor) -> None:
     if entry.join is not None:
-        return entry.join([decoded(part, read_stored(part)) for part in entry.parts])
-    if entry.nbytes == 0:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy().data)
+        for part, start in zip(entry.parts, _part_starts(entry), strict=False):
+            _fill(part, buffer[start:])
+        return
+    view = memoryview(buffer.numpy().data)[: entry.nbytes]
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
@@ -164,7 +208,6 @@ def read_stored(entry: TensorEntry) -> torch.Tensor:
                 filled += count
     except OSError as error:
         raise _unreadable(entry.path, error) from None
-    return buffer if entry.encoding else buffer.view(entry.dtype).view(entry.shape)
 
 
 def read_elements(entry: TensorEntry, starts: Sequence[int], count: int) -> torch.Tensor:

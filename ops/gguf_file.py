@@ -17,7 +17,7 @@ import torch
 
 from ..errors import CapabilityError, CheckpointError
 from .gguf_names import LANGUAGE_MODELS, TEXT_ARCHITECTURES, Joined, TextArchitecture, vision_tensors
-from .header import FileStamp, TensorEntry, file_stamp, opening
+from .header import DECODED, FileStamp, TensorEntry, file_stamp, opening
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -36,9 +36,6 @@ PLAIN: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """Types that are stored as torch holds them."""
-
-DECODED = torch.bfloat16
-"""What a block format counts as where it is kept: its own error is larger than this one's."""
 
 _SHAPE = "comfy.gguf.orig_shape."
 _TOKENIZED = frozenset({"t5", "t5encoder"})

@@ -42,6 +42,9 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 HEADER_LIMIT = 100 * 1024 * 1024
 """Largest header that the safetensors format allows, in bytes."""
 
+DECODED = torch.bfloat16
+"""What a decoded tensor counts as where it is kept: its own error is larger than this one's."""
+
 _LARGEST = 2**63
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
@@ -61,6 +64,7 @@ class TensorEntry:
         encoding: GGUF's name of the block format that its numbers are coded in, empty where they are plain.
         parts: the tensors that it is made of, where it is not one of the file.
         join: makes it of them.
+        scheme: how another tool stored it, in words, where that is decoded when it is read.
     """
 
     name: str
@@ -72,11 +76,17 @@ class TensorEntry:
     encoding: str = ""
     parts: tuple[TensorEntry, ...] = ()
     join: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
+    scheme: str = ""
 
     @property
     def plain_nbytes(self) -> int:
         """Bytes of its numbers in `dtype`."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def decoded_from(self) -> str:
+        """`scheme` of it or of what it is made of."""
+        return self.scheme or next((part.decoded_from for part in self.parts if part.decoded_from), "")
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ class LayerError:
 
     Attributes:
         layer: its name.
-        core_format: core's name of its format.
+        stored_as: core's name of its format, or how another tool stored it.
         relative_error: Frobenius norm of the difference over that of the original.
         sqnr_decibels: the same as a signal-to-noise ratio.
     """
 
     layer: str
-    core_format: str
+    stored_as: str
     relative_error: float
     sqnr_decibels: float
 
@@ -39,13 +39,28 @@ def layer_errors(quantized: Checkpoint, original: Checkpoint) -> Iterator[LayerE
     """
     stored = find_stored(quantized)
     for layer, info in stored.layers.items():
-        name = f"{layer}.weight"
-        if name not in original.entries:
-            raise CheckpointError(f"{original.path.name} has no '{name}': it is not the original of this file.")
-        reference = original.read(name).float()
+        reference = _original(original, layer)
         shape = (reference.shape[0], reference.shape[1])
         weight = read_layer(quantized, layer, info, shape, torch.float32).dequantize()
-        if weight.shape != reference.shape:
-            raise CheckpointError(f"'{name}' has another shape in {original.path.name}: it is not the original.")
-        error = (torch.linalg.vector_norm(weight - reference) / torch.linalg.vector_norm(reference)).item()
-        yield LayerError(layer, str(info.config["format"]), error, -20 * math.log10(error) if error else math.inf)
+        yield _error(layer, info.core_format, weight, reference, original)
+    for name, entry in quantized.entries.items():
+        if entry.decoded_from and name.endswith(".weight"):
+            layer = name.removesuffix(".weight")
+            reference = _original(original, layer)
+            yield _error(layer, entry.decoded_from, quantized.read(name).float(), reference, original)
+
+
+def _original(original: Checkpoint, layer: str) -> torch.Tensor:
+    name = f"{layer}.weight"
+    if name not in original.entries:
+        raise CheckpointError(f"{original.path.name} has no '{name}': it is not the original of this file.")
+    return original.read(name).float()
+
+
+def _error(
+    layer: str, stored_as: str, weight: torch.Tensor, reference: torch.Tensor, original: Checkpoint
+) -> LayerError:
+    if weight.shape != reference.shape:
+        raise CheckpointError(f"'{layer}.weight' has another shape in {original.path.name}: it is not the original.")
+    error = (torch.linalg.vector_norm(weight - reference) / torch.linalg.vector_norm(reference)).item()
+    return LayerError(layer, stored_as, error, -20 * math.log10(error) if error else math.inf)

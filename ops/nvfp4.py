@@ -76,3 +76,11 @@ def tiled_scales(block_scale: torch.Tensor) -> torch.Tensor:
     padded = torch.nn.functional.pad(block_scale.view(torch.uint8), (0, -blocks % 4, 0, -rows % 128))
     tiles = rearrange(padded, "(r quarter row) (c block) -> r c row quarter block", quarter=4, row=32, block=4)
     return tiles.reshape(padded.shape).view(block_scale.dtype)
+
+
+def untiled_scales(tiles: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
+    """What `tiled_scales` was made of: (rows, blocks) in the dtype of `tiles`, whose shape does not matter."""
+    down, across = -(-rows // 128), -(-blocks // 4)
+    stored = tiles.reshape(down, across, 32, 4, 4)
+    plain = rearrange(stored, "r c row quarter block -> (r quarter row) (c block)")
+    return plain[:rows, :blocks]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from .checkpoint import Checkpoint
 from .device_info import DeviceInfo
+from .foreign_layers import foreign_sentences
 from .formats import FORMATS, STORAGES
 from .linear_describe import describe_linear
 from .linear_kitchen import kitchen_cuda_available
@@ -37,7 +38,8 @@ def plan_report(checkpoint: Checkpoint, plan: QuantizationPlan, device: DeviceIn
         device: where it will run.
         choice: the format and why it was taken.
     """
-    lines = [checkpoint.path.name, plan_summary(plan), f"Format {choice}", f"On {device.label}:"]
+    lines = [checkpoint.path.name, plan_summary(plan), *foreign_sentences(checkpoint.entries.values())]
+    lines += [f"Format {choice}", f"On {device.label}:"]
     lines += [f"  {line}" for line in _verdicts(plan, device)]
     for pattern in plan.unmatched:
         lines.append(f"The rule '{pattern}' matches no layer of this file.")

@@ -40,9 +40,9 @@ _FOREIGN_WEIGHTS = (
     ".W_q",
     ".trellis",
 )
-"""What other tools (GPTQ and AWQ, EXL2, compressed-tensors, quanto, HQQ, EXL3) store in place of a layer's weight."""
+"""What other tools (GPTQ, EXL2, compressed-tensors, quanto, HQQ, EXL3) store in place of a weight, where it is not decoded."""
 
-_UNKNOWN_SCALINGS = (
+UNKNOWN_SCALINGS = (
     ".weight_scale_inv",
     ".weight_scale_2",
     ".weight_scales",
@@ -65,7 +65,7 @@ _UNKNOWN_SCALINGS = (
     ".absmax",
     ".SCB",
 )
-"""Beside an FP8 or INT8 weight: block scales (DeepSeek, Qwen), zero points, bitsandbytes, smoothing, and the like."""
+"""Beside a weight: block scales, zero points, bitsandbytes, smoothing, and the like, where `foreign_layers` has not decoded it."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,17 @@ def foreign_weight(names: Iterable[str]) -> str | None:
         f"it holds '{name}', a weight quantized by another tool in a way that ComfyUI cannot load: use the 16-bit file, or "
         "one in ComfyUI's own quantized format."
     )
+
+
+def described_layers(metadata: Mapping[str, str], names: Collection[str]) -> frozenset[str] | None:
+    """The layers of a file with tensors of these names that its header describes; None: some under names of no tensor.
+
+    Raises:
+        CheckpointError: the description is not readable.
+    """
+    weights = [described_weight(name, names) for name in _metadata_layers(metadata)]
+    found = frozenset(weight.removesuffix(".weight") for weight in weights if weight is not None)
+    return found if None not in weights else None
 
 
 def normalize_state_dict(
@@ -384,7 +395,7 @@ def _scales(layer: str, dtypes: Mapping[str, torch.dtype]) -> dict[str, str]:
 
 def _refuse_unknown_scaling(layer: str, dtypes: Mapping[str, torch.dtype]) -> None:
     """An unknown scale beside a weight is not to be passed over: the weight would be taken for what it is not."""
-    for suffix in _UNKNOWN_SCALINGS:
+    for suffix in UNKNOWN_SCALINGS:
         if layer + suffix in dtypes:
             raise CheckpointError(
                 f"the quantized layer '{layer}' is scaled by '{layer + suffix}', a scaling that ComfyUI cannot multiply "

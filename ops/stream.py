@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, TensorEntry, decoded
+from .checkpoint import Checkpoint, TensorEntry, buffer_nbytes, decoded
 from .finite import first_not_finite
 from .formats import FORMATS
 from .keep_rules import QUANTIZE
@@ -34,7 +34,7 @@ METADATA_KEY = "lowbit"
 RECIPE_KEY = "lowbit_recipe"
 """Header entry of cached files alone: which source, format and rules they are of (see ops/cache.py)."""
 
-_OF_ONE_FILE = frozenset({"_quantization_metadata", RECIPE_KEY, METADATA_KEY})
+_OF_ONE_FILE = frozenset({"_quantization_metadata", "quantization_config", RECIPE_KEY, METADATA_KEY})
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done (written, then verified), bytes in all and the tensor just done; may raise to cancel."""
@@ -54,8 +54,8 @@ def quantize_checkpoint(
 ) -> None:
     """Write the file that `plan` describes to `target`; nothing is left there when it fails or is cancelled.
 
-    Peak host memory over the idle process is about twice the largest tensor plus some 100 MiB; where another device
-    quantizes, one more tensor is read, and one written, in the meantime.
+    Peak host memory over the idle process is about twice the largest tensor (in float32 where it is decoded on the CPU) plus
+    some 100 MiB; where another device quantizes, one more tensor is read, and one written, in the meantime.
 
     Args:
         checkpoint: the source.
@@ -107,7 +107,7 @@ def _tensors(
     """Every tensor's name, and what reads it."""
     names = [name for name in checkpoint.entries if name not in plan.stored.dropped]
     if overlap:
-        return read_ahead(names, lambda name: checkpoint.entries[name].nbytes, checkpoint.read_stored)
+        return read_ahead(names, lambda name: buffer_nbytes(checkpoint.entries[name]), checkpoint.read_stored)
     return ((name, partial(checkpoint.read_stored, name)) for name in names)
 
 

@@ -86,6 +86,14 @@ def test_nothing_is_overwritten_unasked(model, tmp_path, capsys):
     assert target.read_text() == "precious"
 
 
+def test_a_folder_that_does_not_exist_is_not_made(model, tmp_path, capsys):
+    target = tmp_path / "modles" / "out.safetensors"
+    assert main(["quantize", str(model), str(target), "--format", "int8"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert message == f"lowbit: The folder {target.parent} does not exist: make it, or name a file in another one."
+    assert not target.parent.exists()
+
+
 def test_inspecting_against_another_model_is_refused(model, tmp_path, capsys):
     target = tmp_path / "out.safetensors"
     main(["quantize", str(model), str(target), "--format", "int8"])

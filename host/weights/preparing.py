@@ -209,13 +209,13 @@ def _with_variable(error: StorageError) -> StorageError:
 def _core_reads(checkpoint: Checkpoint) -> bool:
     """Whether core's memory-mapped reader takes the file: no GGUF, not a sharded set, nor block scales stored as E8M0.
 
-    Nor is it the file that core is to read where a tensor was added to it.
+    Nor does it take weights as other tools store them; nor is it the file that core is to read where a tensor was added to it.
     """
     return (
         checkpoint.path.suffix.lower() != SUFFIX
         and checkpoint.files == (checkpoint.path,)
         and all(
-            entry.dtype != torch.float8_e8m0fnu and entry.path in checkpoint.files
+            entry.dtype != torch.float8_e8m0fnu and entry.path in checkpoint.files and not entry.decoded_from
             for entry in checkpoint.entries.values()
         )
     )

@@ -121,10 +121,10 @@ def test_a_stored_format_that_nobody_knows_is_refused_with_the_layers_name(host,
 
 
 def test_a_description_that_cannot_be_believed_names_the_file_too(host, tmp_path):
-    tensors = {"a.weight": matrix().to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 2)}
-    save_file(tensors, tmp_path / "deepseek.safetensors")
-    with pytest.raises(CheckpointError, match=r"^deepseek\.safetensors: the quantized layer 'a' is scaled by"):
-        host.preparing.plan_diffusion_model(tmp_path / "deepseek.safetensors", host.preparing.Request("none"))
+    tensors = {"a.weight": matrix().to(torch.float8_e4m3fn), "a.smooth_scale": torch.ones(1, 2)}
+    save_file(tensors, tmp_path / "smoothed.safetensors")
+    with pytest.raises(CheckpointError, match=r"^smoothed\.safetensors: the quantized layer 'a' is scaled by"):
+        host.preparing.plan_diffusion_model(tmp_path / "smoothed.safetensors", host.preparing.Request("none"))
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(host, tmp_path, monkeypatch):
