@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lowbit.errors import CheckpointError
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.diffusion_names import converted_model, diffusion_names, tables
+from testing.tiny.architectures import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,13 @@ def test_what_core_uses_as_a_table_is_told_from_its_code(host, tmp_path):
         layers = host.preparing.plan_diffusion_model(tmp_path / "s2v.safetensors", request).plan.layers
         assert layers["trainable_cond_mask"].action == "keep"
         assert layers["time_embedding.0"].action == "quantize"
+
+
+def test_a_model_that_asks_for_numbers_while_it_is_built_tells_its_modules(host, tmp_path):
+    """ACE-Step 1.5 counts its codes."""
+    save_file(ARCHITECTURES["ACE-Step 1.5"].weights(), tmp_path / "ace.safetensors")
+    pinned = pinned_of(tmp_path / "ace.safetensors")
+    assert not [layer for layer in pinned if "q_proj" in layer]
 
 
 def pinned_of(path):
