@@ -202,8 +202,8 @@ FAMILIES: tuple[ModelFamily, ...] = (
     ModelFamily("text model", "text_encoder", ("model.layers.*.self_attn.q_proj",), (*_TEXT_ENCODER, _OUTPUT_HEAD)),
 )
 
-# What ComfyUI 0.33's architectures call the layers that make shift, scale and gate of a block from the time.
-_MODULATION_LAYERS = "modulation|*_modulation*|adaln_*|*_mod|mod[A-Z]*|mod_*|*norm*.linear|emb_layers"
+# What ComfyUI 0.33's architectures call the layers that make shift, scale and gate of a block (Chroma Radiance: its weights).
+_MODULATION_LAYERS = "modulation|*_modulation*|adaln_*|*_mod|mod[A-Z]*|mod_*|*norm*.linear|emb_layers|param_generator"
 
 # Modulation in 16 bits takes a larger part of the error away than it adds to an 8-bit model up to about this size; in
 # a 4-bit model 8 bits do the same (benchmarks/families.py).

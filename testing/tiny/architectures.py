@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import published
 from .tensors import Tensors, draw
 
 Arguments = Mapping[str, Any]
@@ -52,11 +53,11 @@ class Architecture:
         where = {"dtype": torch.float32, "device": "cpu", "operations": operations or comfy.ops.manual_cast}
         return self.build({**self.real, **self.tiny}, **where).eval().requires_grad_(False)
 
-    def weights(self) -> Tensors:
+    def weights(self, seed: int = 0) -> Tensors:
         """Random weights of the tiny model, as of a 16-bit file; what ComfyUI builds in 32 bits for is in 32."""
         tensors = self._on_meta({**self.real, **self.tiny}).state_dict()
         floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-        drawn = draw({name: tuple(tensor.shape) for name, tensor in floats.items()}, dtype=torch.float32)
+        drawn = draw({name: tuple(tensor.shape) for name, tensor in floats.items()}, seed, torch.float32)
         for name, tensor in drawn.items():
             if any(fnmatch.fnmatchcase(name, glob) for glob in self.around_zero):
                 tensor.sub_(1)
@@ -89,267 +90,7 @@ def _input(value: Any, generator: torch.Generator) -> Any:
     return torch.tensor([value]) if isinstance(value, float) else value
 
 
-_FLUX = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "vec_in_dim": 768,
-    "context_in_dim": 4096,
-    "hidden_size": 3072,
-    "mlp_ratio": 4.0,
-    "num_heads": 24,
-    "depth": 19,
-    "depth_single_blocks": 38,
-    "axes_dim": [16, 56, 56],
-    "theta": 10000,
-    "qkv_bias": True,
-    "guidance_embed": True,
-    "txt_ids_dims": [],
-}
-_FLUX2 = {
-    **_FLUX,
-    "in_channels": 128,
-    "out_channels": 128,
-    "patch_size": 1,
-    "vec_in_dim": None,
-    "context_in_dim": 15360,
-    "hidden_size": 6144,
-    "mlp_ratio": 3.0,
-    "num_heads": 48,
-    "depth": 8,
-    "depth_single_blocks": 48,
-    "axes_dim": [32, 32, 32, 32],
-    "theta": 2000,
-    "qkv_bias": False,
-    "txt_ids_dims": [3],
-    "global_modulation": True,
-    "mlp_silu_act": True,
-    "ops_bias": False,
-    "default_ref_method": "index",
-    "ref_index_scale": 10.0,
-}
-_CHROMA = {
-    **{name: value for name, value in _FLUX.items() if name != "guidance_embed"},
-    "in_channels": 64,
-    "out_channels": 64,
-    "vec_in_dim": None,
-    "in_dim": 64,
-    "out_dim": 3072,
-    "hidden_dim": 5120,
-    "n_layers": 5,
-}
-_RADIANCE = {
-    **_CHROMA,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": 16,
-    "nerf_hidden_size": 64,
-    "nerf_mlp_ratio": 4,
-    "nerf_depth": 4,
-    "nerf_max_freqs": 8,
-    "nerf_tile_size": 512,
-    "nerf_final_head_type": "conv",
-    "nerf_embedder_dtype": torch.float32,
-    "use_x0": False,
-    "use_sequential_txt_ids": False,
-}
-_HUNYUAN = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": [1, 2, 2],
-    "vec_in_dim": 768,
-    "context_in_dim": 4096,
-    "hidden_size": 3072,
-    "mlp_ratio": 4.0,
-    "num_heads": 24,
-    "depth": 20,
-    "depth_single_blocks": 40,
-    "axes_dim": [16, 56, 56],
-    "theta": 256,
-    "qkv_bias": True,
-    "guidance_embed": True,
-    "byt5": False,
-    "meanflow": False,
-    "use_cond_type_embedding": False,
-    "vision_in_dim": None,
-    "meanflow_sum": False,
-}
-_HUNYUAN_15 = {
-    **_HUNYUAN,
-    "in_channels": 65,
-    "out_channels": 32,
-    "patch_size": [1, 1, 1],
-    "vec_in_dim": None,
-    "context_in_dim": 3584,
-    "hidden_size": 2048,
-    "num_heads": 16,
-    "depth": 54,
-    "depth_single_blocks": 0,
-    "guidance_embed": False,
-    "byt5": True,
-    "use_cond_type_embedding": True,
-    "vision_in_dim": 1152,
-    "meanflow_sum": True,
-}
-_HUNYUAN_IMAGE = {
-    **_HUNYUAN,
-    "in_channels": 64,
-    "out_channels": 64,
-    "patch_size": [1, 1],
-    "vec_in_dim": None,
-    "context_in_dim": 3584,
-    "hidden_size": 3584,
-    "num_heads": 28,
-    "axes_dim": [64, 64],
-    "guidance_embed": False,
-    "byt5": True,
-}
-_LUMINA = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "dim": 2304,
-    "cap_feat_dim": 2304,
-    "n_layers": 26,
-    "qk_norm": True,
-    "n_heads": 24,
-    "n_kv_heads": 8,
-    "axes_dims": [32, 32, 32],
-    "axes_lens": [300, 512, 512],
-    "rope_theta": 10000.0,
-    "ffn_dim_multiplier": 4.0,
-}
-_Z_IMAGE = {
-    **_LUMINA,
-    "dim": 3840,
-    "cap_feat_dim": 2560,
-    "n_layers": 30,
-    "n_heads": 30,
-    "n_kv_heads": 30,
-    "axes_dims": [32, 48, 48],
-    "axes_lens": [1536, 512, 512],
-    "rope_theta": 256.0,
-    "ffn_dim_multiplier": 8.0 / 3.0,
-    "z_image_modulation": True,
-    "time_scale": 1000.0,
-    "pad_tokens_multiple": 32,
-}
-_COSMOS = {
-    "max_img_h": 240,
-    "max_img_w": 240,
-    "max_frames": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_spatial": 2,
-    "patch_temporal": 1,
-    "model_channels": 2048,
-    "concat_padding_mask": True,
-    "crossattn_emb_channels": 1024,
-    "pos_emb_cls": "rope3d",
-    "pos_emb_learnable": True,
-    "pos_emb_interpolation": "crop",
-    "use_adaln_lora": True,
-    "adaln_lora_dim": 256,
-    "num_blocks": 28,
-    "num_heads": 16,
-    "extra_per_block_abs_pos_emb": False,
-    "rope_h_extrapolation_ratio": 4.0,
-    "rope_w_extrapolation_ratio": 4.0,
-    "rope_enable_fps_modulation": False,
-}
-_WAN = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "text_dim": 4096}
 _TINY_WAN = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "text_dim": 256}
-_SD3 = {
-    "input_size": None,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "depth": 38,
-    "adm_in_channels": 2048,
-    "context_embedder_config": {
-        "target": "torch.nn.Linear",
-        "params": {"in_features": 4096, "out_features": 2432},
-    },
-    "num_patches": 36864,
-    "pos_embed_max_size": 192,
-    "pos_embed_scaling_factor": None,
-    "qk_norm": "rms",
-}
-_SDXL = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "context_dim": 2048,
-    "use_linear_in_transformer": True,
-    "use_spatial_transformer": True,
-    "use_temporal_attention": False,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-    "num_head_channels": 64,
-}
-_OMNIGEN = {
-    "axes_dim_rope": [40, 40, 40],
-    "axes_lens": [1024, 1664, 1664],
-    "hidden_size": 2520,
-    "in_channels": 16,
-    "num_attention_heads": 21,
-    "num_kv_heads": 7,
-    "num_layers": 32,
-    "text_feat_dim": 2048,
-    "timestep_scale": 1000.0,
-}
-_MOCHI = {
-    "depth": 48,
-    "patch_size": 2,
-    "num_heads": 24,
-    "hidden_size_x": 3072,
-    "hidden_size_y": 1536,
-    "mlp_ratio_x": 4.0,
-    "mlp_ratio_y": 4.0,
-    "learn_sigma": False,
-    "in_channels": 12,
-    "qk_norm": True,
-    "qkv_bias": False,
-    "out_bias": True,
-    "attn_drop": 0.0,
-    "posenc_preserve_area": True,
-    "timestep_scale": 1000.0,
-    "use_t5": True,
-}
-_HIDREAM = {
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "caption_channels": [4096, 4096],
-    "axes_dims_rope": [64, 32, 32],
-    "llama_layers": [*range(32), *([31] * 16)],
-}
-_ACE = {
-    "attention_head_dim": 128,
-    "in_channels": 8,
-    "inner_dim": 2560,
-    "max_width": 32768,
-    "mlp_ratio": 2.5,
-    "num_attention_heads": 20,
-    "num_layers": 24,
-    "ssl_encoder_depths": [8, 8],
-    "lyric_encoder_vocab_size": 6693,
-}
-_SEEDVR = {"norm_eps": 1e-5, "num_layers": 36, "mlp_type": "normal", "vid_dim": 3072, "heads": 24, "mm_layers": 36}
-_KANDINSKY = {
-    "model_dim": 4096,
-    "ff_dim": 16384,
-    "time_dim": 1024,
-    "visual_embed_dim": 132,
-    "num_text_blocks": 4,
-    "num_visual_blocks": 60,
-    "axes_dims": (32, 48, 48),
-}
 _HIDREAM_O1_TINY = {
     "vocab_size": 151936,
     "hidden_size": 256,
@@ -389,23 +130,23 @@ _TINY_LUMINA = {
 _TINY_COSMOS = {"model_channels": 256, "num_blocks": 2, "num_heads": 2, "crossattn_emb_channels": 256}
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "Wan 2.2 T2V 14B": Architecture("wan.model.WanModel", _WAN, _TINY_WAN, (_VIDEO, _TIME, _TEXT)),
+    "Wan 2.2 T2V 14B": Architecture("wan.model.WanModel", published.WAN, _TINY_WAN, (_VIDEO, _TIME, _TEXT)),
     "Wan 2.1 I2V 14B": Architecture(
         "wan.model.WanModel",
-        {**_WAN, "model_type": "i2v", "in_dim": 36},
+        {**published.WAN, "model_type": "i2v", "in_dim": 36},
         _TINY_WAN,
         ((1, 36, 2, 8, 8), _TIME, _TEXT, (1, 5, 1280)),
     ),
     "Wan VACE": Architecture(
         "wan.model.VaceWanModel",
-        {**_WAN, "vace_layers": 8, "vace_in_dim": 96},
+        {**published.WAN, "vace_layers": 8, "vace_in_dim": 96},
         {**_TINY_WAN, "vace_layers": 1},
         (_VIDEO, _TIME, _TEXT),
         {"vace_context": (1, 1, 96, 2, 8, 8), "vace_strength": [1.0]},
     ),
     "Wan Animate": Architecture(
         "wan.model_animate.AnimateWanModel",
-        {**_WAN, "in_dim": 36},
+        {**published.WAN, "in_dim": 36},
         {**_TINY_WAN, "num_layers": 5},
         ((1, 36, 2, 8, 8), _TIME, _TEXT, (1, 5, 1280)),
         {"pose_latents": (1, 16, 1, 8, 8), "face_pixel_values": (1, 3, 1, 512, 512)},
@@ -419,42 +160,42 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Wan HuMo": Architecture(
         "wan.model.HumoWanModel",
-        {**_WAN, "in_dim": 36},
+        {**published.WAN, "in_dim": 36},
         _TINY_WAN,
         ((1, 36, 2, 8, 8), _TIME, _TEXT),
         {"audio_embed": (1, 2, 8, 5, 1280)},
     ),
     "Wan S2V": Architecture(
         "wan.model.WanModel_S2V",
-        _WAN,
+        published.WAN,
         {**_TINY_WAN, "audio_inject_layers": [0]},
         (_VIDEO, _TIME, _TEXT),
         {"audio_embed": (1, 25, 1024, 8)},
     ),
     "Wan camera control": Architecture(
         "wan.model.CameraWanModel",
-        {**_WAN, "in_dim": 36},
+        {**published.WAN, "in_dim": 36},
         _TINY_WAN,
         ((1, 36, 2, 8, 8), _TIME, _TEXT, (1, 5, 1280)),
         {"camera_conditions": (1, 24, 2, 64, 64)},
     ),
     "Wan SCAIL": Architecture(
         "wan.model.SCAILWanModel",
-        _WAN,
+        published.WAN,
         _TINY_WAN,
         ((1, 20, 2, 8, 8), _TIME, _TEXT, (1, 5, 1280)),
         {"pose_latents": (1, 20, 2, 4, 4)},
     ),
     "Wan SCAIL 2": Architecture(
         "wan.model.SCAIL2WanModel",
-        _WAN,
+        published.WAN,
         _TINY_WAN,
         ((1, 20, 2, 8, 8), _TIME, _TEXT, (1, 5, 1280)),
         {"pose_latents": (1, 20, 2, 4, 4), "sam_latents": (1, 28, 2, 4, 4)},
     ),
     "WanDancer": Architecture(
         "wan.model_wandancer.WanDancerModel",
-        {**_WAN, "in_dim": 36},
+        {**published.WAN, "in_dim": 36},
         {**_TINY_WAN, "audio_inject_layers": [0]},
         ((1, 36, 2, 8, 8), _TIME, _TEXT, (1, 5, 1280)),
         {"clip_fea_ref": (1, 5, 1280), "audio_embed": (1, 9, 35)},
@@ -472,34 +213,40 @@ ARCHITECTURES: dict[str, Architecture] = {
         ((1, 16, 2, 8, 8), _TIME, _TEXT),
         {"additional_t_cond": torch.tensor([0])},
     ),
-    "Flux": Architecture("flux.model.Flux", _FLUX, _TINY_FLUX, (_LATENT, _TIME, _TEXT, (1, 256)), {"guidance": 3.5}),
+    "Flux": Architecture(
+        "flux.model.Flux", published.FLUX, _TINY_FLUX, (_LATENT, _TIME, _TEXT, (1, 256)), {"guidance": 3.5}
+    ),
     "Flux 2": Architecture(
         "flux.model.Flux",
-        _FLUX2,
+        published.FLUX2,
         {**_TINY_FLUX, "vec_in_dim": None},
         ((1, 128, 8, 8), _TIME, _TEXT),
         {"guidance": 3.5},
     ),
-    "Chroma": Architecture("chroma.model.Chroma", _CHROMA, _TINY_CHROMA, (_LATENT, _TIME, _TEXT, 0.0)),
+    "Chroma": Architecture("chroma.model.Chroma", published.CHROMA, _TINY_CHROMA, (_LATENT, _TIME, _TEXT, 0.0)),
     "Chroma Radiance": Architecture(
         "chroma_radiance.model.ChromaRadiance",
-        _RADIANCE,
+        published.RADIANCE,
         {**_TINY_CHROMA, "nerf_hidden_size": 32, "nerf_depth": 2},
         ((1, 3, 64, 64), _TIME, _TEXT, 0.0),
     ),
     "HunyuanVideo": Architecture(
-        "hunyuan_video.model.HunyuanVideo", _HUNYUAN, _TINY_FLUX, (_VIDEO, _TIME, _TEXT, (1, 256)), {"guidance": 6.0}
+        "hunyuan_video.model.HunyuanVideo",
+        published.HUNYUAN,
+        _TINY_FLUX,
+        (_VIDEO, _TIME, _TEXT, (1, 256)),
+        {"guidance": 6.0},
     ),
     "HunyuanVideo 1.5": Architecture(
         "hunyuan_video.model.HunyuanVideo",
-        _HUNYUAN_15,
+        published.HUNYUAN_15,
         {**_TINY_FLUX, "vec_in_dim": None, "vision_in_dim": 256, "depth_single_blocks": 0},
         ((1, 65, 2, 4, 4), _TIME, _TEXT),
         {"txt_byt5": (1, 4, 1472), "clip_fea": (1, 5, 256)},
     ),
     "HunyuanImage 2.1": Architecture(
         "hunyuan_video.model.HunyuanVideo",
-        _HUNYUAN_IMAGE,
+        published.HUNYUAN_IMAGE,
         {**_TINY_FLUX, "vec_in_dim": None},
         ((1, 64, 8, 8), _TIME, _TEXT),
         {"txt_byt5": (1, 4, 1472)},
@@ -519,11 +266,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         | {"caption_channels": 256, "num_layers": 2, "connector_num_attention_heads": 2},
         ([(1, 128, 2, 4, 4), (1, 8, 4, 16)], _TIME, (1, 128, 512)),
     ),
-    "Z-Image": Architecture("lumina.model.NextDiT", _Z_IMAGE, _TINY_LUMINA, (_LATENT, _TIME, _TEXT, 8)),
-    "Lumina 2": Architecture("lumina.model.NextDiT", _LUMINA, _TINY_LUMINA, (_LATENT, _TIME, _TEXT, 8)),
+    "Z-Image": Architecture("lumina.model.NextDiT", published.Z_IMAGE, _TINY_LUMINA, (_LATENT, _TIME, _TEXT, 8)),
+    "Lumina 2": Architecture("lumina.model.NextDiT", published.LUMINA, _TINY_LUMINA, (_LATENT, _TIME, _TEXT, 8)),
     "SD3.5 Large": Architecture(
         "modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper",
-        _SD3,
+        published.SD3,
         {
             "depth": 4,
             "adm_in_channels": 256,
@@ -536,7 +283,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "HiDream": Architecture(
         "hidream.model.HiDreamImageTransformer2DModel",
-        _HIDREAM,
+        published.HIDREAM,
         {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 2, "caption_channels": [256, 256]}
         | {"text_emb_dim": 256, "llama_layers": [0, 1, 1, 1]},
         (_LATENT, _TIME, (1, 256), _TEXT, (1, 2, 8, 256)),
@@ -564,10 +311,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         ((1, 3, 64, 64), _TIME, _TEXT),
     ),
     "Cosmos Predict 2": Architecture(
-        "cosmos.predict2.MiniTrainDIT", _COSMOS, _TINY_COSMOS, (_VIDEO, _TIME, _TEXT), {"fps": None}
+        "cosmos.predict2.MiniTrainDIT", published.COSMOS, _TINY_COSMOS, (_VIDEO, _TIME, _TEXT), {"fps": None}
     ),
     "Anima": Architecture(
-        "anima.model.Anima", _COSMOS, {**_TINY_COSMOS, "crossattn_emb_channels": 1024}, (_VIDEO, _TIME, (1, 8, 1024))
+        "anima.model.Anima",
+        published.COSMOS,
+        {**_TINY_COSMOS, "crossattn_emb_channels": 1024},
+        (_VIDEO, _TIME, (1, 8, 1024)),
     ),
     "Krea 2": Architecture(
         "krea2.model.SingleStreamDiT",
@@ -592,7 +342,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Mochi": Architecture(
         "genmo.joint_model.asymm_models_joint.AsymmDiTJoint",
-        _MOCHI,
+        published.MOCHI,
         {"depth": 3, "num_heads": 2, "hidden_size_x": 256, "hidden_size_y": 256, "t5_feat_dim": 256}
         | {"mlp_ratio_x": 48.0, "t5_token_length": 8},
         ((1, 12, 2, 8, 8), _TIME, _TEXT, torch.ones(1, 8, dtype=torch.bool)),
@@ -607,7 +357,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Kandinsky 5 Pro": Architecture(
         "kandinsky5.model.Kandinsky5",
-        _KANDINSKY,
+        published.KANDINSKY,
         {"model_dim": 256, "ff_dim": 512, "time_dim": 256, "in_text_dim": 256, "in_text_dim2": 256}
         | {"num_text_blocks": 1, "num_visual_blocks": 2},
         ((1, 33, 2, 8, 8), _TIME, _TEXT, (1, 256)),
@@ -628,14 +378,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "OmniGen 2": Architecture(
         "omnigen.omnigen2.OmniGen2Transformer2DModel",
-        _OMNIGEN,
+        published.OMNIGEN,
         {"hidden_size": 240, "num_layers": 2, "num_refiner_layers": 1, "num_attention_heads": 2, "num_kv_heads": 1}
         | {"text_feat_dim": 256},
         (_LATENT, _TIME, _TEXT, 8),
     ),
     "ACE-Step 1.0": Architecture(
         "ace.model.ACEStepTransformer2DModel",
-        _ACE,
+        published.ACE,
         {"num_attention_heads": 2, "num_layers": 2, "text_embedding_dim": 256, "max_position": 1024},
         ((1, 8, 16, 16), _TIME, torch.ones(1, 16), _TEXT),
         {
@@ -657,7 +407,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "SDXL": Architecture(
         "modules.diffusionmodules.openaimodel.UNetModel",
-        _SDXL,
+        published.SDXL,
         {"model_channels": 64, "num_res_blocks": [1, 1], "channel_mult": [1, 4], "transformer_depth": [0, 2]}
         | {"transformer_depth_output": [0, 0, 2, 2], "transformer_depth_middle": 1, "context_dim": 256}
         | {"adm_in_channels": 256},
@@ -665,7 +415,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "SeedVR2 7B": Architecture(
         "seedvr.model.NaDiT",
-        _SEEDVR,
+        published.SEEDVR,
         {"num_layers": 2, "mm_layers": 2, "vid_dim": 256, "heads": 2, "txt_in_dim": 512},
         ((1, 16, 1, 8, 8), 600.0, (1, 8, 512)),
         {"condition": (1, 17, 1, 8, 8), "transformer_options": {"cond_or_uncond": [0]}},
