@@ -194,6 +194,11 @@ def near_wan(format_name: str) -> Callable[[Row], str]:
     return cell
 
 
+def by_modulation_bits(format_name: str) -> Callable[[Row], str]:
+    """An architecture's errors in a format by the bits of its modulation."""
+    return lambda row: " / ".join(percent(error) for error in row["modulation_errors"].get(format_name, {}).values())
+
+
 def by_backend(record: dict[str, Any]) -> Iterable[Row]:
     """Of attention.json: a row a shape and backend that ran."""
     for shape in record["shapes"]:
@@ -358,6 +363,9 @@ SHOWN: dict[str, Shown] = {
         {
             "architecture": "name",
             **{name: near_wan(name) for name in ("int8_convrot_fast", "fp8_e4m3fn_scaled", "fp4_scaled")},
+            "modulation": key_percent("modulation_share"),
+            "fp8 with it in 8 / 16 bits": by_modulation_bits("fp8_e4m3fn_scaled"),
+            "fp4 with it in 4 / 8 / 16 bits": by_modulation_bits("fp4_scaled"),
             "all in 16 bits": lambda row: gib(row["model_bytes"]),
             "kept in 16 bits": lambda row: gib(row["kept_bytes"]),
             "of all": key_percent("kept_share"),
@@ -366,7 +374,7 @@ SHOWN: dict[str, Shown] = {
         },
         "Errors of one forward of tiny models of ComfyUI's own classes with random weights, on a CPU, where the FP8 and "
         "FP4 formats do not quantize activations; in bold what is more than twice that of Wan's middle one. Bytes at the "
-        "published size; what is kept is that of the 8-bit formats.",
+        "published size, modulation is that of the blocks; what is kept is that of the 8-bit formats.",
     ),
     "textgen": Shown(
         "textgen.json",

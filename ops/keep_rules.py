@@ -202,11 +202,11 @@ FAMILIES: tuple[ModelFamily, ...] = (
     ModelFamily("text model", "text_encoder", ("model.layers.*.self_attn.q_proj",), (*_TEXT_ENCODER, _OUTPUT_HEAD)),
 )
 
-# What ComfyUI 0.33's architectures call the layers that make shift, scale and gate of a block (Chroma Radiance: its weights).
-_MODULATION_LAYERS = "modulation|*_modulation*|adaln_*|*_mod|mod[A-Z]*|mod_*|*norm*.linear|emb_layers|param_generator"
+MODULATION_LAYERS = "modulation|*_modulation*|adaln_*|*_mod|mod[A-Z]*|mod_*|*norm*.linear|emb_layers|param_generator"
+"""What ComfyUI 0.33 calls layers that make shift, scale and gate of a block, or its weights (Chroma Radiance)."""
 
-# Modulation in 16 bits takes a larger part of the error away than it adds to an 8-bit model up to about this size; in
-# a 4-bit model 8 bits do the same (benchmarks/families.py).
+# In 16 bits they take a larger part of an 8-bit model's error away than they add to its bytes up to about this size;
+# in a 4-bit model 8 bits do as well (benchmarks/families.py).
 _WORTH_ITS_BYTES = 0.125
 
 GENERIC = ModelFamily(
@@ -224,8 +224,8 @@ GENERIC = ModelFamily(
             outside_blocks=True,
             most_added=0.25,
         ),
-        Rule(_MODULATION_LAYERS, reason=_MODULATION, most_added=_WORTH_ITS_BYTES),
-        Rule(_MODULATION_LAYERS, EIGHT_BITS, reason=_LARGE_MODULATION),
+        Rule(MODULATION_LAYERS, reason=_MODULATION, most_added=_WORTH_ITS_BYTES),
+        Rule(MODULATION_LAYERS, EIGHT_BITS, reason=_LARGE_MODULATION),
     ),
 )
 

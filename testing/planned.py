@@ -13,7 +13,7 @@ from lowbit.ops.keep_rules import QUANTIZE, Rule
 from lowbit.ops.plan import QuantizationPlan, make_plan
 from lowbit.ops.quantize import quantize_weight
 
-from .tiny.architectures import Architecture
+from .tiny.architectures import DiffusionModel
 
 
 def plan_of(
@@ -43,9 +43,7 @@ def plan_of(
     return make_plan(Checkpoint(path, (path,), entries, {}, ()), FORMATS[format_name], rules, pinned=pinned)
 
 
-def with_plan(
-    architecture: Architecture, weights: Mapping[str, torch.Tensor], plan: QuantizationPlan
-) -> torch.nn.Module:
+def with_plan(of: DiffusionModel, weights: Mapping[str, torch.Tensor], plan: QuantizationPlan) -> torch.nn.Module:
     """The tiny model with `weights` as `plan` stores them, multiplied by the pack."""
     import comfy.ops
 
@@ -58,7 +56,7 @@ def with_plan(
             weight = stored.pop(f"{layer.name}.weight")
             parts = quantize_weight(weight, layer.storage, unit_scale=row.unit_scale, fast=row.fast)
             stored |= {f"{layer.name}.{suffix}": part for suffix, part in parts.items()}
-    model = architecture.small(comfy.ops.mixed_precision_ops({}, torch.float32))
+    model = of.small(comfy.ops.mixed_precision_ops({}, torch.float32))
     model.load_state_dict(stored, strict=False)
     adopt_quantized_linears(model)
     return model

@@ -23,12 +23,12 @@ def layers(save, tensors, format_name, rules="auto"):
     return make_plan(checkpoint, FORMATS[format_name], parse_rules(rules)).layers
 
 
-def drawn(dtype=torch.bfloat16):
+def flux_like(dtype=torch.bfloat16):
     return {name: torch.randn(shape).to(dtype) for name, shape in FLUX_LIKE.items()}
 
 
 def test_what_a_16_bit_file_holds_in_32_bits_stays_so(save):
-    tensors = drawn()
+    tensors = flux_like()
     tensors["double_blocks.0.img_attn.qkv.weight"] = tensors["double_blocks.0.img_attn.qkv.weight"].float()
     wide = layers(save, tensors, "fp4_scaled")["double_blocks.0.img_attn.qkv"]
     assert (wide.action, wide.nbytes_after) == ("keep", wide.nbytes_before)
@@ -37,7 +37,7 @@ def test_what_a_16_bit_file_holds_in_32_bits_stays_so(save):
 
 
 def test_a_file_in_32_bits_is_quantized(save):
-    found = layers(save, drawn(torch.float32), "int8")
+    found = layers(save, flux_like(torch.float32), "int8")
     assert {name for name, layer in found.items() if layer.action == QUANTIZE} == {
         name.removesuffix(".weight") for name in FLUX_LIKE
     } - {"img_in"}
@@ -46,7 +46,7 @@ def test_a_file_in_32_bits_is_quantized(save):
 @pytest.mark.parametrize("name", FORMATS)
 def test_large_modulation_has_8_bits_whatever_the_format(save, name):
     row = FORMATS[name]
-    found = layers(save, drawn(), name)
+    found = layers(save, flux_like(), name)
     bits = STORAGES[row.storage].bits
     assert STORAGES[found["double_blocks.0.img_mlp.0"].storage].bits == bits
     modulation = found["double_blocks.0.img_mod.lin"]
