@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,34 +43,31 @@ class DiffusionModel:
         module, _, name = f"comfy.ldm.{self.model}".rpartition(".")
         return getattr(importlib.import_module(module), name)(**arguments, **where)
 
+    def build_tiny(self, **where: Any) -> torch.nn.Module:
+        """ComfyUI's class as a tiny model."""
+        return self.build({**self.real, **self.tiny}, **where)
+
     def real_sized(self) -> torch.nn.Module:
         """The published model on the meta device, in bfloat16."""
-        return self._on_meta(self.real)
+        return _on_meta(partial(self.build, self.real))
 
     def small(self, operations: Any = None) -> torch.nn.Module:
         """The tiny model in float32 on the CPU, its weights not set; `operations` as ComfyUI hands them to its classes."""
         import comfy.ops
 
-        where = {"dtype": torch.float32, "device": "cpu", "operations": operations or comfy.ops.manual_cast}
-        return self.build({**self.real, **self.tiny}, **where).eval().requires_grad_(False)
+        operations = operations or comfy.ops.manual_cast
+        model = self.build_tiny(dtype=torch.float32, device="cpu", operations=operations)
+        return model.eval().requires_grad_(False)
 
     def weights(self, seed: int = 0) -> Tensors:
         """Random weights of the tiny model, as of a 16-bit file; what ComfyUI builds in 32 bits for is in 32."""
-        tensors = self._on_meta({**self.real, **self.tiny}).state_dict()
+        tensors = _on_meta(self.build_tiny).state_dict()
         floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
         drawn = draw({name: tuple(tensor.shape) for name, tensor in floats.items()}, seed, torch.float32)
         for name, tensor in drawn.items():
             if any(fnmatch.fnmatchcase(name, glob) for glob in self.around_zero):
                 tensor.sub_(1)
         return {name: drawn[name].to(tensor.dtype) for name, tensor in floats.items()}
-
-    def _on_meta(self, arguments: Arguments) -> torch.nn.Module:
-        import comfy.ops
-
-        from lowbit.host.weights.core_build import Numberless
-
-        with Numberless():
-            return self.build(arguments, dtype=torch.bfloat16, device="meta", operations=comfy.ops.manual_cast)
 
     def run(self, model: torch.nn.Module) -> torch.Tensor:
         """A forward of the tiny model: its outputs as one row, the same inputs at every call."""
@@ -80,6 +78,15 @@ class DiffusionModel:
             found = model(*given, **named)
         outputs = found if isinstance(found, (tuple, list)) else (found,)
         return torch.cat([output.flatten().float() for output in outputs if isinstance(output, torch.Tensor)])
+
+
+def _on_meta(build: Callable[..., torch.nn.Module]) -> torch.nn.Module:
+    import comfy.ops
+
+    from lowbit.host.weights.core_build import Numberless
+
+    with Numberless():
+        return build(dtype=torch.bfloat16, device="meta", operations=comfy.ops.manual_cast)
 
 
 def _input(value: Any, generator: torch.Generator) -> Any:
