@@ -184,6 +184,21 @@ def key_percent(key: str) -> Callable[[Row], str]:
     return lambda row: percent(row.get(key))
 
 
+def near_wan(format_name: str) -> Callable[[Row], str]:
+    """An architecture's error in a format, in bold where it is far from Wan's."""
+
+    def cell(row: Row) -> str:
+        error = percent(row["errors"][format_name])
+        return error if row["times_wan"][format_name] <= row["near"] else f"**{error}**"
+
+    return cell
+
+
+def by_modulation_bits(format_name: str) -> Callable[[Row], str]:
+    """An architecture's errors in a format by the bits of its modulation."""
+    return lambda row: " / ".join(percent(error) for error in row["modulation_errors"].get(format_name, {}).values())
+
+
 def by_backend(record: dict[str, Any]) -> Iterable[Row]:
     """Of attention.json: a row a shape and backend that ran."""
     for shape in record["shapes"]:
@@ -342,6 +357,25 @@ SHOWN: dict[str, Shown] = {
         },
         "One layer of 13,824 x 5,120 as int8_convrot_fast, beside ComfyUI-GGUF's decoder and a 16-bit product.",
     ),
+    "families": Shown(
+        "families.json",
+        lambda record: [row | {"near": record["near"]} for row in record["rows"]],
+        {
+            "architecture": "name",
+            **{name: near_wan(name) for name in ("int8_convrot_fast", "fp8_e4m3fn_scaled", "fp4_scaled")},
+            "modulation": key_percent("modulation_share"),
+            "fp8 with it in 8 / 16 bits": by_modulation_bits("fp8_e4m3fn_scaled"),
+            "fp4 with it in 4 / 8 / 16 bits": by_modulation_bits("fp4_scaled"),
+            "all in 16 bits": lambda row: gib(row["model_bytes"]),
+            "kept in 16 bits": lambda row: gib(row["kept_bytes"]),
+            "of all": key_percent("kept_share"),
+            "as fp4": lambda row: gib(row["fp4_bytes"]),
+            "of it in 8 bits": lambda row: gib(row["fp4_bytes_in_8_bits"]),
+        },
+        "Errors of one forward of tiny models of ComfyUI's own classes with random weights, on a CPU, where the FP8 and "
+        "FP4 formats do not quantize activations; in bold what is more than twice that of Wan's middle one. Bytes at the "
+        "published size, modulation is that of the blocks; what is kept is that of the 8-bit formats.",
+    ),
     "textgen": Shown(
         "textgen.json",
         lambda record: record["rows"],
@@ -363,7 +397,7 @@ SHOWN: dict[str, Shown] = {
     ),
 }
 """A marker's name -> what stands there."""
-LONG = ("linear", "peers", "attention", "memory")
+LONG = ("linear", "peers", "attention", "memory", "families")
 """Too long for a page: they stand beside their results, the goals in the page."""
 
 

@@ -91,7 +91,7 @@ _TABLES = (
     "embed",
     "embed_*",
     "emb",
-    "label_emb",
+    "*_emb",
     "*mode_embedder",
     "style_embedder",
     "codebook",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
+import functools
+import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +13,9 @@ from .formats import FORMATS
 
 KEEP = "keep"
 QUANTIZE = "quantize"
+EIGHT_BITS = "8 bits"
+
+_WILD = re.compile(r"(\*|\?|\[(?!!\])[^\].]+\])")
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,14 @@ class Rule:
     matches anywhere in the name.
 
     Attributes:
-        pattern: the glob.
-        action: `keep` (16 bits), `quantize` (an exception to a later rule), or the name of another format.
+        pattern: the glob, or several with `|` between them.
+        action: `keep` (16 bits), `quantize` (an exception to a later rule), `8 bits` (no fewer, whatever the format) or
+            the name of another format.
         reason: shown in the dry run.
         expected: the family always has such layers, so that matching nothing is worth a report.
         structural: core has no quantized module for such layers: kept whatever a user's rules say.
         outside_blocks: only layers that stand in no numbered block: first, last and conditioning layers.
-        largest_share: the rule holds while the weights that it matches are at most this part of all: 1 is always.
+        most_added: the rule holds while 16 bits for what it matches add at most this part to the quantized model.
     """
 
     pattern: str
@@ -37,18 +43,13 @@ class Rule:
     expected: bool = False
     structural: bool = False
     outside_blocks: bool = False
-    largest_share: float = 1.0
+    most_added: float = math.inf
 
     def matches(self, layer: str) -> bool:
         """Whether any run of whole segments of `layer` fits the pattern."""
-        wanted = self.pattern.split(".")
-        segments = layer.split(".")
-        if self.outside_blocks and _in_block(segments):
+        if self.outside_blocks and _in_block(layer.split(".")):
             return False
-        return any(
-            all(fnmatch.fnmatchcase(segment, glob) for segment, glob in zip(segments[start:], wanted, strict=False))
-            for start in range(len(segments) - len(wanted) + 1)
-        )
+        return _expression(self.pattern).search(layer) is not None
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,23 @@ class ModelFamily:
     rules: tuple[Rule, ...] = field(default_factory=tuple)
 
 
+@functools.cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    """Finds a run of whole segments that one of the pattern's globs fits: a name is looked at by every rule."""
+    globs = "|".join("".join(map(_translated, _WILD.split(glob))) for glob in pattern.split("|"))
+    return re.compile(rf"(?:^|\.)(?:{globs})(?:\.|\Z)")
+
+
+def _translated(piece: str) -> str:
+    """A wild card, or the text between two, as a regular expression that stays within its segment."""
+    if piece in ("*", "?"):
+        return "[^.]" + piece.strip("?")
+    if not _WILD.fullmatch(piece):
+        return re.escape(piece)
+    characters = re.sub(r"[\\^\[&~]", r"\\\g<0>", piece[1:-1])
+    return f"[^.{characters[1:]}]" if characters.startswith("!") else f"[{characters}]"
+
+
 def _in_block(segments: Sequence[str]) -> bool:
     """Whether a number is followed by a name: `blocks.0.attn.q` is in a block, `time_embed.0` in a plain sequence."""
     first = next((place for place, segment in enumerate(segments) if segment.isdigit()), len(segments))
@@ -75,9 +93,10 @@ def _in_block(segments: Sequence[str]) -> bool:
 
 
 _NORMS = (Rule("norm*", reason="normalization"), Rule("*_norm", reason="normalization"))
-_EMBEDDINGS = "an embedding: few bytes in a forward pass, and every token depends on it"
 _CONDITIONING = "time, text and image conditioning: small, and every block depends on it"
 _INPUT_OUTPUT = "first or last projection: small, and its error is the picture's"
+_MODULATION = "modulation: few bytes in this model, and every block depends on it"
+_LARGE_MODULATION = "modulation: every block depends on it, and in 16 bits it would be a large part of the model"
 _AUDIO = "audio conditioning: small, and lip movement depends on it"
 
 _FACE = "face and motion conditioning: small, and mouth and eyes depend on it"
@@ -89,8 +108,7 @@ _WAN_CORE = (
     Rule("time_*", reason=_CONDITIONING, expected=True),
     Rule("text_embedding", reason=_CONDITIONING, expected=True),
     Rule("img_emb*", reason=_CONDITIONING),
-    Rule("music_*", reason=_AUDIO),
-    Rule("head", reason=_INPUT_OUTPUT, expected=True),
+    Rule("head|head_global", reason=_INPUT_OUTPUT, expected=True),
     Rule("ref_conv", reason=_INPUT_OUTPUT),
 )
 _ADDED = (
@@ -110,9 +128,12 @@ _HUMO = (Rule("audio_proj", reason=_AUDIO, expected=True), Rule("multitalk_audio
 _SPEECH = (
     Rule("casual_audio_encoder", reason=_AUDIO, expected=True),
     Rule("audio_injector.injector_adain_layers", reason=_AUDIO),
-    Rule("trainable_cond_mask", reason=_EMBEDDINGS, structural=True),
     Rule("cond_encoder", reason=_INPUT_OUTPUT),
     Rule("frame_packer", reason=_INPUT_OUTPUT),
+)
+_DANCER = (
+    Rule("music_projection", reason=_AUDIO, expected=True),
+    Rule("music_encoder", reason=_AUDIO, expected=True),
 )
 _CAMERA = (Rule("control_adapter", reason="camera conditioning: small", expected=True),)
 _SCAIL = (Rule("patch_embedding_pose", reason=_INPUT_OUTPUT), Rule("patch_embedding_mask", reason=_INPUT_OUTPUT))
@@ -123,14 +144,10 @@ _QWEN_IMAGE = (
     Rule("time_text_embed", reason=_CONDITIONING, expected=True),
     Rule("norm_out", reason=_INPUT_OUTPUT, expected=True),
     Rule("proj_out", reason=_INPUT_OUTPUT, expected=True),
+    Rule("img_mod", EIGHT_BITS, reason=_LARGE_MODULATION, expected=True),
+    Rule("txt_mod", EIGHT_BITS, reason=_LARGE_MODULATION, expected=True),
 )
-_TEXT_ENCODER = (
-    *_NORMS,
-    Rule("*layernorm", reason="normalization"),
-    Rule("shared", reason=_EMBEDDINGS, structural=True),
-    Rule("embed_tokens", reason=_EMBEDDINGS, structural=True),
-    Rule("relative_attention_bias", reason=_EMBEDDINGS, structural=True),
-)
+_TEXT_ENCODER = (*_NORMS, Rule("*layernorm", reason="normalization"))
 
 # Core renames its weight alone, and not the scale.
 _OUTPUT_HEAD = Rule("lm_head", reason=_INPUT_OUTPUT, structural=True)
@@ -153,6 +170,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
             ("Wan S2V", ("casual_audio_encoder",), _SPEECH),
             ("Wan camera control", ("control_adapter",), _CAMERA),
             ("Wan SCAIL", ("patch_embedding_pose",), _SCAIL),
+            ("Wan Dancer", ("music_projection",), _DANCER),
             ("Wan", (), ()),
         )
     ),
@@ -184,46 +202,30 @@ FAMILIES: tuple[ModelFamily, ...] = (
     ModelFamily("text model", "text_encoder", ("model.layers.*.self_attn.q_proj",), (*_TEXT_ENCODER, _OUTPUT_HEAD)),
 )
 
-_TABLE_OF_MODULATION = "modulation: few bytes in this model, and every block depends on it"
+MODULATION_LAYERS = "modulation|*_modulation*|adaln_*|*_mod|mod[A-Z]*|mod_*|*norm*.linear|emb_layers|param_generator"
+"""What ComfyUI 0.33 calls layers that make shift, scale and gate of a block, or its weights (Chroma Radiance)."""
 
-# What every architecture of ComfyUI 0.33 has in one form or another; error for its bytes, not the name, says what stays.
+# In 16 bits they take a larger part of an 8-bit model's error away than they add to its bytes up to about this size;
+# in a 4-bit model 8 bits do as well (benchmarks/families.py).
+_WORTH_ITS_BYTES = 0.125
+
 GENERIC = ModelFamily(
     "unknown",
     "diffusion_model",
     (),
     (
-        *_NORMS,
-        Rule("*_norm*", reason="normalization"),
-        # LTX audio-video's, whose name says embedding: transformers of 1.3 GiB.
-        Rule("*_embeddings_connector", QUANTIZE, reason="transformer blocks beside the embeddings"),
-        # A header does not tell an embedding table from a linear layer; core looks rows up in FP8 and INT8 tables only.
-        Rule("*embed*", reason=_EMBEDDINGS, structural=True),
-        Rule("*emb", reason=_EMBEDDINGS, structural=True),
-        Rule("*_embs", reason=_EMBEDDINGS, structural=True),
-        Rule("wte", reason=_EMBEDDINGS, structural=True),
-        Rule("wpe", reason=_EMBEDDINGS, structural=True),
-        Rule("time_*", reason=_CONDITIONING),
-        Rule("t_embedder", reason=_CONDITIONING),
-        Rule("modulation", reason="modulation"),
-        *(
-            Rule(pattern, reason=_TABLE_OF_MODULATION, largest_share=0.05)
-            for pattern in ("adaLN_modulation", "adaln_*", "*_modulation", "emb_layers")
-        ),
-        Rule("distilled_guidance_layer", reason=_CONDITIONING),
-        Rule("txtfusion", reason=_CONDITIONING, largest_share=0.05),
-        Rule("tokenizer", reason="ends in discrete codes, which an error changes whole"),
-        Rule("*_in", reason=_INPUT_OUTPUT, outside_blocks=True),
-        Rule("final_layer", reason=_INPUT_OUTPUT),
-        Rule("head", reason=_INPUT_OUTPUT),
-        Rule("proj_out", reason=_INPUT_OUTPUT, outside_blocks=True),
         _OUTPUT_HEAD,
-        Rule("shared", reason=_EMBEDDINGS, structural=True),
+        Rule("distilled_guidance_layer", reason=_CONDITIONING),
+        Rule("txtfusion", reason=_CONDITIONING, most_added=_WORTH_ITS_BYTES),
+        Rule("tokenizer", reason="ends in discrete codes, which an error changes whole"),
         Rule(
             "*",
             reason="outside the blocks: a first, last or conditioning layer",
             outside_blocks=True,
-            largest_share=0.1,
+            most_added=0.25,
         ),
+        Rule(MODULATION_LAYERS, reason=_MODULATION, most_added=_WORTH_ITS_BYTES),
+        Rule(MODULATION_LAYERS, EIGHT_BITS, reason=_LARGE_MODULATION),
     ),
 )
 
@@ -264,19 +266,20 @@ def expand_rules(rules: Sequence[Rule] | None, family: ModelFamily) -> tuple[Rul
     return tuple(expanded)
 
 
-def affordable(rules: Iterable[Rule], sizes: Mapping[str, int]) -> tuple[Rule, ...]:
-    """`rules` without those whose layers are a larger share of all weights than the rule allows.
+def affordable(rules: Iterable[Rule], sizes: Mapping[str, int], bits: int) -> tuple[Rule, ...]:
+    """`rules` without those whose layers would add more to the quantized model than the rule allows.
 
     Args:
         rules: first match wins.
-        sizes: elements or bytes of each layer that may be quantized.
+        sizes: elements of each layer that may be quantized.
+        bits: of an element of the format.
     """
-    total = sum(sizes.values())
+    total = max(sum(sizes.values()), 1)
 
-    def share(rule: Rule) -> float:
-        return sum(size for name, size in sizes.items() if rule.matches(name)) / max(total, 1)
+    def added(rule: Rule) -> float:
+        return (16 - bits) / bits * sum(size for name, size in sizes.items() if rule.matches(name)) / total
 
-    return tuple(rule for rule in rules if rule.largest_share >= 1 or share(rule) <= rule.largest_share)
+    return tuple(rule for rule in rules if rule.most_added == math.inf or added(rule) <= rule.most_added)
 
 
 def first_match(rules: Iterable[Rule], layer: str) -> Rule | None:
@@ -312,4 +315,10 @@ def _parse_rule(piece: str) -> Rule:
 def _checked(pattern: str, piece: str) -> str:
     if not pattern:
         raise FormatError(f"The keep rule '{piece}' has no pattern: write a glob such as 'blocks.0.*'.")
+    try:
+        _expression(pattern)
+    except re.error as error:
+        raise FormatError(
+            f"The keep rule '{piece}' is no glob ({error}): write one such as 'blocks.[0-3].*'."
+        ) from None
     return pattern

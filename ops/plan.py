@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, TensorEntry
 from .diffusion_names import part_prefix, tables
 from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
 from .keep_rules import (
+    EIGHT_BITS,
     KEEP,
     QUANTIZE,
     ModelFamily,
@@ -29,7 +30,11 @@ from .stored import StoredLayers, find_stored_layers
 SMALLEST_SIDE = 16
 """A matrix with fewer rows or columns than this stays as it is: nothing to gain."""
 
-_QUANTIZABLE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
+_EIGHT_BIT_FORMAT = "int8"
+"""Of layers that shall have 8 bits where the model's format has 4: the most exact one."""
+
+_WIDE = frozenset({torch.float32, torch.float64})
+_QUANTIZABLE = frozenset({torch.bfloat16, torch.float16}) | _WIDE
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,11 @@ def make_plan(
     }
     family = detect_family({name.rpartition(".")[0] for name in checkpoint.entries})
     prefix = part_prefix(checkpoint.entries)
-    sizes = {name: math.prod(entry.shape) for name, entry in matrices.items() if name.startswith(prefix)}
-    rules = affordable(expand_rules(user_rules, family), sizes)
-    pinned = tables(matrices) if pinned is None else pinned
+    part = {name: entry for name, entry in matrices.items() if name.startswith(prefix)}
+    pinned = {**_wide(part, user_rules), **(tables(matrices) if pinned is None else pinned)}
+    sizes = {name: math.prod(entry.shape) for name, entry in part.items() if name not in pinned}
+    bits = 16 if weight_format is None else STORAGES[weight_format.storage].bits
+    rules = affordable(expand_rules(user_rules, family), sizes, bits)
     layers: dict[str, LayerPlan] = {}
     for name, entry in matrices.items():
         if name in stored.layers:
@@ -179,6 +186,20 @@ def make_plan(
     )
 
 
+def _wide(matrices: Mapping[str, TensorEntry], user_rules: Sequence[Rule] | None) -> dict[str, str]:
+    """The matrices in 32 bits of a file that is mostly in fewer, but for those that the user wants quantized; and why."""
+    elements = {name: math.prod(entry.shape) for name, entry in matrices.items()}
+    wide = [name for name, entry in matrices.items() if entry.dtype in _WIDE]
+    if 2 * sum(elements[name] for name in wide) > sum(elements.values()):
+        return {}
+    asked = {name: first_match(user_rules or (), name) for name in wide}
+    return {
+        name: "in 32 bits, where the rest of the file is in fewer"
+        for name, rule in asked.items()
+        if rule is None or rule.action == KEEP
+    }
+
+
 def _decide(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat, rules: Sequence[Rule]
 ) -> tuple[str, str, str, str]:
@@ -189,9 +210,15 @@ def _decide(
     rule = first_match(rules, name)
     if rule is not None and rule.action == KEEP:
         return KEEP, "", "", rule.reason
-    row = weight_format if rule is None or rule.action == QUANTIZE else FORMATS[rule.action]
+    row = weight_format if rule is None else _asked_for(rule, weight_format)
     storage = storage_for(row, shape[1])
     reason = rule.reason if rule is not None else f"a linear layer of the {row.name} model"
     if storage != row.storage:
         reason = f"{shape[1]} columns are no multiple of {STORAGES[row.storage].column_multiple}: stored as {storage}"
     return QUANTIZE, storage, row.name, reason
+
+
+def _asked_for(rule: Rule, weight_format: WeightFormat) -> WeightFormat:
+    if rule.action == EIGHT_BITS:
+        return FORMATS[_EIGHT_BIT_FORMAT] if STORAGES[weight_format.storage].bits < 8 else weight_format
+    return weight_format if rule.action == QUANTIZE else FORMATS[rule.action]

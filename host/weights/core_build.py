@@ -242,15 +242,20 @@ def pinned_layers(checkpoint: Checkpoint) -> dict[str, str] | None:
         # Any model's own code runs here, on tensors that it was not written for.
         logger.debug("The modules of %s cannot be told from core's code: %s", checkpoint.path.name, error)
         return None
-    pinned = {}
-    for layer in _matrices(tensors):
-        name = landed.get(layer)
-        module = modules.get(name) if name is not None else None
-        if name is None:
-            pinned[layer] = _TAKEN_APART
-        elif module is not None and not _is_linear(module):
-            pinned[layer] = f"ComfyUI uses it as {type(module).__name__}, not as Linear"
-    return pinned
+    matrices = [*_matrices(tensors)]
+    apart = {layer: _TAKEN_APART for layer in matrices if layer not in landed}
+    other = no_linears(modules, landed.values())
+    return apart | {layer: other[landed[layer]] for layer in matrices if landed.get(layer) in other}
+
+
+def no_linears(modules: Mapping[str, torch.nn.Module], layers: Iterable[str]) -> dict[str, str]:
+    """Those of `layers` that a model has as another module than a Linear, and what they are."""
+    found = {layer: modules[layer] for layer in layers if layer in modules}
+    return {
+        layer: f"ComfyUI uses it as {type(module).__name__}, not as Linear"
+        for layer, module in found.items()
+        if not _is_linear(module)
+    }
 
 
 def pinned_text_layers(checkpoint: Checkpoint) -> dict[str, str]:
@@ -353,8 +358,18 @@ def _matrices(tensors: Tensors) -> Iterable[str]:
 def _modules(config: Any, tensors: Tensors) -> dict[str, torch.nn.Module]:
     config.set_inference_dtype(torch.bfloat16, None)
     config.custom_operations = comfy.ops.mixed_precision_ops({}, torch.bfloat16)
-    model = config.get_model(dict(tensors), "", device=torch.device("meta"))
+    with Numberless():
+        model = config.get_model(dict(tensors), "", device=torch.device("meta"))
     return dict(model.diffusion_model.named_modules())
+
+
+class Numberless(torch.overrides.TorchFunctionMode):
+    """Answers what a model asks of tensors without numbers while it is built: no module's kind depends on it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.item and args[0].is_meta:
+            return 1
+        return func(*args, **(kwargs or {}))
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

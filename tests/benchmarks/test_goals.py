@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import goals
+from benchmarks import families, goals
 from benchmarks.goals import Goal
 
 RATE = {"us": 16.0, "tflops": 1.0, "weight_bytes_per_second": 4.0e12, "ratio_to_bf16": None}
@@ -55,3 +55,17 @@ def test_a_run_with_the_manager_is_judged_beside_the_run_without():
     rows += [row | {"contender": "memory manager, bf16 files", "total_seconds": 51.0}]
     (_, beside) = goals.memory({"rows": rows, "growth": [], "overhead": []})
     assert (beside["measured"], beside["met"]) == (1.02, False)
+
+
+def test_an_architecture_is_near_wan_or_its_goal_is_missed():
+    def row(family: str, error: float, kept: float = 0.01, eight_bits: float = 0.02):
+        modulation = {"fp4_scaled": {"4": 0.04, "8": eight_bits, "16": 0.02}}
+        errors = dict.fromkeys(families.FORMATS, error)
+        return {"family": family, "errors": errors, "kept_share": kept, "modulation_errors": modulation}
+
+    rows = families.with_wan([row("Wan", 0.02), row("Wan VACE", 0.03), row("Wan S2V", 0.04), row("unknown", 0.06)])
+    assert [round(found["times_wan"]["fp4_scaled"], 2) for found in rows] == [0.67, 1.0, 1.33, 2.0]
+    assert all(goal["met"] for goal in families.goals(rows))
+    far = families.with_wan([*rows, row("Wan HuMo", 0.03), row("unknown", 0.061, kept=0.2, eight_bits=0.03)])
+    assert {goal["met"] for goal in families.goals(far)} == {False}
+    assert families.goals(far)[0]["measured"] < 100

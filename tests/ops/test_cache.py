@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from lowbit.errors import CheckpointError
-from lowbit.ops import cache
+from lowbit.ops import cache, plan
 from lowbit.ops.cache import cached_path, quantized_file
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.formats import FORMATS
-from lowbit.ops.keep_rules import parse_rules
+from lowbit.ops.keep_rules import EIGHT_BITS, Rule, detect_family, parse_rules
 from lowbit.ops.plan import make_plan
 from lowbit.ops.stream import RECIPE_KEY
 
@@ -46,6 +47,24 @@ def test_the_cache_is_hit_and_rebuilt_when_source_rules_or_file_change(save, wan
     assert changed[0] != first[0]
     assert not first[0].exists(), "the file of the old source is removed"
     assert other_rules[0].exists(), "another recipe's file is not touched"
+
+
+@pytest.mark.parametrize("action", ["keep", EIGHT_BITS])
+def test_a_file_made_by_a_familys_earlier_rules_is_not_taken(save, wan_tensors, tmp_path, monkeypatch, action):
+    checkpoint = open_checkpoint(save(wan_tensors))
+
+    def build() -> Path:
+        return quantized_file(checkpoint, make_plan(checkpoint, FORMATS["fp4_scaled"], None), tmp_path / "cache")
+
+    earlier = build()
+    family = detect_family({name.rpartition(".")[0] for name in checkpoint.entries})
+    changed = replace(family, rules=(Rule("ffn", action), *family.rules))
+    monkeypatch.setattr(plan, "detect_family", lambda layers: changed)
+    later = build()
+    assert later != earlier
+    assert load_file(earlier)["blocks.0.ffn.0.weight"].dtype == torch.uint8
+    expected = torch.int8 if action == EIGHT_BITS else wan_tensors["blocks.0.ffn.0.weight"].dtype
+    assert load_file(later)["blocks.0.ffn.0.weight"].dtype == expected
 
 
 def test_looking_for_outdated_copies_opens_none_of_another_model(save, wan_tensors, tmp_path, monkeypatch):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lowbit.errors import FormatError
+from lowbit.ops.diffusion_names import tables
 from lowbit.ops.keep_rules import (
+    EIGHT_BITS,
     FAMILIES,
     GENERIC,
     KEEP,
@@ -45,6 +47,7 @@ SIGNATURES = {
     "Wan S2V": WAN | {"casual_audio_encoder.encoder.conv1_local", "audio_injector.injector.0.q"},
     "Wan camera control": WAN | {"control_adapter.conv"},
     "Wan SCAIL": WAN | {"patch_embedding_pose"},
+    "Wan Dancer": WAN | {"music_projection", "music_encoder.0.linear1"},
     "Wan (diffusers names)": {
         "condition_embedder.time_embedder.linear_1",
         "proj_out",
@@ -90,6 +93,14 @@ def test_expected_rules_match_their_own_family(name):
         ("blocks.*.ffn", "blocks.7.ffn.2", True),
         ("a.b.c", "a.b", False),
         ("head", "head.head", True),
+        ("head|head_global", "head_global.head", True),
+        ("a|blocks.*.mod", "blocks.3.mod", True),
+        ("a|b", "a_b", False),
+        ("blocks.[1-3].q", "blocks.2.q", True),
+        ("blocks.[!1-3].q", "blocks.2.q", False),
+        ("blocks.1?", "blocks.1", False),
+        ("a+b", "aab", False),
+        ("q[", "q[", True),
     ],
 )
 def test_patterns_match_whole_segments(pattern, layer, matches):
@@ -132,18 +143,12 @@ def test_auto_inside_a_text_stands_for_the_familys_rules():
     assert expand_rules(parse_rules("blocks.0, auto"), family)[-len(family.rules) :] == family.rules
 
 
-def test_embeddings_are_kept_whatever_the_user_writes():
-    family = detect_family(SIGNATURES["UMT5"])
-    rules = expand_rules(parse_rules("!shared"), family)
-    assert first_match(rules, "shared").action == KEEP
-
-
-@pytest.mark.parametrize("layer", ["tok_embed", "model.word_embeddings", "transformer.wte", "pos_emb", "shared"])
-def test_tables_of_an_unknown_family_are_kept_whatever_the_user_writes(layer):
+@pytest.mark.parametrize(
+    "layer", ["tok_embed", "model.word_embeddings", "transformer.wte", "pos_emb", "shared", "model.embed_tokens"]
+)
+def test_tables_are_known_by_their_names_where_there_are_no_modules_to_ask(layer):
     """Core looks rows up in FP8 and INT8 tables only, and a header does not tell a table from a linear layer."""
-    rules = expand_rules(parse_rules(f"!{layer}, layers.0"), GENERIC)
-    assert first_match(rules, layer).action == KEEP
-    assert first_match(rules, "layers.1.q") is None
+    assert set(tables([layer, "layers.1.q", "t_embedder.mlp.0"])) == {layer}
 
 
 @pytest.mark.parametrize(
@@ -162,21 +167,45 @@ def test_a_layer_outside_the_blocks_has_no_name_behind_a_number(layer, outside):
     assert Rule("*", outside_blocks=True).matches(layer) is outside
 
 
-def test_what_is_a_large_share_of_the_model_is_quantized_by_a_rule_for_small_layers():
-    rules = (Rule("adaln", largest_share=0.05), Rule("head"))
-    small = affordable(rules, {"blocks.0.adaln": 5, "blocks.0.ffn": 90, "head": 5})
-    large = affordable(rules, {"blocks.0.adaln": 3, "blocks.1.adaln": 3, "blocks.0.ffn": 14, "head": 80})
-    assert [rule.pattern for rule in small] == ["adaln", "head"]
-    assert [rule.pattern for rule in large] == ["head"]
-    assert affordable(rules, {}) == rules
+def test_a_rule_for_small_layers_goes_where_they_would_add_much_to_the_quantized_model():
+    rules = (Rule("adaln", most_added=0.1), Rule("head"))
+    sizes = {"blocks.0.adaln": 8, "blocks.0.ffn": 87, "head": 5}
+    assert [rule.pattern for rule in affordable(rules, sizes, 8)] == ["adaln", "head"]
+    assert [rule.pattern for rule in affordable(rules, sizes, 4)] == ["head"]
+    assert [rule.pattern for rule in affordable(rules, sizes | {"blocks.1.adaln": 8}, 8)] == ["head"]
+    assert affordable(rules, {}, 4) == rules
 
 
-def test_connectors_of_ltx_are_no_embeddings():
-    found = first_match(GENERIC.rules, "audio_embeddings_connector.transformer_1d_blocks.0.attn1.to_q")
-    assert found.action == QUANTIZE
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "double_blocks.0.img_mod.lin",
+        "single_blocks.0.modulation.lin",
+        "layers.0.adaLN_modulation.1",
+        "patch_blocks.0.adaLN_modulation_img.0",
+        "blocks.0.adaln_proj.linear",
+        "double_layers.0.modX.1",
+        "blocks.0.mod_y",
+        "blocks.0.norm1.linear",
+        "double_stream_layers.0.instruct_norm2.linear",
+        "input_blocks.1.0.emb_layers.1",
+    ],
+)
+def test_modulation_under_any_name_takes_16_bits_where_they_are_few_and_8_elsewhere(layer):
+    few = affordable(GENERIC.rules, {layer: 4, "blocks.0.ffn": 96}, 4)
+    many = affordable(GENERIC.rules, {layer: 30, "blocks.0.ffn": 70}, 4)
+    assert first_match(few, layer).action == KEEP
+    assert first_match(many, layer).action == EIGHT_BITS
 
 
-@pytest.mark.parametrize("text", ["a = fp6", "!", "!  # nothing", "= int8"])
+@pytest.mark.parametrize(
+    "layer", ["blocks.0.attn.model.q", "blocks.0.norm1", "layers.0.modulated.linear", "blocks.0.mode"]
+)
+def test_other_names_are_no_modulation(layer):
+    assert first_match(GENERIC.rules, layer) is None
+
+
+@pytest.mark.parametrize("text", ["a = fp6", "!", "!  # nothing", "= int8", "blocks.[9-0]"])
 def test_a_rule_that_makes_no_sense_is_refused(text):
     with pytest.raises(FormatError, match="keep rule"):
         parse_rules(text)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lowbit.errors import CheckpointError
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.diffusion_names import converted_model, diffusion_names, tables
+from testing.tiny.architectures import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -32,43 +33,11 @@ class Family:
 
 
 def flux(**options: Any) -> torch.nn.Module:
-    from comfy.ldm.flux.model import Flux
-
-    return Flux(
-        image_model="flux",
-        in_channels=16,
-        out_channels=16,
-        patch_size=2,
-        vec_in_dim=32,
-        context_in_dim=64,
-        hidden_size=128,
-        mlp_ratio=4.0,
-        num_heads=1,
-        depth=2,
-        depth_single_blocks=2,
-        axes_dim=[16, 56, 56],
-        theta=10000,
-        qkv_bias=True,
-        guidance_embed=True,
-        txt_ids_dims=[],
-        **options,
-    )
+    return ARCHITECTURES["Flux"].build_tiny(**options)
 
 
 def stable_diffusion_3(**options: Any) -> torch.nn.Module:
-    from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
-
-    context = {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}}
-    return MMDiT(
-        input_size=None,
-        in_channels=16,
-        depth=2,
-        adm_in_channels=32,
-        context_embedder_config=context,
-        num_patches=36864,
-        pos_embed_max_size=192,
-        **options,
-    )
+    return ARCHITECTURES["SD3.5 Large"].build_tiny(**options)
 
 
 def aura_flow(**options: Any) -> torch.nn.Module:
@@ -116,8 +85,8 @@ def core_map(function: str, **config: int) -> Callable[[], dict[str, Any]]:
 
 
 FAMILIES = {
-    "flux": Family(flux, core_map("flux_to_diffusers", depth=2, depth_single_blocks=2, hidden_size=128), "Flux"),
-    "sd3": Family(stable_diffusion_3, core_map("mmdit_to_diffusers", depth=2, num_blocks=2), "Stable Diffusion 3"),
+    "flux": Family(flux, core_map("flux_to_diffusers", depth=2, depth_single_blocks=2, hidden_size=256), "Flux"),
+    "sd3": Family(stable_diffusion_3, core_map("mmdit_to_diffusers", depth=4, num_blocks=4), "Stable Diffusion 3"),
     "aura_flow": Family(aura_flow, core_map("auraflow_to_diffusers", n_double_layers=1, n_layers=3), "AuraFlow"),
     "pixart": Family(pixart, core_map("pixart_to_diffusers", depth=1), "PixArt"),
     "z_image": Family(z_image, core_map("z_image_to_diffusers", n_layers=1, dim=3840), "Z-Image"),
@@ -290,6 +259,13 @@ def test_what_core_uses_as_a_table_is_told_from_its_code(host, tmp_path):
         assert layers["time_embedding.0"].action == "quantize"
 
 
+def test_a_model_that_asks_for_numbers_while_it_is_built_tells_its_modules(host, tmp_path):
+    """ACE-Step 1.5 counts its codes."""
+    save_file(ARCHITECTURES["ACE-Step 1.5"].weights(), tmp_path / "ace.safetensors")
+    pinned = pinned_of(tmp_path / "ace.safetensors")
+    assert not [layer for layer in pinned if "q_proj" in layer]
+
+
 def pinned_of(path):
     from lowbit.host.weights.core_build import pinned_layers
 
@@ -373,5 +349,6 @@ def test_dimensions_that_core_reads_are_not_packed(host, tmp_path):
     eight_bits = host.preparing.plan_diffusion_model(folder / "flux.safetensors", host.preparing.Request("int8", rules))
     assert eight_bits.plan.layers["txt_in"].action == "quantize"
     loaded = host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
-    assert loaded.model.model_config.unet_config["context_in_dim"] == 64
-    assert math.isfinite(float(loaded.model.diffusion_model.txt_in(torch.randn(2, 64)).float().norm()))
+    width = ARCHITECTURES["Flux"].tiny["context_in_dim"]
+    assert loaded.model.model_config.unet_config["context_in_dim"] == width
+    assert math.isfinite(float(loaded.model.diffusion_model.txt_in(torch.randn(2, width)).float().norm()))
