@@ -131,10 +131,7 @@ _SPEECH = (
     Rule("cond_encoder", reason=_INPUT_OUTPUT),
     Rule("frame_packer", reason=_INPUT_OUTPUT),
 )
-_DANCER = (
-    Rule("music_projection", reason=_AUDIO, expected=True),
-    Rule("music_encoder", reason=_AUDIO, expected=True),
-)
+_DANCER = (Rule("music_projection|music_encoder", reason=_AUDIO, expected=True),)
 _CAMERA = (Rule("control_adapter", reason="camera conditioning: small", expected=True),)
 _SCAIL = (Rule("patch_embedding_pose", reason=_INPUT_OUTPUT), Rule("patch_embedding_mask", reason=_INPUT_OUTPUT))
 _QWEN_IMAGE = (
@@ -144,8 +141,7 @@ _QWEN_IMAGE = (
     Rule("time_text_embed", reason=_CONDITIONING, expected=True),
     Rule("norm_out", reason=_INPUT_OUTPUT, expected=True),
     Rule("proj_out", reason=_INPUT_OUTPUT, expected=True),
-    Rule("img_mod", EIGHT_BITS, reason=_LARGE_MODULATION, expected=True),
-    Rule("txt_mod", EIGHT_BITS, reason=_LARGE_MODULATION, expected=True),
+    Rule("img_mod|txt_mod", EIGHT_BITS, reason=_LARGE_MODULATION, expected=True),
 )
 _TEXT_ENCODER = (*_NORMS, Rule("*layernorm", reason="normalization"))
 

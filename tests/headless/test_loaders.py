@@ -72,12 +72,16 @@ def test_linears_are_stored_in_the_format_and_multiply_through_the_pack(bench, n
     case = CASES[name]
     graph = case.graph(format, SEED)
     layers = bench.facts({case.loader: graph[case.loader]}, [case.loader, 0])["layers"]
-    quantized = [layer for layer in layers.values() if layer["weight"] == "QuantizedTensor"]
+    quantized = {layer: facts for layer, facts in layers.items() if facts["weight"] == "QuantizedTensor"}
     row = FORMATS[format]
     allowed = {STORAGES[row.storage].core_format, STORAGES[row.substitute].core_format}
+    modulation = {layer for layer in quantized if "_mod." in layer}
     assert len(quantized) >= 14
-    assert {layer["format"] for layer in quantized} <= allowed
-    assert all(layer["class"].endswith("lowbit.host.weights.operations.Linear") for layer in quantized)
+    assert bool(modulation) == (name == "qwen_image")
+    assert {quantized[layer]["format"] for layer in quantized.keys() - modulation} <= allowed
+    eight_bits = allowed if STORAGES[row.storage].bits == 8 else {STORAGES["int8"].core_format}
+    assert {quantized[layer]["format"] for layer in modulation} <= eight_bits
+    assert all(layer["class"].endswith("lowbit.host.weights.operations.Linear") for layer in quantized.values())
 
 
 @pytest.mark.parametrize("format", ["fp8_e4m3fn_scaled", "int8", "fp4_scaled", "int4_asym_fast"])
