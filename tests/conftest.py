@@ -60,8 +60,13 @@ TOGETHER = (
     ("browser/",),
     ("nodes/",),
     ("headless/test_memory.py", "headless/test_memory_recovery.py", "headless/test_memory_report.py"),
+    ("headless/test_command_line.py", "headless/test_save.py"),
+    tuple(
+        f"headless/test_{name}.py"
+        for name in ("bad_input", "gguf", "interrupt", "lora", "optimize", "text_generation", "tiny")
+    ),
 )
-"""Beginnings of the names of files that ask for the same ComfyUI, and no others do: one process runs them all."""
+"""Beginnings of the names of files that ask for the same ComfyUI: one process runs them all, instead of one ComfyUI each."""
 
 
 def comfyui_required() -> bool:
