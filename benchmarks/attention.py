@@ -1,6 +1,6 @@
 """Times and checks every attention backend on the shapes of Wan, Qwen-Image and InfiniteTalk; writes one JSON file.
 
-    python benchmarks/attention.py --output benchmarks/results/attention.json [--noise] [--only NAME]
+    python benchmarks/attention.py --output benchmarks/results/attention.json [--only NAME]
     python benchmarks/attention.py --output benchmarks/results/attention.json --rejudge
 
 Needs an NVIDIA GPU. SageAttention and comfy-kitchen take part when they can be imported; the file says which did.
@@ -301,26 +301,6 @@ def add_errors(row: dict, shape: Shape, data: str, mask: torch.Tensor | None, na
         row["budgets"][budget]["picks"][data] = chosen(dispatcher)
 
 
-def noise(lengths: tuple[int, ...] = (8192, 32768, 75600, 131072, 163840, 262144)) -> list[dict]:
-    """Error by sequence length, 4 heads of 128, Gaussian data and data with outliers."""
-    rows = []
-    for length in lengths:
-        shape = Shape(f"4 heads, {length} tokens", 4, length, length)
-        for data in ("gaussian", "outliers"):
-            tensors = make(shape, data, seed=2)
-            reference = sampled_reference(shape, tensors, None)
-            errors = {}
-            for backend in BACKENDS:
-                if backend.why_not_here(detect(DEVICE)) is None:
-                    dispatcher = Dispatcher(Policy(backend.name))
-                    out = through(dispatcher, shape, tensors, None)
-                    if chosen(dispatcher) == backend.name:
-                        errors[backend.name] = error_of(out, reference)
-            rows.append({"tokens": length, "data": data, "errors": errors})
-            print(f"noise {length} {data}: " + ", ".join(f"{n} {e:.2e}" for n, e in errors.items()), flush=True)
-    return rows
-
-
 QWEN_1328 = "Qwen-Image 1328 x 1328, 13 text tokens"
 # shape, budget, TFLOP/s
 RATES = (
@@ -377,7 +357,6 @@ def main() -> None:
     """Runs the benchmark and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--noise", action="store_true", help="also measure the error by sequence length")
     parser.add_argument("--only", nargs="*", help="only shapes whose names contain one of these")
     parser.add_argument("--rounds", type=int, default=7, help="samples per backend and shape")
     parser.add_argument("--rejudge", action="store_true", help="only compute the verdicts of the file anew")
@@ -419,9 +398,6 @@ def main() -> None:
                 f"  {name}: {entry['chosen']} {entry['speedup_over_core']:.2f} x core, {entry['over_best']:.3f} x best ({entry['best']}); picks {entry['picks']}",
                 flush=True,
             )
-    if options.noise:
-        result["noise"] = noise()
-    finish(result, options.output)
 
 
 if __name__ == "__main__":

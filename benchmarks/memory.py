@@ -47,7 +47,6 @@ class Row:
     """One case, one contender, one cap. Sizes in bytes, times in seconds; None where it did not get so far.
 
     Attributes:
-        host_cap_by: `cgroup`, or `holder` for a process that held the rest; None without a cap.
         files: whether checkpoints were read from the `disk`, or lay in the page `cache`.
         usage: see `Usage`.
         finite: whether the latent holds neither NaN nor Inf.
@@ -61,7 +60,6 @@ class Row:
     steps: int
     vram_cap: int | None
     host_cap: int | None
-    host_cap_by: str | None
     files: str
     completed: bool
     error: str | None
@@ -198,7 +196,6 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
         steps=graph["sample"]["inputs"]["steps"],
         vram_cap=vram,
         host_cap=host,
-        host_cap_by=machine.host_cap_by if machine else None,
         files=site.files,
         completed=error is None,
         error=error,

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,46 +13,27 @@ import torch
 
 from benchmarks.memory_files import GIB
 from benchmarks.memory_group import MemoryGroup, create_group, launcher
-from lowbit.memory.devices import available_host_bytes
-
-MOST_HELD = 128 * GIB
-"""Main memory that a process may hold to make a machine smaller: a virtual machine takes minutes to hand out more."""
 
 _BLOCK = 1 << 28
-
-_HOLD_HOST = """
-import sys
-kept, left = [], int(sys.argv[1])
-while left > 0:
-    block = bytearray(min(1 << 28, left))
-    block[::4096] = b"x" * len(block[::4096])
-    kept.append(block)
-    left -= len(block)
-print("ready", flush=True)
-sys.stdin.read()
-"""
 
 
 class SmallerMachine:
     """Leaves `vram` bytes of the GPU free, the server's CUDA context to come out of them, and caps its main memory.
 
-    The GPU: this process holds the rest, so that the driver has no more to give. Main memory: a cgroup that the server
-    is started in and told of (`launcher`), or, where cgroups cannot be used, a process that holds the rest.
-    `host_cap_by` says which. No allocator and no accounting of ComfyUI's or the pack's is told anything else.
-    None leaves a side alone.
+    The GPU: this process holds the rest, so that the driver has no more to give. Main memory: a cgroup that the server is
+    started in and told of (`launcher`). No allocator and no accounting of ComfyUI's or the pack's is told anything else.
+    None leaves a side alone. Raises RuntimeError where no cgroup can cap main memory.
     """
 
-    def __init__(self, vram: int | None, host: int | None, group: Callable[[int], MemoryGroup | None] = create_group):
+    def __init__(self, vram: int | None, host: int | None):
         self._held: list[torch.Tensor] = []
-        self._holder: subprocess.Popen[str] | None = None
         self.group: MemoryGroup | None = None
         self.launcher: list[str] = []
-        self.host_cap_by: str | None = None
         try:
             if vram is not None:
                 self._hold_gpu(vram)
             if host is not None:
-                self._cap_host(host, group)
+                self._cap_host(host)
         except BaseException:
             self.close()
             raise
@@ -65,30 +43,17 @@ class SmallerMachine:
         while (over := torch.cuda.mem_get_info()[0] - vram) > 0:
             self._held.append(torch.empty(min(_BLOCK, over), dtype=torch.uint8, device="cuda"))
 
-    def _cap_host(self, host: int, group: Callable[[int], MemoryGroup | None]) -> None:
-        self.group = group(host)
-        if self.group is not None:
-            self.launcher, self.host_cap_by = launcher(self.group, host), "cgroup"
-            return
-        left = max(0, available_host_bytes() - host)
-        if left > MOST_HELD:
-            raise RuntimeError(f"no cgroup can cap main memory here, and {left / GIB:.0f} GiB are too much to hold")
-        self._holder = subprocess.Popen(
-            [sys.executable, "-c", _HOLD_HOST, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._holder.stdout is not None
-        if self._holder.stdout.readline().strip() != "ready":
-            raise RuntimeError(f"the machine could not be made smaller by {left / GIB:.1f} GiB")
-        self.host_cap_by = "holder"
+    def _cap_host(self, host: int) -> None:
+        self.group = create_group(host)
+        if self.group is None:
+            raise RuntimeError("no cgroup can cap main memory here")
+        self.launcher = launcher(self.group, host)
 
     def close(self) -> None:
         """Gives everything back; what still runs in the cgroup is ended."""
         if self._held:
             self._held.clear()
             torch.cuda.empty_cache()
-        if self._holder is not None:
-            self._holder.kill()
-            self._holder.wait()
         if self.group is not None:
             self.group.close()
 

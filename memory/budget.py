@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .units import size_text
+from .components import size_text
 
 GIB = 1 << 30
 BUFFERS = 2

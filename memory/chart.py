@@ -7,9 +7,18 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .components import AUDIO_ENCODER, COMPONENTS, DIFFUSION_MODEL, MODEL_PATCH, OTHER, SCRATCH, TEXT_ENCODER, VAE
+from .components import (
+    AUDIO_ENCODER,
+    COMPONENTS,
+    DIFFUSION_MODEL,
+    MODEL_PATCH,
+    OTHER,
+    SCRATCH,
+    TEXT_ENCODER,
+    VAE,
+    size_text,
+)
 from .ledger import Run, Sample
-from .units import size_text
 
 WIDTH, HEIGHT = 1600, 900
 _FINE = 2  # drawn this much larger, then scaled down: Pillow's lines are not smoothed

@@ -1,4 +1,4 @@
-"""The names of what takes memory, as reports, charts and the live meter write them."""
+"""The names of what takes memory, and its sizes, as reports, charts and the live meter write them."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ MODELS = (DIFFUSION_MODEL, TEXT_ENCODER, VAE, AUDIO_ENCODER, MODEL_PATCH)
 
 COMPONENTS = (*MODELS, SCRATCH, OTHER)
 """Everything, in the order of charts and tables. `other` is what is left: activations, latents, other packs."""
+
+
+def size_text(nbytes: float) -> str:
+    """GiB from a tenth of one up, MiB below."""
+    return f"{nbytes / 2**30:.2f} GiB" if abs(nbytes) >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"

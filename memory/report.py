@@ -10,10 +10,9 @@ from typing import Any
 from PIL import Image
 
 from .chart import draw
-from .components import COMPONENTS
+from .components import COMPONENTS, size_text
 from .devices import Device
 from .ledger import Run, Sample
-from .units import size_text
 
 
 @dataclass(frozen=True)

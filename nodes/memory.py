@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+import torch
 from comfy_api.latest import io, ui
 
 from ..host.memory.manager import manage
 from ..host.memory.release import release
-from ..host.memory.report import chart_image, running_report
+from ..host.memory.session import session
 from ..memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
 from ..memory.policies import AUTO, POLICIES, SEQUENTIAL_CFG, STEP_CLEARING, Settings
 from .common import CATEGORY, show_text
@@ -217,8 +219,8 @@ class MemoryReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, value: object) -> io.NodeOutput:
-        report = running_report()
-        chart = chart_image(report)
+        report = session().report()
+        chart = torch.from_numpy(np.asarray(report.chart, dtype=np.float32) / 255.0)[None]
         shown = ui.PreviewImage(chart).as_dict() | ui.PreviewText(report.text).as_dict()
         return io.NodeOutput(value, chart, report.text, json.dumps(report.data), ui=shown)
 

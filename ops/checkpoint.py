@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from .foreign_layers import decoded_layers
 from .gguf_decode import decode
 from .gguf_file import SUFFIX, open_gguf
-from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, read_header
+from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, opening, read_header
 
 __all__ = [
     "DTYPES",
@@ -277,14 +277,13 @@ def _open_indexed(index: Path) -> Checkpoint:
 
 def _read_index(index: Path) -> tuple[dict[str, str], FileStamp]:
     """The shard of each tensor by its name, and the state of the index."""
+    with opening(index):
+        stamp, text = file_stamp(index), index.read_bytes()
     try:
-        stamp = file_stamp(index)
-        shard_of = load_json(index.read_bytes())["weight_map"]
+        shard_of = load_json(text)["weight_map"]
         if not isinstance(shard_of, dict) or not all(isinstance(name, str) and name for name in shard_of.values()):
             raise ValueError("its weight_map does not name a file for each tensor")
-    except FileNotFoundError:
-        raise CheckpointError(f"{index.name} does not exist: check the file's name.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index.name} is not a safetensors index ({error}): download it again.") from None
     outside = next((name for name in shard_of.values() if Path(name).name != name or "\0" in name), None)
     if outside is not None:

@@ -39,21 +39,20 @@ LEFT_OUT = "left_out"
 LONGEST_FIRST = (
     "browser/test_workflows.py",
     "kernels/test_in_interpreter.py",
+    "kernels/test_in_compiler.py",
+    "headless/test_loaders.py",
+    "headless/test_memory_recovery.py",
     "headless/test_workflows.py",
     "headless/test_memory_benchmark.py",
-    "headless/test_memory_recovery.py",
-    "headless/test_loaders.py",
+    "nodes/test_missing_names.py",
     "headless/test_demo.py",
-    "demo/test_demo.py",
-    "kernels/test_in_compiler.py",
-    "headless/test_memory.py",
     "headless/test_save.py",
     "headless/test_lora.py",
     "headless/test_attention.py",
-    "browser/test_meter.py",
-    "tools/test_training_models.py",
     "headless/test_command_line.py",
-    "headless/test_memory_report.py",
+    "host/weights/test_quantizing.py",
+    "demo/test_demo.py",
+    "tools/test_training_models.py",
 )
 """Files that take half a minute and more. Of processes that take whole files, none shall be left alone with one."""
 
@@ -61,8 +60,13 @@ TOGETHER = (
     ("browser/",),
     ("nodes/",),
     ("headless/test_memory.py", "headless/test_memory_recovery.py", "headless/test_memory_report.py"),
+    ("headless/test_command_line.py", "headless/test_save.py"),
+    tuple(
+        f"headless/test_{name}.py"
+        for name in ("bad_input", "gguf", "interrupt", "lora", "optimize", "text_generation", "tiny")
+    ),
 )
-"""Beginnings of the names of files that ask for the same ComfyUI, and no others do: one process runs them all."""
+"""Beginnings of the names of files that ask for the same ComfyUI: one process runs them all, instead of one ComfyUI each."""
 
 
 def comfyui_required() -> bool:

@@ -15,6 +15,7 @@ from ...memory.devices import CudaDevice, Device, HostDevice
 from ...memory.growth import Sentinel
 from ...memory.holders import BYTES, HOLDERS, Holder, Snapshot, find_growth, take_snapshot
 from ...memory.ledger import Ledger, Sample
+from ...memory.report import RunReport, make_report
 from ...ops.scratch import release_scratch, scratch_nbytes
 from .limit import VramLimit
 from .loaded_models import component_bytes, outside_bytes, pinned_bytes, unnamed_bytes, weight_tensors
@@ -88,6 +89,12 @@ class Session(ProgressHandler):
         self.ledger.run.nodes.setdefault(node, self.node_class(node))
         self.meter.send(sample, self.ledger.run, self.manager_node, self.device.name, self.limit.nbytes)
         return sample
+
+    def report(self) -> RunReport:
+        """The running prompt's, with a reading of now."""
+        ledger = self.begin()
+        ledger.sample("report")
+        return make_report(ledger.run, ledger.device)
 
     def say(self, text: str) -> None:
         """A remark for the report, and for the log the first time."""

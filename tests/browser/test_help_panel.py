@@ -61,10 +61,10 @@ def test_the_help_of_every_node_is_shown(tab, language):
 def _open_help(tab, name: str) -> None:
     """Clicks the info button; a selection made before the toolbox is there shows none, so it is made again."""
     button = tab.page.get_by_test_id("info-button")
-    for _ in range(12):
+    for _ in range(120):
         if button.is_visible():
             break
-        tab.page.wait_for_timeout(1000)
+        tab.page.wait_for_timeout(500)
         tab.evaluate(SELECT, name)
     button.click()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from testing import graphs, tiny
@@ -38,19 +36,16 @@ def test_interrupt_during_a_quantizing_load_and_go_on(bench, big_model):
             seen.append(event["data"])
             bench.server.interrupt()
 
-    started = time.monotonic()
     with pytest.raises(GraphInterruptedError):
         bench.server.run(graph, on_event=interrupt)
-    stopped = time.monotonic() - started
     assert seen[0]["value"] < seen[0]["max"] / 2
     assert files(bench) == before
 
-    started = time.monotonic()
     progress = []
     bench.server.run(graph, on_event=lambda event: progress.append(event) if event["type"] == "progress" else None)
-    assert time.monotonic() - started > stopped
     done = [event["data"]["value"] / event["data"]["max"] for event in progress if event["data"]["node"] == "model"]
     assert done == sorted(done)
+    assert done[0] < 0.5, "it begins anew"
     assert done[-1] == 1
     assert len(files(bench) - before) == 1
 

@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.memory import chart
-from lowbit.memory.components import COMPONENTS, DIFFUSION_MODEL, OTHER, TEXT_ENCODER, VAE
+from lowbit.memory.components import COMPONENTS, DIFFUSION_MODEL, OTHER, TEXT_ENCODER, VAE, size_text
 from lowbit.memory.ledger import Release, Run, Sample
 from lowbit.memory.report import RunReport
-from lowbit.memory.units import size_text
 
 GIB = 1 << 30
 NAME = "cuda:0 (a test)"

@@ -30,7 +30,7 @@ def test_the_next_tensor_is_read_while_one_is_worked_on():
     for name, take in read_ahead(NAMES, lambda name: 4, read):
         assert take().item() == ord(name)
         for later in NAMES[NAMES.index(name) + 1 :][:1]:
-            assert begun[later].wait(10)
+            assert begun[later].wait(300)
         assert not any(begun[later].is_set() for later in NAMES[NAMES.index(name) + 2 :])
 
 
@@ -81,7 +81,7 @@ def test_writes_come_one_after_the_other_and_hold_no_more_than_allowed(monkeypat
     gate, written = threading.Event(), []
 
     def write(number):
-        gate.wait(10)
+        gate.wait(300)
         written.append(number)
 
     behind = WriteBehind()

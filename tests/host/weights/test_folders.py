@@ -100,7 +100,7 @@ def test_a_temporary_folder_lives_as_long_as_its_process_whatever_its_number(hos
 def test_a_temporary_folder_goes_when_its_process_ends(host, tmp_path):
     ending = process(tmp_path, "end")
     folder = tmp_path / ending.stdout.readline().strip()
-    assert ending.wait(60) == 0
+    assert ending.wait(300) == 0
     assert not folder.exists()
 
 
