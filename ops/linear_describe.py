@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.runtime import TRITON_FOUND
+from ..kernels.runtime import ADA, AMPERE, BLACKWELL, TRITON_FOUND
 from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4
-from .linear_table import ADA, AMPERE, BLACKWELL, FP8_ROWS, INT8_ROWS, KITCHEN, PATHS, REFERENCE, Gpu, choose_path
+from .linear_table import FP8_ROWS, INT8_ROWS, KITCHEN, PATHS, REFERENCE, Gpu, choose_path
 
 NATIVE = "native"
 FALLBACK = "fallback"

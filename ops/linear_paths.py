@@ -20,10 +20,19 @@ from ..kernels.matmul_rows import matmul_rows
 from ..kernels.matmul_split import matmul_split, split_rows, term_count
 from ..kernels.quantize_rows import apply_activation, quantize_rows, quantize_rows_reference
 from ..kernels.rotate_rows import KERNEL_ROTATIONS, rotate_rows
-from ..kernels.runtime import CAN_OVERLAP, DESCRIPTORS_FIT, INTERPRETED, made_to_keep, multiprocessor_count
+from ..kernels.runtime import (
+    ADA,
+    CAN_OVERLAP,
+    DESCRIPTORS_FIT,
+    GEFORCE_BLACKWELL,
+    HOPPER,
+    INTERPRETED,
+    made_to_keep,
+    multiprocessor_count,
+)
 from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_reference import linear_reference
-from .linear_table import ADA, FEW_ROWS, FP8_ROWS, GEFORCE_BLACKWELL, HOPPER, INT8_ROWS, SCRATCH, Gpu
+from .linear_table import FEW_ROWS, FP8_ROWS, INT8_ROWS, SCRATCH, Gpu
 from .scratch import Spec, take_scratch
 from .shared_input import SharedInput, keep_for_input, take_for_input
 
@@ -33,14 +42,14 @@ CHUNK_NBYTES = 512 << 20
 """Quantized activations kept in scratch at once; longer inputs are multiplied in pieces of rows."""
 
 
-def _aligned(t: torch.Tensor, nbytes: int) -> bool:
+def _is_aligned(t: torch.Tensor, nbytes: int) -> bool:
     return t.stride(-1) == 1 and t.data_ptr() % nbytes == 0 and t.stride(0) * t.element_size() % nbytes == 0
 
 
 def _codes_spec(weight: StoredWeight, alignment: int) -> Spec:
     """The scratch that `_straight` needs: none for codes that lie row by row on the alignment."""
     data = weight.data
-    if data.stride(-1) == 1 and (alignment == 1 or _aligned(data, alignment)):
+    if data.stride(-1) == 1 and (alignment == 1 or _is_aligned(data, alignment)):
         return None
     return tuple(data.shape), data.dtype
 
@@ -109,7 +118,7 @@ def _few_rows_splits(method: str, weight: StoredWeight, device: torch.device) ->
 def _few_rows_method(weight: StoredWeight, rows: int, dtype: torch.dtype, activation: str | None, gpu: Gpu) -> str:
     if dtype == torch.float32:
         return "matvec"
-    if weight.kind == NVFP4 and _aligned(weight.data, 8):
+    if weight.kind == NVFP4 and _is_aligned(weight.data, 8):
         return "blocks"
     if weight.kind == FP8 and rows == 1 and activation is None:
         return "matvec"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CapabilityError
-from ..kernels.runtime import TRITON_FOUND
+from ..kernels.runtime import ADA, AMPERE, BLACKWELL, HOPPER, TRITON_FOUND, TURING
 from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4
 
 REFERENCE = "reference"
@@ -47,7 +47,7 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Rule:
+class PathRule:
     """One line of the table; the first that fits a call wins.
 
     Attributes:
@@ -89,27 +89,31 @@ class Rule:
         )
 
 
-TURING, AMPERE, ADA, HOPPER, BLACKWELL, GEFORCE_BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
-
 RULES = (
     # Few rows: reading the weight is all the time there is, so the stored bytes go straight into the product.
-    Rule(FEW_ROWS, (FP8, INT8, INT4), False, rows=(1, 64), cc=(AMPERE, NO_CC), dtypes=HALF),
-    Rule(FEW_ROWS, (FP8, INT8, INT4, MXFP8, NVFP4), None, rows=(1, 32), cc=(AMPERE, NO_CC), dtypes=HALF),
-    Rule(FEW_ROWS, (FP8, INT8, MXFP8, NVFP4, INT4), None, rows=(1, 2), cc=(AMPERE, NO_CC)),
-    Rule(KITCHEN, (INT4_CODEBOOK,), True, rows=(1, 2), cc=(HOPPER, BLACKWELL), triton=False, kitchen=True, multiple=16),
+    PathRule(FEW_ROWS, (FP8, INT8, INT4), False, rows=(1, 64), cc=(AMPERE, NO_CC), dtypes=HALF),
+    PathRule(FEW_ROWS, (FP8, INT8, INT4, MXFP8, NVFP4), None, rows=(1, 32), cc=(AMPERE, NO_CC), dtypes=HALF),
+    PathRule(FEW_ROWS, (FP8, INT8, MXFP8, NVFP4, INT4), None, rows=(1, 2), cc=(AMPERE, NO_CC)),
+    PathRule(
+        KITCHEN, (INT4_CODEBOOK,), True, rows=(1, 2), cc=(HOPPER, BLACKWELL), triton=False, kitchen=True, multiple=16
+    ),
     # Block formats where the tensor cores take them as they are. comfy-kitchen's NVFP4 quantizer checks no bounds: it
     # writes past its output unless (rows, padded to 16) x K is a multiple of 512, hence K by 32.
-    Rule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False, multiple=32),
+    PathRule(KITCHEN, (NVFP4, MXFP8), True, cc=(BLACKWELL, NO_CC), dtypes=HALF, triton=False, multiple=32),
     # 8-bit products. comfy-kitchen's INT8 kernel is tuned for every GPU but Hopper.
-    Rule(KITCHEN, (INT8, INT4), True, cc=(TURING, HOPPER), triton=False, kitchen=True, multiple=16),
-    Rule(KITCHEN, (INT4_CODEBOOK,), True, cc=(AMPERE, HOPPER), triton=False, kitchen=True, multiple=16),
-    Rule(KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(BLACKWELL, NO_CC), triton=False, kitchen=True, multiple=16),
-    Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC)),
-    Rule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC), dtypes=(torch.bfloat16,), triton=False, multiple=16),
-    Rule(FP8_ROWS, (MXFP8, NVFP4), True, cc=(ADA, BLACKWELL)),
-    Rule(INT8_ROWS, (INT8, INT4, INT4_CODEBOOK), True, cc=(AMPERE, NO_CC)),
-    Rule(SCRATCH, EVERY_KIND, None, cc=(AMPERE, NO_CC)),
-    Rule(REFERENCE, EVERY_KIND, None, triton=False, dtypes=(*FLOATS, torch.float64), corrected=True, rows=(0, 1 << 40)),
+    PathRule(KITCHEN, (INT8, INT4), True, cc=(TURING, HOPPER), triton=False, kitchen=True, multiple=16),
+    PathRule(KITCHEN, (INT4_CODEBOOK,), True, cc=(AMPERE, HOPPER), triton=False, kitchen=True, multiple=16),
+    PathRule(
+        KITCHEN, (INT8, INT4, INT4_CODEBOOK), True, cc=(BLACKWELL, NO_CC), triton=False, kitchen=True, multiple=16
+    ),
+    PathRule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC)),
+    PathRule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC), dtypes=(torch.bfloat16,), triton=False, multiple=16),
+    PathRule(FP8_ROWS, (MXFP8, NVFP4), True, cc=(ADA, BLACKWELL)),
+    PathRule(INT8_ROWS, (INT8, INT4, INT4_CODEBOOK), True, cc=(AMPERE, NO_CC)),
+    PathRule(SCRATCH, EVERY_KIND, None, cc=(AMPERE, NO_CC)),
+    PathRule(
+        REFERENCE, EVERY_KIND, None, triton=False, dtypes=(*FLOATS, torch.float64), corrected=True, rows=(0, 1 << 40)
+    ),
 )
 
 
