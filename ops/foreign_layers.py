@@ -12,7 +12,7 @@ from .foreign_scalings import find_scheme
 from .header import DECODED, TensorEntry
 from .layer_tensors import Decoded, Found, LayerTensors, Read
 from .nunchaku_names import under_comfyui_names
-from .stored import UNKNOWN_SCALINGS, described_layers
+from .stored_names import UNKNOWN_SCALINGS, described_layers
 
 _WEIGHT = ".weight"
 

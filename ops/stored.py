@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,7 @@ from .diffusion_names import described_weight
 from .header import load_json
 from .multiplied_out import ScaledWeight, multiplied_out
 from .quantize import core_config_tensor
+from .stored_names import UNKNOWN_SCALINGS, foreign_weight, metadata_layers, with_format
 from .stored_scales import check_scales
 
 FLOAT8_FORMATS: Mapping[torch.dtype, str] = {
@@ -22,7 +22,6 @@ FLOAT8_FORMATS: Mapping[torch.dtype, str] = {
     torch.float8_e5m2: "float8_e5m2",
 }
 
-_METADATA = "_quantization_metadata"
 _CONFIG = ".comfy_quant"
 _MARKER = "scaled_fp8"
 _WEIGHT_SCALES = (".weight_scale", ".scale_weight")
@@ -31,41 +30,6 @@ _INTEGERS = frozenset(
     {torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64}
 )
 _INTEGER_FORMATS = frozenset({"int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"})
-
-_FOREIGN_WEIGHTS = (
-    ".qweight",
-    ".q_weight",
-    ".weight_packed",
-    ".weight._data",
-    ".W_q",
-    ".trellis",
-)
-"""What other tools (GPTQ, EXL2, compressed-tensors, quanto, HQQ, EXL3) store in place of a weight, where it is not decoded."""
-
-UNKNOWN_SCALINGS = (
-    ".weight_scale_inv",
-    ".weight_scale_2",
-    ".weight_scales",
-    ".weight_scale_1",
-    ".weight_zero_point",
-    ".weight_zeros",
-    ".weight_shape",
-    ".weight_format",
-    ".weight.absmax",
-    ".weight.nested_absmax",
-    ".weight.quant_map",
-    ".pre_quant_scale",
-    ".smooth_scale",
-    ".smooth_factor",
-    ".scale",
-    ".scales",
-    ".scale_inv",
-    ".zero_point",
-    ".zeros",
-    ".absmax",
-    ".SCB",
-)
-"""Beside a weight: block scales, zero points, bitsandbytes, smoothing, and the like, where `foreign_layers` has not decoded it."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +124,7 @@ def find_stored_layers(
     # Two elements in a part's marker: its products are to stay in 16 bits.
     full_precision = tuple(name.removesuffix(_MARKER) for name in dropped if math.prod(shapes[name]) == 2)
     nameless: list[str] = []
-    for described, config in _metadata_layers(metadata).items():
+    for described, config in metadata_layers(metadata).items():
         weight = described_weight(described, dtypes)
         if weight is None:
             nameless.append(described)
@@ -196,28 +160,6 @@ def find_stored_layers(
     # Core's integer formats always measure their input, and know no such parameter.
     dropped |= {source for source, to in targets.items() if to.name.endswith(".input_scale") and to.measures_input}
     return StoredLayers(layers, frozenset(dropped), targets, scaled_weights)
-
-
-def foreign_weight(names: Iterable[str]) -> str | None:
-    """What is wrong with a file of these names: that it holds another tool's weights; None where nothing tells so."""
-    name = next((name for name in names if name.endswith(_FOREIGN_WEIGHTS)), None)
-    if name is None:
-        return None
-    return (
-        f"it holds '{name}', a weight quantized by another tool in a way that ComfyUI cannot load: use the 16-bit file, or "
-        "one in ComfyUI's own quantized format."
-    )
-
-
-def described_layers(metadata: Mapping[str, str], names: Collection[str]) -> frozenset[str] | None:
-    """The layers of a file with tensors of these names that its header describes; None: some under names of no tensor.
-
-    Raises:
-        CheckpointError: the description is not readable.
-    """
-    weights = [described_weight(name, names) for name in _metadata_layers(metadata)]
-    found = frozenset(weight.removesuffix(".weight") for weight in weights if weight is not None)
-    return found if None not in weights else None
 
 
 def normalize_state_dict(
@@ -273,55 +215,13 @@ def with_speed(config: Mapping[str, Any], fast: bool | None) -> dict[str, Any]:
     return result
 
 
-def metadata_below(metadata: Mapping[str, str], prefix: str, names: Collection[str]) -> dict[str, str]:
-    """Text entries whose description of quantized layers is that of the part of a file below `prefix`.
-
-    Args:
-        metadata: the file's.
-        prefix: of the part; it is taken off the names that have it.
-        names: every tensor of the file: what describes another part's layer is left out.
-
-    Raises:
-        CheckpointError: the description is not readable.
-    """
-    result = dict(metadata)
-    if _METADATA not in result:
-        return result
-    layers = {}
-    for name, config in _metadata_layers(metadata).items():
-        inside = name.startswith(prefix) or f"{prefix}{name}.weight" in names
-        if inside or f"{name}.weight" not in names:
-            layers[name.removeprefix(prefix)] = config
-    result[_METADATA] = json.dumps({"layers": layers})
-    return result
-
-
-def _metadata_layers(metadata: Mapping[str, str] | None) -> dict[str, dict[str, Any]]:
-    text = (metadata or {}).get(_METADATA)
-    if text is None:
-        return {}
-    try:
-        layers = load_json(text)["layers"].items()
-        return {layer: _with_format(config) for layer, config in layers}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the header's _quantization_metadata cannot be read ({error}): download it again."
-        ) from None
-
-
 def _config(name: str, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
     try:
-        return _with_format(load_json(read(name).numpy().tobytes()))
+        return with_format(load_json(read(name).numpy().tobytes()))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"'{name}' does not describe a quantized layer ({error}): download the file again."
         ) from None
-
-
-def _with_format(config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict) or not isinstance(config.get("format"), str):
-        raise ValueError("a layer's description names no format")
-    return config
 
 
 def _described(layer: str, config: dict[str, Any], dtypes: Mapping[str, torch.dtype], origin: str) -> StoredLayer:

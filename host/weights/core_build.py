@@ -17,7 +17,7 @@ from ...ops.diffusion_names import converted_model, tables
 from ...ops.formats import STORAGES, stored_shape
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan, find_stored
-from ...ops.stored import foreign_weight
+from ...ops.stored_names import foreign_weight
 from ...versions import find
 
 logger = logging.getLogger("lowbit.host")

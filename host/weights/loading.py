@@ -18,7 +18,8 @@ import torch
 from ...errors import CapabilityError, CheckpointError
 from ...ops.checkpoint import Checkpoint, open_checkpoint
 from ...ops.diffusion_names import diffusion_names
-from ...ops.stored import metadata_below, normalize_state_dict
+from ...ops.stored import normalize_state_dict
+from ...ops.stored_names import metadata_below
 from ...versions import advice, find
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .checked import NumbersCheck, settle, watched

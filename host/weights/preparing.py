@@ -23,7 +23,7 @@ from ...ops.gguf_file import SUFFIX
 from ...ops.keep_rules import parse_rules
 from ...ops.plan import QuantizationPlan, make_plan
 from ...ops.plan_report import plan_report, plan_summary
-from ...ops.stored import metadata_below
+from ...ops.stored_names import metadata_below
 from ...ops.writer import check_free_space
 from ...versions import find
 from .architecture import MODEL_PATCH_SIGNATURE, check_formats, check_model_patch

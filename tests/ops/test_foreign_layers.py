@@ -71,7 +71,7 @@ def test_a_layer_is_decoded_where_its_bytes_are(scheme, save):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_report_says_in_one_sentence_what_becomes_of_them(scheme, save):
-    tensors = {f"blocks.{number}.q.weight": torch.randn(256, 512) for number in range(3)}
+    tensors = {f"blocks.{number}.q.weight": torch.randn(256, 512).bfloat16() for number in range(3)}
     theirs, _ = stored_as(tensors, ["blocks.0.q", "blocks.1.q"], SCHEMES[scheme])
     checkpoint = open_checkpoint(save({name: tensor.contiguous() for name, tensor in theirs.items()}))
     report = plan_report(checkpoint, make_plan(checkpoint, FORMATS["int8"], None), HOPPER, "int8")
