@@ -1,7 +1,7 @@
 """Decodes weights as other tools store them with torch, on any device: stored tensors in, float32 out.
 
 Sources: bitsandbytes (functional.py, `QuantState`), AutoGPTQ and AutoAWQ (their Linear classes), compressed-tensors
-(`pack_to_int32`, `NVFP4PackedCompressor`), NVIDIA's modelopt (`NVFP4QTensor`), LightX2V (lightx2v_kernel/csrc/gemm).
+(`pack_to_int32`, `NVFP4PackedCompressor`), LightX2V (lightx2v_kernel/csrc/gemm).
 """
 
 from __future__ import annotations
@@ -143,30 +143,22 @@ def llm_int8(codes: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     return codes.float() * (largest.float().view(-1, 1) / _SCB_UNIT)
 
 
-def nvfp4_rows(
-    packed: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor, smooth: torch.Tensor | None = None
-) -> torch.Tensor:
+def nvfp4_rows(packed: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """FP4 with scales row by row; the earlier column in the low bits.
 
     Args:
         packed: (rows, columns / 2).
         block_scale: (rows, columns / 16).
-        scale: of all.
-        smooth: (columns,) what the tool multiplies the input with.
+        scale: of all, which the tool divides by.
     """
-    values = each_block(torch.Tensor.mul_, nibbles(packed, E2M1), block_scale, (1, 16)).mul_(scale.float().view(()))
-    return values if smooth is None else values.mul_(smooth.float().view(1, -1))
-
-
-def nvfp4_rows_divided(packed: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`nvfp4_rows` with a scale of all that the tool divides by."""
-    return nvfp4_rows(packed, block_scale, 1 / scale.float())
+    values = nibbles(packed, E2M1)
+    return each_block(torch.Tensor.mul_, values, block_scale, (1, 16)).mul_(1 / scale.float().view(()))
 
 
 def nvfp4_tiles(packed: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`nvfp4_rows_divided` with block scales in tiles (`tiled_scales`)."""
+    """`nvfp4_rows` with block scales in tiles (`tiled_scales`)."""
     rows, columns = packed.shape
-    return nvfp4_rows_divided(packed, untiled_scales(block_scale, rows, columns // 8), scale)
+    return nvfp4_rows(packed, untiled_scales(block_scale, rows, columns // 8), scale)
 
 
 def nvfp4_tiles_calibrated(

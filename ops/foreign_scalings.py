@@ -161,10 +161,7 @@ def _nvfp4(layer: LayerTensors, packed: str, scale: str, decode: Decode, who: st
     what = f"NVFP4 of {who}"
     rows, half = layer.shape(packed)
     layer.need(what, {"weight_scale": (rows, -(-half // 8)), scale: 1})
-    smooth = layer.there(smooth="pre_quant_scale")
-    if smooth:
-        layer.need(what, {"pre_quant_scale": half * 2})
-    parts = {"packed": packed, "block_scale": "weight_scale", "scale": scale, **smooth}
+    parts = {"packed": packed, "block_scale": "weight_scale", "scale": scale}
     return Found(what, Decoded((rows, half * 2), parts, decode))
 
 
@@ -305,20 +302,13 @@ SCHEMES: tuple[Scheme, ...] = (
             _nvfp4,
             packed="weight_packed",
             scale="weight_global_scale",
-            decode=foreign_decode.nvfp4_rows_divided,
+            decode=foreign_decode.nvfp4_rows,
             who="compressed-tensors",
         ),
         drops=("input_global_scale",),
     ),
     _scheme("weight_packed", "weight_scale", "weight_shape", find=_packed_integers),
     _scheme("weight_packed", "weight_scale", find=_packed_microscaled),
-    _scheme(
-        "weight",
-        "weight_scale",
-        "weight_scale_2",
-        find=partial(_nvfp4, packed="weight", scale="weight_scale_2", decode=foreign_decode.nvfp4_rows, who="modelopt"),
-        drops=_INPUT,
-    ),
     _scheme(
         "weight",
         "weight_scale",

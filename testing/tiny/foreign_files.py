@@ -274,7 +274,7 @@ def _tiles(scales: torch.Tensor) -> torch.Tensor:
 
 
 def nvfp4(tool: str) -> Callable[[torch.Tensor], Stored]:
-    """NVFP4 of `modelopt`, `compressed-tensors` and `lightx2v` (`lightx2v calibrated`: with the product's factor only)."""
+    """NVFP4 of `compressed-tensors` and `lightx2v` (`lightx2v calibrated`: with the product's factor only)."""
 
     def store(weight: torch.Tensor) -> Stored:
         values = weight.double().numpy()
@@ -284,13 +284,6 @@ def nvfp4(tool: str) -> Callable[[torch.Tensor], Stored]:
         codes = _nearest(values / spread, _E2M1)
         packed = torch.from_numpy(codes[:, ::2] | (codes[:, 1::2] << 4))
         exact = _double(_E2M1[codes] * spread)
-        if tool == "modelopt":
-            return {
-                "weight": packed,
-                "weight_scale": scale,
-                "weight_scale_2": torch.tensor(whole),
-                "input_scale": torch.tensor(1.0),
-            }, exact
         divided = torch.tensor([1 / whole])
         if tool == "compressed-tensors":
             return {"weight_packed": packed, "weight_scale": scale, "weight_global_scale": divided}, exact
@@ -366,7 +359,6 @@ SCHEMES: Mapping[str, ForeignScheme] = MappingProxyType(
         "int4 packed": ForeignScheme(packed_integers(4, 32, False), 1, 32, "INT4 of compressed-tensors"),
         "int4 packed, zeros": ForeignScheme(packed_integers(4, 32, True), 1, 32, "INT4 of compressed-tensors"),
         "int8 packed": ForeignScheme(packed_integers(8, 64, False), 1, 64, "INT8 of compressed-tensors"),
-        "nvfp4 modelopt": ForeignScheme(nvfp4("modelopt"), 1, 16, "NVFP4 of modelopt"),
         "nvfp4 packed": ForeignScheme(nvfp4("compressed-tensors"), 1, 16, "NVFP4 of compressed-tensors"),
         "nvfp4 lightx2v": ForeignScheme(nvfp4("lightx2v"), 1, 16, "NVFP4 of LightX2V"),
         "nvfp4 lightx2v, calibrated": ForeignScheme(nvfp4("lightx2v calibrated"), 1, 16, "NVFP4 of LightX2V"),
