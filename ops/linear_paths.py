@@ -34,7 +34,7 @@ from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_reference import linear_reference
 from .linear_table import FEW_ROWS, FP8_ROWS, INT8_ROWS, SCRATCH, Gpu
 from .scratch import Spec, take_scratch
-from .shared_input import SharedInput, keep_for_input, take_for_input
+from .shared_input import SharedInput, take_for_input
 
 _log = logging.getLogger("lowbit.linear")
 
@@ -340,7 +340,7 @@ def fp8_rows_linear(
     chunks = _row_chunks(rows, columns)
     shared = SharedInput.of(source, group, float8, activation) if len(chunks) == 1 else None
     folded = weight.scale if weight.scale_mode == 1 and not blocks else None
-    scratch, quantized = take_for_input(
+    scratch = take_for_input(
         x.device,
         shared,
         ((chunks[0][1] - chunks[0][0], columns), float8),
@@ -350,7 +350,7 @@ def fp8_rows_linear(
         ((count,), torch.float32) if blocks else None,
         _codes_spec(weight, 1 if blocks else 16),
     )
-    q, row_scale, scaled, decoded, decoded_scale, codes = scratch
+    q, row_scale, scaled, decoded, decoded_scale, codes = scratch.tensors
     weight = _straight(weight, codes)
     column_scale = weight.scale if weight.scale_mode == 2 else None
     if blocks:
@@ -360,13 +360,13 @@ def fp8_rows_linear(
         data = weight.data
     quantize = quantize_rows if gpu.triton else _quantize_without_triton
     for piece, part, scale, target in _pieces(chunks, x, q, row_scale, out):
-        if not quantized:
+        if not scratch.quantized:
             quantize(piece, part, scale, activation, folded if scaled is None else None)
         if scaled is not None:
             scale = torch.mul(scale, folded, out=scaled)
         if not _fp8_matmul(part, data, scale, column_scale, bias, target, gpu):
             return linear_reference(x, weight, bias, fast=False, activation=activation)
-    keep_for_input(x.device, shared, scratch)
+    scratch.keep()
     return out
 
 
@@ -389,7 +389,7 @@ def int8_rows_linear(
     out = torch.empty(rows, count, dtype=x.dtype, device=x.device)
     chunks = _row_chunks(rows, columns)
     shared = SharedInput.of(source, group, torch.int8, weight.rotation, activation) if len(chunks) == 1 else None
-    scratch, quantized = take_for_input(
+    scratch = take_for_input(
         x.device,
         shared,
         ((chunks[0][1] - chunks[0][0], columns), torch.int8),
@@ -397,21 +397,19 @@ def int8_rows_linear(
         ((count, columns), torch.int8) if decodes else None,
         _codes_spec(weight, 1 if decodes else 16),
     )
-    q, row_scale, decoded, codes = scratch
+    q, row_scale, decoded, codes = scratch.tensors
     weight = _straight(weight, codes)
     data = weight.data
     if decodes:
         data = decoded
         decode_rows(weight, data, hardware_e4m3=_hardware_e4m3(gpu))
     for piece, part, scale, target in _pieces(chunks, x, q, row_scale, out):
-        if quantized:
-            pass
-        elif weight.rotation:
+        if not scratch.quantized and weight.rotation:
             rotate_rows(piece, part, scale, weight.rotation, activation)
-        else:
+        elif not scratch.quantized:
             quantize_rows(piece, part, scale, activation)
         matmul_rows(part, data, scale, weight.scale, bias, target, descriptors=_has_room_for_descriptors(gpu))
-    keep_for_input(x.device, shared, scratch)
+    scratch.keep()
     return out
 
 

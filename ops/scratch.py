@@ -27,7 +27,8 @@ class Scratch:
     def __init__(self) -> None:
         # One attribute, so that a release by another thread never leaves half of it.
         self._held: tuple[torch.Tensor | None, Views] = (None, {})
-        self._left: tuple[list[torch.Tensor | None], Any] | None = None
+        self.left: tuple[list[torch.Tensor | None], Any] | None = None
+        """The tensors of the last `take` and what its caller says is in them; the next `take` forgets it."""
 
     @property
     def nbytes(self) -> int:
@@ -37,7 +38,7 @@ class Scratch:
 
     def take(self, specs: tuple[Spec, ...], device: torch.device) -> list[torch.Tensor | None]:
         """Tensors for `specs`, cut from the buffer, which grows (and never shrinks) when they do not fit."""
-        self._left = None
+        self.left = None
         buffer, views = self._held
         if specs not in views:
             total = _total(specs)
@@ -50,15 +51,6 @@ class Scratch:
                 views.clear()
             views[specs] = _cut(buffer, specs)
         return views[specs]
-
-    def leave(self, tensors: list[torch.Tensor | None], content: Any) -> None:
-        """Say what was written to the tensors of the last `take`; the next `take` forgets it."""
-        self._left = tensors, content
-
-    def left(self, specs: tuple[Spec, ...]) -> Any:
-        """What the last `take` left in tensors of the same `specs`; None where it left nothing, or they were released."""
-        _, views = self._held
-        return self._left[1] if self._left is not None and views.get(specs) is self._left[0] else None
 
     def release(self) -> tuple[None, Views]:
         """Give the buffer back to PyTorch's allocator, as soon as no view of it is in use."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .scratch import Spec, scratch_here, take_scratch
+from .scratch import Scratch, Spec, scratch_here, take_scratch
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,29 +37,40 @@ class SharedInput:
         version = None if x.is_inference() else x._version
         return cls(weakref.ref(x), (x.data_ptr(), x.shape, x.stride(), version), (group, *how))
 
-    def is_same(self, other: SharedInput | None) -> bool:
+    def is_same(self, other: SharedInput) -> bool:
         """Whether `other`'s quantized rows are this one's."""
-        return (
-            other is not None
-            and self.source() is other.source()
-            and self.state == other.state
-            and self.how == other.how
-        )
+        return self.source() is other.source() and self.state == other.state and self.how == other.how
 
 
-def take_for_input(
-    device: torch.device, shared: SharedInput | None, *specs: Spec
-) -> tuple[list[torch.Tensor | None], bool]:
-    """`take_scratch`, and whether the tensors hold `shared`'s rows already, as `keep_for_input` left them."""
-    scratch = None if shared is None else scratch_here(device)
-    if shared is None or scratch is None:
-        return take_scratch(device, *specs), False
-    left = scratch.left(specs)
-    return scratch.take(specs, device), shared.is_same(left)
+@dataclass(frozen=True, eq=False)
+class InputScratch:
+    """What `take_for_input` gives.
+
+    Attributes:
+        tensors: as `take_scratch` gives them.
+        quantized: they hold the input's rows already.
+        owner: whose they are; None where nothing is shared.
+        shared: the input.
+    """
+
+    tensors: list[torch.Tensor | None]
+    quantized: bool = False
+    owner: Scratch | None = None
+    shared: SharedInput | None = None
+
+    def keep(self) -> None:
+        """Leave the tensors, now that the rows are written, to the next linear of the group."""
+        if self.owner is not None:
+            self.owner.left = self.tensors, self.shared
 
 
-def keep_for_input(device: torch.device, shared: SharedInput | None, tensors: list[torch.Tensor | None]) -> None:
-    """Leave what `take_for_input` gave, now that the rows are written, to the next linear of the group."""
-    scratch = None if shared is None else scratch_here(device)
-    if scratch is not None:
-        scratch.leave(tensors, shared)
+def take_for_input(device: torch.device, shared: SharedInput | None, *specs: Spec) -> InputScratch:
+    """`take_scratch`, where the one before may have left the rows of `shared`."""
+    owner = None if shared is None else scratch_here(device)
+    if shared is None or owner is None:
+        return InputScratch(take_scratch(device, *specs))
+    left = owner.left
+    tensors = owner.take(specs, device)
+    # Tensors of other specs, or of a buffer that was released since, are in another list.
+    quantized = left is not None and left[0] is tensors and shared.is_same(left[1])
+    return InputScratch(tensors, quantized, owner, shared)
