@@ -23,13 +23,12 @@ from ..errors import CheckpointError, StorageError
 from .checkpoint import DTYPES, TensorEntry, open_checkpoint
 from .lock_file import LockFile, abandoned
 from .overlap import WriteBehind
+from .staging import host_blocks
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 4 << 20
 _CHECKERS = min(8, os.cpu_count() or 1)
 """Threads that take checksums: one alone is slower than writing to memory, and than most disks."""
-_STAGED = 32 << 20
-"""Bytes of a GPU's tensor that are on their way at a time, through memory that it copies to at full speed."""
 _FLUSHED = 64 << 20
 """Bytes after which the disk is sent what was written, so that it has little left to do at the end."""
 _HEADER_ENTRY_BYTES = 160
@@ -97,7 +96,6 @@ class CheckpointWriter:
         self._header: dict[str, dict[str, object]] = {}
         self._checksums: dict[str, list[int]] = {}
         self._checkers = ThreadPoolExecutor(_CHECKERS, "lowbit-checksum")
-        self._staging: torch.Tensor | None = None
         self._flusher = ThreadPoolExecutor(1, "lowbit-flusher")
         self._flushing: Future[None] | None = None
         self._unflushed = 0
@@ -202,8 +200,10 @@ class CheckpointWriter:
         data = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
         checksums: list[int] = []
         try:
-            for block in self._on_host(data):
-                view = memoryview(block.numpy().data)
+            for block, host in host_blocks(data):
+                if host is not block:
+                    host.copy_(block)
+                view = memoryview(host.numpy().data)
                 pieces = [view[start : start + _CHUNK] for start in range(0, len(view), _CHUNK)]
                 found = self._checkers.map(zlib.crc32, pieces)
                 for piece in pieces:
@@ -214,15 +214,6 @@ class CheckpointWriter:
                 f"{self.path.name} could not be written to {self.path.parent} ({_strerror(error)}): free the disk."
             ) from None
         self._checksums[name] = checksums
-
-    def _on_host(self, data: torch.Tensor) -> Iterable[torch.Tensor]:
-        """The bytes of a tensor in main memory, in blocks that hold until the next is asked for."""
-        if data.device.type == "cpu":
-            return (data,)
-        if self._staging is None:
-            self._staging = torch.empty(_STAGED, dtype=torch.uint8, pin_memory=data.is_cuda)
-        staging = self._staging
-        return (staging[: len(block)].copy_(block) for block in data.split(_STAGED))
 
     def _write_header(self) -> None:
         table = {"__metadata__": self._metadata, **self._header} if self._metadata else self._header
