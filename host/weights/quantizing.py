@@ -46,9 +46,9 @@ class LoadedModel(Checkpoint):
 
     tensors: Mapping[str, torch.Tensor]
 
-    def read_stored(self, name: str) -> torch.Tensor:
-        """The tensor `name` itself: not to be written to."""
-        return self.tensors[name]
+    def read_stored(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The tensor `name` on a device, itself where it is there: not to be written to."""
+        return self.tensors[name].to(device)
 
     @property
     def place(self) -> str:
