@@ -201,12 +201,13 @@ def main() -> None:
         rows.append(row)
         del writer
     found = judged(rows, model)
+    keep(options.out, model, rows, found)
     if options.rivals:
         sizes = options.model.removeprefix("random:")
         for row in textgen_rivals.rows(sizes, VOCABULARY, prompt, options.decode, options.runs, device):
             rows.append({"model": model, **row})
             print(rows[-1], flush=True)
-    keep(options.out, model, rows, found)
+            keep(options.out, model, rows, found)
 
 
 if __name__ == "__main__":
