@@ -286,6 +286,10 @@ REFUSED = {
         {"weight._data": _integers(64, 16).to(torch.uint8), "weight._scale": torch.ones(64, 1)},
         "a.weight._data",
     ),
+    "torchao": (
+        {"_weight_qdata": _integers(64, 16).to(torch.int8), "_weight_scale": torch.ones(64, 1)},
+        "a._weight_qdata",
+    ),
     "Marlin": ({"weight": _integers(4, 64), "weight_scale": torch.ones(1, 64)}, "'a' is stored as int32"),
     "packed by two of three dimensions": ({"qweight": _integers(4, 64), "scales": torch.ones(1, 64)}, "a.qweight"),
     "a row of scales for the outputs": (
