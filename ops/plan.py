@@ -25,7 +25,7 @@ from .keep_rules import (
     unmatched_rules,
 )
 from .quantize import require_layout
-from .stored import StoredLayers, find_stored_layers
+from .stored import StoredLayer, StoredLayers, find_stored_layers
 
 SMALLEST_SIDE = 16
 """A matrix with fewer rows or columns than this stays as it is: nothing to gain."""
@@ -33,6 +33,7 @@ SMALLEST_SIDE = 16
 _EIGHT_BIT_FORMAT = "int8"
 """Of layers that shall have 8 bits where the model's format has 4: the most exact one."""
 
+_STORED_BITS = {row.core_format: row.bits for row in STORAGES.values()}
 _WIDE = frozenset({torch.float32, torch.float64})
 _QUANTIZABLE = frozenset({torch.bfloat16, torch.float16}) | _WIDE
 
@@ -145,8 +146,9 @@ def make_plan(
     family = detect_family({name.rpartition(".")[0] for name in checkpoint.entries})
     prefix = part_prefix(checkpoint.entries)
     part = {name: entry for name, entry in matrices.items() if name.startswith(prefix)}
-    pinned = {**_wide(part, user_rules), **(tables(matrices) if pinned is None else pinned)}
-    sizes = {name: math.prod(entry.shape) for name, entry in part.items() if name not in pinned}
+    elements = {name: _elements(entry.shape, stored.layers.get(name)) for name, entry in part.items()}
+    pinned = {**_wide(part, elements, user_rules), **(tables(matrices) if pinned is None else pinned)}
+    sizes = {name: count for name, count in elements.items() if name not in pinned}
     bits = 16 if weight_format is None else STORAGES[weight_format.storage].bits
     rules = affordable(expand_rules(user_rules, family), sizes, bits)
     layers: dict[str, LayerPlan] = {}
@@ -186,9 +188,16 @@ def make_plan(
     )
 
 
-def _wide(matrices: Mapping[str, TensorEntry], user_rules: Sequence[Rule] | None) -> dict[str, str]:
+def _elements(shape: tuple[int, ...], stored: StoredLayer | None) -> int:
+    """Of a matrix before it was packed: a file that is quantized already is planned by the sizes that it was by then."""
+    bits = 8 if stored is None else _STORED_BITS.get(stored.core_format, 8)
+    return math.prod(shape) * 8 // bits
+
+
+def _wide(
+    matrices: Mapping[str, TensorEntry], elements: Mapping[str, int], user_rules: Sequence[Rule] | None
+) -> dict[str, str]:
     """The matrices in 32 bits of a file that is mostly in fewer, but for those that the user wants quantized; and why."""
-    elements = {name: math.prod(entry.shape) for name, entry in matrices.items()}
     wide = [name for name, entry in matrices.items() if entry.dtype in _WIDE]
     if 2 * sum(elements[name] for name in wide) > sum(elements.values()):
         return {}
