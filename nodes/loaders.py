@@ -97,7 +97,7 @@ def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_
     """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
     if dry_run:
-        return io.NodeOutput(ExecutionBlocker(None), planned.report)
+        return io.NodeOutput(ExecutionBlocker(None), planned.dry_run())
     with removal_put_off():
         check_disk(planned)
         check_load(planned)
