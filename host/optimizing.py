@@ -69,7 +69,8 @@ _ROWS = (
     ),
     Preset(
         "smallest",
-        "4-bit weights, attention within 2% of exact, only the model at work on the GPU: for a model that does not fit",
+        "weights in the bytes of 4 bits, attention within 2% of exact, only the model at work on the GPU: for a model that "
+        "does not fit",
         SMALLEST,
         "balanced",
         "balanced",
