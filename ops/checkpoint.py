@@ -30,6 +30,7 @@ __all__ = [
     "decoded",
     "open_checkpoint",
     "read_elements",
+    "spread",
 ]
 
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
@@ -83,6 +84,14 @@ class Checkpoint:
     def read_stored(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """`read`, but bytes are left as they are where they are coded or several tensors': `decoded` makes numbers of them."""
         return read_stored(self.entries[name], device)
+
+    def read_rows(self, name: str, count: int) -> torch.Tensor:
+        """Up to `count` rows of the matrix `name`, spread evenly; no others are read where its numbers are plain."""
+        entry = self.entries[name]
+        rows, columns = spread(entry.shape[0], count), entry.shape[1]
+        if entry.encoding or entry.join is not None:
+            return self.read(name)[rows]
+        return read_elements(entry, [row * columns for row in rows], columns).view(len(rows), columns)
 
     def identity(self) -> str:
         """Hex digest that changes when any file's name, size, time, header or sampled content does.
@@ -214,6 +223,12 @@ def _read_into(view: memoryview, file: FileIO, entry: TensorEntry) -> None:
         if not count:
             raise CheckpointError(f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again.")
         view = view[count:]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` of the places from 0 to `count` - 1, evenly spread."""
+    most = min(count, most)
+    return [count * place // most for place in range(most)]
 
 
 def read_elements(entry: TensorEntry, starts: Sequence[int], count: int) -> torch.Tensor:

@@ -66,11 +66,24 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Formats chosen layer by layer.
+
+    Attributes:
+        limit: bytes that the quantized model was to keep within.
+        formats: a format's name, or `keep`, by layer; a layer that is not named has the plan's own format.
+    """
+
+    limit: int
+    formats: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class QuantizationPlan:
     """The whole of it: every matrix, what else the file holds, and what the rules missed.
 
     `stored_fast` says whether layers that are quantized in the file may have their activations quantized too; None
-    leaves that to the file.
+    leaves that to the file. `mix` is None where all layers have one format, but for what the rules say.
     """
 
     family: ModelFamily
@@ -81,6 +94,14 @@ class QuantizationPlan:
     stored: StoredLayers
     unmatched: tuple[str, ...]
     other_nbytes: int
+    mix: Mix | None = None
+
+    @property
+    def format_name(self) -> str:
+        """What the quantized file is called after."""
+        if self.mix is not None:
+            return "mixed"
+        return self.weight_format.name if self.weight_format is not None else "merged"
 
     @property
     def nbytes_before(self) -> int:
@@ -122,6 +143,7 @@ def make_plan(
     *,
     named: bool = True,
     pinned: Mapping[str, str] | None = None,
+    mix: Mix | None = None,
 ) -> QuantizationPlan:
     """Plan the quantization of `checkpoint`.
 
@@ -132,6 +154,7 @@ def make_plan(
         named: the user named the format, so that it also decides the product of layers that the file holds quantized.
         pinned: layers that stay as they are whatever the rules say, since ComfyUI does more with them than multiply,
             and why; None for those whose names say so.
+        mix: formats that go before the rules.
 
     Raises:
         CheckpointError: what the file says of its own quantized layers cannot be believed.
@@ -163,7 +186,7 @@ def make_plan(
         elif name in pinned:
             decision = (KEEP, "", "", pinned[name])
         else:
-            decision = _decide(name, entry.shape, entry.dtype, weight_format, rules)
+            decision = _decide(name, entry.shape, entry.dtype, weight_format, rules, mix)
         action, storage, format_name, reason = decision
         if action == QUANTIZE:
             require_layout(storage)
@@ -185,6 +208,7 @@ def make_plan(
         stored,
         tuple(rule for rule in unmatched if rule != "auto"),
         other,
+        mix,
     )
 
 
@@ -210,13 +234,20 @@ def _wide(
 
 
 def _decide(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat, rules: Sequence[Rule]
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weight_format: WeightFormat,
+    rules: Sequence[Rule],
+    mix: Mix | None,
 ) -> tuple[str, str, str, str]:
     if dtype not in _QUANTIZABLE:
         return KEEP, "", "", f"stored as {str(dtype).removeprefix('torch.')}"
     if min(shape) < SMALLEST_SIDE:
         return KEEP, "", "", f"smaller than {SMALLEST_SIDE} on a side"
     rule = first_match(rules, name)
+    if mix is not None and name in mix.formats:
+        rule = _chosen(mix.formats[name], rule)
     if rule is not None and rule.action == KEEP:
         return KEEP, "", "", rule.reason
     row = weight_format if rule is None else _asked_for(rule, weight_format)
@@ -225,6 +256,13 @@ def _decide(
     if storage != row.storage:
         reason = f"{shape[1]} columns are no multiple of {STORAGES[row.storage].column_multiple}: stored as {storage}"
     return QUANTIZE, storage, row.name, reason
+
+
+def _chosen(format_name: str, rule: Rule | None) -> Rule:
+    """The rule that a mix is for a layer, which `rule` would have decided."""
+    if rule is not None and rule.action == KEEP:
+        return Rule("*", format_name, reason=f"in fewer bits, which buy more elsewhere ({rule.reason})")
+    return Rule("*", format_name, reason="in more bits: here they take away the most error for their bytes")
 
 
 def _asked_for(rule: Rule, weight_format: WeightFormat) -> WeightFormat:

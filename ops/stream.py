@@ -154,7 +154,7 @@ def read_origin(metadata: Mapping[str, str]) -> dict[str, object] | None:
 
 def _origin(checkpoint: Checkpoint, plan: QuantizationPlan) -> dict[str, object]:
     return {
-        "format": plan.weight_format.name if plan.weight_format else "none",
+        "format": plan.format_name if plan.weight_format else "none",
         "quantizer_version": QUANTIZER_VERSION,
         "source": checkpoint.path.name.encode("utf-8", "replace").decode(),
         "family": plan.family.name,

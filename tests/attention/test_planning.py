@@ -12,8 +12,9 @@ from lowbit.attention import measure, planning
 from lowbit.attention.backends import CORE, CORE_EXACT
 from lowbit.attention.candidates import AttentionInputs, Policy
 from lowbit.attention.dispatch import Dispatcher
+from lowbit.attention.planning import TIMINGS_FILE
 from lowbit.attention.report import as_text
-from lowbit.attention.timing_cache import FILE_NAME, TimingCache
+from lowbit.kernels.measured import MeasuredNumbers
 
 from . import fakes
 
@@ -98,7 +99,7 @@ def test_auto_takes_the_fastest_and_remembers_it(tmp_path):
             fakes.backend("slow", slow(fakes.attend)),
             fakes.backend("quick"),
             fakes.backend("wrong", noisy, error_class="fast"),
-            timings=TimingCache(tmp_path),
+            timings=MeasuredNumbers(tmp_path, TIMINGS_FILE),
         )
 
     target = build()
@@ -120,22 +121,22 @@ def test_a_core_that_cannot_be_timed_neither_ends_the_prompt_nor_the_next(tmp_pa
         raise error
 
     for session in range(2):
-        target = dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path))
+        target = dispatcher(fakes.backend("good"), timings=MeasuredNumbers(tmp_path, TIMINGS_FILE))
         run(target, core=failing_core if session == 0 else slow_core())
         assert counts(target) == {"good": 1}
-        assert (tmp_path / FILE_NAME).exists() is (session == 1), "only a complete timing is kept"
+        assert (tmp_path / TIMINGS_FILE).exists() is (session == 1), "only a complete timing is kept"
 
 
 def test_a_file_without_cores_time_is_not_believed(tmp_path):
     def build():
-        return dispatcher(fakes.backend("slow", slow(fakes.attend)), timings=TimingCache(tmp_path))
+        return dispatcher(fakes.backend("slow", slow(fakes.attend)), timings=MeasuredNumbers(tmp_path, TIMINGS_FILE))
 
     run(build())
-    content = json.loads((tmp_path / FILE_NAME).read_text())
-    for entries in content["timings"].values():
+    content = json.loads((tmp_path / TIMINGS_FILE).read_text())
+    for entries in content["measured"].values():
         for entry in entries.values():
             del entry[CORE]
-    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    (tmp_path / TIMINGS_FILE).write_text(json.dumps(content))
     target = build()
     run(target)
     assert counts(target) == {CORE: 1}, "core is the faster one, which the damaged file does not say"
@@ -150,14 +151,16 @@ def test_a_candidate_that_fails_in_any_round_is_struck_off_and_listed(fault, say
         calls.append(1)
         return (fakes.attend if len(calls) <= good_calls else fault)(*arguments)
 
-    target = dispatcher(fakes.backend("hungry", hungry), fakes.backend("good"), timings=TimingCache(tmp_path))
+    target = dispatcher(
+        fakes.backend("hungry", hungry), fakes.backend("good"), timings=MeasuredNumbers(tmp_path, TIMINGS_FILE)
+    )
     run(target, core=slow_core(), times=3)
     assert counts(target) == {"good": 3}
     (struck,) = report(target)["struck_off"]
     assert struck["backend"] == "hungry"
     assert says in struck["reason"]
     assert "while it was timed" in as_text(report(target))
-    assert not (tmp_path / FILE_NAME).exists()
+    assert not (tmp_path / TIMINGS_FILE).exists()
     assert len(calls) == good_calls + 1
 
 
@@ -172,10 +175,12 @@ def test_timing_stops_early_when_calls_take_seconds(monkeypatch):
 
 def test_nothing_is_timed_where_only_core_can_run(tmp_path):
     core = fakes.Core(*fakes.qkv())
-    target = dispatcher(fakes.backend("absent", missing="not installed"), timings=TimingCache(tmp_path))
+    target = dispatcher(
+        fakes.backend("absent", missing="not installed"), timings=MeasuredNumbers(tmp_path, TIMINGS_FILE)
+    )
     run(target, core=core)
     assert core.calls == 1
-    assert not (tmp_path / FILE_NAME).exists()
+    assert not (tmp_path / TIMINGS_FILE).exists()
 
 
 def test_the_timing_key_holds_all_that_a_time_depends_on(tmp_path):
@@ -185,7 +190,9 @@ def test_the_timing_key_holds_all_that_a_time_depends_on(tmp_path):
 
     def timed(tensors=(q, k, v), scale=None, heads_first=False, core_name=CORE, environment=GPU):
         calls = []
-        target = dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path), environment=environment)
+        target = dispatcher(
+            fakes.backend("good"), timings=MeasuredNumbers(tmp_path, TIMINGS_FILE), environment=environment
+        )
 
         def core(drop):
             calls.append(drop)
@@ -202,7 +209,7 @@ def test_the_timing_key_holds_all_that_a_time_depends_on(tmp_path):
     assert timed(core_name="attention_sage")
     assert timed(environment=dataclasses.replace(GPU, cudnn=91002))
     assert not timed(environment=dataclasses.replace(GPU, cudnn=91002))
-    (first, *_) = json.loads((tmp_path / FILE_NAME).read_text())["timings"]
+    (first, *_) = json.loads((tmp_path / TIMINGS_FILE).read_text())["measured"]
     assert first.rpartition("lowbit ")[2][0].isdigit(), "this pack's version"
 
 
@@ -233,7 +240,7 @@ def test_a_prompt_of_another_length_measures_nothing_anew(tmp_path, lengths, ane
     def calls_of_core(q_len, kv_len):
         tensors = fakes.qkv(q_len=q_len, kv_len=kv_len)
         core = fakes.Core(*tensors)
-        target = dispatcher(fakes.backend("good"), timings=TimingCache(tmp_path))
+        target = dispatcher(fakes.backend("good"), timings=MeasuredNumbers(tmp_path, TIMINGS_FILE))
         run(target, tensors, core=slow(core, 0.002))
         return core.calls
 
