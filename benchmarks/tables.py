@@ -393,7 +393,7 @@ SHOWN: dict[str, Shown] = {
         "text_quality.json",
         lambda record: record["rows"],
         {"model": "model", "weights": "weights", "what is seen": "contender", "perplexity": "perplexity"},
-        "On the first 800 tokens of the GPL; the cache counts from the 100th on.",
+        "On the first 1,000 tokens of Python's help topics (pydoc_data.topics); the cache counts from the 100th on.",
     ),
 }
 """A marker's name -> what stands there."""
