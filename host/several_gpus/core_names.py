@@ -1,0 +1,27 @@
+"""What this folder takes from ComfyUI: without one of NEEDED the Several GPUs node is left out."""
+
+from __future__ import annotations
+
+from ...versions import dotted
+
+NEEDED = dotted(
+    {
+        "comfy.cli_args": "args enables_dynamic_vram",
+        "comfy.ldm.wan.model_multitalk": "MultiTalkCrossAttnPatch",
+        "comfy.memory_management": "aimdo_enabled",
+        "comfy.model_management": (
+            "InterruptProcessingException get_all_torch_devices get_torch_device interrupt_current_processing "
+            "is_oom load_models_gpu throw_exception_if_processing_interrupted"
+        ),
+        "comfy.model_patcher": "CoreModelPatcher ModelPatcherDynamic",
+        "comfy.patcher_extension": "WrappersMP get_all_wrappers",
+        "comfy.patcher_extension.WrappersMP": "APPLY_MODEL DIFFUSION_MODEL OUTER_SAMPLE",
+        "comfy.weight_adapter": "adapters",
+    }
+)
+OPTIONAL = {
+    "comfy.ldm.wan.model.WanModel": "Wan models run on one GPU",
+    "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": "Qwen-Image models run on one GPU",
+    "comfy.model_management.reset_cast_buffers": "workers keep the memory of their last run",
+}
+"""Name -> what is lost without it."""
