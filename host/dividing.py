@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +13,12 @@ from comfy.patcher_extension import WrappersMP
 
 from ..errors import CapabilityError
 from .model_copy import describe, is_exact_now, version
-from .several_gpus.sampling import AUTO, CFG, KEY, Describing, SamplingHooks
+from .several_gpus.sampling import AUTO, CFG, KEY, SPLITS, Describing, SamplingHooks
 from .several_gpus.team import Team
 
 log = logging.getLogger("lowbit.several_gpus")
+
+__all__ = ["AUTO", "SPLITS", "devices_of", "divide"]
 
 _TEAMS: dict[tuple[torch.device, ...], Team] = {}
 """The workers of each set of GPUs, the first of which is ComfyUI's own."""
@@ -70,9 +71,9 @@ def divide(
     if lacking is not None:
         say(lacking)
         return clone
-    team = _TEAMS.setdefault(devices, Team(devices, speeds))
-    weakref.finalize(model.model, team.forget, f"{id(model.model):x}")
-    hooks = SamplingHooks(team, split, _DESCRIBING, say)
+    if devices not in _TEAMS:
+        _TEAMS[devices] = Team(devices, speeds)
+    hooks = SamplingHooks(_TEAMS[devices], split, _DESCRIBING, say)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, hooks.outer_sample),
         (WrappersMP.CALC_COND_BATCH, hooks.calc_cond_batch),

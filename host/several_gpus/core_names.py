@@ -6,16 +6,18 @@ from ...versions import dotted
 
 NEEDED = dotted(
     {
-        "comfy.cli_args": "args enables_dynamic_vram",
+        "comfy.cli_args": "PerformanceFeature args enables_dynamic_vram",
+        "comfy.ldm.modules.attention": "REGISTERED_ATTENTION_FUNCTIONS get_attention_function",
         "comfy.ldm.wan.model_multitalk": "MultiTalkCrossAttnPatch",
         "comfy.memory_management": "aimdo_enabled",
         "comfy.model_management": (
-            "InterruptProcessingException get_all_torch_devices get_torch_device interrupt_current_processing "
-            "is_oom load_models_gpu throw_exception_if_processing_interrupted"
+            "InterruptProcessingException get_all_torch_devices get_torch_device interrupt_current_processing is_oom "
+            "load_models_gpu throw_exception_if_processing_interrupted"
         ),
         "comfy.model_patcher": "CoreModelPatcher ModelPatcherDynamic",
-        "comfy.patcher_extension": "WrappersMP get_all_wrappers",
-        "comfy.patcher_extension.WrappersMP": "APPLY_MODEL DIFFUSION_MODEL OUTER_SAMPLE",
+        "comfy.patcher_extension": "WrappersMP",
+        "comfy.patcher_extension.WrappersMP": "APPLY_MODEL CALC_COND_BATCH DIFFUSION_MODEL OUTER_SAMPLE",
+        "comfy.sd": "load_diffusion_model",
         "comfy.weight_adapter": "adapters",
     }
 )

@@ -175,9 +175,9 @@ class SamplingHooks:
         if KEY in wrappers:  # what is outside sees the whole forward, what is inside would see a part
             wrappers[KEY] = wrappers.pop(KEY)
         version = self._describing.version(patcher, own)
-        model = f"{id(patcher.model):x}"
-        self._team.prepare(model, version, lambda: encoded(self._describing.describe(patcher, own)))
-        self._model = model
+        self._model = self._team.prepare(
+            patcher.model, version, lambda: encoded(self._describing.describe(patcher, own))
+        )
 
 
 def _rows(named: Mapping[str, Any], rows: int, per_chunk: int, half: slice) -> dict[str, Any]:

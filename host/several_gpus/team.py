@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class Team:
     def __init__(self, devices: Sequence[torch.device], speeds: Sequence[float] | None = None):
         self.devices = tuple(devices)
         self.workers: list[WorkerProcess] = []
+        self._models: set[str] = set()
         self._known_speeds = list(speeds) if speeds else None
         self._groups: dict[str, process_group.Group] = {}
         self._generation = 0
@@ -73,14 +75,18 @@ class Team:
             groups |= {FIRST: every[:half], SECOND: every[half:], LINK: [0, *every[half:]]}
         return groups
 
-    def prepare(self, model: str, version: Any, describe: Callable[[], tuple[Any, list[torch.Tensor]]]) -> None:
-        """Starts the workers that are missing and sends them a model, without waiting for them.
+    def prepare(self, owner: object, version: Any, describe: Callable[[], tuple[Any, list[torch.Tensor]]]) -> str:
+        """Starts the workers that are missing and sends them a model, without waiting for them; returns its name there.
 
         Args:
-            model: a name for it.
+            owner: what the model lives and dies with.
             version: what its copy depends on; one that is equal is not sent again.
             describe: makes the description that is sent, encoded.
         """
+        model = f"{id(owner):x}"
+        if model not in self._models:
+            self._models.add(model)
+            weakref.finalize(owner, self.forget, model)
         self._start()
         described = None
         for worker in self.workers:
@@ -91,16 +97,18 @@ class Team:
                 worker.has_model[model] = version
                 worker.pending.append(model)
             worker.send({"do": "begin", "model": model})
+        return model
 
     def forget(self, model: str) -> None:
         """The model is gone; with the last one go the workers."""
+        self._models.discard(model)
         for worker in self.workers:
             worker.has_model.pop(model, None)
             try:
                 worker.send({"do": "forget", "model": model})
             except WorkerError:
                 continue
-        if not any(worker.has_model for worker in self.workers):
+        if not self._models:
             self.close()
 
     def close(self) -> None:

@@ -147,20 +147,24 @@ def test_a_file_that_a_worker_cannot_load(host, load, divide, run):
     assert relative_error(run.sample(divide(model)), run.sample(model)) < 0.01
 
 
-def test_workers_go_with_the_last_model(host, divide, workers, run):
-    model = host.loading.load_diffusion_model(str(host.folder / "wan_5b.safetensors"))
-    team = workers()
-    for worker in team.workers:
-        worker.has_model.clear()
-    divided = divide(model)
-    Run((1, 48, 2, 6, 8)).sample(divided)
-    pid = worker_pid(workers)
+def test_workers_go_with_the_last_model(host, run):
+    """A team of its own: the other tests' models stay."""
     import comfy.model_management as management
 
-    management.unload_all_models()
-    del model, divided
-    gc.collect()
-    assert gone(pid)
+    devices = (torch.device("cpu"), torch.device("cpu:0"))
+    divided = [
+        host.dividing.divide(host.loading.load_diffusion_model(str(host.folder / "wan.safetensors")), devices, "auto")
+        for _ in range(2)
+    ]
+    for model in divided:
+        run.sample(model)
+    pid = host.dividing._TEAMS[devices].workers[0].process.pid
+    for left in (1, 0):
+        management.unload_all_models()
+        del divided[left:]
+        model = None
+        gc.collect()
+        assert psutil.pid_exists(pid) == bool(left) or gone(pid)
 
 
 PARENT = """
