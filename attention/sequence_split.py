@@ -110,9 +110,7 @@ class SequenceSplit:
         ]
         return [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(self.pieces)]
 
-    def _to_heads(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: list[tuple[int, int]]
-    ) -> _Transfer:
+    def _to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: list[tuple[int, int]]) -> _Transfer:
         """Sends each process its heads of this one's tokens; token by token, so that what arrives is one sequence."""
         batch, _, length, width = q.shape
         sent = [3 * length * batch * (last - first) * width for first, last in ranges]

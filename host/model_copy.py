@@ -14,7 +14,6 @@ import comfy.ldm.modules.attention as core_attention
 import comfy.model_management
 import comfy.sd
 import comfy.weight_adapter
-import torch
 from comfy.ldm.wan.model_multitalk import MultiTalkCrossAttnPatch
 
 from ..attention.plan import Policy
@@ -67,8 +66,9 @@ def describe(patcher: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def version(patcher: Any, options: Mapping[str, Any]) -> tuple[Any, ...]:
     """What `describe` depends on: equal as long as nothing has changed. It keeps what it compares alive."""
+    origin = tuple(map(str, _origin(patcher)))
     patches = tuple(_Same(patch) for _, patch in _listed(options.get("patches", {})))
-    return (patcher.patches_uuid, _Same(options.get(OVERRIDE)), patches, session().limit.nbytes)
+    return (origin, patcher.patches_uuid, _Same(options.get(OVERRIDE)), patches, session().limit.nbytes)
 
 
 def is_exact_now(options: Mapping[str, Any]) -> bool:
@@ -247,4 +247,3 @@ def _model_patch(name: str, patch: Any) -> list[Any]:
     if patch.ref_target_masks is not None or function is not load_model_patch:
         raise NotSentError("a model patch that Load Model Patch (Lowbit) has not loaded")
     return [*arguments, patch.audio_scale]
-

@@ -43,14 +43,14 @@ class Channel:
             for tensor in tensors:
                 if tensor.numel():
                     flat = plain_data.as_bytes(tensor.cpu().contiguous())
-                    self._connection.send_bytes(memoryview(flat.numpy()))
+                    self._connection.send_bytes(flat.numpy().data)
 
     def receive(self) -> tuple[Message, list[torch.Tensor]]:
         """The next message and its tensors, on the CPU. Raises EOFError or OSError where the other end is gone."""
         message, tensors = plain_data.from_text(self._connection.recv_bytes(), torch.device("cpu"))
         for tensor in tensors:
             if tensor.numel():
-                self._connection.recv_bytes_into(memoryview(plain_data.as_bytes(tensor).numpy()))
+                self._connection.recv_bytes_into(plain_data.as_bytes(tensor).numpy().data)
         return message, tensors
 
     def close(self) -> None:
@@ -58,5 +58,3 @@ class Channel:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-
-

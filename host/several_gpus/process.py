@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import queue
 import subprocess
@@ -146,7 +147,7 @@ def _first_message(name: str) -> Message:
     fast = [feature.value for feature in vars(args).get("fast") or () if isinstance(feature, Enum)]
     return {
         "name": f"Several GPUs, {name}",
-        "comfyui": str(Path(comfy.model_management.__file__).resolve().parents[1]),
+        "comfyui": str(Path(inspect.getfile(comfy.model_management)).resolve().parents[1]),
         "pack": str(_PACK),
         "settings": settings,
         "dynamic_vram": comfy.memory_management.aimdo_enabled,

@@ -120,7 +120,7 @@ def join(meeting_place: Path, rank: int, size: int, device: torch.device) -> Gro
         options = distributed.ProcessGroupNCCL.Options()
         options._timeout = _PATIENCE
         return Group(distributed.ProcessGroupNCCL(store, rank, size, options))
-    options = distributed.ProcessGroupGloo._Options()
+    options = distributed.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [distributed.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
     options._timeout = _PATIENCE
     options._threads = 1

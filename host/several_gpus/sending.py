@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ def check_model(patcher: Any, options: Mapping[str, Any]) -> Family:
     network = patcher.model.diffusion_model
     family = family_of(network)
     if family is None:
-        raise NotSentError(f"a model of the kind {type(network).__name__}, of which only Wan and Qwen-Image can be split")
+        raise NotSentError(
+            f"a model of the kind {type(network).__name__}, of which only Wan and Qwen-Image can be split"
+        )
     found = next(_bound(patcher, options, network), None)
     if found is not None:
         raise NotSentError(found)
@@ -85,7 +87,7 @@ def encoded(call: Mapping[str, Any]) -> tuple[Any, list[torch.Tensor]]:
         raise NotSentError(str(error)) from None
 
 
-def _bound(patcher: Any, options: Mapping[str, Any], network: Any) -> Iterable[str]:
+def _bound(patcher: Any, options: Mapping[str, Any], network: Any) -> Iterator[str]:
     """What of the model or the run only this process has, by name."""
     yield from (f"the object patch on {name}" for name in patcher.object_patches if name not in _SAMPLING_OBJECTS)
     yield from (f"the weight wrapper on {name}" for name in patcher.weight_wrapper_patches)

@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+PACK = "lowbit_worker"
+
 
 def start_core(told: dict[str, Any]) -> None:
     """Core with the settings of ComfyUI's command line, dynamic VRAM included where ComfyUI has it."""
@@ -41,8 +43,11 @@ def start_core(told: dict[str, Any]) -> None:
 
 def import_pack(folder: Path, name: str) -> None:
     """The pack as a package of a name that an import statement can say."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
-    assert spec is not None and spec.loader is not None
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
@@ -58,8 +63,8 @@ def main() -> None:
     sys.path.insert(0, told["comfyui"])
     os.chdir(told["comfyui"])
     start_core(told)
-    import_pack(Path(told["pack"]), "lowbit_worker")
-    importlib.import_module("lowbit_worker.host.model_copy").serve(connection)
+    import_pack(Path(told["pack"]), PACK)
+    importlib.import_module(f"{PACK}.host.model_copy").serve(connection)
 
 
 if __name__ == "__main__":

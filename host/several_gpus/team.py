@@ -229,7 +229,13 @@ class Team:
         folder = Path(tempfile.mkdtemp(prefix="lowbit-"))
         ranks = self.ranks
         speeds = {name: [self.speeds[rank] for rank in ranks[name]] for name in ranks}
-        message = {"do": "join", "generation": self._generation, "folder": str(folder), "groups": ranks, "speeds": speeds}
+        message = {
+            "do": "join",
+            "generation": self._generation,
+            "folder": str(folder),
+            "groups": ranks,
+            "speeds": speeds,
+        }
         try:
             for rank, worker in enumerate(self.workers, 1):
                 worker.send(message | {"rank": rank})

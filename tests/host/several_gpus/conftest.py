@@ -1,4 +1,4 @@
-"""Models in two processes on the CPU: one worker for every test of a file, and what one process makes of the same run."""
+"""Models in two processes on the CPU: one worker for every test of the folder, and what one process makes of the same run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS = {
 CPUS = (torch.device("cpu"), torch.device("cpu"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def host(core_modules, tmp_path_factory):
     """The host's modules, and a folder of tiny checkpoints."""
     import comfy.model_detection
@@ -74,9 +74,9 @@ def host(core_modules, tmp_path_factory):
         dividing._TEAMS.clear()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def load(host) -> Callable[..., object]:
-    """Loads a tiny model by name, once a file, so that its worker lives as long."""
+    """Loads a tiny model by name, once, so that its worker lives as long."""
     loaded: dict[tuple[str, str | None], object] = {}
 
     def load(name: str, weights: str | None = None):

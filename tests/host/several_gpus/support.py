@@ -28,9 +28,7 @@ class Run:
         lengths, width = text
         self.noise = torch.randn(shape, generator=generator)
         self.mask, self.cfg, self.latent = mask, cfg, torch.randn(shape, generator=generator)
-        self.prompts = [
-            [[torch.randn(1, length, width, generator=generator), dict(conds or {})]] for length in lengths
-        ]
+        self.prompts = [[[torch.randn(1, length, width, generator=generator), dict(conds or {})]] for length in lengths]
 
     def nudged(self) -> Run:
         """The same with noise that differs in its last bits, which tells what rounding makes of a trifle."""

@@ -85,9 +85,11 @@ def test_a_worker_that_dies(load, divide, workers, run, alone, when):
         os.kill(pid, signal.SIGKILL)
         assert gone(pid)
     else:
-        with pytest.raises(WorkerError, match=r"cpu:1 is gone.*run again"):
-            with in_the_middle(model, lambda: os.kill(pid, signal.SIGKILL)):
-                run.sample(model)
+        with (
+            pytest.raises(WorkerError, match=r"cpu:1 is gone.*run again"),
+            in_the_middle(model, lambda: os.kill(pid, signal.SIGKILL)),
+        ):
+            run.sample(model)
     assert relative_error(run.sample(model), alone) <= EXACT
     assert worker_pid(workers) != pid
 

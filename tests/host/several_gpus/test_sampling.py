@@ -36,7 +36,15 @@ RUNS = {
 }
 
 
-BATCHED = ("wan", "wan, image to video", "wan 5B, a timestep a frame", "qwen", "qwen, a text mask", "qwen edit", "qwen edit, references at timestep 0")
+BATCHED = (
+    "wan",
+    "wan, image to video",
+    "wan 5B, a timestep a frame",
+    "qwen",
+    "qwen, a text mask",
+    "qwen edit",
+    "qwen edit, references at timestep 0",
+)
 """Where both prompts have the same shapes, so that each can go to a process of its own."""
 
 
@@ -144,3 +152,25 @@ def test_two_models_take_turns(load, divide, workers):
             run = RUNS[name][1]
             assert relative_error(run.sample(model), run.sample(load(name))) <= EXACT
     assert pids == [] or [worker.process.pid for worker in workers().workers] == pids
+
+
+FOUR = tuple(torch.device(name) for name in ("cpu", "cpu", "cpu", "cpu"))
+
+
+def test_four_processes(host, load, parts):
+    """Two for each prompt, all for the tokens; with more processes than heads too."""
+    said = []
+    for name, split, expected in (
+        ("wan", "both", {"first", "second"}),
+        ("wan, prompts of several lengths", "both", {"all"}),
+        ("wan", "sequence", {"all"}),
+        ("qwen edit, references at timestep 0", "auto", {"first", "second"}),
+        ("qwen", "sequence", {"all"}),
+    ):
+        model, run = load(RUNS[name][0]), RUNS[name][1]
+        parts.clear()
+        divided = host.dividing.divide(model, FOUR, split, said.append)
+        assert relative_error(run.sample(divided), run.sample(model)) <= EXACT, (name, split)
+        assert set(parts) == expected
+    assert said == []
+    host.dividing._TEAMS.pop(FOUR).close()
