@@ -58,6 +58,7 @@ class SeveralGPUs(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="The model, which samples on all of them."),
             ],
             hidden=[io.Hidden.unique_id],
+            is_experimental=True,
         )
 
     @classmethod

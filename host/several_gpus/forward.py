@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -219,10 +219,10 @@ class SplitForward:
 
 
 @functools.cache
-def _names(kind: Hashable) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]  # type: ignore[attr-defined]
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A module's inputs, all by the names of its forward's parameters."""
-    return dict(zip(_names(type(module)), args, strict=False)) | kwargs
+    return dict(zip(_names(type(module).forward), args, strict=False)) | kwargs

@@ -19,6 +19,12 @@ _MEETING = datetime.timedelta(seconds=120)
 _PATIENCE = datetime.timedelta(days=1)
 """A step may take as long as it likes: who is gone is noticed by its connection, not by the clock."""
 _LOOPBACK = "127.0.0.1"
+_ENGINE = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "NCCL_SOCKET_IFNAME": "lo",
+}
+"""Without these the engine would end ComfyUI itself over a worker that is gone, and look for workers on the network."""
 _SIDE, _PRODUCTS = 4096, 8
 
 
@@ -114,8 +120,7 @@ def join(meeting_place: Path, rank: int, size: int, device: torch.device) -> Gro
     store = distributed.FileStore(str(meeting_place), size)
     store.set_timeout(_MEETING)
     if device.type == "cuda":
-        # Without these the engine would end ComfyUI itself over a worker that is gone, or look for one on the network.
-        for name, value in (("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0"), ("NCCL_SOCKET_IFNAME", "lo")):
+        for name, value in _ENGINE.items():
             os.environ.setdefault(name, value)
         options = distributed.ProcessGroupNCCL.Options()
         options._timeout = _PATIENCE
