@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
@@ -65,10 +66,12 @@ def describe(patcher: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def version(patcher: Any, options: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What `describe` depends on: equal as long as nothing has changed. It keeps what it compares alive."""
+    """What `describe` depends on: equal as long as nothing has changed."""
     origin = tuple(map(str, _origin(patcher)))
     patches = tuple(_Same(patch) for _, patch in _listed(options.get("patches", {})))
-    return (origin, patcher.patches_uuid, _Same(options.get(OVERRIDE)), patches, session().limit.nbytes)
+    override = options.get(OVERRIDE)
+    attention = None if override is None else _Same(override)
+    return (origin, patcher.patches_uuid, attention, patches, session().limit.nbytes)
 
 
 def is_exact_now(options: Mapping[str, Any]) -> bool:
@@ -164,16 +167,16 @@ class Copies:
 
 
 class _Same:
-    """Equal to what holds the same object, which it keeps alive."""
+    """Equal to what was made of the same object, while that lives."""
 
-    def __init__(self, held: Any):
-        self.held = held
+    def __init__(self, thing: Any):
+        self._thing = weakref.ref(thing)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.held is self.held
+        return isinstance(other, _Same) and other._thing() is self._thing() is not None
 
     def __hash__(self) -> int:
-        return id(self.held)
+        return hash(self._thing)
 
 
 def _origin(patcher: Any) -> list[Any]:

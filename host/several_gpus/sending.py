@@ -21,7 +21,18 @@ _OWN_FORWARD = frozenset({"forward", "_forward", "forward_orig"})
 _SAMPLING_OBJECTS = frozenset({"model_sampling"})
 """Object patches that are outside the diffusion model."""
 
-STAY_HERE = frozenset({"wrappers", "callbacks", "patches", OVERRIDE, "uuids", "easycache", "prefetch_dynamic_vbars"})
+STAY_HERE = frozenset(
+    {
+        "callbacks",
+        "context_window",
+        "easycache",
+        "patches",
+        "prefetch_dynamic_vbars",
+        "uuids",
+        "wrappers",
+        OVERRIDE,
+    }
+)
 """Transformer options that the other processes have of their own, or that only what is around the forward reads."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import os
 import shutil
@@ -56,7 +58,10 @@ class Team:
     def __init__(self, devices: Sequence[torch.device], speeds: Sequence[float] | None = None):
         self.devices = tuple(devices)
         self.workers: list[WorkerProcess] = []
+        # Names are never used again, as addresses are.
+        self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._models: set[str] = set()
+        self._count = itertools.count()
         self._known_speeds = list(speeds) if speeds else None
         self._groups: dict[str, process_group.Group] = {}
         self._generation = 0
@@ -83,33 +88,19 @@ class Team:
             version: what its copy depends on; one that is equal is not sent again.
             describe: makes the description that is sent, encoded.
         """
-        model = f"{id(owner):x}"
-        if model not in self._models:
-            self._models.add(model)
-            weakref.finalize(owner, self.forget, model)
-        self._start()
-        described = None
-        for worker in self.workers:
-            if worker.has_model.get(model) != version:
-                described = described or describe()
-                value, tensors = described
-                worker.send({"do": "model", "model": model, "description": value}, tensors)
-                worker.has_model[model] = version
-                worker.pending.append(model)
-            worker.send({"do": "begin", "model": model})
-        return model
-
-    def forget(self, model: str) -> None:
-        """The model is gone; with the last one go the workers."""
-        self._models.discard(model)
-        for worker in self.workers:
-            worker.has_model.pop(model, None)
-            try:
-                worker.send({"do": "forget", "model": model})
-            except WorkerError:
-                continue
-        if not self._models:
-            self.close()
+        with self._lock:
+            model = self._name_of(owner)
+            self._start()
+            described = None
+            for worker in self.workers:
+                if worker.has_model.get(model) != version:
+                    described = described or describe()
+                    value, tensors = described
+                    worker.send({"do": "model", "model": model, "description": value}, tensors)
+                    worker.has_model[model] = version
+                    worker.pending.append(model)
+                worker.send({"do": "begin", "model": model})
+            return model
 
     def close(self) -> None:
         """Ends the workers."""
@@ -196,6 +187,28 @@ class Team:
             self._known_speeds = [1.0] * len(self.devices) if len(names) == 1 else self._measured()
         return self._known_speeds
 
+    def _name_of(self, owner: Any) -> str:
+        if owner not in self._names:
+            self._names[owner] = name = f"model {next(self._count)}"
+            self._models.add(name)
+            weakref.finalize(owner, self._forget_soon, name).atexit = False
+        return self._names[owner]
+
+    def _forget_soon(self, model: str) -> None:
+        """The garbage collector comes at any time, in the middle of a message as well."""
+        threading.Thread(target=self._forget, args=(model,), daemon=True).start()
+
+    def _forget(self, model: str) -> None:
+        """The model is gone; with the last one go the workers."""
+        with self._lock:
+            self._models.discard(model)
+            if not self._models:
+                self.close()
+            for worker in self.workers:
+                worker.has_model.pop(model, None)
+                with contextlib.suppress(WorkerError):
+                    worker.send({"do": "forget", "model": model})
+
     def _measured(self) -> list[float]:
         for worker in self.workers:
             worker.send({"do": "speed"})
@@ -209,14 +222,15 @@ class Team:
         if len(alive) == len(self.devices) - 1:
             return
         self.leave()
-        self._trouble = None
-        self._troubled.clear()
         kept = {worker.name: worker for worker in alive}
         self.workers = [
             kept.get(_name(device, place))
             or WorkerProcess(_name(device, place), _environment(device), self._on_trouble)
             for place, device in enumerate(self.devices[1:], 1)
         ]
+        # Now that nobody listens to those that are gone.
+        self._trouble = None
+        self._troubled.clear()
 
     def _join(self) -> None:
         """Waits for the workers to have their models, and meets them in a group if they are in none."""
@@ -254,10 +268,8 @@ class Team:
     def _stop(self) -> None:
         """Has everyone leave the group, whatever they are at; what they say to it is of no account."""
         for worker in self.workers:
-            try:
+            with contextlib.suppress(WorkerError):
                 worker.send({"do": "stop", "generation": self._generation})
-            except WorkerError:
-                continue
         self.leave()
         self._generation += 1
         self._trouble = None
