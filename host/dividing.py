@@ -13,7 +13,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..errors import CapabilityError
 from .model_copy import describe, is_exact_now, version
-from .several_gpus.sampling import AUTO, CFG, KEY, SPLITS, Describing, SamplingHooks
+from .several_gpus.hooks import AUTO, CFG, KEY, SPLITS, Describing, DividingHooks
 from .several_gpus.team import Team
 
 log = logging.getLogger("lowbit.several_gpus")
@@ -73,7 +73,7 @@ def divide(
         return clone
     if devices not in _TEAMS:
         _TEAMS[devices] = Team(devices, speeds)
-    hooks = SamplingHooks(_TEAMS[devices], split, _DESCRIBING, say)
+    hooks = DividingHooks(_TEAMS[devices], split, _DESCRIBING, say)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, hooks.outer_sample),
         (WrappersMP.CALC_COND_BATCH, hooks.calc_cond_batch),

@@ -17,17 +17,17 @@ import comfy.sd
 import comfy.weight_adapter
 from comfy.ldm.wan.model_multitalk import MultiTalkCrossAttnPatch
 
-from ..attention.plan import Policy
+from ..attention.candidates import Policy
 from ..attention.schedule import Schedule
 from ..versions import find
-from .attention.installing import install
+from .attention.installing import install_override
 from .attention.override import OVERRIDE, AttentionOverride, chosen_kernel
 from .memory.limit import VramLimit
 from .memory.session import session
 from .several_gpus.channel import Channel
-from .several_gpus.families import family_of
 from .several_gpus.forward import SplitForward
-from .several_gpus.sending import NotSentError, name_of
+from .several_gpus.sending import NotSentError, full_name
+from .several_gpus.split_families import family_of
 from .several_gpus.worker import Worker
 from .weights.folders import cache_folder
 from .weights.loading import load_diffusion_model, load_model_patch
@@ -215,7 +215,7 @@ def _attention(override: Any) -> dict[str, Any] | None:
         registered = core_attention.REGISTERED_ATTENTION_FUNCTIONS
         described["comfyui"] = next((name for name, function in registered.items() if function is kernel), None)
         if described["comfyui"] is None:
-            raise NotSentError(f"the attention of {name_of(below)}")
+            raise NotSentError(f"the attention of {full_name(below)}")
     if ours:
         schedule = override.schedule
         described["policy"] = asdict(override.dispatcher.policy)
@@ -231,7 +231,7 @@ def _with_attention(copy: Any, described: Mapping[str, Any] | None, timings: Pat
     if described["policy"] is None:
         return copy
     schedule = Schedule(blocks=frozenset(described["blocks"]))
-    return install(copy, Policy(**described["policy"]), schedule, False, timings)[0]
+    return install_override(copy, Policy(**described["policy"]), schedule, False, timings)[0]
 
 
 def _override(copy: Any) -> AttentionOverride | None:
@@ -245,7 +245,7 @@ def _listed(patches: Mapping[str, Sequence[Any]]) -> list[tuple[str, Any]]:
 
 def _model_patch(name: str, patch: Any) -> list[Any]:
     if name != _PATCHED or type(patch) is not MultiTalkCrossAttnPatch:
-        raise NotSentError(f"the patch {name_of(patch)}")
+        raise NotSentError(f"the patch {full_name(patch)}")
     function, arguments, *_ = patch.model_patch.cached_patcher_init or (None, ())
     if patch.ref_target_masks is not None or function is not load_model_patch:
         raise NotSentError("a model patch that Load Model Patch (Lowbit) has not loaded")

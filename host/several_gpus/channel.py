@@ -39,7 +39,7 @@ class Channel:
     def send(self, message: Message, tensors: Sequence[torch.Tensor] = ()) -> None:
         """Raises OSError where nobody is there any more."""
         with self._sending:
-            self._connection.send_bytes(plain_data.as_text(message, tensors))
+            self._connection.send_bytes(plain_data.as_json(message, tensors))
             for tensor in tensors:
                 if tensor.numel():
                     flat = plain_data.as_bytes(tensor.cpu().contiguous())
@@ -47,7 +47,7 @@ class Channel:
 
     def receive(self) -> tuple[Message, list[torch.Tensor]]:
         """The next message and its tensors, on the CPU. Raises EOFError or OSError where the other end is gone."""
-        message, tensors = plain_data.from_text(self._connection.recv_bytes(), torch.device("cpu"))
+        message, tensors = plain_data.from_json(self._connection.recv_bytes(), torch.device("cpu"))
         for tensor in tensors:
             if tensor.numel():
                 self._connection.recv_bytes_into(plain_data.as_bytes(tensor).numpy().data)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...attention.sequence_split import SequenceSplit, shares
-from .families import COARSE, PLACE, STREAM, Family, Input
+from .split_families import COARSE, PLACE, STREAM, Input, SplitFamily
 
 OVERRIDE = "optimized_attention_override"
 _POSITIONAL = ("heads", "mask", "attn_precision", "skip_reshape", "skip_output_reshape")
@@ -37,7 +37,7 @@ class SplitForward:
         pieces: see `SequenceSplit`.
     """
 
-    def __init__(self, network: Any, family: Family, group: Any, speeds: Sequence[float], pieces: int = 1):
+    def __init__(self, network: Any, family: SplitFamily, group: Any, speeds: Sequence[float], pieces: int = 1):
         self._network = network
         self._family = family
         self._group = group

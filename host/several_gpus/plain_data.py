@@ -16,7 +16,7 @@ class NotPlainError(TypeError):
     """A value is neither plain nor a tensor; the message says where it stands and what it is."""
 
 
-def encode(value: Any, name: str = "") -> tuple[Any, list[torch.Tensor]]:
+def take_apart(value: Any, name: str = "") -> tuple[Any, list[torch.Tensor]]:
     """The value as what JSON holds, and the tensors in it.
 
     Args:
@@ -30,30 +30,30 @@ def encode(value: Any, name: str = "") -> tuple[Any, list[torch.Tensor]]:
     return _encode(value, name, tensors), tensors
 
 
-def decode(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
-    """What `encode` took apart."""
+def put_together(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """What `take_apart` took apart."""
     if isinstance(value, list):
-        return [decode(item, tensors) for item in value]
+        return [put_together(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
         return tensors[value[_TENSOR]]
     if _TUPLE in value:
-        return tuple(decode(value[_TUPLE], tensors))
+        return tuple(put_together(value[_TUPLE], tensors))
     if _DTYPE in value:
-        return dtype_of(value[_DTYPE])
-    return {key: decode(item, tensors) for key, item in value.items()}
+        return named_dtype(value[_DTYPE])
+    return {key: put_together(item, tensors) for key, item in value.items()}
 
 
-def as_text(value: Any, tensors: Sequence[torch.Tensor]) -> bytes:
+def as_json(value: Any, tensors: Sequence[torch.Tensor]) -> bytes:
     """An encoded value with the dtypes and shapes of its tensors."""
-    return json.dumps([value, [[name_of(tensor.dtype), list(tensor.shape)] for tensor in tensors]]).encode()
+    return json.dumps([value, [[dtype_name(tensor.dtype), list(tensor.shape)] for tensor in tensors]]).encode()
 
 
-def from_text(text: bytes, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
+def from_json(text: bytes, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
     """An encoded value, and tensors on `device` that are still to be filled."""
     value, described = json.loads(text)
-    return value, [torch.empty(shape, dtype=dtype_of(name), device=device) for name, shape in described]
+    return value, [torch.empty(shape, dtype=named_dtype(name), device=device) for name, shape in described]
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,12 +61,12 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def name_of(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """`float32` of torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_of(name: str) -> torch.dtype:
+def named_dtype(name: str) -> torch.dtype:
     """torch.float32 of `float32`. Raises ValueError for what is no dtype."""
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
@@ -79,7 +79,7 @@ def _encode(value: Any, name: str, tensors: list[torch.Tensor]) -> Any:
         tensors.append(value.detach())
         return {_TENSOR: len(tensors) - 1}
     if isinstance(value, torch.dtype):
-        return {_DTYPE: name_of(value)}
+        return {_DTYPE: dtype_name(value)}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {key: _encode(item, f"{name}.{key}" if name else key, tensors) for key, item in value.items()}
     if isinstance(value, tuple):

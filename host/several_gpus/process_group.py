@@ -28,7 +28,7 @@ _ENGINE = {
 _SIDE, _PRODUCTS = 4096, 8
 
 
-class Group:
+class ProcessGroup:
     """One process's place in a group. Whoever waits in it is woken when it ends; what is sent is bytes.
 
     Args:
@@ -95,7 +95,7 @@ class Group:
 class Pending:
     """A transfer under way."""
 
-    def __init__(self, group: Group, work: Any):
+    def __init__(self, group: ProcessGroup, work: Any):
         self._group = group
         self._work = work
 
@@ -108,7 +108,7 @@ _ABANDONED: list[Any] = []
 """Gloo's ended groups: to take one apart would wait for whoever it waits for."""
 
 
-def join(meeting_place: Path, rank: int, size: int, device: torch.device) -> Group:
+def join(meeting_place: Path, rank: int, size: int, device: torch.device) -> ProcessGroup:
     """The group, once all `size` processes are there.
 
     Args:
@@ -124,12 +124,12 @@ def join(meeting_place: Path, rank: int, size: int, device: torch.device) -> Gro
             os.environ.setdefault(name, value)
         options = distributed.ProcessGroupNCCL.Options()
         options._timeout = _PATIENCE
-        return Group(distributed.ProcessGroupNCCL(store, rank, size, options))
+        return ProcessGroup(distributed.ProcessGroupNCCL(store, rank, size, options))
     options = distributed.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [distributed.ProcessGroupGloo.create_device(hostname=_LOOPBACK)]
     options._timeout = _PATIENCE
     options._threads = 1
-    return Group(distributed.ProcessGroupGloo(store, rank, size, options))
+    return ProcessGroup(distributed.ProcessGroupGloo(store, rank, size, options))
 
 
 def speed(device: torch.device) -> float:

@@ -9,8 +9,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from . import plain_data
-from .families import Family, family_of
 from .forward import OVERRIDE
+from .split_families import SplitFamily, family_of
 
 _PACK = __name__.split(".host.")[0]
 _LOOKS_ON = ("comfy.", "comfy_extras.", _PACK + ".")
@@ -40,7 +40,7 @@ class NotSentError(Exception):
     """Something cannot be sent; the message names it."""
 
 
-def check_model(patcher: Any, options: Mapping[str, Any]) -> Family:
+def check_model(patcher: Any, options: Mapping[str, Any]) -> SplitFamily:
     """The model's row, where nothing on the model is bound to this process.
 
     Args:
@@ -62,7 +62,7 @@ def check_model(patcher: Any, options: Mapping[str, Any]) -> Family:
     return family
 
 
-def call_inputs(family: Family, named: Mapping[str, Any]) -> dict[str, Any]:
+def call_inputs(family: SplitFamily, named: Mapping[str, Any]) -> dict[str, Any]:
     """A forward's inputs without the transformer options. Raises NotSentError for one that the row does not name."""
     inputs = {name: value for name, value in named.items() if value is not None and name != "transformer_options"}
     unknown = [name for name in inputs if name not in family.call]
@@ -93,7 +93,7 @@ def call_options(options: Mapping[str, Any], patches: Mapping[str, list[Any]]) -
 def encoded(call: Mapping[str, Any]) -> tuple[Any, list[torch.Tensor]]:
     """The call as plain data and tensors. Raises NotSentError for what is neither."""
     try:
-        return plain_data.encode(call)
+        return plain_data.take_apart(call)
     except plain_data.NotPlainError as error:
         raise NotSentError(str(error)) from None
 
@@ -109,19 +109,19 @@ def _bound(patcher: Any, options: Mapping[str, Any], network: Any) -> Iterator[s
     yield from (f"a changed {name} of the model" for name in vars(network) if name in _OWN_FORWARD)
     wrapper = options.get("model_function_wrapper")
     if wrapper is not None and not _looks_on(wrapper):
-        yield f"the model function wrapper {name_of(wrapper)}"
+        yield f"the model function wrapper {full_name(wrapper)}"
     wrappers = options.get("transformer_options", {}).get("wrappers", {})
     for listed in (entries for kind in _IN_FORWARD for entries in wrappers.get(kind, {}).values()):
-        yield from (f"the wrapper {name_of(wrapper)}" for wrapper in listed if not _looks_on(wrapper))
+        yield from (f"the wrapper {full_name(wrapper)}" for wrapper in listed if not _looks_on(wrapper))
     for listed in (entries for kind in patcher.callbacks.values() for entries in kind.values()):
-        yield from (f"the callback {name_of(callback)}" for callback in listed if not _looks_on(callback))
+        yield from (f"the callback {full_name(callback)}" for callback in listed if not _looks_on(callback))
 
 
-def name_of(thing: Any) -> str:
+def full_name(thing: Any) -> str:
     """Full name of a function, or of an object's class."""
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def _looks_on(thing: Any) -> bool:
-    return name_of(getattr(thing, "func", thing)).startswith(_LOOKS_ON)
+    return full_name(getattr(thing, "func", thing)).startswith(_LOOKS_ON)

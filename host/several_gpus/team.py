@@ -63,7 +63,7 @@ class Team:
         self._models: set[str] = set()
         self._count = itertools.count()
         self._known_speeds = list(speeds) if speeds else None
-        self._groups: dict[str, process_group.Group] = {}
+        self._groups: dict[str, process_group.ProcessGroup] = {}
         self._generation = 0
         self._trouble: Message | None = None
         self._troubled = threading.Event()
@@ -142,7 +142,7 @@ class Team:
             "do": "run",
             "model": model,
             "generation": self._generation,
-            "call": plain_data.as_text(value, tensors).decode(),
+            "call": plain_data.as_json(value, tensors).decode(),
             "inputs": part.inputs,
             "split": part.split,
             "pieces": self._pieces,

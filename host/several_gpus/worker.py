@@ -54,7 +54,7 @@ class Worker:
         self._copies = copies
         self._device = comfy.model_management.get_torch_device()
         self._messages: queue.SimpleQueue[tuple[Message, list[torch.Tensor]]] = queue.SimpleQueue()
-        self._groups: dict[str, process_group.Group] = {}
+        self._groups: dict[str, process_group.ProcessGroup] = {}
         self._speeds: Mapping[str, Sequence[float]] = {}
         self._stopped = -1
         self._parent = os.getppid()
@@ -121,7 +121,7 @@ class Worker:
         self._groups = {}
 
     def _do_model(self, message: Message, tensors: list[torch.Tensor]) -> None:
-        self._copies.take(message["model"], plain_data.decode(message["description"], tensors))
+        self._copies.take(message["model"], plain_data.put_together(message["description"], tensors))
         self._channel.send({"reply": "model", "model": message["model"]})
 
     def _do_forget(self, message: Message, tensors: list[torch.Tensor]) -> None:
@@ -146,7 +146,7 @@ class Worker:
     def _do_run(self, message: Message, tensors: list[torch.Tensor]) -> None:
         if message["generation"] <= self._stopped:
             return
-        value, inputs = plain_data.from_text(message["call"].encode(), self._device)
+        value, inputs = plain_data.from_json(message["call"].encode(), self._device)
         self._groups[message["inputs"]].send_to_all(inputs)
         group = self._groups.get(message["split"])
         model, split = message["model"], None
@@ -154,7 +154,7 @@ class Worker:
             speeds = self._speeds[message["split"]]
             split = self._copies.splitting(model, group, speeds, message["pieces"])
         try:
-            out = self._copies.forward(model, plain_data.decode(value, inputs), split)
+            out = self._copies.forward(model, plain_data.put_together(value, inputs), split)
         except NotSplitError:
             out = torch.empty(0, device=self._device)
         if message["output"]:

@@ -40,15 +40,15 @@ def write_models(folder: Path) -> dict[str, Path]:
 
 def load(path: Path, weights: str | None, folder: Path) -> Any:
     """The model in a format, with this pack's exact attention."""
-    from lowbit.attention.plan import Policy
+    from lowbit.attention.candidates import Policy
     from lowbit.attention.schedule import Schedule
-    from lowbit.host.attention.installing import install
+    from lowbit.host.attention.installing import install_override
     from lowbit.host.weights.loading import load_diffusion_model
     from lowbit.host.weights.preparing import Request, plan_diffusion_model, prepared_file
 
     if weights is not None:
         path = prepared_file(plan_diffusion_model(path, Request(weights)))
-    return install(load_diffusion_model(str(path)), Policy("auto", "exact"), Schedule(), False, folder)[0]
+    return install_override(load_diffusion_model(str(path)), Policy("auto", "exact"), Schedule(), False, folder)[0]
 
 
 def with_lora(model: Any, strength: float) -> Any:

@@ -30,7 +30,7 @@ def host(core_modules, tmp_path_factory):
     import comfy.sd
 
     from lowbit.host import dividing, model_copy
-    from lowbit.host.several_gpus import forward, process, sampling, team
+    from lowbit.host.several_gpus import forward, process, team
     from lowbit.host.weights import loading, preparing
     from testing.shims import detection
 
@@ -65,7 +65,6 @@ def host(core_modules, tmp_path_factory):
             forward=forward,
             team=team,
             process=process,
-            sampling=sampling,
             loading=loading,
             preparing=preparing,
         )

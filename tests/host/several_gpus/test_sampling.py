@@ -132,16 +132,16 @@ def test_loras_and_formats(load, divide, parts, name, weights):
 
 def test_attention_of_this_pack_goes_along(load, divide, parts, tmp_path):
     """This process's report has the heads that it took, over all tokens."""
-    from lowbit.attention.plan import Policy
+    from lowbit.attention.candidates import Policy
     from lowbit.attention.schedule import Schedule
-    from lowbit.host.attention.installing import find, install
+    from lowbit.host.attention.installing import find_override, install_override
 
     model, run = load("wan"), RUNS["wan"][1]
-    attending, _ = install(model, Policy("auto", "exact"), Schedule(first_steps=1), False, tmp_path)
+    attending, _ = install_override(model, Policy("auto", "exact"), Schedule(first_steps=1), False, tmp_path)
     divided = divide(attending)
     assert relative_error(run.sample(divided), run.sample(model)) <= EXACT
     assert set(parts) == {"all"}
-    assert {(HEADS + 1) // 2, HEADS} == {key[1][1] for key in find(divided).dispatcher._plans}
+    assert {(HEADS + 1) // 2, HEADS} == {key[1][1] for key in find_override(divided).dispatcher._plans}
 
 
 def test_two_models_take_turns(load, divide, workers):

@@ -142,11 +142,11 @@ def test_plain_data_comes_out_as_it_went_in(core_modules):
         "e": torch.randn(0, 2),
         "f": torch.randn(2, 2).bfloat16(),
     }
-    encoded, tensors = plain_data.encode(value)
-    read, empty = plain_data.from_text(plain_data.as_text(encoded, tensors), torch.device("cpu"))
+    encoded, tensors = plain_data.take_apart(value)
+    read, empty = plain_data.from_json(plain_data.as_json(encoded, tensors), torch.device("cpu"))
     for ours, theirs in zip(empty, tensors, strict=True):
         plain_data.as_bytes(ours).copy_(plain_data.as_bytes(theirs))
-    back = plain_data.decode(read, empty)
+    back = plain_data.put_together(read, empty)
     assert str(back) == str(value)
     assert type(back["b"]) is tuple
 
@@ -156,4 +156,4 @@ def test_what_is_not_plain_is_named(core_modules, foreign):
     from lowbit.host.several_gpus import plain_data
 
     with pytest.raises(plain_data.NotPlainError, match=r"here\.there"):
-        plain_data.encode({"here": {"there": [foreign]}})
+        plain_data.take_apart({"here": {"there": [foreign]}})

@@ -13,8 +13,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...attention.sequence_split import shares
-from .families import Family
 from .sending import NotSentError, call_inputs, call_options, check_model, encoded
+from .split_families import SplitFamily
 from .team import ALL, FIRST, LINK, SECOND, Part, Team
 
 log = logging.getLogger("lowbit.several_gpus")
@@ -43,7 +43,7 @@ class _Call:
     sent: Any
 
 
-class SamplingHooks:
+class DividingHooks:
     """The wrappers of one node; ComfyUI calls them around its own functions.
 
     Args:
@@ -60,10 +60,10 @@ class SamplingHooks:
         self._tell = say
         self._said: set[str] = set()
         self._model: str | None = None
-        self._family: Family | None = None
+        self._family: SplitFamily | None = None
         self._patches: dict[str, list[Any]] = {}
 
-    def __deepcopy__(self, memo: dict) -> SamplingHooks:
+    def __deepcopy__(self, memo: dict) -> DividingHooks:
         """Clones of the model share the workers."""
         return self
 
@@ -127,7 +127,7 @@ class SamplingHooks:
         halves = (_FIRST, slice(0, first)), (_SECOND, slice(first, len(chunks)))
         return [self._call(family, _rows(named, rows, per_chunk, half), part) for part, half in halves]
 
-    def _call(self, family: Family, named: dict[str, Any], part: Part) -> _Call:
+    def _call(self, family: SplitFamily, named: dict[str, Any], part: Part) -> _Call:
         options = named["transformer_options"]
         sent = {
             "inputs": call_inputs(family, named),

@@ -30,7 +30,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Family:
+class SplitFamily:
     """One row of the table.
 
     Attributes:
@@ -58,11 +58,11 @@ class Family:
 
 _COMMON = frozenset({"x", "timestep", "timesteps", "context", "transformer_options"})
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
+FAMILIES: Mapping[str, SplitFamily] = MappingProxyType(
     {
         row.network: row
         for row in (
-            Family(
+            SplitFamily(
                 "comfy.ldm.wan.model.WanModel",
                 "blocks",
                 "self_attn",
@@ -77,7 +77,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 {"e": Input(COARSE, ("video",))},
                 {"audio_embeds": 1},
             ),
-            Family(
+            SplitFamily(
                 "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel",
                 "transformer_blocks",
                 "attn",
@@ -98,7 +98,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
 """Full name of the network's class -> its row."""
 
 
-def family_of(network: Any) -> Family | None:
+def family_of(network: Any) -> SplitFamily | None:
     """The row of a network; None where it cannot be split."""
     kind = type(network)
     row = FAMILIES.get(f"{kind.__module__}.{kind.__qualname__}")
