@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import weakref
@@ -64,6 +63,7 @@ class Team:
         self._count = itertools.count()
         self._known_speeds = list(speeds) if speeds else None
         self._groups: dict[str, process_group.ProcessGroup] = {}
+        self._meeting: tempfile.TemporaryDirectory[str] | None = None
         self._generation = 0
         self._trouble: Message | None = None
         self._troubled = threading.Event()
@@ -114,6 +114,9 @@ class Team:
         for group in self._groups.values():
             group.end()
         self._groups = {}
+        if self._meeting is not None:
+            self._meeting.cleanup()
+            self._meeting = None
 
     def forward(self, run: Callable[[], Any]) -> Any:
         """`run()`, which may call `send` and have tokens split; ready before it, and checked after it.
@@ -240,7 +243,9 @@ class Team:
         if self._groups:
             return
         self._generation += 1
-        folder = Path(tempfile.mkdtemp(prefix="lowbit-"))
+        # As long as the group lives: NCCL's processes meet when they first send something.
+        self._meeting = tempfile.TemporaryDirectory(prefix="lowbit-", ignore_cleanup_errors=True)
+        folder = Path(self._meeting.name)
         ranks = self.ranks
         speeds = {name: [self.speeds[rank] for rank in ranks[name]] for name in ranks}
         message = {
@@ -262,8 +267,6 @@ class Team:
         except BaseException:
             self._stop()
             raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _stop(self) -> None:
         """Has everyone leave the group, whatever they are at; what they say to it is of no account."""

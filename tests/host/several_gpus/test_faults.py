@@ -160,13 +160,17 @@ def test_workers_go_with_the_last_model(host, run):
     ]
     for model in divided:
         run.sample(model)
-    pid = host.dividing._TEAMS[devices].workers[0].process.pid
+    team = host.dividing._TEAMS[devices]
+    pid, meeting = team.workers[0].process.pid, Path(team._meeting.name)
+    assert meeting.is_dir(), "NCCL's processes meet there when they first send something"
+    assert meeting.stat().st_mode & 0o077 == 0
     for left in (1, 0):
         management.unload_all_models()
         del divided[left:]
         model = None
         gc.collect()
         assert psutil.pid_exists(pid) == bool(left) or gone(pid)
+    assert not meeting.exists()
 
 
 PARENT = """
