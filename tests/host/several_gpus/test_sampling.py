@@ -174,3 +174,28 @@ def test_four_processes(host, load, parts):
         assert set(parts) == expected
     assert said == []
     host.dividing._TEAMS.pop(FOUR).close()
+
+
+def _managed(model):
+    from lowbit.host.memory.manager import manage
+    from lowbit.memory.policies import Settings
+
+    return manage(model, None, None, Settings("auto", sequential_cfg="on"), "1")[0]
+
+
+def _skipping(model):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    return EasyCacheNode.execute(model, 0.9, 0.0, 1.0, False).args[0]
+
+
+@pytest.mark.parametrize("node", [_managed, _skipping])
+@pytest.mark.parametrize("before", [True, False])
+def test_other_nodes_may_come_before_or_after(load, divide, parts, node, before):
+    model, run = load("wan"), RUNS["wan"][1]
+    alone = run.sample(node(model), 6)
+    divided = divide(node(model), "auto") if before else node(divide(model, "auto"))
+    assert relative_error(run.sample(divided, 6), alone) <= EXACT
+    # Each of the 6 steps in halves, or once for each prompt; EasyCache's wrapper skips some for all processes.
+    assert 0 < len(parts) <= (12 if node is _managed else 10)
+    assert divide.said == []
