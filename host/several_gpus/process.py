@@ -43,6 +43,8 @@ class WorkerProcess:
         self.name = name
         self.has_model: dict[str, Any] = {}
         self.pending: list[str] = []
+        # Asked while another thread waits for the process, Popen does not know whether it runs.
+        self._hung_up = False
         self._on_trouble = on_trouble
         self._replies: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._channel, there = Channel.pair()
@@ -59,7 +61,7 @@ class WorkerProcess:
     @property
     def alive(self) -> bool:
         """Whether the process runs."""
-        return self.process.poll() is None
+        return not self._hung_up and self.process.poll() is None
 
     def send(self, message: Message, tensors: Sequence[torch.Tensor] = ()) -> None:
         """Raises WorkerError where the worker is gone."""
@@ -135,6 +137,7 @@ class WorkerProcess:
                 if message["reply"] == "failed" and message["to"] == "run":
                     self._on_trouble(message | {"worker": self})
         except (EOFError, OSError):
+            self._hung_up = True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_GRACE)
             self._replies.put({"reply": "gone"})
