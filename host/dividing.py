@@ -88,7 +88,7 @@ def why_not(devices: Sequence[torch.device]) -> str | None:
     """Why a sample cannot be divided over these, or None."""
     if len(devices) < 2:
         return "Several GPUs: there is one device to sample on, so nothing is changed."
-    engine = distributed.is_nccl_available if devices[0].type == "cuda" else distributed.is_gloo_available
-    if not distributed.is_available() or not engine():
+    name = "is_nccl_available" if devices[0].type == "cuda" else "is_gloo_available"
+    if not distributed.is_available() or not getattr(distributed, name)():
         return "Several GPUs: this PyTorch has no NCCL for GPUs to exchange tokens with, so nothing is changed."
     return None

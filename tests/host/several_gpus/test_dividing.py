@@ -54,3 +54,11 @@ def test_the_node_on_a_cpu_changes_nothing(host, load, monkeypatch, caplog):
     assert divided is not model
     assert divided.wrappers == model.wrappers
     assert "there is one device to sample on, so nothing is changed" in caplog.text
+
+
+def test_a_pytorch_without_nccl_changes_nothing_and_says_so(core_modules, monkeypatch):
+    from lowbit.host import dividing
+
+    assert dividing.why_not([torch.device("cpu")] * 2) is None
+    monkeypatch.setattr(dividing.distributed, "is_nccl_available", lambda: False)
+    assert "no NCCL" in dividing.why_not(PRESENT)
