@@ -1,0 +1,162 @@
+"""Attention over a sequence of which each process holds a part: tokens are exchanged for heads before it, and back after (Ulysses)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+
+# (query, key, value, mask), heads in front, -> (batch, length, heads * head_dim).
+Attention = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"],
+    torch.Tensor,
+]
+
+
+def shares(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` dealt out by weight in whole numbers, as even as they get; where there is enough, nobody goes without.
+
+    Args:
+        total: how many there are to deal.
+        weights: positive numbers, one for each part.
+    """
+    floor = 1 if total >= len(weights) else 0
+    exact = [weight * (total - floor * len(weights)) / sum(weights) for weight in weights]
+    parts = [int(part) for part in exact]
+    missing = total - floor * len(weights) - sum(parts)
+    for index in sorted(range(len(parts)), key=lambda index: (parts[index] - exact[index], index))[:missing]:
+        parts[index] += 1
+    return [part + floor for part in parts]
+
+
+class SequenceSplit:
+    """One way to deal a sequence to the processes of a group; every process makes it of the same numbers.
+
+    All processes have to make the same calls in the same order. What is sent is the tensors' bytes, so that every dtype
+    travels on every engine.
+
+    Args:
+        group: a process group of `torch.distributed`, or one of its backends alone.
+        tokens: how many tokens each process holds, in the order of their ranks.
+        speeds: how fast each process is beside the others, by which heads are dealt; None for all alike.
+        pieces: in how many pieces each process's heads travel: while one is attended to, the next is on its way, which
+            pays where the links between GPUs are slow.
+    """
+
+    def __init__(self, group: Any, tokens: Sequence[int], speeds: Sequence[float] | None = None, pieces: int = 1):
+        self.group = group
+        self.rank: int = group.rank()
+        self.tokens = list(tokens)
+        self.speeds = list(speeds or [1.0] * len(tokens))
+        self.pieces = pieces
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        attention: Attention,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of this process's tokens to those of all: (batch, own tokens, heads * head_dim).
+
+        Every process attends with a part of the heads, over the whole sequence, in the order of the ranks.
+
+        Args:
+            q, k, v: (batch, heads, own tokens, head_dim), of one shape and dtype.
+            attention: what is called with some of the heads.
+            mask: as `attention` takes it, the last dimension being this process's keys, one for all queries; or None.
+        """
+        batch, heads, length, width = q.shape
+        if mask is not None:
+            mask = self._on_all(mask)
+        dealt = self._dealt(heads)
+        arriving = [self._to_heads(q, k, v, ranges) for ranges in dealt]
+        returning = []
+        for ranges, arrival in zip(dealt, arriving, strict=True):
+            first, last = ranges[self.rank]
+            own = arrival.wait().view(sum(self.tokens), 3, batch, last - first, width).permute(1, 2, 3, 0, 4)
+            out = attention(own[0], own[1], own[2], mask) if last > first else own.new_empty(batch, sum(self.tokens), 0)
+            returning.append(self._to_tokens(out, ranges, width))
+        result = q.new_empty(batch, length, heads * width)
+        for ranges, arrival in zip(dealt, returning, strict=True):
+            sizes = [length * batch * (last - first) * width for first, last in ranges]
+            for (first, last), part in zip(ranges, arrival.wait().split(sizes), strict=True):
+                part = part.view(length, batch, (last - first) * width)
+                result[:, :, first * width : last * width] = part.transpose(0, 1)
+        return result
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The whole of (batch, own tokens, channels) at the first process; None at the others."""
+        batch, length, channels = x.shape
+        counts = [0] * len(self.tokens)
+        sent, received = counts.copy(), counts.copy()
+        sent[0] = x.numel()
+        if self.rank == 0:
+            received = [tokens * batch * channels for tokens in self.tokens]
+        whole = _Transfer(self.group, x.transpose(0, 1).reshape(-1), sent, received).wait()
+        return whole.view(-1, batch, channels).transpose(0, 1) if self.rank == 0 else None
+
+    def _dealt(self, heads: int) -> list[list[tuple[int, int]]]:
+        """For each piece the first and last head of every process."""
+        counts = shares(heads, self.speeds)
+        starts = [0, *accumulate(counts)]
+        cuts = [
+            [start, *accumulate(shares(count, [1.0] * self.pieces), initial=start)][1:]
+            for start, count in zip(starts, counts, strict=False)
+        ]
+        return [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(self.pieces)]
+
+    def _to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: list[tuple[int, int]]) -> _Transfer:
+        """Sends each process its heads of this one's tokens; token by token, so that what arrives is one sequence."""
+        batch, _, length, width = q.shape
+        sent = [3 * length * batch * (last - first) * width for first, last in ranges]
+        buffer = q.new_empty(sum(sent))
+        for (first, last), part in zip(ranges, buffer.split(sent), strict=True):
+            packed = part.view(length, 3, batch, last - first, width)
+            for index, tensor in enumerate((q, k, v)):
+                packed[:, index] = tensor[:, first:last].permute(2, 0, 1, 3)
+        first, last = ranges[self.rank]
+        received = [3 * tokens * batch * (last - first) * width for tokens in self.tokens]
+        return _Transfer(self.group, buffer, sent, received)
+
+    def _to_tokens(self, out: torch.Tensor, ranges: list[tuple[int, int]], width: int) -> _Transfer:
+        """Sends each process its tokens of this one's heads."""
+        batch, _, channels = out.shape
+        sent = [tokens * batch * channels for tokens in self.tokens]
+        own = self.tokens[self.rank]
+        received = [own * batch * (last - first) * width for first, last in ranges]
+        return _Transfer(self.group, out.transpose(0, 1).reshape(-1), sent, received)
+
+    def _on_all(self, mask: torch.Tensor) -> torch.Tensor:
+        """The mask of all keys."""
+        rows = mask.movedim(-1, 0)
+        per_key = rows[0].numel() if len(rows) else mask.shape[:-1].numel()
+        sent = [rows.numel()] * len(self.tokens)
+        received = [tokens * per_key for tokens in self.tokens]
+        whole = _Transfer(self.group, rows.reshape(-1).repeat(len(self.tokens)), sent, received).wait()
+        return whole.view(-1, *rows.shape[1:]).movedim(0, -1)
+
+
+class _Transfer:
+    """Numbers on their way from every process to every other; `sent` and `received` count them by process."""
+
+    def __init__(self, group: Any, flat: torch.Tensor, sent: list[int], received: list[int]):
+        self._flat = flat.contiguous()
+        self._arrived = flat.new_empty(sum(received))
+        size = flat.element_size()
+        self._work = group.alltoall_base(
+            self._arrived.view(torch.uint8),
+            self._flat.view(torch.uint8),
+            [count * size for count in received],
+            [count * size for count in sent],
+            distributed.AllToAllOptions(),
+        )
+
+    def wait(self) -> torch.Tensor:
+        """What has arrived, in the order of the ranks; on a GPU the stream waits and not the processor."""
+        self._work.wait()
+        return self._arrived

@@ -1,0 +1,61 @@
+"""Claims about one sample over two GPUs: NCCL, every kind of format, dynamic VRAM and legacy, an interrupt, a worker that dies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.headless, pytest.mark.slow]
+
+MODES = {"dynamic": [], "legacy": ["--disable-dynamic-vram"]}
+EXACT = 1e-3
+"""16 bits with exact attention."""
+FORMAT_NOISE = 0.02
+"""Activations in 8 bits are rounded the other way now and then: below what the format itself errs."""
+AT_ONCE = 20.0
+
+
+@pytest.fixture(scope="module", params=MODES)
+def found(request, tmp_path_factory):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("need two NVIDIA GPUs")
+    out = tmp_path_factory.mktemp("several") / "out.json"
+    script = Path(__file__).with_name("several_gpus_process.py")
+    subprocess.run([sys.executable, str(script), str(out), *MODES[request.param]], check=True, timeout=570)
+    return request.param, json.loads(out.read_text())
+
+
+def test_the_mode_is_the_one_asked_for(found):
+    mode, result = found
+    assert result["dynamic"] == (mode == "dynamic")
+
+
+def test_two_gpus_make_the_sample_of_one(found):
+    rows = found[1]["rows"]
+    assert rows
+    for row in rows:
+        bound = EXACT if row["weights"] is None else FORMAT_NOISE
+        assert max(row["error"], row["again"]) <= max(bound, 2 * row["repeat_alone"]), row
+    assert found[1]["said"] == []
+
+
+def test_an_interrupt_in_the_middle_of_a_step_is_heard_and_the_next_run_works(found):
+    result = found[1]["interrupt"]
+    assert result["raised"][0] == "InterruptProcessingException"
+    assert result["seconds"] < AT_ONCE
+    assert result["after"] <= EXACT
+    assert result["same"]
+
+
+def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_the_next_run_works(found):
+    result = found[1]["death"]
+    assert result["raised"][0] == "WorkerError"
+    assert "cuda:1 is gone" in result["raised"][1]
+    assert result["seconds"] < AT_ONCE
+    assert result["after"] <= EXACT
+    assert not result["same"]
