@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import comfy.ldm.modules.attention as core_attention
+import comfy.memory_management
 import comfy.model_management
 import comfy.sd
 import comfy.weight_adapter
@@ -42,7 +43,12 @@ _ADAPTERS = {adapter.__name__: adapter for adapter in comfy.weight_adapter.adapt
 _PATCHED = "attn2_patch"
 """Where InfiniteTalk's model patch stands among a model's patches."""
 
-reset_cast_buffers = find("comfy.model_management.reset_cast_buffers") or (lambda: None)
+_AFTER_RUN = (
+    "comfy.model_management.reset_cast_buffers",
+    "comfy.model_prefetch.cleanup_prefetch_queues",
+    "comfy_aimdo.model_vbar.vbars_reset_watermark_limits",
+)
+"""What ComfyUI calls after every node where dynamic VRAM is on."""
 
 
 def describe(patcher: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +127,9 @@ class Copies:
             copy.cleanup()
             if (override := _override(copy)) is not None:
                 override.dispatcher.end_run()
-        reset_cast_buffers()
+        if comfy.memory_management.aimdo_enabled:
+            for clean in filter(None, map(find, _AFTER_RUN)):
+                clean()
 
     def forget(self, model: str) -> None:
         """The copy goes, and its file with the last copy that is of it."""

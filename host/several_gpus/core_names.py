@@ -26,5 +26,7 @@ OPTIONAL = {
     "comfy.ldm.wan.model.WanModel": "Wan models run on one GPU",
     "comfy.ldm.qwen_image.model.QwenImageTransformer2DModel": "Qwen-Image models run on one GPU",
     "comfy.model_management.reset_cast_buffers": "workers keep the memory of their last run",
+    "comfy.model_prefetch.cleanup_prefetch_queues": "workers keep what they fetched ahead in a run that broke off",
+    "comfy_aimdo.model_vbar.vbars_reset_watermark_limits": "workers that were short of memory once stream weights from then on",
 }
 """Name -> what is lost without it."""

@@ -85,7 +85,8 @@ class WorkerProcess:
             if message["reply"] == "gone":
                 self._replies.put(message)
                 raise WorkerError(self._gone())
-            if message["reply"] == "failed" and message["to"] != "run":
+            earlier = message.get("generation") not in (None, values.get("generation"))
+            if message["reply"] == "failed" and message["to"] != "run" and not earlier:
                 self.has_model.pop(message["model"], None)
                 self._done_with(message["model"])
                 raise WorkerError(self.sentence(message))

@@ -25,7 +25,11 @@ def start_core(told: dict[str, Any]) -> None:
     if enables_dynamic_vram():
         import comfy_aimdo.control
 
-        comfy_aimdo.control.init()
+        headroom = None if args.reserve_vram is None else int(args.reserve_vram * 1024**3)
+        try:
+            comfy_aimdo.control.init(simple_vram_headroom=headroom, nvml_pressure=not args.disable_nvml_pressure)
+        except TypeError:  # an older comfy-aimdo
+            comfy_aimdo.control.init()
     import comfy.memory_management
     import comfy.model_management
     import comfy.model_patcher

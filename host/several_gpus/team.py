@@ -32,6 +32,7 @@ _UNEQUAL = 1.1
 _PIECES_ON_SLOW_LINKS = 2
 _CAUSE = 2.0
 """Seconds to wait for the cause when a transfer breaks off."""
+_LOOK_FOR_INTERRUPT = 0.2
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ class Team:
         if self._groups:
             return
         self._generation += 1
-        # As long as the group lives: NCCL's processes meet when they first send something.
+        # As long as the group lives: NCCL may connect two processes when they first send each other something.
         self._meeting = tempfile.TemporaryDirectory(prefix="lowbit-", ignore_cleanup_errors=True)
         folder = Path(self._meeting.name)
         ranks = self.ranks
@@ -262,8 +263,14 @@ class Team:
                 if 0 in members and len(members) > 1:
                     size = len(members)
                     self._groups[name] = process_group.join(folder / name, 0, size, self.devices[0])
+            # Whoever is about to meet those that are not there cannot be woken.
             for worker in self.workers:
                 worker.expect("join", generation=self._generation)
+            meeting = process_group.Meeting(self._groups.values())
+            for worker in self.workers:
+                worker.expect("met", generation=self._generation)
+            while not meeting.done(_LOOK_FOR_INTERRUPT):
+                comfy.model_management.throw_exception_if_processing_interrupted()
         except BaseException:
             self._stop()
             raise

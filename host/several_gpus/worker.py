@@ -114,6 +114,8 @@ class Worker:
         error.__traceback__ = None
         if message["do"] in ("join", "run"):
             self._leave()
+        if message["do"] == "run":
+            self._copies.end()
 
     def _leave(self) -> None:
         for group in self._groups.values():
@@ -139,6 +141,9 @@ class Worker:
                 rank = ranks.index(message["rank"])
                 self._groups[name] = process_group.join(place, rank, len(ranks), self._device)
         self._channel.send({"reply": "join", "generation": message["generation"]})
+        for group in self._groups.values():
+            group.meet()
+        self._channel.send({"reply": "met", "generation": message["generation"]})
 
     def _do_begin(self, message: Message, tensors: list[torch.Tensor]) -> None:
         self._copies.begin(message["model"])
