@@ -1,9 +1,10 @@
 """One sample over several GPUs of one host, beside one GPU of the same: seconds a step, the same picture, the workers' start.
 
-    NCCL_NVLS_ENABLE=0 python benchmarks/several_gpus.py --out benchmarks/results/several_gpus.json [--model wan480 wan720 qwen] [--gpus 2 4]
+    NCCL_NVLS_ENABLE=0 python benchmarks/several_gpus.py --out benchmarks/results/several_gpus.json [--model wan480 wan720 qwen] \
+        [--gpus 2 4] [--only NAME ...]
 
-Weights are random at the scale of a trained model's, with fewer blocks, as in benchmarks/steps.py. `--devices cpu cpu` tries it
-without a GPU, on the tiny case.
+Weights are random at the scale of a trained model's, with fewer blocks, as in benchmarks/steps.py. The workers of a case start
+once and stay for its other ways. `--devices cpu cpu` tries it without a GPU, on the tiny case.
 """
 
 from __future__ import annotations
@@ -88,11 +89,15 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run(
-    name: str, case: Case, way: Way, path: Path, folder: Path, devices: list[torch.device], alone: dict[str, Any]
-) -> dict[str, Any]:
-    """One row. alone: what one GPU made of the same, by case and weights; filled when it is its turn."""
-    import comfy.model_management
+    name: str, case: Case, way: Way, path: Path, folder: Path, devices: list[torch.device], alone: dict[str, Any],
+    kept: dict[int, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """One row.
 
+    Args:
+        alone: what one GPU made of the same, by case and weights; filled when it is its turn.
+        kept: the last model of each number of GPUs, with which its workers stay; filled as well.
+    """
     from lowbit.host.dividing import divide
 
     contender = Contender(way.name, way.weights, False, "exact")
@@ -113,8 +118,10 @@ def run(
         model = divide(model, devices, way.split, said.append)
         began = time.perf_counter()
         sample(model, case, 1)
-        # A step of one GPU is what the first step of several would take at most, once the workers are there.
-        row["start_seconds"] = time.perf_counter() - began - min(one)
+        if len(devices) not in kept:
+            # A step of one GPU is what the first step of several would take at most, once the workers are there.
+            row["start_seconds"] = time.perf_counter() - began - min(one)
+        kept[len(devices)] = model
     latent, times = sample(model, case, STEPS)
     row |= {"seconds": statistics.median(times[FIRST_TIMED:]), "steps": times, "said": said}
     key = f"{name} {way.weights}"
@@ -123,11 +130,16 @@ def run(
     elif key in alone:
         row["speedup"] = round(alone[key]["seconds"] / row["seconds"], 3)
         row["error"] = float((latent - alone[key]["latent"]).norm() / alone[key]["latent"].norm())
-    del model
+    return row
+
+
+def clean() -> None:
+    """No model stays, and no worker."""
+    import comfy.model_management
+
     comfy.model_management.unload_all_models()
     gc.collect()
     comfy.model_management.soft_empty_cache()
-    return row
 
 
 def main() -> None:
@@ -136,6 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", nargs="*", choices=ALL_CASES, default=list(CASES))
     parser.add_argument("--gpus", nargs="*", type=int, default=[2, 4])
+    parser.add_argument("--only", nargs="*", choices=[way.name for way in WAYS])
     parser.add_argument("--devices", nargs="*", help="instead of the GPUs that there are")
     arguments = parser.parse_args()
     present = arguments.devices or [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -154,18 +167,21 @@ def main() -> None:
             for name in arguments.model:
                 case = ALL_CASES[name]()
                 path = write_random(Path(folder) / f"{name}.safetensors", case)
-                for way in WAYS:
+                kept: dict[int, Any] = {}
+                for way in [way for way in WAYS if not arguments.only or way.name in arguments.only]:
                     for count in (1, *counts):
                         if count == 1 and f"{name} {way.weights}" in alone:
                             continue
                         try:
-                            row = run(name, case, way, path, Path(folder), devices[:count], alone)
+                            row = run(name, case, way, path, Path(folder), devices[:count], alone, kept)
                         except Exception as error:
                             text = f"{type(error).__name__}: {error}"
                             row = {"case": name, "way": way.name, "gpus": count, "failed": text}
                         rows.append(row)
                         print(json.dumps(row), flush=True)
                         write(out, {"environment": environment(), "rows": rows, "goals": goals(rows)})
+                kept.clear()
+                clean()
                 path.unlink()
 
 
