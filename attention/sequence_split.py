@@ -89,16 +89,14 @@ class SequenceSplit:
                 result[:, :, first * width : last * width] = part.transpose(0, 1)
         return result
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The whole of (batch, own tokens, channels) at the first process; None at the others."""
-        batch, length, channels = x.shape
-        counts = [0] * len(self.tokens)
-        sent, received = counts.copy(), counts.copy()
-        sent[0] = x.numel()
-        if self.rank == 0:
-            received = [tokens * batch * channels for tokens in self.tokens]
-        whole = _Transfer(self.group, x.transpose(0, 1).reshape(-1), sent, received).wait()
-        return whole.view(-1, batch, channels).transpose(0, 1) if self.rank == 0 else None
+    def gather(self, x: torch.Tensor, everywhere: bool = False) -> torch.Tensor | None:
+        """The whole of (batch, own tokens, channels) at the first process and None at the others, or at each of them."""
+        batch, _, channels = x.shape
+        takes = [everywhere or rank == 0 for rank in range(len(self.tokens))]
+        sent = [x.numel() * taken for taken in takes]
+        received = [tokens * batch * channels * takes[self.rank] for tokens in self.tokens]
+        whole = _Transfer(self.group, x.transpose(0, 1).reshape(-1).repeat(sum(takes)), sent, received).wait()
+        return whole.view(-1, batch, channels).transpose(0, 1) if takes[self.rank] else None
 
     def _dealt(self, heads: int) -> list[list[tuple[int, int]]]:
         """For each piece the first and last head of every process."""

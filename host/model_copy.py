@@ -26,7 +26,7 @@ from .attention.override import OVERRIDE, AttentionOverride, chosen_kernel
 from .memory.limit import VramLimit
 from .memory.session import session
 from .several_gpus.channel import Channel
-from .several_gpus.forward import SplitForward
+from .several_gpus.forward import CoreForward
 from .several_gpus.sending import NotSentError, full_name
 from .several_gpus.split_families import family_of
 from .several_gpus.worker import Worker
@@ -138,14 +138,14 @@ class Copies:
         self._files = {origin: base for origin, base in self._files.items() if origin in used}
         self._loaded = None
 
-    def splitting(self, model: str, group: Any, speeds: Sequence[float], pieces: int) -> SplitForward:
+    def splitting(self, model: str, group: Any, speeds: Sequence[float], pieces: int) -> CoreForward:
         """How the model's forward is split."""
         network = self._copies[model][1].model.diffusion_model
         family = family_of(network)
         assert family is not None
-        return SplitForward(network, family, group, speeds, pieces)
+        return CoreForward(network, family, group, speeds, pieces)
 
-    def forward(self, model: str, call: Any, split: SplitForward | None) -> Any:
+    def forward(self, model: str, call: Any, split: CoreForward | None) -> Any:
         """One call of the diffusion model, with the run's options from ComfyUI and the model's own from here."""
         copy = self._copies[model][1]
         override = _override(copy)

@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...attention.sequence_split import shares
 from .sending import NotSentError, call_inputs, call_options, check_model, encoded
-from .split_families import SplitFamily
+from .split_families import CoreFamily
 from .team import ALL, FIRST, LINK, SECOND, Part, Team
 
 log = logging.getLogger("lowbit.several_gpus")
@@ -60,7 +60,7 @@ class DividingHooks:
         self._tell = say
         self._said: set[str] = set()
         self._model: str | None = None
-        self._family: SplitFamily | None = None
+        self._family: CoreFamily | None = None
         self._patches: dict[str, list[Any]] = {}
 
     def __deepcopy__(self, memo: dict) -> DividingHooks:
@@ -127,7 +127,7 @@ class DividingHooks:
         halves = (_FIRST, slice(0, first)), (_SECOND, slice(first, len(chunks)))
         return [self._call(family, _rows(named, rows, per_chunk, half), part) for part, half in halves]
 
-    def _call(self, family: SplitFamily, named: dict[str, Any], part: Part) -> _Call:
+    def _call(self, family: CoreFamily, named: dict[str, Any], part: Part) -> _Call:
         options = named["transformer_options"]
         sent = {
             "inputs": call_inputs(family, named),

@@ -10,7 +10,7 @@ from comfy.patcher_extension import WrappersMP
 
 from . import plain_data
 from .forward import OVERRIDE
-from .split_families import SplitFamily, family_of
+from .split_families import CoreFamily, family_of
 
 _PACK = __name__.split(".host.")[0]
 _LOOKS_ON = ("comfy.", "comfy_extras.", _PACK + ".")
@@ -40,7 +40,7 @@ class NotSentError(Exception):
     """Something cannot be sent; the message names it."""
 
 
-def check_model(patcher: Any, options: Mapping[str, Any]) -> SplitFamily:
+def check_model(patcher: Any, options: Mapping[str, Any]) -> CoreFamily:
     """The model's row, where nothing on the model is bound to this process.
 
     Args:
@@ -62,7 +62,7 @@ def check_model(patcher: Any, options: Mapping[str, Any]) -> SplitFamily:
     return family
 
 
-def call_inputs(family: SplitFamily, named: Mapping[str, Any]) -> dict[str, Any]:
+def call_inputs(family: CoreFamily, named: Mapping[str, Any]) -> dict[str, Any]:
     """A forward's inputs without the transformer options. Raises NotSentError for one that the row does not name."""
     inputs = {name: value for name, value in named.items() if value is not None and name != "transformer_options"}
     unknown = [name for name in inputs if name not in family.call]

@@ -20,7 +20,7 @@ import torch
 from ...errors import MemoryBudgetError, WorkerError
 from . import plain_data, process_group
 from .channel import Message
-from .forward import SplitForward
+from .forward import CoreForward
 from .process import WorkerProcess
 
 log = logging.getLogger("lowbit.several_gpus")
@@ -158,11 +158,11 @@ class Team:
         if part.inputs in self._groups:
             self._groups[part.inputs].send_to_all(tensors)
 
-    def split(self, network: Any, family: Any, part: Part) -> SplitForward | None:
+    def split(self, network: Any, family: Any, part: Part) -> CoreForward | None:
         """How this process's forward is split; None where it has the part for itself."""
         group = self._groups.get(part.split)
         speeds = [self.speeds[rank] for rank in self.ranks[part.split]]
-        return None if group is None else SplitForward(network, family, group, speeds, self._pieces)
+        return None if group is None else CoreForward(network, family, group, speeds, self._pieces)
 
     def take_over(self, out: torch.Tensor) -> torch.Tensor:
         """Fills `out` with the result of the second part."""

@@ -16,7 +16,7 @@ import torch
 
 from . import plain_data, process_group
 from .channel import Channel, Message
-from .forward import NotSplitError, SplitForward
+from .forward import CoreForward, NotSplitError
 
 log = logging.getLogger("lowbit.several_gpus")
 
@@ -39,10 +39,10 @@ class ModelCopies(Protocol):
     def forget(self, model: str) -> None:
         """Nobody has the model any more."""
 
-    def forward(self, model: str, call: Any, split: SplitForward | None) -> Any:
+    def forward(self, model: str, call: Any, split: CoreForward | None) -> Any:
         """One call of the diffusion model."""
 
-    def splitting(self, model: str, group: Any, speeds: Sequence[float], pieces: int) -> SplitForward:
+    def splitting(self, model: str, group: Any, speeds: Sequence[float], pieces: int) -> CoreForward:
         """How the model's forward is split."""
 
 

@@ -72,14 +72,14 @@ def test_unequal_gpus_get_unequal_parts(host, load, divide, workers, monkeypatch
     monkeypatch.setattr(host.team.Team, "speeds", [1.0, 2.5])
     workers().leave()
     dealt = []
-    deal = host.forward.SplitForward._deal
+    deal = host.forward.CoreForward._deal
 
     def seen(self, named):
         reason = deal(self, named)
         dealt.append(list(self._dealt.values()))
         return reason
 
-    monkeypatch.setattr(host.forward.SplitForward, "_deal", seen)
+    monkeypatch.setattr(host.forward.CoreForward, "_deal", seen)
     assert relative_error(run.sample(divided), alone) <= EXACT
     assert dealt
     assert all(own < other for streams in dealt for own, other in streams)
