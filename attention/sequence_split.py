@@ -42,8 +42,7 @@ class SequenceSplit:
         group: a process group of `torch.distributed`, or one of its backends alone.
         tokens: how many tokens each process holds, in the order of their ranks.
         speeds: how fast each process is beside the others, by which heads are dealt; None for all alike.
-        pieces: in how many pieces each process's heads travel: while one is attended to, the next is on its way, which
-            pays where the links between GPUs are slow.
+        pieces: in how many pieces each process's heads travel: while one is attended to, the next is on its way.
     """
 
     def __init__(self, group: Any, tokens: Sequence[int], speeds: Sequence[float] | None = None, pieces: int = 1):

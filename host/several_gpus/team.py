@@ -29,7 +29,8 @@ ALL, FIRST, SECOND, LINK = "all", "first", "second", "link"
 """All processes; those of the one prompt and of the other; the first process with those of the other."""
 _UNEQUAL = 1.1
 """GPUs within a tenth of each other get equal parts."""
-_PIECES_ON_SLOW_LINKS = 2
+_PIECES, _PIECES_ON_SLOW_LINKS = 2, 4
+"""In which heads travel between GPUs: all but one are on their way while another is attended to."""
 _CAUSE = 2.0
 """Seconds to wait for the cause when a transfer breaks off."""
 _LOOK_FOR_INTERRUPT = 0.2
@@ -70,7 +71,7 @@ class Team:
         self._troubled = threading.Event()
         self._lock = threading.Lock()
         slow = process_group.slow_links(self.devices)
-        self._pieces = _PIECES_ON_SLOW_LINKS if slow else 1
+        self._pieces = _PIECES_ON_SLOW_LINKS if slow else _PIECES
 
     @property
     def ranks(self) -> dict[str, list[int]]:
