@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.distributed as distributed
+
+from ..kernels.quantize_rows import quantize_rows, quantize_rows_reference
+from ..kernels.runtime import TRITON_FOUND
 
 # (query, key, value, mask), heads in front, -> (batch, length, heads * head_dim).
 Attention = Callable[
@@ -32,6 +36,19 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     return [part + floor for part in parts]
 
 
+@dataclass(frozen=True)
+class Exchange:
+    """How queries, keys and values travel between processes.
+
+    Attributes:
+        pieces: in how many pieces each process's heads travel: while one is attended to, the next is on its way.
+        eight_bits: whether keys and values travel as int8 with a scale for each token of each head: a quarter less in all.
+    """
+
+    pieces: int = 1
+    eight_bits: bool = False
+
+
 class SequenceSplit:
     """One way to deal a sequence to the processes of a group; every process makes it of the same numbers.
 
@@ -42,15 +59,21 @@ class SequenceSplit:
         group: a process group of `torch.distributed`, or one of its backends alone.
         tokens: how many tokens each process holds, in the order of their ranks.
         speeds: how fast each process is beside the others, by which heads are dealt; None for all alike.
-        pieces: in how many pieces each process's heads travel: while one is attended to, the next is on its way.
+        exchange: how tokens travel.
     """
 
-    def __init__(self, group: Any, tokens: Sequence[int], speeds: Sequence[float] | None = None, pieces: int = 1):
+    def __init__(
+        self,
+        group: Any,
+        tokens: Sequence[int],
+        speeds: Sequence[float] | None = None,
+        exchange: Exchange | None = None,
+    ):
         self.group = group
         self.rank: int = group.rank()
         self.tokens = list(tokens)
         self.speeds = list(speeds or [1.0] * len(tokens))
-        self.pieces = pieces
+        self.exchange = exchange or Exchange()
 
     def attend(
         self,
@@ -77,8 +100,9 @@ class SequenceSplit:
         returning = []
         for ranges, arrival in zip(dealt, arriving, strict=True):
             first, last = ranges[self.rank]
-            own = arrival.wait().view(sum(self.tokens), 3, batch, last - first, width).permute(1, 2, 3, 0, 4)
-            out = attention(own[0], own[1], own[2], mask) if last > first else own.new_empty(batch, sum(self.tokens), 0)
+            arrived = _by_row(arrival.wait(), sum(self.tokens))
+            query, key, value = _unpacked(arrived, q, last - first, self.exchange.eight_bits)
+            out = attention(query, key, value, mask) if last > first else q.new_empty(batch, sum(self.tokens), 0)
             returning.append(self._to_tokens(out, ranges, width))
         result = q.new_empty(batch, length, heads * width)
         for ranges, arrival in zip(dealt, returning, strict=True):
@@ -102,23 +126,23 @@ class SequenceSplit:
         counts = shares(heads, self.speeds)
         starts = [0, *accumulate(counts)]
         cuts = [
-            [start, *accumulate(shares(count, [1.0] * self.pieces), initial=start)][1:]
+            [start, *accumulate(shares(count, [1.0] * self.exchange.pieces), initial=start)][1:]
             for start, count in zip(starts, counts, strict=False)
         ]
-        return [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(self.pieces)]
+        return [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(self.exchange.pieces)]
 
     def _to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: list[tuple[int, int]]) -> _Transfer:
         """Sends each process its heads of this one's tokens; token by token, so that what arrives is one sequence."""
-        batch, _, length, width = q.shape
-        sent = [3 * length * batch * (last - first) * width for first, last in ranges]
-        buffer = q.new_empty(sum(sent))
-        for (first, last), part in zip(ranges, buffer.split(sent), strict=True):
-            packed = part.view(length, 3, batch, last - first, width)
-            for index, tensor in enumerate((q, k, v)):
-                packed[:, index] = tensor[:, first:last].permute(2, 0, 1, 3)
+        whole = _parts(q, k, v, self.exchange.eight_bits)
+        batch, _, length, _ = q.shape
+        a_head = batch * sum(part.shape[-1] * part.element_size() for part in whole)
+        sent = [a_head * length * (last - first) for first, last in ranges]
+        buffer = torch.empty(sum(sent), dtype=torch.uint8, device=q.device)
+        for (first, last), piece in zip(ranges, buffer.split(sent), strict=True):
+            for part, place in zip(whole, _places(_by_row(piece, length), whole, last - first), strict=True):
+                place.copy_(part[:, first:last].permute(2, 0, 1, 3))
         first, last = ranges[self.rank]
-        received = [3 * tokens * batch * (last - first) * width for tokens in self.tokens]
-        return _Transfer(self.group, buffer, sent, received)
+        return _Transfer(self.group, buffer, sent, [a_head * tokens * (last - first) for tokens in self.tokens])
 
     def _to_tokens(self, out: torch.Tensor, ranges: list[tuple[int, int]], width: int) -> _Transfer:
         """Sends each process its tokens of this one's heads."""
@@ -136,6 +160,60 @@ class SequenceSplit:
         received = [tokens * per_key for tokens in self.tokens]
         whole = _Transfer(self.group, rows.reshape(-1).repeat(len(self.tokens)), sent, received).wait()
         return whole.view(-1, *rows.shape[1:]).movedim(0, -1)
+
+
+def _parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eight_bits: bool) -> list[torch.Tensor]:
+    """What travels, each (batch, heads, length, any); those of the largest elements first, so that all are aligned."""
+    if not eight_bits:
+        return [q, k, v]
+    codes, scales = zip(*(_quantized(x) for x in (k, v)), strict=True)
+    return [*scales, q, *codes]
+
+
+def _by_row(flat: torch.Tensor, rows: int) -> torch.Tensor:
+    return flat.view(rows, flat.numel() // max(rows, 1))
+
+
+def _places(rows: torch.Tensor, parts: Sequence[torch.Tensor], heads: int) -> list[torch.Tensor]:
+    """Views of rows of bytes, one a token, where the parts lie in it: each (length, batch, heads, any)."""
+    places, start = [], 0
+    for part in parts:
+        batch, _, _, width = part.shape
+        end = start + batch * heads * width * part.element_size()
+        shape = (len(rows), batch, heads, width)
+        places.append(rows[:, start:end].view(part.dtype).view(shape) if end > start else part.new_empty(shape))
+        start = end
+    return places
+
+
+def _unpacked(rows: torch.Tensor, like: torch.Tensor, heads: int, eight_bits: bool) -> list[torch.Tensor]:
+    """Queries, keys and values of the tokens of `rows`: each (batch, heads, tokens, head_dim). like: this process's q."""
+    few = like[:, :0, :0]
+    empty = [few, few, few]
+    if eight_bits:
+        scale, code = few.new_empty(*few.shape[:3], 1, dtype=torch.float32), few.to(torch.int8)
+        empty = [scale, scale, few, code, code]
+    arrived = [place.permute(1, 2, 0, 3) for place in _places(rows, empty, heads)]
+    if not eight_bits:
+        return arrived
+    *scales, q, k, v = arrived
+    return [q, *(_decoded(codes, scale, like) for codes, scale in zip((k, v), scales, strict=True))]
+
+
+def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes (batch, heads, length, head_dim) and float32 scales (batch, heads, length, 1)."""
+    rows = x.reshape(-1, x.shape[-1])
+    if x.device.type == "cuda" and TRITON_FOUND and len(rows):
+        codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+        scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        quantize_rows(rows, codes, scale)
+    else:
+        codes, scale = quantize_rows_reference(rows, torch.int8)
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def _decoded(codes: torch.Tensor, scale: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return torch.mul(codes, scale, out=torch.empty(codes.shape, dtype=like.dtype, device=like.device))
 
 
 class _Transfer:

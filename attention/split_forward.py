@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .sequence_split import SequenceSplit, shares
+from .sequence_split import Exchange, SequenceSplit, shares
 
 STREAM, TOKENS, COARSE, PLACE = "stream", "tokens", "coarse", "place"
 
@@ -70,7 +70,7 @@ class SplitForward:
         family: its row.
         group: the processes, one a GPU.
         speeds: how fast each is beside the others.
-        pieces: see `SequenceSplit`.
+        exchange: how tokens travel.
         everywhere: whether the result is right at every process, or at the first one alone.
     """
 
@@ -80,7 +80,7 @@ class SplitForward:
         family: SplitFamily,
         group: Any,
         speeds: Sequence[float],
-        pieces: int = 1,
+        exchange: Exchange | None = None,
         everywhere: bool = False,
     ):
         self._network = network
@@ -88,7 +88,7 @@ class SplitForward:
         self._group = group
         self._rank: int = group.rank()
         self._speeds = list(speeds)
-        self._pieces = pieces
+        self._exchange = exchange
         self._everywhere = everywhere
         self._dealt: dict[str, list[int]] = {}
         self._unit = 1
@@ -151,7 +151,7 @@ class SplitForward:
                 self._dealt[row.streams[0]] = [unit * count for count in shares(length // unit, self._speeds)]
                 self._unit = unit if row.streams[0] == self._family.main else self._unit
         joint = [sum(counts) for counts in zip(*self._dealt.values(), strict=True)]
-        self._split = SequenceSplit(self._group, joint, self._speeds, self._pieces)
+        self._split = SequenceSplit(self._group, joint, self._speeds, self._exchange)
         return None
 
     def _unit_of(self, named: Mapping[str, Any], length: int) -> int | None:

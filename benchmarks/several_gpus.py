@@ -45,17 +45,20 @@ ALL_CASES = CASES | {
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is sampled. weights: a format of the loaders, None for the bf16 file. All attention is exact."""
+    """How a model is sampled. weights: a format of the loaders, None for the bf16 file. All attention is exact.
+    eight_bits: how keys and values travel."""
 
     name: str
     weights: str | None
     split: str
+    eight_bits: bool = False
 
 
 WAYS = (
     Way("INT8, sequence", INT8, "sequence"),
     Way("INT8, auto", INT8, "auto"),
     Way("bf16, sequence", None, "sequence"),
+    Way("exchange in 8 bits, bf16, sequence", None, "sequence", eight_bits=True),
 )
 SPEED_GOALS = (
     ("wan480", 2, 1.85),
@@ -120,7 +123,7 @@ def run(
     said: list[str] = []
     if len(devices) > 1:
         began = time.perf_counter()
-        model = divide(model, devices, way.split, said.append)
+        model = divide(model, devices, way.split, said.append, eight_bits=way.eight_bits)
         sample(model, small, 1)
         if len(devices) not in kept:
             row["start_seconds"] = time.perf_counter() - began

@@ -55,6 +55,7 @@ def divide(
     split: str,
     say: Callable[[str], None] = log.warning,
     speeds: Sequence[float] | None = None,
+    eight_bits: bool = False,
 ) -> Any:
     """A clone of the model that samples on all of `devices`; on one device, a clone that nothing is changed on.
 
@@ -64,6 +65,7 @@ def divide(
         split: a name of `SPLITS`; with cfg two devices are used, one for each prompt.
         say: tells the user one sentence.
         speeds: how fast each device is beside the others; None to find out.
+        eight_bits: whether keys and values travel between devices in 8 bits.
     """
     clone = model.clone()
     devices = tuple(devices)[: 2 if split == CFG else None]
@@ -73,7 +75,7 @@ def divide(
         return clone
     if devices not in _TEAMS:
         _TEAMS[devices] = Team(devices, speeds)
-    hooks = DividingHooks(_TEAMS[devices], split, _DESCRIBING, say)
+    hooks = DividingHooks(_TEAMS[devices], split, _DESCRIBING, say, eight_bits)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, hooks.outer_sample),
         (WrappersMP.CALC_COND_BATCH, hooks.calc_cond_batch),

@@ -20,6 +20,7 @@ from comfy.ldm.wan.model_multitalk import MultiTalkCrossAttnPatch
 
 from ..attention.candidates import Policy
 from ..attention.schedule import Schedule
+from ..attention.sequence_split import Exchange
 from ..versions import find
 from .attention.installing import install_override
 from .attention.override import OVERRIDE, AttentionOverride, chosen_kernel
@@ -138,12 +139,12 @@ class Copies:
         self._files = {origin: base for origin, base in self._files.items() if origin in used}
         self._loaded = None
 
-    def splitting(self, model: str, group: Any, speeds: Sequence[float], pieces: int) -> CoreForward:
+    def splitting(self, model: str, group: Any, speeds: Sequence[float], exchange: Exchange) -> CoreForward:
         """How the model's forward is split."""
         network = self._copies[model][1].model.diffusion_model
         family = family_of(network)
         assert family is not None
-        return CoreForward(network, family, group, speeds, pieces)
+        return CoreForward(network, family, group, speeds, exchange)
 
     def forward(self, model: str, call: Any, split: CoreForward | None) -> Any:
         """One call of the diffusion model, with the run's options from ComfyUI and the model's own from here."""

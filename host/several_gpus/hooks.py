@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,11 +51,15 @@ class DividingHooks:
         split: one of SPLITS.
         describing: the functions that know what a model consists of.
         say: tells the user one sentence.
+        eight_bits: whether keys and values travel in 8 bits.
     """
 
-    def __init__(self, team: Team, split: str, describing: Describing, say: Callable[[str], None]):
+    def __init__(
+        self, team: Team, split: str, describing: Describing, say: Callable[[str], None], eight_bits: bool = False
+    ):
         self._team = team
         self._split = split
+        self._eight_bits = eight_bits
         self._describing = describing
         self._tell = say
         self._said: set[str] = set()
@@ -134,7 +138,7 @@ class DividingHooks:
             "options": call_options(options, self._patches),
             "exact": self._describing.is_exact_now(options),
         }
-        return _Call(part, named, encoded(sent))
+        return _Call(replace(part, eight_bits=self._eight_bits), named, encoded(sent))
 
     def _run(self, network: Any, calls: list[_Call], forward: Callable[[dict[str, Any]], Any]) -> Any:
         """Every call by its processes, this one's last so that the others are at work meanwhile."""

@@ -10,13 +10,14 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import torch
 
+from ...attention.sequence_split import Exchange
 from ...errors import MemoryBudgetError, WorkerError
 from . import plain_data, process_group
 from .channel import Message
@@ -38,11 +39,19 @@ _LOOK_FOR_INTERRUPT = 0.2
 
 @dataclass(frozen=True)
 class Part:
-    """What some of the processes do in a forward. inputs: the group that gets them. split: the group that splits tokens."""
+    """What some of the processes do in a forward.
+
+    Attributes:
+        inputs: the group that gets them.
+        split: the group that splits tokens.
+        output: whether the second process of `inputs` hands the result to the first.
+        eight_bits: see `Exchange`.
+    """
 
     inputs: str
     split: str
     output: bool = False
+    eight_bits: bool = False
 
 
 class Team:
@@ -150,7 +159,7 @@ class Team:
             "call": plain_data.as_json(value, tensors).decode(),
             "inputs": part.inputs,
             "split": part.split,
-            "pieces": self._pieces,
+            "exchange": asdict(self._exchange(part)),
             "output": part.output,
         }
         for rank in self.ranks[part.split]:
@@ -163,7 +172,10 @@ class Team:
         """How this process's forward is split; None where it has the part for itself."""
         group = self._groups.get(part.split)
         speeds = [self.speeds[rank] for rank in self.ranks[part.split]]
-        return None if group is None else CoreForward(network, family, group, speeds, self._pieces)
+        return None if group is None else CoreForward(network, family, group, speeds, self._exchange(part))
+
+    def _exchange(self, part: Part) -> Exchange:
+        return Exchange(self._pieces, part.eight_bits)
 
     def take_over(self, out: torch.Tensor) -> torch.Tensor:
         """Fills `out` with the result of the second part."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import comfy.model_management
 import torch
 
+from ...attention.sequence_split import Exchange
 from . import plain_data, process_group
 from .channel import Channel, Message
 from .forward import CoreForward, NotSplitError
@@ -42,7 +43,7 @@ class ModelCopies(Protocol):
     def forward(self, model: str, call: Any, split: CoreForward | None) -> Any:
         """One call of the diffusion model."""
 
-    def splitting(self, model: str, group: Any, speeds: Sequence[float], pieces: int) -> CoreForward:
+    def splitting(self, model: str, group: Any, speeds: Sequence[float], exchange: Exchange) -> CoreForward:
         """How the model's forward is split."""
 
 
@@ -157,7 +158,7 @@ class Worker:
         model, split = message["model"], None
         if group is not None:
             speeds = self._speeds[message["split"]]
-            split = self._copies.splitting(model, group, speeds, message["pieces"])
+            split = self._copies.splitting(model, group, speeds, Exchange(**message["exchange"]))
         try:
             out = self._copies.forward(model, plain_data.put_together(value, inputs), split)
         except NotSplitError:

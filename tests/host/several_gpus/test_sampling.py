@@ -7,7 +7,7 @@ import torch
 
 from testing.measure import relative_error
 
-from .conftest import HEADS
+from .conftest import CPUS, HEADS
 from .support import EXACT, Run, talking, with_lora
 
 MASK = torch.zeros(1, 1, 5, 6, 8)
@@ -35,6 +35,9 @@ RUNS = {
     ),
 }
 
+
+EIGHT_BITS = 0.01
+"""Of the latent, which errs less than attention does."""
 
 BATCHED = (
     "wan",
@@ -86,12 +89,23 @@ def test_unequal_gpus_get_unequal_parts(host, load, divide, workers, monkeypatch
     workers().leave()
 
 
-def test_heads_may_travel_in_pieces(load, divide, workers, monkeypatch):
-    """As they do where links are slow."""
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_heads_may_travel_in_other_pieces(load, divide, workers, monkeypatch, pieces):
+    """More where links are slow."""
     model, run = load("wan"), RUNS["wan"][1]
     alone, divided = run.sample(model), divide(model)
-    monkeypatch.setattr(workers(), "_pieces", 3)
+    monkeypatch.setattr(workers(), "_pieces", pieces)
     assert relative_error(run.sample(divided), alone) <= EXACT
+
+
+@pytest.mark.parametrize("name", ["wan", "qwen edit"])
+def test_keys_and_values_may_travel_in_eight_bits(host, load, parts, name):
+    model, run = load(RUNS[name][0]), RUNS[name][1]
+    alone, said = run.sample(model), []
+    divided = host.dividing.divide(model, CPUS, "sequence", said.append, eight_bits=True)
+    assert EXACT < relative_error(run.sample(divided), alone) < EIGHT_BITS
+    assert set(parts) == {"all"}
+    assert said == []
 
 
 @pytest.mark.parametrize("frames", [4, 3])
@@ -141,7 +155,8 @@ def test_attention_of_this_pack_goes_along(load, divide, parts, tmp_path):
     divided = divide(attending)
     assert relative_error(run.sample(divided), run.sample(model)) <= EXACT
     assert set(parts) == {"all"}
-    assert {(HEADS + 1) // 2, HEADS} == {key[1][1] for key in find_override(divided).dispatcher._plans}
+    # In two pieces.
+    assert {1, (HEADS + 1) // 2 - 1, HEADS} == {key[1][1] for key in find_override(divided).dispatcher._plans}
 
 
 def test_two_models_take_turns(load, divide, workers):
