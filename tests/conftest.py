@@ -65,7 +65,7 @@ TOGETHER = (
     ("headless/test_command_line.py", "headless/test_save.py"),
     tuple(
         f"headless/test_{name}.py"
-        for name in ("bad_input", "gguf", "interrupt", "lora", "optimize", "text_generation", "tiny")
+        for name in ("bad_input", "gguf", "interrupt", "lora", "optimize", "several_gpus", "text_generation", "tiny")
     ),
 )
 """Beginnings of the names of files that ask for the same ComfyUI, or the same worker: one process runs them all, instead of one each."""
