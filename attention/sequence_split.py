@@ -109,7 +109,7 @@ class SequenceSplit:
             sizes = [length * batch * (last - first) * width for first, last in ranges]
             for (first, last), part in zip(ranges, arrival.wait().split(sizes), strict=True):
                 part = part.view(length, batch, (last - first) * width)
-                result[:, :, first * width : last * width] = part.transpose(0, 1)
+                _copy(result[:, :, first * width : last * width], part.transpose(0, 1))
         return result
 
     def gather(self, x: torch.Tensor, everywhere: bool = False) -> torch.Tensor | None:
@@ -140,7 +140,7 @@ class SequenceSplit:
         buffer = torch.empty(sum(sent), dtype=torch.uint8, device=q.device)
         for (first, last), piece in zip(ranges, buffer.split(sent), strict=True):
             for part, place in zip(whole, _places(_by_row(piece, length), whole, last - first), strict=True):
-                place.copy_(part[:, first:last].permute(2, 0, 1, 3))
+                _copy(place, part[:, first:last].permute(2, 0, 1, 3))
         first, last = ranges[self.rank]
         return _Transfer(self.group, buffer, sent, [a_head * tokens * (last - first) for tokens in self.tokens])
 
@@ -150,7 +150,9 @@ class SequenceSplit:
         sent = [tokens * batch * channels for tokens in self.tokens]
         own = self.tokens[self.rank]
         received = [own * batch * (last - first) * width for first, last in ranges]
-        return _Transfer(self.group, out.transpose(0, 1).reshape(-1), sent, received)
+        by_token = out.new_empty(out.shape[1], batch, channels)
+        _copy(by_token, out.transpose(0, 1))
+        return _Transfer(self.group, by_token.view(-1), sent, received)
 
     def _on_all(self, mask: torch.Tensor) -> torch.Tensor:
         """The mask of all keys."""
@@ -160,6 +162,19 @@ class SequenceSplit:
         received = [tokens * per_key for tokens in self.tokens]
         whole = _Transfer(self.group, rows.reshape(-1).repeat(len(self.tokens)), sent, received).wait()
         return whole.view(-1, *rows.shape[1:]).movedim(0, -1)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copies 16 bytes at a time where both lie so that it can be: as halves PyTorch takes twice as long between strides."""
+    if target.numel() and _in_sixteens(target) and _in_sixteens(source):
+        target, source = target.view(torch.complex128), source.view(torch.complex128)
+    target.copy_(source)
+
+
+def _in_sixteens(x: torch.Tensor) -> bool:
+    per = 16 // x.element_size()
+    numbers = (*x.stride()[:-1], x.storage_offset(), x.shape[-1])
+    return x.stride(-1) == 1 and not x.data_ptr() % 16 and per > 0 and not any(number % per for number in numbers)
 
 
 def _parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eight_bits: bool) -> list[torch.Tensor]:

@@ -115,7 +115,8 @@ class DividingHooks:
                 **{name: value for name, value in own.items() if name not in positional},
             )
 
-        return self._team.forward(lambda: self._run(executor.class_obj, calls, forward))
+        parts = [call.part for call in calls]
+        return self._team.forward(lambda: self._run(executor.class_obj, calls, forward), parts)
 
     def _calls(self, named: dict[str, Any]) -> list[_Call]:
         """One call for all processes, or one for each half of them."""

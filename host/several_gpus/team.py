@@ -73,6 +73,7 @@ class Team:
         self._models: set[str] = set()
         self._count = itertools.count()
         self._known_speeds = list(speeds) if speeds else None
+        self._joined: set[str] = set()
         self._groups: dict[str, process_group.ProcessGroup] = {}
         self._meeting: tempfile.TemporaryDirectory[str] | None = None
         self._generation = 0
@@ -125,18 +126,19 @@ class Team:
         for group in self._groups.values():
             group.end()
         self._groups = {}
+        self._joined.clear()
         if self._meeting is not None:
             self._meeting.cleanup()
             self._meeting = None
 
-    def forward(self, run: Callable[[], Any]) -> Any:
-        """`run()`, which may call `send` and have tokens split; ready before it, and checked after it.
+    def forward(self, run: Callable[[], Any], parts: Sequence[Part]) -> Any:
+        """`run()`, which may call `send` and have tokens split for these parts; ready before it, and checked after it.
 
         Raises:
             WorkerError, MemoryBudgetError: a worker failed, or is gone.
         """
         with self._lock:
-            self._join()
+            self._join({name for part in parts for name in (part.inputs, part.split)})
             try:
                 out = run()
                 self._check()
@@ -249,18 +251,19 @@ class Team:
         self._trouble = None
         self._troubled.clear()
 
-    def _join(self) -> None:
-        """Waits for the workers to have their models, and meets them in a group if they are in none."""
+    def _join(self, needed: set[str]) -> None:
+        """Waits for the workers to have their models, and meets them in the groups that nobody is in yet."""
         for worker in self.workers:
             worker.await_models()
         self._check()
-        if self._groups:
+        ranks = {name: members for name, members in self.ranks.items() if name in needed - self._joined}
+        if not ranks:
             return
-        self._generation += 1
-        # As long as the group lives: NCCL may connect two processes when they first send each other something.
-        self._meeting = tempfile.TemporaryDirectory(prefix="lowbit-", ignore_cleanup_errors=True)
+        if self._meeting is None:
+            self._generation += 1
+            # As long as the groups live: NCCL may connect two processes when they first send each other something.
+            self._meeting = tempfile.TemporaryDirectory(prefix="lowbit-", ignore_cleanup_errors=True)
         folder = Path(self._meeting.name)
-        ranks = self.ranks
         speeds = {name: [self.speeds[rank] for rank in ranks[name]] for name in ranks}
         message = {
             "do": "join",
@@ -269,17 +272,19 @@ class Team:
             "groups": ranks,
             "speeds": speeds,
         }
+        groups: dict[str, process_group.ProcessGroup] = {}
         try:
             for rank, worker in enumerate(self.workers, 1):
                 worker.send(message | {"rank": rank})
             for name, members in ranks.items():
                 if 0 in members and len(members) > 1:
-                    size = len(members)
-                    self._groups[name] = process_group.join(folder / name, 0, size, self.devices[0])
+                    groups[name] = process_group.join(folder / name, 0, len(members), self.devices[0])
+            self._groups |= groups
+            self._joined |= set(ranks)
             # Whoever is about to meet those that are not there cannot be woken.
             for worker in self.workers:
                 worker.expect("join", generation=self._generation)
-            meeting = process_group.Meeting(self._groups.values())
+            meeting = process_group.Meeting(groups.values())
             for worker in self.workers:
                 worker.expect("met", generation=self._generation)
             while not meeting.done(_LOOK_FOR_INTERRUPT):

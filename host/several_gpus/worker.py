@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,8 +56,8 @@ class Worker:
         self._device = comfy.model_management.get_torch_device()
         self._messages: queue.SimpleQueue[tuple[Message, list[torch.Tensor]]] = queue.SimpleQueue()
         self._groups: dict[str, process_group.ProcessGroup] = {}
-        self._speeds: Mapping[str, Sequence[float]] = {}
-        self._stopped = -1
+        self._speeds: dict[str, Sequence[float]] = {}
+        self._generation = self._stopped = -1
         self._parent = os.getppid()
 
     def serve(self) -> None:
@@ -122,6 +122,7 @@ class Worker:
         for group in self._groups.values():
             group.end()
         self._groups = {}
+        self._generation = -1
 
     def _do_model(self, message: Message, tensors: list[torch.Tensor]) -> None:
         self._copies.take(message["model"], plain_data.put_together(message["description"], tensors))
@@ -134,15 +135,19 @@ class Worker:
         self._channel.send({"reply": "speed", "speed": process_group.speed(self._device)})
 
     def _do_join(self, message: Message, tensors: list[torch.Tensor]) -> None:
-        self._leave()
-        self._speeds = message["speeds"]
+        if message["generation"] != self._generation:
+            self._leave()
+            self._generation = message["generation"]
+        groups = {}
         for name, ranks in message["groups"].items():
             if message["rank"] in ranks and len(ranks) > 1:
                 place = Path(message["folder"]) / name
                 rank = ranks.index(message["rank"])
-                self._groups[name] = process_group.join(place, rank, len(ranks), self._device)
+                groups[name] = process_group.join(place, rank, len(ranks), self._device)
+        self._groups |= groups
+        self._speeds |= message["speeds"]
         self._channel.send({"reply": "join", "generation": message["generation"]})
-        for group in self._groups.values():
+        for group in groups.values():
             group.meet()
         self._channel.send({"reply": "met", "generation": message["generation"]})
 
