@@ -8,22 +8,25 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from .errors import CapabilityError, CheckpointError, FormatError, LowbitError, StorageError
-from .ops.auto_format import choose_format
+from .ops.auto_format import plan_format
 from .ops.checkpoint import open_checkpoint
 from .ops.device_info import device_info
 from .ops.diffusion_names import converted_model
 from .ops.foreign_layers import foreign_sentences
-from .ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, find_format
+from .ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, SMALLEST, find_format
 from .ops.keep_rules import parse_rules
 from .ops.layer_errors import layer_errors
 from .ops.plan import make_plan
 from .ops.plan_report import plan_report, plan_summary
+from .ops.sampled_errors import sampled_errors
 from .ops.stream import quantize_checkpoint, read_origin
+from .ops.trade import trade_table
 from .text.caches import FULL, HEAVY_HITTERS, CachePolicy
 from .text.sampling import Sampling
 from .text.writer import Stopwatch, Writer, encode, load_tokenizer
@@ -93,7 +96,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate = commands.add_parser("generate", help="write text with a language model or a text encoder")
     generate.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder or a text encoder file")
     generate.add_argument("--prompt", required=True, help="what to answer")
-    formats = [name for name in FORMAT_CHOICES if name != AUTO]
+    formats = [name for name in FORMAT_CHOICES if name not in (AUTO, SMALLEST)]
     generate.add_argument("--format", default=AS_STORED, choices=formats, help="weight format (default: as stored)")
     generate.add_argument("--kv-cache", default=FULL, choices=(FULL, HEAVY_HITTERS), help="tokens that are kept")
     generate.add_argument("--window", type=int, default=252, help="newest tokens that heavy_hitters keeps")
@@ -113,10 +116,9 @@ def _quantize(options: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(options.source)
     rules = parse_rules(options.keep)
     device = _device(options.device)
-    name, reason = options.format, "asked for"
-    if name == AUTO:
-        name, reason = choose_format(checkpoint, device_info(device), rules)
-    plan = make_plan(checkpoint, None if name == AS_STORED else find_format(name), rules, named=options.format != AUTO)
+    measure = partial(sampled_errors, device=device, folder=None)
+    chosen = plan_format(checkpoint, options.format, device_info(device), rules, measure)
+    plan = chosen.plan
     model = converted_model(checkpoint.entries)
     if model is not None and plan.changes_weights:
         raise CheckpointError(
@@ -125,7 +127,8 @@ def _quantize(options: argparse.Namespace) -> None:
             "ComfyUI makes of it."
         )
     if options.dry_run:
-        print(plan_report(checkpoint, plan, device_info(device), f"{name}: {reason}"))
+        trade = trade_table(checkpoint, device_info(device), rules, measure)
+        print(plan_report(checkpoint, plan, device_info(device), str(chosen), trade))
         return
     if not os.path.lexists(options.target.parent):
         raise StorageError(
@@ -141,7 +144,7 @@ def _quantize(options: argparse.Namespace) -> None:
         logger.warning("Too little free memory on %s to quantize there: it is done on the CPU.", device)
         quantize_checkpoint(checkpoint, plan, options.target, device="cpu", progress=_bar())
     said = "\n".join((plan_summary(plan), *foreign_sentences(checkpoint.entries.values())))
-    print(f"\n{said}\nFormat {name}: {reason}\nWritten and verified: {options.target}")
+    print(f"\n{said}\nFormat {chosen}\nWritten and verified: {options.target}")
 
 
 def _device(name: str | None) -> torch.device:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.measured import MeasuredNumbers
 from . import checks
 from .backends import BACKENDS, CORE, Backend
 from .candidates import NEVER, AttentionInputs, Candidate, Policy, ShapePlan
@@ -15,7 +16,6 @@ from .environment import Environment, detect
 from .masks import MaskMemory, normalized
 from .planning import Planner
 from .report import TIMED_CALLS, Report, Struck, Tally
-from .timing_cache import TimingCache
 
 log = logging.getLogger("lowbit.attention")
 
@@ -45,7 +45,7 @@ class Dispatcher:
     def __init__(
         self,
         policy: Policy,
-        timings: TimingCache | None = None,
+        timings: MeasuredNumbers | None = None,
         backends: tuple[Backend, ...] = BACKENDS,
         environment: Callable[[torch.device], Environment] = detect,
     ):

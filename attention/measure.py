@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -10,18 +9,20 @@ import torch
 
 ROUNDS = 3
 ENOUGH_MS = 500.0
-"""Rounds end early past this: long calls need no median, and the first step of a run may cost little."""
+"""Rounds end early past this: long calls need no second look, and the first step of a run may cost little."""
 WINDOW_MS = 10.0
 """Shorter calls are timed several in a row: the GPU then does not wait for the processor, as it does not in a model."""
 MOST_REPEATS = 8
 FAR_BEHIND, SHORT_MS = 1.5, 1.0
-"""A call of no less than a millisecond that takes so many times the fastest's first time is not timed again."""
+"""A call of no less than a millisecond that took so many times the fastest's time, at every look, is not timed again."""
 
 
 def milliseconds(
     calls: Mapping[str, Callable[[], torch.Tensor]], device: torch.device, shares: Mapping[str, float] | None = None
 ) -> tuple[dict[str, float], dict[str, Exception]]:
-    """Median time of each call, and what those raised that cannot be timed. Waits for the GPU.
+    """The least time of each call, and what those raised that cannot be timed. Waits for the GPU.
+
+    The least, since whatever disturbs a call, such as a busy processor that launches late, only makes it longer.
 
     shares: which part of the work a call does, where that is not all; its time is that of all.
 
@@ -45,18 +46,18 @@ def milliseconds(
                 failed[name] = error
                 continue
             part = (shares or {}).get(name, 1.0)
+            if number >= -1:
+                seen[name] = min(taken / part, seen.get(name, taken / part))
             if number == -1:
-                seen[name] = taken / part
                 repeats[name] = min(max(round(WINDOW_MS / max(taken, 1e-3)), 1), MOST_REPEATS)
             if number >= 0 or (number == -1 and repeats[name] == 1):
                 spent += taken * repeats[name]
                 samples[name].append(taken / part)
-                seen[name] = samples[name][0]
         if spent > ENOUGH_MS and all(samples[name] for name in remaining if name not in failed):
             break
         most = max(FAR_BEHIND * min(seen.values(), default=0.0), SHORT_MS)
         remaining = [name for name in remaining if not samples[name] or seen[name] <= most]
-    return {name: statistics.median(samples[name]) for name in calls if name not in failed}, failed
+    return {name: min(samples[name]) for name in calls if name not in failed}, failed
 
 
 def _once(call: Callable[[], torch.Tensor], device: torch.device, repeats: int) -> float:

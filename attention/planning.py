@@ -10,13 +10,16 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CapabilityError
+from ..kernels.measured import MeasuredNumbers
 from . import checks, measure
 from .backends import BACKENDS, CORE, CORE_EXACT, ERROR_LIMITS, AttentionCall, Backend, Reason, backend_names, by_name
 from .candidates import AUTO, AttentionInputs, Candidate, Policy, ShapePlan
 from .environment import Environment, detect
 from .masks import normalized
 from .report import Report
-from .timing_cache import TimingCache
+
+TIMINGS_FILE = "attention_timings.json"
+"""Name of the file of milliseconds by backend."""
 
 
 class NewPlan(NamedTuple):
@@ -49,7 +52,7 @@ class Planner:
         self,
         policy: Policy,
         report: Report,
-        timings: TimingCache | None = None,
+        timings: MeasuredNumbers | None = None,
         backends: tuple[Backend, ...] = BACKENDS,
         environment: Callable[[torch.device], Environment] = detect,
     ):
@@ -59,7 +62,7 @@ class Planner:
         self.barred: dict[str, str] = {}
         self.backends = by_name(backends)
         self.environment = environment
-        self.timings = timings or TimingCache(None)
+        self.timings = timings or MeasuredNumbers(None, TIMINGS_FILE)
 
     def plan(self, inputs: AttentionInputs, since: int, capturing: bool) -> NewPlan:
         """The candidates for calls like this one: what was asked for by name, else those that are faster here than
@@ -169,7 +172,7 @@ class Planner:
             return None, {}
         times, failed = self._timed_now(case, usable)
         if not failed:
-            self.timings.put(where, key, times)
+            self.timings.put(where, {key: times})
         return times, failed
 
     @staticmethod

@@ -37,10 +37,11 @@ from lowbit.attention.backends import (  # noqa: E402
 from lowbit.attention.candidates import AttentionInputs, Policy  # noqa: E402
 from lowbit.attention.dispatch import Dispatcher  # noqa: E402
 from lowbit.attention.environment import detect  # noqa: E402
-from lowbit.attention.timing_cache import TimingCache  # noqa: E402
+from lowbit.attention.planning import TIMINGS_FILE  # noqa: E402
+from lowbit.kernels.measured import MeasuredNumbers  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
-TIMINGS = TimingCache(None)
+TIMINGS = MeasuredNumbers(None, TIMINGS_FILE)
 """What `auto` has timed in this run."""
 DATA = ("gaussian", "k_offset", "outliers")
 SAMPLED_ROWS = 96

@@ -7,17 +7,18 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from lowbit.ops.auto_format import choose_format
+from lowbit.ops.auto_format import plan_format
 from lowbit.ops.cache import cached_path, quantized_file
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import device_info
-from lowbit.ops.formats import AS_STORED, find_format
+from lowbit.ops.formats import AUTO
 from lowbit.ops.keep_rules import parse_rules
-from lowbit.ops.plan import make_plan
+from lowbit.ops.sampled_errors import sampled_errors
 
 GIB = 1 << 30
 CACHE = "lowbit_cache"
@@ -125,15 +126,15 @@ def quantize(path: Path, cache: Path) -> float | None:
         Seconds; None when it is there, or would not be made.
     """
     checkpoint, rules, device = open_checkpoint(path), parse_rules("auto"), device_info()
-    name, _ = choose_format(checkpoint, device, rules)
-    if name == AS_STORED:
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    measure = partial(sampled_errors, device=where, folder=cache)
+    plan = plan_format(checkpoint, AUTO, device, rules, measure).plan
+    if not plan.changes_weights:
         return None
-    plan = make_plan(checkpoint, find_format(name), rules, named=False)
     target = cached_path(checkpoint, plan, cache)
     if target.exists():
         return None
     started = time.monotonic()
-    where = "cuda" if torch.cuda.is_available() else "cpu"
     quantized_file(checkpoint, plan, cache, device=where)
     if where == "cuda":
         torch.cuda.empty_cache()

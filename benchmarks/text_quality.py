@@ -1,7 +1,7 @@
 """Measures what formats and heavy hitters cost: perplexity of a trained model on a text that is not drawn.
 
 python -m benchmarks.text_quality MODEL.gguf --text FILE [--name SmolLM2-135M] [--out benchmarks/results/text_quality.json]
-The model is any GGUF of the Llama or Qwen family; transformers reads its tokenizer.
+The model is any GGUF of the Llama, Qwen or Gemma 3 family; transformers reads its tokenizer.
 """
 
 from __future__ import annotations
@@ -31,8 +31,12 @@ NUMBERS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
     "head_dim": "attention.key_length",
+    "sliding_window": "attention.sliding_window",
 }
 """Hugging Face's name of a size -> GGUF's."""
+
+UNSAID = {"gemma3": {"hidden_activation": "gelu_pytorch_tanh", "rope_local_base_freq": 10000.0}}
+"""What a file of a family does not say (llama.cpp's src/models/gemma3.cpp has it as constants)."""
 
 
 def architecture_of(path: Path) -> Architecture:
@@ -41,7 +45,7 @@ def architecture_of(path: Path) -> Architecture:
 
     fields = GGUFReader(path).fields
     kind = fields["general.architecture"].contents()
-    config: dict[str, Any] = {"model_type": kind}
+    config: dict[str, Any] = {"model_type": kind, **UNSAID.get(kind, {})}
     for name, theirs in NUMBERS.items():
         field = fields.get(f"{kind}.{theirs}")
         if field is not None:

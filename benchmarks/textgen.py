@@ -1,7 +1,8 @@
 """Measures writing text without ComfyUI in three modes: 16-bit, INT8, and INT8 with a cache of heavy hitters.
 
 python -m benchmarks.textgen MODEL [--out benchmarks/results/textgen.json] [--text FILE]
-MODEL: a Hugging Face folder. Of `random:WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS` the weights are drawn, for speed alone.
+MODEL: a Hugging Face folder. Of `random:WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS` the weights are drawn, for speed alone;
+--rivals measures transformers and torchao beside them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import goals
+from benchmarks import goals, textgen_rivals
 from benchmarks.goals import Goal
 from benchmarks.timing import environment
 from lowbit.ops.formats import find_format
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=252)
     parser.add_argument("--heavy-hitters", type=int, default=252)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rivals", action="store_true", help="transformers and torchao too, for drawn weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -198,7 +200,14 @@ def main() -> None:
         print(row, flush=True)
         rows.append(row)
         del writer
-    keep(options.out, model, rows, judged(rows, model))
+    found = judged(rows, model)
+    keep(options.out, model, rows, found)
+    if options.rivals:
+        sizes = options.model.removeprefix("random:")
+        for row in textgen_rivals.rows(sizes, VOCABULARY, prompt, options.decode, options.runs, device):
+            rows.append({"model": model, **row})
+            print(rows[-1], flush=True)
+            keep(options.out, model, rows, found)
 
 
 if __name__ == "__main__":

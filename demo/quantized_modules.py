@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from lowbit.ops.auto_format import choose_format
+from lowbit.ops.auto_format import plan_format
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import device_info
-from lowbit.ops.formats import AUTO, FORMATS
+from lowbit.ops.formats import FORMATS
 from lowbit.ops.linear import quantized_linear
-from lowbit.ops.plan import QuantizationPlan, make_plan
+from lowbit.ops.plan import QuantizationPlan
 from lowbit.ops.quantize import assemble
+from lowbit.ops.sampled_errors import sampled_errors
 from lowbit.ops.stream import quantize_checkpoint
 
 from .clips import REFERENCE
@@ -59,9 +61,8 @@ def load(
         model.load_state_dict(_moved(load_file(source)), assign=True)
         return source, _with_computed_buffers(model, make)
     checkpoint = open_checkpoint(source)
-    if name == AUTO:
-        name, _ = choose_format(checkpoint, device_info(DEVICE), None)
-    plan = make_plan(checkpoint, FORMATS[name], None)
+    measure = partial(sampled_errors, device=DEVICE, folder=None)
+    plan = plan_format(checkpoint, name, device_info(DEVICE), None, measure).plan
     target = folder / f"{source.stem}.{name}.safetensors"
     quantize_checkpoint(
         checkpoint, plan, target, device=DEVICE, progress=lambda done, total, key: progress.step(key, done, total)

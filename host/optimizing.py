@@ -13,9 +13,7 @@ from ..attention.candidates import Policy
 from ..attention.environment import detect
 from ..attention.schedule import Schedule
 from ..memory.policies import POLICIES, Settings
-from ..ops.auto_format import four_bit_format
-from ..ops.device_info import device_info
-from ..ops.formats import AS_STORED, AUTO
+from ..ops.formats import AS_STORED, AUTO, SMALLEST
 from .attention.installing import find_override, install_override
 from .memory.manager import manage
 from .weights.folders import cache_folder
@@ -23,9 +21,6 @@ from .weights.loading import load_diffusion_model
 from .weights.main_memory import check_load
 from .weights.preparing import Planned, Request, check_disk
 from .weights.quantizing import plan_model, quantize_model
-
-FOUR_BITS = "4 bits"
-"""Stands for the best 4-bit format of the GPU."""
 
 _GIB = 2**30
 
@@ -37,7 +32,7 @@ class Preset:
     Attributes:
         name: as the node shows it.
         summary: for the tooltip.
-        weight_format: a name of `FORMAT_CHOICES`, or `FOUR_BITS`.
+        weight_format: a name of `FORMAT_CHOICES`.
         error_budget: a name of attention's `BUDGETS`.
         memory_policy: a name of memory's `POLICIES`.
     """
@@ -74,8 +69,9 @@ _ROWS = (
     ),
     Preset(
         "smallest",
-        "4-bit weights, attention within 2% of exact, only the model at work on the GPU: for a model that does not fit",
-        FOUR_BITS,
+        "weights in the bytes of 4 bits, attention within 2% of exact, only the model at work on the GPU: for a model that "
+        "does not fit",
+        SMALLEST,
         "balanced",
         "balanced",
     ),
@@ -127,10 +123,7 @@ def optimize(model: Any, clip: Any | None, vae: Any | None, preset: Preset, node
 
 
 def _planned(model: Any, preset: Preset) -> Planned:
-    name = preset.weight_format
-    if name == FOUR_BITS:
-        name = four_bit_format(device_info(model.load_device))
-    planned = plan_model(model, Request(name))
+    planned = plan_model(model, Request(preset.weight_format))
     if planned.plan.changes_weights and planned.plan.stored.layers and _made_here(model):
         return plan_model(model, Request(AS_STORED))  # what its loader kept in 16 bits was kept on purpose
     return planned

@@ -29,7 +29,8 @@ from .common import CATEGORY, file_fingerprint, show_text
 
 _FORMAT_TOOLTIP = " ".join(
     (
-        "How the weights are stored. auto: the best for this GPU, this model and the memory there is. Recommended:",
+        "How the weights are stored. auto: the best for this GPU, this model and the memory there is. "
+        "smallest: the bytes of 4 bits, spent layer by layer where they take the most error away. Recommended:",
         *(f"{name}, for {purpose}: {FORMATS[name].summary}." for name, purpose in RECOMMENDED.items()),
         "The rest: none: as the file has them.",
         *(f"{row.name}: {row.summary}." for row in FORMATS.values() if row.name not in RECOMMENDED),
@@ -59,7 +60,8 @@ def format_inputs() -> list[io.Input]:
             default=False,
             tooltip=(
                 "Load nothing: only list, per layer, what would be kept or quantized and why, bytes before and after, "
-                "and what this GPU runs natively, through a fallback, or emulated. Nodes behind it do not run."
+                "what this GPU runs natively, through a fallback, or emulated, and what smallest, auto and none would take "
+                "in GiB, time and error. Nodes behind it do not run."
             ),
             advanced=True,
         ),
@@ -97,7 +99,7 @@ def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_
     """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
     if dry_run:
-        return io.NodeOutput(ExecutionBlocker(None), planned.report)
+        return io.NodeOutput(ExecutionBlocker(None), planned.dry_run())
     with removal_put_off():
         check_disk(planned)
         check_load(planned)

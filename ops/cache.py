@@ -53,12 +53,14 @@ def cache_key(checkpoint: Checkpoint, plan: QuantizationPlan) -> CacheKey:
             asdict(plan.weight_format) if plan.weight_format else None,
             plan.stored_fast,
             [(rule.pattern, rule.action) for rule in plan.rules],
+            *([] if plan.mix is None else [plan.mix.limit]),
         ]
     )
     recipe_digest = hashlib.sha256(recipe.encode()).hexdigest()
     # What ComfyUI makes of the file's names, and which layers it multiplies with, may change with its version.
     layers = [(layer.name, layer.action, layer.storage) for layer in plan.layers.values()]
-    decided = json.dumps([layers, list(checkpoint.entries), sorted(checkpoint.metadata.items())])
+    mixed = [] if plan.mix is None else [sorted(plan.mix.formats.items())]
+    decided = json.dumps([layers, list(checkpoint.entries), sorted(checkpoint.metadata.items()), *mixed])
     content = f"{recipe_digest}{QUANTIZER_VERSION}{checkpoint.identity()}{decided}"
     return CacheKey(recipe_digest, hashlib.sha256(content.encode()).hexdigest())
 
@@ -109,8 +111,7 @@ def quantized_file(
 def _path(checkpoint: Checkpoint, plan: QuantizationPlan, folder: Path, key: CacheKey) -> Path:
     index = INDEX_NAME.match(checkpoint.path.name)
     stem = index["stem"] if index is not None else checkpoint.path.stem
-    format_name = plan.weight_format.name if plan.weight_format else "merged"
-    return folder / f"{short_stem(stem)}.{format_name}.{key.content[:16]}.safetensors"
+    return folder / f"{short_stem(stem)}.{plan.format_name}.{key.content[:16]}.safetensors"
 
 
 def _is_whole(path: Path) -> bool:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ from .foreign_layers import decoded_layers
 from .gguf_decode import decode
 from .gguf_file import SUFFIX, open_gguf
 from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, opening, read_header
+from .staging import host_blocks
 
 __all__ = [
     "DTYPES",
@@ -28,6 +30,7 @@ __all__ = [
     "decoded",
     "open_checkpoint",
     "read_elements",
+    "spread",
 ]
 
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
@@ -78,9 +81,17 @@ class Checkpoint:
         entry = self.entries[name]
         return decoded(entry, self.read_stored(name)).to(entry.dtype)
 
-    def read_stored(self, name: str) -> torch.Tensor:
+    def read_stored(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
         """`read`, but bytes are left as they are where they are coded or several tensors': `decoded` makes numbers of them."""
-        return read_stored(self.entries[name])
+        return read_stored(self.entries[name], device)
+
+    def read_rows(self, name: str, count: int) -> torch.Tensor:
+        """Up to `count` rows of the matrix `name`, spread evenly; no others are read where its numbers are plain."""
+        entry = self.entries[name]
+        rows, columns = spread(entry.shape[0], count), entry.shape[1]
+        if entry.encoding or entry.join is not None:
+            return self.read(name)[rows]
+        return read_elements(entry, [row * columns for row in rows], columns).view(len(rows), columns)
 
     def identity(self) -> str:
         """Hex digest that changes when any file's name, size, time, header or sampled content does.
@@ -162,13 +173,13 @@ def decoded(entry: TensorEntry, stored: torch.Tensor) -> torch.Tensor:
     return decode(stored, entry.encoding, entry.shape) if entry.encoding else stored
 
 
-def read_stored(entry: TensorEntry) -> torch.Tensor:
-    """Read one tensor into host memory of its own, as it is stored: the bytes, uint8, of block formats and joined tensors.
+def read_stored(entry: TensorEntry, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Read one tensor into memory of its own, as it is stored: the bytes, uint8, of block formats and joined tensors.
 
     Raises:
         CheckpointError: the file is gone, cannot be read, or has become shorter since its header was read.
     """
-    buffer = torch.empty(buffer_nbytes(entry), dtype=torch.uint8)
+    buffer = torch.empty(buffer_nbytes(entry), dtype=torch.uint8, device=device)
     _fill(entry, buffer)
     return _as_stored(entry, buffer)
 
@@ -194,20 +205,30 @@ def _fill(entry: TensorEntry, buffer: torch.Tensor) -> None:
         for part, start in zip(entry.parts, _part_starts(entry), strict=False):
             _fill(part, buffer[start:])
         return
-    view = memoryview(buffer.numpy().data)[: entry.nbytes]
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.offset)
-            filled = 0
-            while filled < entry.nbytes:
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise CheckpointError(
-                        f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again."
-                    )
-                filled += count
+            for block, host in host_blocks(buffer[: entry.nbytes]):
+                _read_into(memoryview(host.numpy().data), file, entry)
+                if host is not block:
+                    block.copy_(host)
     except OSError as error:
         raise _unreadable(entry.path, error) from None
+
+
+def _read_into(view: memoryview, file: FileIO, entry: TensorEntry) -> None:
+    """An unbuffered file may give less than it is asked for."""
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise CheckpointError(f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again.")
+        view = view[count:]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Up to `most` of the places from 0 to `count` - 1, evenly spread."""
+    most = min(count, most)
+    return [count * place // most for place in range(most)]
 
 
 def read_elements(entry: TensorEntry, starts: Sequence[int], count: int) -> torch.Tensor:

@@ -220,6 +220,7 @@ def gptq(
     group: torch.Tensor | None = None,
     *,
     bits: int,
+    block: int,
     name: str,
 ) -> torch.Tensor:
     """GPTQ whose zero points are the middle of the codes' range.
@@ -230,6 +231,7 @@ def gptq(
         zeros: (groups, out * bits / 32) int32, of which only that is looked at.
         group: (in,) of each column, where they are not in order.
         bits: of a code.
+        block: columns of a group, where they are in order.
         name: of the layer, for errors.
 
     Returns:
@@ -243,7 +245,7 @@ def gptq(
     values = _unpacked(codes.t().contiguous(), bits).sub_(2.0 ** (bits - 1))
     if group is not None:
         return values.mul_(scale.float().t()[:, _groups_of(group, scale.shape[0], name)])
-    return each_block(torch.Tensor.mul_, values, scale.t(), (1, -(-values.shape[1] // scale.shape[0])))
+    return each_block(torch.Tensor.mul_, values, scale.t(), (1, block))
 
 
 def _groups_of(group: torch.Tensor, groups: int, name: str) -> torch.Tensor:
@@ -278,6 +280,7 @@ def packed_integers(
     *,
     shape: tuple[int, int],
     bits: int,
+    block: int,
     name: str,
 ) -> torch.Tensor:
     """compressed-tensors' `pack-quantized`.
@@ -289,6 +292,7 @@ def packed_integers(
         group: (in,) of each column, where they are not in order.
         shape: (out, in).
         bits: of a code.
+        block: columns of a group, where they are in order.
         name: of the layer, for errors.
 
     Raises:
@@ -305,4 +309,4 @@ def packed_integers(
         if zero is not None:
             values -= zero[:, columns_of]
         return values.mul_(scale.float()[:, columns_of])
-    return blockwise(values, scale, zero, block=(1, -(-columns // scale.shape[1])))
+    return blockwise(values, scale, zero, block=(1, block))

@@ -41,15 +41,19 @@ def decoded_layers(
         # Any layer may be one of those.
         return entries
     renamed = ""
+    schemes: dict[str, tuple[Found, frozenset[str]]] = {}
     for layer, tensors in layers.items():
         if len(tensors) == 1 or "comfy_quant" in tensors or layer in described:
             continue
         scheme = find_scheme(LayerTensors(layer, tensors, read))
-        if scheme is None or any(f".{suffix}" in UNKNOWN_SCALINGS for suffix in tensors.keys() - scheme[1]):
+        if scheme is not None and not any(f".{suffix}" in UNKNOWN_SCALINGS for suffix in tensors.keys() - scheme[1]):
+            schemes[layer] = scheme
+    certain = {found.what for found, _ in schemes.values() if not found.either_axis}
+    for layer, (found, suffixes) in schemes.items():
+        if found.what not in certain:
             continue
-        found, suffixes = scheme
-        made |= _entries(layer, tensors, found)
-        taken |= {f"{layer}.{suffix}": layer for suffix in suffixes & tensors.keys()}
+        made |= _entries(layer, layers[layer], found)
+        taken |= {f"{layer}.{suffix}": layer for suffix in suffixes & layers[layer].keys()}
         renamed = layer if found.renamed else renamed
     if not made:
         return entries

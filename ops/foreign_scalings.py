@@ -27,6 +27,8 @@ _INDICES = frozenset({torch.int32, torch.int64})
 _BITS = (4, 8)
 _USUAL_BLOCK = 128
 _SMALLEST_BLOCK = 16
+_POWERS = tuple(2**power for power in range(4, 15))
+_MICROSCALED_BLOCK = 32
 _KIND = "weight.quant_state.bitsandbytes__"
 
 
@@ -46,13 +48,27 @@ class Scheme:
 
 
 def _block_size(length: int, count: int) -> int | None:
-    """The size of blocks of which `count` cover `length`, or None where no tool has such: 1, or at least 16."""
+    """The size of blocks of which `count` cover `length`, or None where no tool has such, or two sizes would fit."""
     if count in (1, length):
         return length // count
-    sizes = [_USUAL_BLOCK, *(2**power for power in range(4, 15))]
+    fits = {size for size in _POWERS if -(-length // size) == count}
     if count and length % count == 0 and length // count >= _SMALLEST_BLOCK:
-        sizes.insert(1, length // count)
-    return next((size for size in sizes if -(-length // size) == count), None)
+        fits.add(length // count)
+    if _USUAL_BLOCK in fits:
+        return _USUAL_BLOCK
+    return fits.pop() if len(fits) == 1 else None
+
+
+def _has_such(block: foreign_decode.Block, weight: Shape) -> bool:
+    """Whether a tool scales in such blocks: in rows, columns or squares, which an edge may cut.
+
+    Other ones are a table of scales in another order.
+    """
+    rows, columns = block
+    if rows == 1 or rows == columns:
+        return True
+    whole_rows, whole_columns = rows >= weight[0], columns >= weight[1]
+    return (whole_rows and (columns == 1 or rows <= columns)) or (whole_columns and columns <= rows)
 
 
 def _in_blocks(layer: LayerTensors, scale: str) -> Found | None:
@@ -67,15 +83,24 @@ def _in_blocks(layer: LayerTensors, scale: str) -> Found | None:
     if as_core or len(table) != 2 or (dtype == torch.uint8 and not zero):
         return None
     rows, columns = (_block_size(length, count) for length, count in zip(weight, table, strict=True))
-    microscaled = layer.dtype(scale) == torch.float8_e8m0fnu and (rows, columns) == (1, 32)
-    if rows is None or columns is None or microscaled:
+    if rows is None or columns is None or not _has_such((rows, columns), weight) or _is_microscaled(layer, scale):
         return None
     number = "FP8" if dtype in _FLOAT8 else "INT8"
     if zero:
         layer.need(f"{number} with zero points", {"weight_zero_point": math.prod(table)})
     decode = partial(_blockwise, table=table, block=(rows, columns))
     what = _blocks_in_words(number, weight, (rows, columns), bool(zero))
-    return Found(what, Decoded(weight, {"codes": "weight", "scale": scale, **zero}, decode))
+    either_axis = table == (1, weight[0]) == (1, weight[1]) and table != (1, 1)
+    return Found(what, Decoded(weight, {"codes": "weight", "scale": scale, **zero}, decode), either_axis=either_axis)
+
+
+def _is_microscaled(layer: LayerTensors, scale: str) -> bool:
+    """Whether these are powers of two for 32 columns, row by row or in core's tiles, which nothing tells apart."""
+    rows, columns = layer.shape("weight")
+    blocks = -(-columns // _MICROSCALED_BLOCK)
+    table = layer.shape(scale)
+    fits = table == (rows, blocks) or math.prod(table) == _tiles(rows, blocks)
+    return layer.dtype(scale) == torch.float8_e8m0fnu and fits
 
 
 def _blockwise(
@@ -222,14 +247,15 @@ def _packed_integers(layer: LayerTensors) -> Found | None:
     if bits is None:
         raise layer.unfit(what, "weight_packed")
     what, table = f"INT{bits} of compressed-tensors", layer.shape("weight_scale")
-    if len(table) != 2 or table[0] != rows or not 0 < table[1] <= shape[1]:
+    block = _block_size(shape[1], table[1]) if len(table) == 2 and table[0] == rows else None
+    if block is None:
         raise layer.unfit(what, "weight_scale")
     zero = layer.there(zero="weight_zero_point")
     if zero:
         unpacked = layer.dtype("weight_zero_point") == torch.int8
         layer.need(what, {"weight_zero_point": (rows if unpacked else -(-rows * bits // 32), table[1])})
     group = _group_indices(layer, what, "weight_g_idx", shape[1])
-    decode = partial(foreign_decode.packed_integers, shape=shape, bits=bits, name=layer.name)
+    decode = partial(foreign_decode.packed_integers, shape=shape, bits=bits, block=block, name=layer.name)
     parts = {"packed": "weight_packed", "scale": "weight_scale", **zero, **group}
     return Found(what, Decoded(shape, parts, decode))
 
@@ -254,17 +280,23 @@ def _gptq_or_awq(layer: LayerTensors) -> Found | None:
         return None
     parts = {"codes": "qweight", "zeros": "qzeros", "scale": "scales"}
     bits = next((bits for bits in _BITS if zeros[1] * 32 == rows * bits), None)
-    if bits == 4 and second * 8 == rows and groups <= first and "g_idx" not in layer:
-        return Found("AWQ", Decoded((rows, first), parts, foreign_decode.awq))
+    if bits == 4 and second * 8 == rows and "g_idx" not in layer:
+        size = _block_size(first, groups)
+        # Its kernels take whole groups alone.
+        whole = size is not None and size * groups == first
+        return Found("AWQ", Decoded((rows, first), parts, foreign_decode.awq)) if whole else None
     if bits is None or second != rows:
         return None
     columns = first * 32 // bits
     group = _group_indices(layer, "GPTQ", "g_idx", columns)
+    block = columns if group else _block_size(columns, groups)
+    if block is None:
+        return None
     entry = layer.tensors["qzeros"]
     some = layer.read(replace(entry, shape=(1, zeros[1]), nbytes=zeros[1] * entry.dtype.itemsize))
     if not foreign_decode.zeros_in_the_middle(some, bits):
         raise CheckpointError(foreign_decode.other_zeros(layer.name))
-    decode = partial(foreign_decode.gptq, bits=bits, name=layer.name)
+    decode = partial(foreign_decode.gptq, bits=bits, block=block, name=layer.name)
     return Found(f"GPTQ in {bits} bits", Decoded((rows, columns), {**parts, **group}, decode))
 
 

@@ -14,6 +14,9 @@ from ..errors import FormatError
 AUTO = "auto"
 """Format name that stands for the choice of `ops.auto_format`."""
 
+SMALLEST = "smallest"
+"""Format name that stands for a mix of the bytes that the GPU's 4-bit format would take (`ops.auto_format`)."""
+
 AS_STORED = "none"
 """Format name that leaves every weight as the file has it."""
 
@@ -165,8 +168,8 @@ RECOMMENDED: Mapping[str, str] = MappingProxyType(
 )
 """Format name -> what it is for; the others are no better than one of these of the same size."""
 
-FORMAT_CHOICES: tuple[str, ...] = tuple(dict.fromkeys((AUTO, *RECOMMENDED, AS_STORED, *FORMATS)))
-"""What the nodes offer: `auto`, the recommended formats, the rest."""
+FORMAT_CHOICES: tuple[str, ...] = tuple(dict.fromkeys((AUTO, SMALLEST, *RECOMMENDED, AS_STORED, *FORMATS)))
+"""What the nodes offer: what chooses for itself, the recommended formats, the rest."""
 
 
 def find_format(name: str) -> WeightFormat:

@@ -34,6 +34,7 @@ class Rule:
         expected: the family always has such layers, so that matching nothing is worth a report.
         structural: core has no quantized module for such layers: kept whatever a user's rules say.
         outside_blocks: only layers that stand in no numbered block: first, last and conditioning layers.
+        always: 16 bits even where memory is short.
         most_added: the rule holds while 16 bits for what it matches add at most this part to the quantized model.
     """
 
@@ -43,6 +44,7 @@ class Rule:
     expected: bool = False
     structural: bool = False
     outside_blocks: bool = False
+    always: bool = False
     most_added: float = math.inf
 
     def matches(self, layer: str) -> bool:
@@ -213,7 +215,7 @@ GENERIC = ModelFamily(
         _OUTPUT_HEAD,
         Rule("distilled_guidance_layer", reason=_CONDITIONING),
         Rule("txtfusion", reason=_CONDITIONING, most_added=_WORTH_ITS_BYTES),
-        Rule("tokenizer", reason="ends in discrete codes, which an error changes whole"),
+        Rule("tokenizer", reason="ends in discrete codes, which an error changes whole", always=True),
         Rule(
             "*",
             reason="outside the blocks: a first, last or conditioning layer",

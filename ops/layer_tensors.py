@@ -40,12 +40,14 @@ class Found:
         weight: what its weight is decoded from.
         bias: what its bias is, where that is packed too.
         renamed: the tool has names of its own for the model's layers.
+        either_axis: its scales could as well be those of the other dimension; what other layers of the file have tells.
     """
 
     what: str
     weight: Decoded
     bias: Decoded | None = None
     renamed: bool = False
+    either_axis: bool = False
 
 
 @dataclass(frozen=True)

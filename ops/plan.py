@@ -25,7 +25,7 @@ from .keep_rules import (
     unmatched_rules,
 )
 from .quantize import require_layout
-from .stored import StoredLayers, find_stored_layers
+from .stored import StoredLayer, StoredLayers, find_stored_layers
 
 SMALLEST_SIDE = 16
 """A matrix with fewer rows or columns than this stays as it is: nothing to gain."""
@@ -33,6 +33,7 @@ SMALLEST_SIDE = 16
 _EIGHT_BIT_FORMAT = "int8"
 """Of layers that shall have 8 bits where the model's format has 4: the most exact one."""
 
+_STORED_BITS = {row.core_format: row.bits for row in STORAGES.values()}
 _WIDE = frozenset({torch.float32, torch.float64})
 _QUANTIZABLE = frozenset({torch.bfloat16, torch.float16}) | _WIDE
 
@@ -65,11 +66,24 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Formats chosen layer by layer.
+
+    Attributes:
+        limit: bytes that the quantized model was to keep within.
+        formats: a format's name, or `keep`, by layer; a layer that is not named has the plan's own format.
+    """
+
+    limit: int
+    formats: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class QuantizationPlan:
     """The whole of it: every matrix, what else the file holds, and what the rules missed.
 
     `stored_fast` says whether layers that are quantized in the file may have their activations quantized too; None
-    leaves that to the file.
+    leaves that to the file. `mix` is None where all layers have one format, but for what the rules say.
     """
 
     family: ModelFamily
@@ -80,6 +94,14 @@ class QuantizationPlan:
     stored: StoredLayers
     unmatched: tuple[str, ...]
     other_nbytes: int
+    mix: Mix | None = None
+
+    @property
+    def format_name(self) -> str:
+        """What the quantized file is called after."""
+        if self.mix is not None:
+            return "mixed"
+        return self.weight_format.name if self.weight_format is not None else "merged"
 
     @property
     def nbytes_before(self) -> int:
@@ -121,6 +143,7 @@ def make_plan(
     *,
     named: bool = True,
     pinned: Mapping[str, str] | None = None,
+    mix: Mix | None = None,
 ) -> QuantizationPlan:
     """Plan the quantization of `checkpoint`.
 
@@ -131,6 +154,7 @@ def make_plan(
         named: the user named the format, so that it also decides the product of layers that the file holds quantized.
         pinned: layers that stay as they are whatever the rules say, since ComfyUI does more with them than multiply,
             and why; None for those whose names say so.
+        mix: formats that go before the rules.
 
     Raises:
         CheckpointError: what the file says of its own quantized layers cannot be believed.
@@ -145,8 +169,9 @@ def make_plan(
     family = detect_family({name.rpartition(".")[0] for name in checkpoint.entries})
     prefix = part_prefix(checkpoint.entries)
     part = {name: entry for name, entry in matrices.items() if name.startswith(prefix)}
-    pinned = {**_wide(part, user_rules), **(tables(matrices) if pinned is None else pinned)}
-    sizes = {name: math.prod(entry.shape) for name, entry in part.items() if name not in pinned}
+    elements = {name: _elements(entry.shape, stored.layers.get(name)) for name, entry in part.items()}
+    pinned = {**_wide(part, elements, user_rules), **(tables(matrices) if pinned is None else pinned)}
+    sizes = {name: count for name, count in elements.items() if name not in pinned}
     bits = 16 if weight_format is None else STORAGES[weight_format.storage].bits
     rules = affordable(expand_rules(user_rules, family), sizes, bits)
     layers: dict[str, LayerPlan] = {}
@@ -161,7 +186,7 @@ def make_plan(
         elif name in pinned:
             decision = (KEEP, "", "", pinned[name])
         else:
-            decision = _decide(name, entry.shape, entry.dtype, weight_format, rules)
+            decision = _decide(name, entry.shape, entry.dtype, weight_format, rules, mix)
         action, storage, format_name, reason = decision
         if action == QUANTIZE:
             require_layout(storage)
@@ -183,12 +208,20 @@ def make_plan(
         stored,
         tuple(rule for rule in unmatched if rule != "auto"),
         other,
+        mix,
     )
 
 
-def _wide(matrices: Mapping[str, TensorEntry], user_rules: Sequence[Rule] | None) -> dict[str, str]:
+def _elements(shape: tuple[int, ...], stored: StoredLayer | None) -> int:
+    """Of a matrix before it was packed: a file that is quantized already is planned by the sizes that it was by then."""
+    bits = 8 if stored is None else _STORED_BITS.get(stored.core_format, 8)
+    return math.prod(shape) * 8 // bits
+
+
+def _wide(
+    matrices: Mapping[str, TensorEntry], elements: Mapping[str, int], user_rules: Sequence[Rule] | None
+) -> dict[str, str]:
     """The matrices in 32 bits of a file that is mostly in fewer, but for those that the user wants quantized; and why."""
-    elements = {name: math.prod(entry.shape) for name, entry in matrices.items()}
     wide = [name for name, entry in matrices.items() if entry.dtype in _WIDE]
     if 2 * sum(elements[name] for name in wide) > sum(elements.values()):
         return {}
@@ -201,13 +234,20 @@ def _wide(matrices: Mapping[str, TensorEntry], user_rules: Sequence[Rule] | None
 
 
 def _decide(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, weight_format: WeightFormat, rules: Sequence[Rule]
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weight_format: WeightFormat,
+    rules: Sequence[Rule],
+    mix: Mix | None,
 ) -> tuple[str, str, str, str]:
     if dtype not in _QUANTIZABLE:
         return KEEP, "", "", f"stored as {str(dtype).removeprefix('torch.')}"
     if min(shape) < SMALLEST_SIDE:
         return KEEP, "", "", f"smaller than {SMALLEST_SIDE} on a side"
     rule = first_match(rules, name)
+    if mix is not None and name in mix.formats:
+        rule = _chosen(mix.formats[name], rule)
     if rule is not None and rule.action == KEEP:
         return KEEP, "", "", rule.reason
     row = weight_format if rule is None else _asked_for(rule, weight_format)
@@ -216,6 +256,13 @@ def _decide(
     if storage != row.storage:
         reason = f"{shape[1]} columns are no multiple of {STORAGES[row.storage].column_multiple}: stored as {storage}"
     return QUANTIZE, storage, row.name, reason
+
+
+def _chosen(format_name: str, rule: Rule | None) -> Rule:
+    """The rule that a mix is for a layer, which `rule` would have decided."""
+    if rule is not None and rule.action == KEEP:
+        return Rule("*", format_name, reason=f"in fewer bits, which buy more elsewhere ({rule.reason})")
+    return Rule("*", format_name, reason="in more bits: here they take away the most error for their bytes")
 
 
 def _asked_for(rule: Rule, weight_format: WeightFormat) -> WeightFormat:

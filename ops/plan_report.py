@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .checkpoint import Checkpoint
 from .device_info import DeviceInfo
@@ -29,7 +29,9 @@ def plan_summary(plan: QuantizationPlan) -> str:
     )
 
 
-def plan_report(checkpoint: Checkpoint, plan: QuantizationPlan, device: DeviceInfo, choice: str) -> str:
+def plan_report(
+    checkpoint: Checkpoint, plan: QuantizationPlan, device: DeviceInfo, choice: str, trade: Sequence[str] = ()
+) -> str:
     """The whole report as text.
 
     Args:
@@ -37,10 +39,12 @@ def plan_report(checkpoint: Checkpoint, plan: QuantizationPlan, device: DeviceIn
         plan: what was decided.
         device: where it will run.
         choice: the format and why it was taken.
+        trade: the lines of `trade_table`.
     """
     lines = [checkpoint.path.name, plan_summary(plan), *foreign_sentences(checkpoint.entries.values())]
     lines += [f"Format {choice}", f"On {device.label}:"]
     lines += [f"  {line}" for line in _verdicts(plan, device)]
+    lines += trade
     for pattern in plan.unmatched:
         lines.append(f"The rule '{pattern}' matches no layer of this file.")
     lines += _groups(plan.layers.values())

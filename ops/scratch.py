@@ -56,6 +56,7 @@ class Scratch:
         """Give the buffer back to PyTorch's allocator, as soon as no view of it is in use."""
         nothing: tuple[None, Views] = (None, {})
         self._held = nothing
+        self.left = None
         return nothing
 
 

@@ -10,6 +10,9 @@ import torch
 
 from .scratch import Scratch, Spec, scratch_here, take_scratch
 
+FIRST = "first of "
+"""Before a group's name: the linear that is called before the others, which takes no rows that are left of its last time."""
+
 
 @dataclass(frozen=True, eq=False)
 class SharedInput:
@@ -19,27 +22,30 @@ class SharedInput:
         source: the tensor that the linears were handed; a new one at the same address is another.
         state: its address, shape, strides and, where PyTorch counts it, version.
         how: what the quantized rows depend on besides.
+        anew: they are not to be found, but left for others.
     """
 
     source: weakref.ref[torch.Tensor]
     state: Hashable
     how: Hashable
+    anew: bool
 
     @classmethod
     def of(cls, x: torch.Tensor, group: str, *how: Hashable) -> SharedInput | None:
         """`x` as it is now; None outside of a group.
 
-        Tensors made in inference mode count no versions. So only linears of one group share, which read their input one
-        after the other, with no other quantized product between them.
+        Tensors made in inference mode count no versions, and a compiled graph makes one tensor after the other in the same
+        place. So only linears of one group share, which read their input one after the other, from `FIRST` on.
         """
         if not group:
             return None
         version = None if x.is_inference() else x._version
-        return cls(weakref.ref(x), (x.data_ptr(), x.shape, x.stride(), version), (group, *how))
+        name = group.removeprefix(FIRST)
+        return cls(weakref.ref(x), (x.data_ptr(), x.shape, x.stride(), version), (name, *how), name != group)
 
     def is_same(self, other: SharedInput) -> bool:
-        """Whether `other`'s quantized rows are this one's."""
-        return self.source() is other.source() and self.state == other.state and self.how == other.how
+        """Whether `other`'s quantized rows, of an earlier linear, are this one's."""
+        return not self.anew and self.source() is other.source() and self.state == other.state and self.how == other.how
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,10 @@ _FOREIGN_WEIGHTS = (
     ".weight._data",
     ".W_q",
     ".trellis",
+    "weight_qdata",
+    "weight:qdata",
 )
-"""What other tools (GPTQ, EXL2, compressed-tensors, quanto, HQQ, EXL3) store in place of a weight, where it is not decoded."""
+"""What other tools (GPTQ, EXL2, compressed-tensors, quanto, HQQ, EXL3, torchao) store in place of a weight, where it is not decoded."""
 
 UNKNOWN_SCALINGS = (
     ".weight_scale_inv",

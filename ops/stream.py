@@ -55,7 +55,8 @@ def quantize_checkpoint(
     """Write the file that `plan` describes to `target`; nothing is left there when it fails or is cancelled.
 
     Peak host memory over the idle process is about twice the largest tensor (in float32 where it is decoded on the CPU) plus
-    some 100 MiB; where another device quantizes, one more tensor is read, and one written, in the meantime.
+    some 100 MiB. Where another device quantizes, tensors are read into its memory and written out of it; it holds one that
+    is read, and those that are written, beside the one it works on.
 
     Args:
         checkpoint: the source.
@@ -75,21 +76,20 @@ def quantize_checkpoint(
     header[METADATA_KEY] = json.dumps(_origin(checkpoint, plan))
     report = _Report(max(checkpoint.nbytes, 1), progress)
     device = torch.device(device)
-    overlap = _overlaps(device)
     writer = CheckpointWriter(
         target,
         name_bytes=_PARTS * (names_nbytes(checkpoint.entries) + len(checkpoint.entries) * _SUFFIX_BYTES),
         name_count=_PARTS * len(checkpoint.entries),
         metadata=header,
         verified=report.verified,
-        behind=overlap,
+        behind=_overlaps(device),
     )
-    with writer, contextlib.closing(_tensors(checkpoint, plan, overlap)) as tensors:
+    with writer, contextlib.closing(_tensors(checkpoint, plan, device)) as tensors:
         for name in checkpoint.entries.keys() & plan.stored.dropped:
             report.written(checkpoint.entries[name])
         for name, take in tensors:
             entry = checkpoint.entries[name]
-            _write_entry(writer, checkpoint, entry, take, plan, device)
+            _write_entry(writer, checkpoint, entry, take, plan)
             report.written(entry)
         _write_configs(writer, plan)
         # What was read of another state of the file must not get a name.
@@ -102,13 +102,23 @@ def _overlaps(device: torch.device) -> bool:
 
 
 def _tensors(
-    checkpoint: Checkpoint, plan: QuantizationPlan, overlap: bool
+    checkpoint: Checkpoint, plan: QuantizationPlan, device: torch.device
 ) -> Generator[tuple[str, Callable[[], torch.Tensor]], None, None]:
-    """Every tensor's name, and what reads it."""
+    """Every tensor's name, and what reads it: what is to be quantized to the device that does it."""
+
+    def read(name: str) -> torch.Tensor:
+        return checkpoint.read_stored(name, device if _quantized(plan, name) else "cpu")
+
     names = [name for name in checkpoint.entries if name not in plan.stored.dropped]
-    if overlap:
-        return read_ahead(names, lambda name: buffer_nbytes(checkpoint.entries[name]), checkpoint.read_stored)
-    return ((name, partial(checkpoint.read_stored, name)) for name in names)
+    if _overlaps(device):
+        return read_ahead(names, lambda name: buffer_nbytes(checkpoint.entries[name]), read)
+    return ((name, partial(read, name)) for name in names)
+
+
+def _quantized(plan: QuantizationPlan, name: str) -> bool:
+    """Whether a tensor is a weight that the plan quantizes."""
+    layer, _, suffix = name.rpartition(".")
+    return suffix == "weight" and layer in plan.layers and plan.layers[layer].action == QUANTIZE
 
 
 class _Report:
@@ -144,7 +154,7 @@ def read_origin(metadata: Mapping[str, str]) -> dict[str, object] | None:
 
 def _origin(checkpoint: Checkpoint, plan: QuantizationPlan) -> dict[str, object]:
     return {
-        "format": plan.weight_format.name if plan.weight_format else "none",
+        "format": plan.format_name if plan.weight_format else "none",
         "quantizer_version": QUANTIZER_VERSION,
         "source": checkpoint.path.name.encode("utf-8", "replace").decode(),
         "family": plan.family.name,
@@ -158,14 +168,12 @@ def _write_entry(
     entry: TensorEntry,
     take: Callable[[], torch.Tensor],
     plan: QuantizationPlan,
-    device: torch.device,
 ) -> None:
-    layer_name, _, suffix = entry.name.rpartition(".")
-    layer = plan.layers.get(layer_name)
-    if layer is not None and layer.action == QUANTIZE and suffix == "weight":
-        _write_quantized(writer, take, entry, _called(checkpoint, entry.name), plan, device)
+    if _quantized(plan, entry.name):
+        _write_quantized(writer, take, entry, _called(checkpoint, entry.name), plan)
         return
-    tensor = decoded(entry, take()).to(entry.dtype).cpu()
+    layer_name, _, suffix = entry.name.rpartition(".")
+    tensor = decoded(entry, take()).to(entry.dtype)
     stored = plan.stored.layers.get(layer_name)
     numbers = as_numbers(suffix, tensor, stored.core_format if stored is not None else None)
     if first_not_finite([(entry.name, numbers)]) is not None:
@@ -183,11 +191,10 @@ def _write_quantized(
     entry: TensorEntry,
     called: str,
     plan: QuantizationPlan,
-    device: torch.device,
 ) -> None:
     layer = plan.layers[entry.name.removesuffix(".weight")]
     row = FORMATS[layer.weight_format]
-    weight = decoded(entry, take().to(device))
+    weight = decoded(entry, take())
     parts = quantize_weight(weight, layer.storage, unit_scale=row.unit_scale, fast=row.fast, name=called)
     del weight
     for suffix in list(parts):

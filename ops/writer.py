@@ -12,7 +12,7 @@ import stat
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +23,14 @@ from ..errors import CheckpointError, StorageError
 from .checkpoint import DTYPES, TensorEntry, open_checkpoint
 from .lock_file import LockFile, abandoned
 from .overlap import WriteBehind
+from .staging import host_blocks
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 4 << 20
 _CHECKERS = min(8, os.cpu_count() or 1)
 """Threads that take checksums: one alone is slower than writing to memory, and than most disks."""
+_FLUSHED = 64 << 20
+"""Bytes after which the disk is sent what was written, so that it has little left to do at the end."""
 _HEADER_ENTRY_BYTES = 160
 _STEM_BYTES = 100
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -93,6 +96,9 @@ class CheckpointWriter:
         self._header: dict[str, dict[str, object]] = {}
         self._checksums: dict[str, list[int]] = {}
         self._checkers = ThreadPoolExecutor(_CHECKERS, "lowbit-checksum")
+        self._flusher = ThreadPoolExecutor(1, "lowbit-flusher")
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
         self._held: list[tuple[str, torch.Tensor]] = []
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +122,7 @@ class CheckpointWriter:
             self.discard()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append `tensor` (any device; written contiguous) under `name`.
+        """Append `tensor` (any device; written contiguous; not written to before `close`) under `name`.
 
         Raises:
             CheckpointError: `name` was written before.
@@ -124,7 +130,10 @@ class CheckpointWriter:
         """
         if name in self._header or any(name == held for held, _ in self._held):
             raise CheckpointError(f"The tensor '{name}' would be written twice to {self.path.name}.")
-        tensor = tensor.detach().contiguous().cpu()
+        tensor = tensor.detach().contiguous()
+        if tensor.device.type != "cpu":
+            # The thread that writes has a stream of its own.
+            torch.accelerator.synchronize(tensor.device)
         if tensor.dtype == torch.float8_e8m0fnu:
             # ComfyUI's memory-mapped reader does not know this dtype; it views bytes as it.
             tensor = tensor.view(torch.uint8)
@@ -146,7 +155,7 @@ class CheckpointWriter:
             if self._behind is not None:
                 self._behind.wait()
             self._write_header()
-            self._file.flush()
+            self._wait_for_flush()
             os.fsync(self._file.fileno())
             self._end()
             self._verify()
@@ -171,6 +180,7 @@ class CheckpointWriter:
         """No more writes."""
         if self._behind is not None:
             self._behind.close()
+        self._flusher.shutdown()
         self._file.close()
 
     def _append(self, name: str, tensor: torch.Tensor) -> None:
@@ -187,17 +197,23 @@ class CheckpointWriter:
             self._behind.add(tensor.nbytes, partial(self._write, name, tensor))
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
-        view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-        pieces = [view[start : start + _CHUNK] for start in range(0, tensor.nbytes, _CHUNK)]
-        checksums = self._checkers.map(zlib.crc32, pieces)
+        data = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+        checksums: list[int] = []
         try:
-            for piece in pieces:
-                self._write_all(piece)
+            for block, host in host_blocks(data):
+                if host is not block:
+                    host.copy_(block)
+                view = memoryview(host.numpy().data)
+                pieces = [view[start : start + _CHUNK] for start in range(0, len(view), _CHUNK)]
+                found = self._checkers.map(zlib.crc32, pieces)
+                for piece in pieces:
+                    self._write_all(piece)
+                checksums += found
         except OSError as error:
             raise StorageError(
                 f"{self.path.name} could not be written to {self.path.parent} ({_strerror(error)}): free the disk."
             ) from None
-        self._checksums[name] = list(checksums)
+        self._checksums[name] = checksums
 
     def _write_header(self) -> None:
         table = {"__metadata__": self._metadata, **self._header} if self._metadata else self._header
@@ -210,7 +226,16 @@ class CheckpointWriter:
     def _write_all(self, piece: memoryview) -> None:
         """An unbuffered file may take less than it is given."""
         while piece:
-            piece = piece[self._file.write(piece) :]
+            written = self._file.write(piece)
+            piece = piece[written:]
+            self._unflushed += written
+        if self._unflushed >= _FLUSHED and (self._flushing is None or self._flushing.done()):
+            self._wait_for_flush()
+            self._flushing, self._unflushed = self._flusher.submit(_send_to_disk, self._file.fileno()), 0
+
+    def _wait_for_flush(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
 
     def _verify(self) -> None:
         written = open_checkpoint(self._temporary)
@@ -225,6 +250,11 @@ class CheckpointWriter:
             done += entry.nbytes
             if self._verified is not None:
                 self._verified(done, self._position, name)
+
+
+def _send_to_disk(descriptor: int) -> None:
+    """Where the system can: what was written so far, while more is being written."""
+    getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def _create_temporary(path: Path) -> tuple[Path, LockFile, int]:

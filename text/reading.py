@@ -93,7 +93,7 @@ class Reader:
         if columns % STORAGES[storage].column_multiple:
             return Linear(weight, bias)
         unit = self.weight_format.unit_scale
-        parts = {key: part.to(self.device) for key, part in quantize_weight(weight, storage, unit_scale=unit).items()}
+        parts = quantize_weight(weight, storage, unit_scale=unit)
         return Linear(assemble(parts, storage, (weight.shape[0], columns), self.dtype), bias)
 
     def _linears(self, names: Sequence[str], columns: int, stored: StoredLayers) -> HeldLinears:

@@ -14,9 +14,9 @@ from ...attention.backends import by_name
 from ...attention.candidates import AUTO, Policy
 from ...attention.dispatch import Dispatcher
 from ...attention.environment import Environment, detect
-from ...attention.planning import check_named
+from ...attention.planning import TIMINGS_FILE, check_named
 from ...attention.schedule import Schedule
-from ...attention.timing_cache import TimingCache
+from ...kernels.measured import MeasuredNumbers
 from .override import OVERRIDE, AttentionOverride
 from .sampling_hooks import KEY, AttentionHooks
 
@@ -71,7 +71,7 @@ def install_override(
     previous = options.get(OVERRIDE)
     if isinstance(previous, AttentionOverride):
         previous = previous.previous
-    override = AttentionOverride(Dispatcher(policy, TimingCache(timings_folder)), schedule, previous)
+    override = AttentionOverride(Dispatcher(policy, MeasuredNumbers(timings_folder, TIMINGS_FILE)), schedule, previous)
     override.device = model.load_device
     options[OVERRIDE] = override
     hooks = AttentionHooks(override)

@@ -11,6 +11,7 @@ from ...errors import MemoryBudgetError
 from ...memory.decisions import VaeTiles, plan_tiles, smaller
 from ...memory.policies import Settings
 from .encoding import managed_class
+from .pages import keep_streams_free
 from .release import manage_prompt
 from .room import again_after_oom, raise_other, reachable_room, release_all_but, release_for
 from .session import session
@@ -95,6 +96,7 @@ class ManagedVAE:
         manage_prompt(node_id, settings.limit_bytes)
         if self.device.type == "cpu" and session().device.torch_device.type != "cpu":
             session().say("The VAE works on the CPU, where --cpu-vae or a node has put it: that takes minutes.")
+        keep_streams_free(self.patcher)
         release_for(settings.row.release_before_decode, self.patcher, working, what=f"the VAE to {phase}")
         session().observe(phase)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...memory.policies import Settings
+from .pages import part_limit
 from .release import manage_prompt
-from .room import again_after_oom, keep_pages_within, release_all_but, release_for
+from .room import again_after_oom, release_all_but, release_for
 from .session import session
 
 _SETTINGS = "_lowbit_memory"
@@ -31,7 +32,7 @@ class ManagedClip:
         release_for(settings.row.release_before_sampling, self.patcher, 0, what="the text encoder")
         session().observe("load")
         out = super().load_model(*args, **kwargs)  # type: ignore[misc]
-        keep_pages_within(self.patcher, 1.0, _WORKING_SHARE * session().limit.budget)
+        part_limit(self.patcher, 1.0, _WORKING_SHARE * session().limit.budget)
         session().observe("encode")
         return out
 

@@ -41,15 +41,20 @@ class BlockFetcher:
     Fetching has streams and buffers of its own: what a patch's layers stream within a block goes through core's, and
     would overwrite the block's weights there. Two blocks' streamed weights lie on the GPU at a time: where there was no
     memory for that once, it stays off.
+
+    Attributes:
+        enabled: whether it fetches at all.
+        fits: whether a limit leaves room for it in this run.
     """
 
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled and not missing(FETCHING)
+        self.fits = True
         self._ran: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def __call__(self, executor: Callable[..., Any], x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """`executor`, with hooks on the model's blocks for as long as it runs."""
-        if torch.compiler.is_compiling() or not self.enabled:
+        if torch.compiler.is_compiling() or not (self.enabled and self.fits):
             return executor(x, *args, **kwargs)
         model = executor.class_obj  # type: ignore[attr-defined]
         blocks = blocks_of(model)
@@ -133,7 +138,7 @@ def _handle(stream: Any) -> Any:
     return getattr(stream, "cuda_stream", id(stream))
 
 
-def blocks_of(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+def blocks_of(model: torch.nn.Module | None) -> Sequence[torch.nn.Module]:
     """The blocks of a diffusion model that this knows, in the order they run; those that are compiled fetch for themselves."""
     name = next((name for kind, name in BLOCKS.items() if isinstance(model, kind)), None)
     blocks = () if name is None else tuple(getattr(model, name))

@@ -30,12 +30,18 @@ class VramLimit:
     Args:
         device: what is limited.
         holds: whether whoever asks now is to be limited; ComfyUI's own display of the whole card, for one, is not.
+
+    Attributes:
+        kept_free: bytes of the limit that PyTorch's allocator may not take; see `keep_free`.
+        pages_give_way: whether dynamic VRAM's pages of weights leave as soon as anything else needs their part of it.
     """
 
     def __init__(self, device: Device, holds: Callable[[], bool] = lambda: True):
         self.device = device
         self._holds = holds
         self.nbytes: int | None = None
+        self.kept_free = 0
+        self.pages_give_way = False
         self._lock = threading.Lock()
         self._undo: list[Callable[[], None]] = []
 
@@ -52,11 +58,24 @@ class VramLimit:
                 self._hook("get_free_memory", self._free_memory)
                 self._hook("get_total_memory", self._total_memory)
                 if self.device.torch_device.type == "cuda":
-                    self._cap_allocator(nbytes)
+                    self._cap_allocator()
                     self._cap_dynamic_vram(nbytes)
             except BaseException:
                 self._restore()
                 raise
+
+    def keep_free(self, nbytes: int) -> None:
+        """Keep this much of the limit from PyTorch's allocator, for what lies outside it and does not give way to it.
+
+        Dynamic VRAM only ever frees pages: beside the buffers that weights stream through, a tensor would go past the
+        limit without an error.
+        """
+        with self._lock:
+            if self.nbytes is None or nbytes == self.kept_free:
+                return
+            self.kept_free = nbytes
+            if self.device.torch_device.type == "cuda":
+                self._set_allocator_cap()
 
     def remove(self) -> None:
         """Everything as it was before."""
@@ -70,9 +89,9 @@ class VramLimit:
 
     @property
     def room(self) -> int:
-        """Bytes that this process can still take."""
+        """Bytes that this process can still take, beside what is kept free."""
         reading = self.device.read()
-        return max(0, self.budget_at(reading) - reading.allocated)
+        return max(0, self.budget_at(reading) - self.kept_free - reading.allocated)
 
     def budget_at(self, reading: Reading) -> int:
         """`budget`, from a reading that is there already."""
@@ -85,7 +104,7 @@ class VramLimit:
 
     def _restore(self) -> None:
         """Undoes everything; what cannot be undone is no reason to leave the rest, or to fail the next prompt."""
-        self.nbytes = None
+        self.nbytes, self.kept_free, self.pages_give_way = None, 0, False
         while self._undo:
             try:
                 self._undo.pop()()
@@ -125,7 +144,7 @@ class VramLimit:
         return get_total_memory
 
     def _room_for_models(self, limit: int) -> int:
-        return max(0, limit - self.device.read().allocated)
+        return max(0, limit - self.kept_free - self.device.read().allocated)
 
     def _limited(
         self, answer: Any, arguments: tuple[Any, ...], options: dict[str, Any], most: Callable[[int], int]
@@ -138,17 +157,22 @@ class VramLimit:
         bound = most(limit)
         return tuple(min(number, bound) for number in answer) if isinstance(answer, tuple) else min(answer, bound)
 
-    def _cap_allocator(self, nbytes: int) -> None:
-        """PyTorch raises its out-of-memory error past this, after it has given back what it holds unused."""
+    def _cap_allocator(self) -> None:
         index = self.device.torch_device.index or 0
         before = _allocator_fraction(index)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / self.device.total()), index)
+        self._set_allocator_cap()
         self._undo.append(lambda: torch.cuda.set_per_process_memory_fraction(before, index))
+
+    def _set_allocator_cap(self) -> None:
+        """PyTorch raises its out-of-memory error past this, after it has given back what it holds unused."""
+        most = max(0, (self.nbytes or 0) - self.kept_free)
+        index = self.device.torch_device.index or 0
+        torch.cuda.set_per_process_memory_fraction(min(1.0, most / self.device.total()), index)
 
     def _cap_dynamic_vram(self, nbytes: int) -> None:
         """Dynamic VRAM faults weights in until only its headroom is free: the headroom becomes what lies past the limit."""
         library = comfy_aimdo.control.lib
-        # The headroom is one for all GPUs: where there are more, the marks of `keep_pages_within` have to do.
+        # The headroom is one for all GPUs: where there are more, the marks of pages.py have to do.
         if not comfy.memory_management.aimdo_enabled or library is None or torch.cuda.device_count() > 1:
             return
         before = _headroom(library)
@@ -156,6 +180,7 @@ class VramLimit:
             return
         # It subtracts the headroom from the card's capacity and compares the rest with what this process holds.
         library.set_simple_vram_headroom(max(before, self.device.total() - nbytes))
+        self.pages_give_way = True
         self._undo.append(lambda: library.set_simple_vram_headroom(before))
 
 

@@ -83,6 +83,7 @@ def manage_prompt(node_id: str | None, limit: int | None) -> None:
     """
     current = session()
     current.manage(node_id, limit)
+    current.limit.keep_free(0)
     limit = current.limit.nbytes
     # PyTorch refuses every allocation past the limit, core's smallest ones too, which nothing makes room for.
     if limit is not None and current.device.read().reserved > limit:

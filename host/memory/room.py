@@ -69,30 +69,6 @@ def release_part(patcher: Any, nbytes: float) -> int:
         return release_weights(patcher, int(nbytes))
 
 
-def keep_pages_within(patcher: Any, fraction: float, working: float) -> None:
-    """With dynamic VRAM: weights past a share of the budget stream, so that what the model needs beside them has room.
-
-    PyTorch's allocator and dynamic VRAM each keep to the limit on their own: together they keep to it only where the
-    weights leave the other its part.
-
-    Args:
-        patcher: of a model that was prepared to run.
-        fraction: of the budget that weights may take.
-        working: bytes that the run needs beside its weights.
-    """
-    pages = patcher._vbar_get() if patcher.is_dynamic() and runs_here(patcher) else None
-    current = session()
-    if pages is None or not hasattr(pages, "set_watermark") or (fraction == 1 and current.limit.nbytes is None):
-        return
-    share = fraction * current.limit.budget
-    if current.limit.nbytes is not None:
-        others = max(0, current.device.read().allocated - int(pages.loaded_size()))
-        share = min(share, current.limit.nbytes - working - others)
-    # Pages past the mark that are there from before would stay, and never be used.
-    pages.free_memory(max(0, int(pages.loaded_size()) - max(0, int(share))))
-    pages.set_watermark(max(0, int(share)))
-
-
 def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: str) -> T:
     """Call; on an out-of-memory error make room and call once more.
 

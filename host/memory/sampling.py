@@ -14,17 +14,11 @@ from ...errors import MemoryBudgetError
 from ...memory.decisions import PassDemand, clears_now, runs_one_at_a_time
 from ...memory.policies import AUTO, EVERY, OFF, ON, Settings
 from ..sampling_state import restorer
-from .fetching import BlockFetcher
+from .fetching import BlockFetcher, blocks_of
+from .pages import part_limit
 from .preflight import check_sampling
 from .release import manage_prompt
-from .room import (
-    again_after_oom,
-    keep_pages_within,
-    raise_other,
-    release_all_but,
-    release_for,
-    release_part,
-)
+from .room import again_after_oom, raise_other, release_all_but, release_for, release_part
 from .session import session, where
 
 KEY = "lowbit_memory"
@@ -44,6 +38,7 @@ class MemoryHooks:
         self._cleared = False
         self._returning = 0
         self._working = 0.0
+        self._beside: list[Any] = []
 
     def __deepcopy__(self, memo: dict) -> MemoryHooks:
         """Clones for other GPUs share the settings and the run."""
@@ -70,9 +65,10 @@ class MemoryHooks:
         session().observe("load")
         batched, single = comfy.sampler_helpers.estimate_memory(model, noise_shape, conds)
         check_sampling(model, noise_shape, single)
-        working = self._working = single if self.settings.sequential == ON else batched
+        apart = self.settings.sequential == ON or batched > session().limit.budget
+        working = self._working = single if apart else batched
         additional, _ = comfy.sampler_helpers.get_additional_models(conds, model.model_dtype())
-        keep = [*additional, *model.get_nested_additional_models(), *model.model_patches_models()]
+        keep = self._beside = [*additional, *model.get_nested_additional_models(), *model.model_patches_models()]
         release_for(self.settings.row.release_before_sampling, model, working, keep, name)
         reserve = [self._reserved_from_weights()]
 
@@ -87,6 +83,7 @@ class MemoryHooks:
             return "everything else left the GPU, and a quarter of the budget is kept free of weights"
 
         out = again_after_oom(load, make_room, f"loading {name}")
+        self._beside = []
         session().observe("loaded")
         return out
 
@@ -175,7 +172,9 @@ class MemoryHooks:
 
     def loaded(self, patcher: Any, *details: Any) -> None:
         """After core has prepared a model: with dynamic VRAM, weights past the policy's share are not kept on the GPU."""
-        keep_pages_within(patcher, self.settings.row.resident_fraction, self._working)
+        blocks = blocks_of(getattr(patcher.model, "diffusion_model", None)) if self.fetcher.enabled else ()
+        row = self.settings.row
+        self.fetcher.fits = part_limit(patcher, row.resident_fraction, self._working, self._beside, blocks)
 
     def _reserved_from_weights(self) -> float:
         fraction = self.settings.row.resident_fraction
@@ -210,7 +209,7 @@ class MemoryHooks:
                 weights=int(model.current_patcher.model_size()) if choice == AUTO else 0,
                 single=int(model.memory_required(shape)),
                 batched=int(model.memory_required([shape[0] * prompts, *shape[1:]])),
-                budget=session().limit.budget,
+                budget=session().limit.budget - session().limit.kept_free,
                 prompts=prompts,
             )
             # Without a GPU there is nothing to save; what was asked for is done all the same.

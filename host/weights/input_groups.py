@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...ops.shared_input import FIRST
 from .operations import QuantizedLinear
 
 INPUT_GROUPS: tuple[tuple[str, ...], ...] = (
@@ -26,7 +27,7 @@ def group_inputs(model: torch.nn.Module) -> int:
         children = dict(module.named_children())
         for names in INPUT_GROUPS:
             members = [linear for name in names if isinstance(linear := children.get(name), QuantizedLinear)]
-            for linear in members if len(members) > 1 else ():
-                linear.input_group = names[0]
+            for place, linear in enumerate(members if len(members) > 1 else ()):
+                linear.input_group = names[0] if place else FIRST + names[0]
                 grouped += 1
     return grouped

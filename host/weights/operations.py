@@ -116,7 +116,12 @@ class QuantizedLinear(torch.nn.Module):
             if not isinstance(weight, QuantizedTensor):
                 weight = weight.to(input.dtype)
             return quantized_linear(
-                input, weight, bias, fast=self.fast, activation=activation, input_group=self.input_group
+                input,
+                weight,
+                bias,
+                fast=self.fast,
+                activation=activation,
+                input_group=self.input_group if _reads_alone(self) else "",
             )
 
     @property
@@ -150,12 +155,13 @@ def takes_activation(module: Any) -> bool:
     A LoRA by bypass replaces the forward of a module, and adds what it makes of the input; hooks see the input too.
     Both were made for what comes after the activation.
     """
-    return (
-        isinstance(module, QuantizedLinear)
-        and getattr(module.forward, "__func__", None) is QuantizedLinear.forward
-        and not module._forward_pre_hooks
-        and not module._forward_hooks
-    )
+    return isinstance(module, QuantizedLinear) and _reads_alone(module)
+
+
+def _reads_alone(linear: QuantizedLinear) -> bool:
+    """Whether nobody stands around its forward, who might look at its input or change it in place."""
+    replaced = "forward" in linear.__dict__ or type(linear).forward is not QuantizedLinear.forward
+    return not (replaced or linear._forward_pre_hooks or linear._forward_hooks)
 
 
 def adopt_quantized_linears(model: torch.nn.Module) -> int:

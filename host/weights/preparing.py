@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
@@ -13,22 +14,26 @@ import comfy.utils
 import torch
 
 from ...errors import StorageError
-from ...ops.auto_format import choose_format
+from ...kernels.measured import Numbers
+from ...ops.auto_format import plan_format
 from ...ops.cache import cached_path, quantized_file
 from ...ops.checkpoint import Checkpoint, open_checkpoint
 from ...ops.device_info import DeviceInfo, device_info
 from ...ops.diffusion_names import diffusion_names, tables
-from ...ops.formats import AS_STORED, AUTO, find_format
+from ...ops.formats import AS_STORED, AUTO
 from ...ops.gguf_file import SUFFIX
 from ...ops.keep_rules import parse_rules
-from ...ops.plan import QuantizationPlan, make_plan
+from ...ops.plan import QuantizationPlan
 from ...ops.plan_report import plan_report, plan_summary
+from ...ops.sampled_errors import sampled_errors
 from ...ops.stored_names import metadata_below
+from ...ops.trade import trade_table
 from ...ops.writer import check_free_space
 from ...versions import find
 from .architecture import MODEL_PATCH_SIGNATURE, check_formats, check_model_patch
 from .core_build import Look, detected, pinned_layers, pinned_text_layers, shape_pinned, signature, under_core_names
 from .folders import CACHE_VARIABLE, cache_folder
+from .linear_times import step_milliseconds
 from .temporary import temporary_folder
 
 logger = logging.getLogger("lowbit.host")
@@ -60,6 +65,7 @@ class Planned:
     request: Request
     device: DeviceInfo
     choice: str
+    pinned: Mapping[str, str] | None = None
 
     @property
     def summary(self) -> str:
@@ -70,6 +76,13 @@ class Planned:
     def report(self) -> str:
         """Every layer, what happens to it and why, and what this device makes of the formats."""
         return plan_report(self.checkpoint, self.plan, self.device, self.choice)
+
+    def dry_run(self) -> str:
+        """The report with what could be had instead: `trade_table`. Rows of the weights are read, and shapes timed once."""
+        rules, where = parse_rules(self.request.keep_rules), comfy.model_management.get_torch_device()
+        time = partial(step_milliseconds, device=where, folder=cache_folder())
+        trade = trade_table(self.checkpoint, self.device, rules, _measure, time, pinned=self.pinned)
+        return plan_report(self.checkpoint, self.plan, self.device, self.choice, trade)
 
 
 def plan_diffusion_model(path: Path, request: Request, device: torch.device | None = None) -> Planned:
@@ -139,18 +152,19 @@ def plan_checkpoint(
     """
     rules = parse_rules(request.keep_rules)
     where = device_info(device if device is not None else comfy.model_management.get_torch_device())
-    name, reason = request.weight_format, "asked for"
-    if name == AUTO:
-        name, reason = choose_format(checkpoint, where, rules, pinned=pinned)
-    weight_format = None if name == AS_STORED else find_format(name)
-    named = request.weight_format != AUTO
-    plan = make_plan(checkpoint, weight_format, rules, named=named, pinned=pinned)
-    shaped = {} if look is None else shape_pinned(checkpoint, plan, look)
+    chosen = plan_format(checkpoint, request.weight_format, where, rules, _measure, pinned=pinned)
+    shaped = {} if look is None else shape_pinned(checkpoint, chosen.plan, look)
     if shaped:
-        known = tables(plan.layers) if pinned is None else pinned
-        plan = make_plan(checkpoint, weight_format, rules, named=named, pinned={**known, **shaped})
-    check_formats(checkpoint, plan)
-    return Planned(checkpoint, plan, request, where, f"{name}: {reason}")
+        pinned = {**(tables(chosen.plan.layers) if pinned is None else pinned), **shaped}
+        chosen = plan_format(checkpoint, request.weight_format, where, rules, _measure, pinned=pinned)
+    check_formats(checkpoint, chosen.plan)
+    return Planned(checkpoint, chosen.plan, request, where, str(chosen), pinned)
+
+
+def _measure(checkpoint: Checkpoint, formats: Mapping[str, Collection[str]]) -> Mapping[str, Numbers]:
+    """Errors of layers, kept beside the quantized files where the checkpoint is a file."""
+    folder = cache_folder() if checkpoint.files else None
+    return sampled_errors(checkpoint, formats, device=comfy.model_management.get_torch_device(), folder=folder)
 
 
 def prepared_file(planned: Planned) -> Path:

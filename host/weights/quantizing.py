@@ -16,7 +16,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP
 
 from ...errors import CheckpointError
-from ...ops.checkpoint import Checkpoint, TensorEntry, read_elements
+from ...ops.checkpoint import Checkpoint, TensorEntry, read_elements, spread
 from .core_build import on_meta, under_core_names
 from .loading import load_diffusion_model
 from .patching import patch_beside_weights
@@ -46,9 +46,13 @@ class LoadedModel(Checkpoint):
 
     tensors: Mapping[str, torch.Tensor]
 
-    def read_stored(self, name: str) -> torch.Tensor:
-        """The tensor `name` itself: not to be written to."""
-        return self.tensors[name]
+    def read_stored(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The tensor `name` on a device, itself where it is there: not to be written to."""
+        return self.tensors[name].to(device)
+
+    def read_rows(self, name: str, count: int) -> torch.Tensor:
+        """Some rows of the tensor itself."""
+        return self.tensors[name][spread(len(self.tensors[name]), count)]
 
     @property
     def place(self) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import threading
 import weakref
 
 import pytest
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 
 from lowbit.attention import checks, masks
 from lowbit.attention.schedule import CALLS_AHEAD, Schedule, StepCounter, parse_blocks, step_of
-from lowbit.attention.timing_cache import FILE_NAME, TimingCache
 from lowbit.errors import LowbitError
 
 
@@ -249,59 +246,3 @@ def test_schedules(schedule, exact):
     counter = StepCounter(sigmas)
     assert [schedule.exact_at(sigma, counter) for sigma in sigmas[:-1]] == [bool(x) for x in exact]
     assert schedule.needs_sigma is any(exact)
-
-
-def test_timings_are_kept_and_merged(tmp_path):
-    first, second = TimingCache(tmp_path), TimingCache(tmp_path)
-    first.put("gpu a", "shape 1", {"cudnn": 1.0})
-    second.put("gpu a", "shape 2", {"cudnn": 2.0})
-    fresh = TimingCache(tmp_path)
-    assert fresh.get("gpu a", "shape 1") == {"cudnn": 1.0}
-    assert fresh.get("gpu a", "shape 2") == {"cudnn": 2.0}
-    assert fresh.get("gpu b", "shape 1") is None
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[]",
-        '{"version": 0, "timings": {}}',
-        '{"version": 2, "timings": {"gpu": 3}}',
-        '{"version": 2, "timings": {"gpu": {"shape": {"cudnn": -1}}}}',
-        '{"version": 2, "timings": {"gpu": {"shape": {"cudnn": "fast"}}}}',
-        '{"version": 2, "timings": {"gpu": {"shape": {"cudnn": NaN}}}}',
-        "[" * 100_000,
-        "\xff\xfe",
-    ],
-)
-def test_a_damaged_file_is_replaced(tmp_path, content):
-    (tmp_path / FILE_NAME).write_bytes(content.encode("latin-1"))
-    cache = TimingCache(tmp_path)
-    assert cache.get("gpu", "shape") is None
-    cache.put("gpu", "shape", {"cudnn": 1.5})
-    assert json.loads((tmp_path / FILE_NAME).read_text())["timings"] == {"gpu": {"shape": {"cudnn": 1.5}}}
-
-
-def test_many_writers_leave_a_whole_file(tmp_path):
-    def write(number):
-        TimingCache(tmp_path).put("gpu", f"shape {number}", {"cudnn": 1.0 + number})
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    entries = json.loads((tmp_path / FILE_NAME).read_text())["timings"]["gpu"]
-    assert entries == {f"shape {number}": {"cudnn": 1.0 + number} for number in range(8)}
-
-
-def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog):
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    cache = TimingCache(blocked / "below")
-    cache.put("gpu", "shape", {"cudnn": 1.0})
-    assert cache.get("gpu", "shape") == {"cudnn": 1.0}
-    assert "not kept" in caplog.text

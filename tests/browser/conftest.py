@@ -80,7 +80,7 @@ class Tab:
     def open(self, **settings: Any) -> None:
         """Sets ComfyUI's settings, opens it and waits until it takes commands."""
         chosen = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": False, "Comfy.Locale": "en"} | settings
-        chosen |= {"Comfy.Workflow.Persist": False, "Comfy.Minimap.Visible": False}
+        chosen |= {"Comfy.Graph.CanvasInfo": False, "Comfy.Workflow.Persist": False, "Comfy.Minimap.Visible": False}
         assert self.page.request.post(f"http://{self.address}/api/settings", data=chosen).ok
         self.page.goto(f"http://{self.address}", wait_until="domcontentloaded")
         self.page.wait_for_function(READY, timeout=LIMIT)

@@ -38,13 +38,14 @@
   const overlap = (a, b) =>
     Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
 
-  const overlaps = (graph, box = boxOf) =>
-    graph.nodes.flatMap((a, index) =>
+  const overlaps = (graph, box = boxOf) => {
+    const boxes = graph.nodes.map(box);
+    return graph.nodes.flatMap((a, i) =>
       graph.nodes
-        .slice(index + 1)
-        .filter((b) => overlap(box(a), box(b)))
+        .filter((b, j) => j > i && overlap(boxes[i], boxes[j]))
         .map((b) => `${a.title} ${a.id} lies on ${b.title} ${b.id}`),
     );
+  };
 
   const cutTitles = (graph) => {
     const context = document.createElement("canvas").getContext("2d");
@@ -101,13 +102,14 @@
   /** Links that run behind a node they have nothing to do with; `box` gives a node's box, or null where it has none. */
   const hidden = (graph, box = boxOf) => {
     const found = [];
+    const boxes = new Map(graph.nodes.map((node) => [node, box(node)]));
     for (const link of graph.links.values()) {
       const [from, to] = [graph.getNodeById(link.origin_id), graph.getNodeById(link.target_id)];
       if (!from || !to) continue;
       const points = pointsOf(graph, link, from, to);
       const path = points.slice(1).flatMap((point, index) => curve(points[index], point));
       for (const node of graph.nodes)
-        if (node !== from && node !== to && path.some((point) => isInside(point, box(node))))
+        if (node !== from && node !== to && path.some((point) => isInside(point, boxes.get(node))))
           found.push(`the link from ${from.title} ${from.id} to ${to.title} ${to.id} runs behind ${node.title} ${node.id}`);
     }
     return found;

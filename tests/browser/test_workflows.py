@@ -42,6 +42,10 @@ SETTLED = """() => new Promise((resolve) => {
     };
     look();
 })"""
+OPEN = """async (name) => {
+    const saved = await (await fetch(app.api.apiURL(`/workflow_templates/lowbit/${name}.json`))).json();
+    await app.loadGraphData(saved, true, true, name, { openSource: "template" });
+}"""
 # A workflow that is opened twice is called "name (2)".
 LOADED = """([name, count]) => app.extensionManager.workflow.activeWorkflow?.filename.replace(/ \\(\\d+\\)$/, "") === name
     && window.lowbitTest.nodes().length === count"""
@@ -128,17 +132,14 @@ def set_values(node: dict[str, Any], values: list[Any] | dict[str, Any]) -> list
 
 
 def open_template(tab: Any, path: Path) -> None:
-    """Opens a workflow the way a person does; `tab.showing` is the one that is open and has not run yet."""
+    """Opens a workflow as the template browser does; `tab.showing` is the one that is open and has not run yet."""
     tab.showing = None
-    tab.command("Comfy.BrowseTemplates")
-    dialog = tab.page.get_by_role("dialog")
-    dialog.get_by_text("lowbit", exact=True).click()
-    card = dialog.get_by_test_id(f"template-workflow-{path.stem}")
-    card.scroll_into_view_if_needed()
-    tab.page.wait_for_load_state("networkidle")
-    assert card.evaluate(BROKEN_IMAGES) == [], "the thumbnail"
-    card.click()
-    dialog.wait_for(state="detached")
+    tab.evaluate(OPEN, path.stem)
+    wait_until_open(tab, path)
+
+
+def wait_until_open(tab: Any, path: Path) -> None:
+    """Until the workflow is drawn and nothing in it moves."""
     tab.page.wait_for_function(LOADED, arg=[path.stem, len(saved_nodes(path))])
     tab.page.wait_for_load_state("networkidle")
     tab.command("Comfy.Canvas.FitView")
@@ -179,8 +180,20 @@ def assert_readable_after_a_run(tab: Any, server: Any, path: Path, renderer: str
     )
 
 
-def test_there_are_workflows():
+def test_the_template_browser_shows_every_workflow_and_opens_one(tabs):
     assert len(WORKFLOWS) >= 8
+    tab = tabs(False)
+    tab.command("Comfy.BrowseTemplates")
+    dialog = tab.page.get_by_role("dialog")
+    dialog.get_by_text("lowbit", exact=True).click()
+    for path in WORKFLOWS:
+        card = dialog.get_by_test_id(f"template-workflow-{path.stem}")
+        card.scroll_into_view_if_needed()
+        tab.page.wait_for_load_state("networkidle")
+        assert card.evaluate(BROKEN_IMAGES) == [], f"the thumbnail of {path.stem}"
+    card.click()
+    dialog.wait_for(state="detached")
+    wait_until_open(tab, path)
 
 
 @RENDERERS

@@ -12,7 +12,8 @@ from lowbit.attention.backends import BACKENDS, ERROR_LIMITS, AttentionCall
 from lowbit.attention.candidates import AttentionInputs, Policy
 from lowbit.attention.dispatch import Dispatcher
 from lowbit.attention.environment import detect
-from lowbit.attention.timing_cache import TimingCache
+from lowbit.attention.planning import TIMINGS_FILE
+from lowbit.kernels.measured import MeasuredNumbers
 
 NAMES = [backend.name for backend in BACKENDS]
 
@@ -202,7 +203,7 @@ def test_auto_times_the_backends_once_and_keeps_the_budget(tmp_path):
     q, k, v = make(heads=8, q_len=4096, kv_len=4096)
     taken = []
     for _ in range(2):
-        dispatcher = Dispatcher(Policy("auto", "fast"), TimingCache(tmp_path))
+        dispatcher = Dispatcher(Policy("auto", "fast"), MeasuredNumbers(tmp_path, TIMINGS_FILE))
         own = []
         for _ in range(7):
             core = counted(torch_sdpa(q, k, v), own)

@@ -86,7 +86,7 @@ def run_format(name: str, source: Path) -> dict[str, Any]:
         graph.generate(tokens, do_sample=False, max_length=6)
     torch.cuda.synchronize()
     row["grown_bytes"] = torch.cuda.memory_allocated() - before[0]
-    row["reserved_growth"] = torch.cuda.memory_reserved() / before[1]
+    row["reserved_grown_bytes"] = torch.cuda.memory_reserved() - before[1]
     comfy.model_management.unload_all_models()
     return row
 

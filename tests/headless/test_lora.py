@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit.ops.formats import FORMATS
+from lowbit.ops.formats import FORMATS, SMALLEST
 from testing import graphs
 from testing.cases import CASES
 from testing.measure import relative_error
@@ -32,14 +32,14 @@ def test_lora_delta_survives_quantization(bench, name, format):
     assert cosine > 0.75
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*FORMATS, SMALLEST])
 def test_result_with_lora_is_near_bf16_with_lora(bench, format):
     plain = relative_error(latent(bench, "wan_t2v", format, None), latent(bench, "wan_t2v", None, None))
     patched = relative_error(latent(bench, "wan_t2v", format, 1.0), latent(bench, "wan_t2v", None, 1.0))
     assert patched < 1.25 * plain
 
 
-@pytest.mark.parametrize("format", ["fp8_e4m3fn_scaled", "int8_convrot_fast", "fp4_scaled", "int4_asym_fast"])
+@pytest.mark.parametrize("format", ["fp8_e4m3fn_scaled", "int8_convrot_fast", "fp4_scaled", "int4_asym_fast", SMALLEST])
 def test_taking_the_lora_off_gives_the_first_bits_back(bench, format):
     bench.server.free()
     before = latent(bench, "wan_t2v", format, None)

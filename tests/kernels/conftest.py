@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
 
 import numpy as np
@@ -53,8 +54,9 @@ def _mend_interpreter() -> None:
 
 
 def _quicken_interpreter() -> None:
-    """It looks for what to patch in all of `triton.language` each time that a function is called, and makes a table of
-    NumPy's types for each value: both are always the same."""
+    """It looks for what to patch in all of `triton.language` each time that a function is called, makes a table of
+    NumPy's types for each value, and works out the type of each shape: they are always the same."""
+    from triton.language import core
     from triton.language.core import is_builtin
     from triton.runtime import interpreter
 
@@ -65,10 +67,11 @@ def _quicken_interpreter() -> None:
         return tuple(name for name, member in inspect.getmembers(package) if is_builtin(member))
 
     def patch_builtin(package, builder, *scope):
-        for name in builtins(package):
-            member = getattr(package, name)
-            if is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, *scope)
+        names = builtins(package)
+        if names and not is_builtin(getattr(package, names[0])):
+            return  # the function that calls this one has patched them all
+        for name in names:
+            interpreter._patch_attr(package, name, getattr(package, name), builder, *scope)
 
     def known_np_dtype(dtype):
         name = dtype.scalar.name
@@ -76,8 +79,27 @@ def _quicken_interpreter() -> None:
             np_dtypes[name] = np_dtype(dtype)
         return np_dtypes[name]
 
+    make_block, blocks = core.block_type.__init__, {}
+
+    def known_block(self, element_ty, shape):
+        key = type(element_ty), element_ty.name, tuple(map(core._unwrap_if_constexpr, shape))
+        if key not in blocks:
+            make_block(self, element_ty, shape)
+            blocks[key] = dict(vars(self))
+        vars(self).update(blocks[key])
+
+    @functools.cache
+    def shape_and_size(shape: tuple[int, ...]) -> tuple:
+        return core.tuple([core.constexpr(size) for size in shape]), core.constexpr(math.prod(shape))
+
+    def make_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shape_and_size(tuple(type.shape) if type.is_block() else ())
+
     interpreter._patch_builtin = patch_builtin
     interpreter._get_np_dtype = known_np_dtype
+    core.block_type.__init__ = known_block
+    core.tensor.__init__ = make_tensor
 
 
 if INTERPRETED:

@@ -31,9 +31,8 @@ HOPPER = Gpu((9, 0), triton=True, kitchen=False)
 
 
 @pytest.mark.parametrize("at", ["end", "start"])
-@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("name", [*UNROTATED, *ROTATED])
-def test_products_stay_inside_their_tensors(name, fast, at, monkeypatch):
+def test_products_stay_inside_their_tensors(name, at, monkeypatch):
     def scratch(device, *specs):
         return [None if spec is None else guarded(torch.zeros(spec[0], dtype=spec[1]), at) for spec in specs]
 
@@ -50,14 +49,13 @@ def test_products_stay_inside_their_tensors(name, fast, at, monkeypatch):
         weight = dataclasses.replace(weight, **tensors)
         bias = guarded(torch.randn(count), at)
         for rows, dtype in ROWS:
-            path = choose_path(weight.kind, fast, rows, count, columns, dtype, HOPPER)
-            if path == REFERENCE:
-                continue
-            x = guarded(torch.randn(rows, columns, dtype=dtype), at)
-            with monkeypatch.context() as patched:
-                patched.setattr(torch, "empty", empty)
-                out = linear_paths.LINEAR_PATHS[path](x, weight, bias, None, HOPPER)
-            assert out.isfinite().all()
+            paths = {choose_path(weight.kind, fast, rows, count, columns, dtype, HOPPER) for fast in (False, True)}
+            for path in paths - {REFERENCE}:
+                x = guarded(torch.randn(rows, columns, dtype=dtype), at)
+                with monkeypatch.context() as patched:
+                    patched.setattr(torch, "empty", empty)
+                    out = linear_paths.LINEAR_PATHS[path](x, weight, bias, None, HOPPER)
+                assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("at", ["end", "start"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowbit.attention.backends import BACKENDS
-from lowbit.ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, FORMATS, RECOMMENDED
+from lowbit.ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, FORMATS, RECOMMENDED, SMALLEST
 
 pytestmark = pytest.mark.headless
 
@@ -20,8 +20,8 @@ FOR_FEW = {
 
 
 def test_auto_and_the_recommended_formats_come_first_and_none_is_lost(nodes):
-    assert FORMAT_CHOICES[: 1 + len(RECOMMENDED)] == (AUTO, *RECOMMENDED)
-    assert sorted(FORMAT_CHOICES) == sorted((AUTO, AS_STORED, *FORMATS))
+    assert FORMAT_CHOICES[: 2 + len(RECOMMENDED)] == (AUTO, SMALLEST, *RECOMMENDED)
+    assert sorted(FORMAT_CHOICES) == sorted((AUTO, SMALLEST, AS_STORED, *FORMATS))
     with_format = [node for node in nodes.values() if "format" in node.options]
     assert len(with_format) == 4
     for node in with_format:

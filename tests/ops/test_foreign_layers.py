@@ -20,7 +20,7 @@ from lowbit.ops.plan_report import plan_report
 from lowbit.ops.quantize import core_config_tensor, quantize_weight
 from lowbit.ops.stream import quantize_checkpoint
 from testing.tiny import nunchaku_files
-from testing.tiny.foreign_files import SCHEMES, blocks, four_bit, gptq, nvfp4, packed_integers, stored_as
+from testing.tiny.foreign_files import SCHEMES, awq, blocks, four_bit, gptq, nvfp4, packed_integers, stored_as
 
 HOPPER = DeviceInfo("NVIDIA H200", (9, 0), 140 << 30)
 LAYER = "blocks.0.ffn.0"
@@ -45,6 +45,8 @@ def test_a_layer_opens_as_one_weight_of_the_numbers_it_stands_for(scheme, tmp_pa
     parts, exact = row.store(torch.randn(rows, columns))
     scale = next((part.shape for name, part in parts.items() if name.startswith("weight_scale")), None)
     # One scale, or one a row: what core multiplies with.
+    # Nor is a square of scales per column, alone, one of either.
+    assume(scale != (1, rows) or rows != columns)
     assume(not (scale in ((1, 1), (rows, 1)) and "weight_scale" in parts and "weight_zero_point" not in parts))
     bias = torch.randn(rows)
     save_file({**below(LAYER, parts), f"{LAYER}.bias": bias, "norm.weight": torch.ones(3)}, tmp_path / "m.safetensors")
@@ -134,6 +136,25 @@ def test_nvfp4_that_nothing_describes_is_refused(save):
     del parts["comfy_quant"]
     with pytest.raises(CheckpointError, match="weight_scale_2"):
         make_plan(open_checkpoint(save(below("a", parts))), FORMATS["int8"], None)
+
+
+@pytest.mark.parametrize("less", [0, 24])
+@pytest.mark.parametrize(
+    "store", [gptq(4, 128), gptq(8, 128), packed_integers(4, 128, True), packed_integers(8, 128, False)]
+)
+def test_a_last_group_may_be_smaller(save, store, less):
+    """As many groups as some smaller size would give too."""
+    parts, exact = store(torch.randn(16, 1056 - less))
+    checkpoint = open_checkpoint(save(below("a", {name: part for name, part in parts.items() if name != "g_idx"})))
+    assert torch.allclose(float_weight(checkpoint, "a.weight").double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_scales_of_a_square_weight_are_those_of_the_columns_where_another_layers_are(save):
+    tensors = {"blocks.0.q.weight": torch.randn(64, 64), "blocks.0.up.weight": torch.randn(96, 64)}
+    theirs, exact = stored_as(tensors, ["blocks.0.q", "blocks.0.up"], SCHEMES["fp8 columns"])
+    checkpoint = open_checkpoint(save({name: tensor.contiguous() for name, tensor in theirs.items()}))
+    assert torch.allclose(float_weight(checkpoint, "blocks.0.q.weight"), exact["blocks.0.q.weight"], rtol=1e-5)
+    assert checkpoint.entries["blocks.0.up.weight"].decoded_from == "FP8 with a scale per column"
 
 
 def test_a_set_of_shards_may_hold_a_layer_in_several_of_them(tmp_path):
@@ -265,6 +286,10 @@ REFUSED = {
         {"weight._data": _integers(64, 16).to(torch.uint8), "weight._scale": torch.ones(64, 1)},
         "a.weight._data",
     ),
+    "torchao": (
+        {"_weight_qdata": _integers(64, 16).to(torch.int8), "_weight_scale": torch.ones(64, 1)},
+        "a._weight_qdata",
+    ),
     "Marlin": ({"weight": _integers(4, 64), "weight_scale": torch.ones(1, 64)}, "'a' is stored as int32"),
     "packed by two of three dimensions": ({"qweight": _integers(4, 64), "scales": torch.ones(1, 64)}, "a.qweight"),
     "a row of scales for the outputs": (
@@ -275,6 +300,31 @@ REFUSED = {
         {"weight": torch.randn(32, 128).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1, 32)},
         "a.weight_scale",
     ),
+    "a row of scales for outputs of which blocks could be made": (
+        {"weight": torch.randn(64, 1024).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1, 64)},
+        "a.weight_scale",
+    ),
+    "a row of scales for as many outputs as inputs": (
+        {"weight": torch.randn(64, 64).to(torch.float8_e4m3fn), "weight_scale": torch.ones(1, 64)},
+        "a.weight_scale",
+    ),
+    "block scales in the other order": (
+        {"weight": torch.randn(512, 2048).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(16, 4)},
+        "a.weight_scale_inv",
+    ),
+    "groups of one size or another": (
+        {"weight": _integers(32, 200).to(torch.int8), "weight_scale": torch.ones(32, 4)},
+        "a.weight_scale",
+    ),
+    "powers of two in tiles, with columns to spare": (
+        {
+            "weight": torch.randn(128, 160).to(torch.float8_e4m3fn),
+            "weight_scale": torch.ones(128, 8).to(torch.float8_e8m0fnu),
+        },
+        "a.weight_scale",
+    ),
+    "AWQ whose last group is smaller": (awq(torch.randn(16, 160), 128)[0], "a.qweight"),
+    "GPTQ of some size or another": (_without(gptq(4, 64)(torch.randn(16, 200))[0], "g_idx"), "a.qweight"),
     "smoothed FP8 in blocks": (
         {**blocks(128, 128)(_weight())[0], "pre_quant_scale": torch.ones(128)},
         "a.weight_scale_inv",

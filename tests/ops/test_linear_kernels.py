@@ -18,8 +18,11 @@ from lowbit.ops import linear as linear_module
 from lowbit.ops import linear_paths
 from lowbit.ops.linear import quantized_linear, release_scratch
 from lowbit.ops.linear_paths import LINEAR_PATHS, few_rows_linear, fp8_rows_linear
+from lowbit.ops.linear_reference import linear_reference
 from lowbit.ops.linear_table import Gpu
 from lowbit.ops.linear_weight import stored_weight
+from lowbit.ops.scratch import scratch_here
+from lowbit.ops.shared_input import FIRST
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in the interpreter's process", allow_module_level=True)
@@ -224,7 +227,8 @@ def test_linears_of_a_group_quantize_their_input_once_and_multiply_as_alone(name
             weight._params = dataclasses.replace(weight._params, scale=torch.rand(24, 1) + 0.5)
         alone = [quantized_linear(x, weight) for weight in weights]
         assert len(quantizations) == 3
-        together = [quantized_linear(x, weight, input_group="q") for weight in weights]
+        names = (f"{FIRST}q", "q", "q")
+        together = [quantized_linear(x, weight, input_group=name) for weight, name in zip(weights, names, strict=True)]
     assert len(quantizations) == 4
     assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
 
@@ -287,6 +291,25 @@ def test_an_input_that_may_have_changed_is_quantized_anew(between, quantizations
     assert torch.equal(out, quantized_linear(x.clone(), weight))
 
 
+@pytest.mark.parametrize("between", ["nothing", "a plain product", "a product by the reference"])
+def test_the_first_of_a_group_quantizes_anew_though_nothing_counts_changes(between, quantizations):
+    """A tensor made in inference mode has no version: the next block's first linear may find it changed in place."""
+    with torch.inference_mode():
+        x, weight = torch.randn(20, 256), _weight("int8", 24, 256)
+        for name in (f"{FIRST}q", "q"):
+            quantized_linear(x, weight, input_group=name)
+        assert len(quantizations) == 1
+        if between == "a plain product":
+            quantized_linear(x, torch.randn(24, 256))
+        elif between == "a product by the reference":
+            linear_reference(x, stored_weight(weight), None, fast=True, activation=None)
+        x.mul_(3)
+        out = [quantized_linear(x, weight, input_group=name) for name in (f"{FIRST}q", "q")]
+        expected = quantized_linear(x.clone(), weight)
+    assert all(torch.equal(one, expected) for one in out)
+    assert len(quantizations) == 3
+
+
 def test_another_activation_or_format_of_a_group_is_quantized_anew(quantizations):
     x, first, second = torch.randn(20, 256), _weight("int8", 24, 256), _weight("int8_convrot", 24, 256)
     expected = [quantized_linear(x, first), quantized_linear(x, second), quantized_linear(x, second, activation="silu")]
@@ -310,6 +333,15 @@ def test_threads_share_nothing(quantizations):
     out.append(quantized_linear(x, weight, input_group="q"))
     assert all(torch.equal(one, expected) for one in out)
     assert len(quantizations) == 4
+
+
+def test_released_scratch_is_not_kept_for_the_next_of_a_group():
+    x, weight = torch.randn(20, 256), _weight("int8", 24, 256)
+    quantized_linear(x, weight, input_group="q")
+    kept = [weakref.ref(tensor) for tensor in scratch_here(x.device).left[0] if tensor is not None]
+    release_scratch()
+    assert kept
+    assert all(tensor() is None for tensor in kept)
 
 
 def test_a_group_keeps_no_input_alive():

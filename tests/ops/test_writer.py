@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -104,6 +105,19 @@ def test_short_writes_are_gone_on_with(tmp_path, monkeypatch):
     tensors = {"a": torch.randn(5, 3), "b": torch.arange(4)}
     write(tmp_path / "a.safetensors", tensors, {"k": "v" * 50})
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(tmp_path / "a.safetensors").items())
+
+
+def test_a_disk_that_is_full_when_it_gets_what_was_written_is_named(tmp_path, monkeypatch):
+    """The system takes more than the disk has room for: some say so only then."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lowbit.ops.writer._FLUSHED", 64)
+    monkeypatch.setattr("lowbit.ops.writer._send_to_disk", full)
+    with pytest.raises(StorageError, match="could not be written .*No space left on device"):
+        write(tmp_path / "a.safetensors", {f"layer {index}": torch.ones(64) for index in range(4)})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_shrinks_while_it_is_verified_is_refused(tmp_path):

@@ -49,7 +49,7 @@ def test_the_limit_is_no_wider_than_the_machine(host, device):
 def test_other_devices_are_not_limited(host, device):
     device.torch_device = torch.device("cuda", 0)
     limit = host.limit.VramLimit(device)
-    limit._cap_allocator = lambda nbytes: None
+    limit._cap_allocator = lambda: None
     limit.apply(GIB // 1024)
     assert host.core.get_free_memory(torch.device("cpu")) > GIB // 1024
     assert host.core.get_total_memory(torch.device("cpu")) > GIB // 1024

@@ -14,6 +14,13 @@ from .support import GIB, device, hooks, host
 __all__ = ["device", "host"]
 
 
+def streaming(pages, device):
+    """A patcher whose model dynamic VRAM streams."""
+    return types.SimpleNamespace(
+        is_dynamic=lambda: True, _vbar_get=lambda: pages, load_device=device.torch_device, model=torch.nn.Module()
+    )
+
+
 @pytest.mark.parametrize(("policy", "share"), [("auto", None), ("speed", None), ("balanced", 0.8), ("lowest", 0.1)])
 def test_dynamic_vram_keeps_no_more_weights_than_the_policys_share(host, device, policy, share):
     calls = []
@@ -22,14 +29,15 @@ def test_dynamic_vram_keeps_no_more_weights_than_the_policys_share(host, device,
         free_memory=lambda nbytes: calls.append(("free", nbytes)),
         loaded_size=lambda: 20 * GIB,
     )
-    patcher = types.SimpleNamespace(is_dynamic=lambda: True, _vbar_get=lambda: pages, load_device=device.torch_device)
+    patcher = streaming(pages, device)
     hooks(host, policy=policy).loaded(patcher, None, 0, False, False)
     if share is None:
         assert calls == []
     else:
         mark = int(share * 24 * GIB)
         assert calls == [("free", 20 * GIB - mark), ("mark", mark)]
-    legacy = types.SimpleNamespace(is_dynamic=lambda: False, _vbar_get=lambda: pytest.fail("there is no VBAR"))
+    legacy = streaming(None, device)
+    legacy.is_dynamic, legacy._vbar_get = (lambda: False), lambda: pytest.fail("there is no VBAR")
     hooks(host, policy=policy).loaded(legacy)
     old = types.SimpleNamespace(**vars(patcher) | {"_vbar_get": lambda: types.SimpleNamespace()})
     hooks(host, policy=policy).loaded(old)
@@ -38,8 +46,10 @@ def test_dynamic_vram_keeps_no_more_weights_than_the_policys_share(host, device,
 def test_under_a_limit_weights_leave_room_for_what_the_run_needs_beside_them(host, device):
     """PyTorch's allocator and dynamic VRAM keep to the limit each on its own."""
     marks = []
-    pages = types.SimpleNamespace(set_watermark=marks.append, free_memory=lambda nbytes: 0, loaded_size=lambda: 2 * GIB)
-    patcher = types.SimpleNamespace(is_dynamic=lambda: True, _vbar_get=lambda: pages, load_device=device.torch_device)
+    pages = types.SimpleNamespace(
+        set_watermark=marks.append, free_memory=lambda nbytes: 0, loaded_size=lambda: 2 * GIB, offset=20 * GIB
+    )
+    patcher = streaming(pages, device)
     device.allocated = 3 * GIB  # the pages and 1 GiB of others
     host.session.session().limit.apply(10 * GIB)
     under = hooks(host, policy="auto", limit_bytes=10 * GIB)

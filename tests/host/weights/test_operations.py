@@ -60,7 +60,12 @@ def test_a_weight_function_is_cores_and_only_while_it_is_there(host):
 
 def test_the_linears_that_read_one_tensor_are_one_group(host):
     attention = block(load(host, "int8")).self_attn
-    assert [getattr(attention, name).input_group for name in ("q", "k", "v", "o")] == ["q", "q", "q", ""]
+    assert [getattr(attention, name).input_group for name in ("q", "k", "v", "o")] == [
+        "first of q",
+        "q",
+        "q",
+        "",
+    ]
     module, alone = torch.nn.Module(), torch.nn.Module()
     for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "to_add_out"):
         module.add_module(name, host.operations.QuantizedLinear())
@@ -68,10 +73,39 @@ def test_the_linears_that_read_one_tensor_are_one_group(host):
     assert host.input_groups.group_inputs(torch.nn.ModuleList([module, alone])) == 5
     assert (module.to_k.input_group, module.add_q_proj.input_group, module.to_add_out.input_group) == (
         "to_q",
-        "add_q_proj",
+        "first of add_q_proj",
         "",
     )
     assert alone.to_q.input_group == ""
+
+
+def test_a_linear_around_which_somebody_stands_shares_its_input_with_none(host, monkeypatch):
+    """A hook or another forward may change the input in place, which nothing counts in inference mode."""
+    attention, x, groups = block(load(host, "int8")).self_attn, torch.randn(4, 256), []
+    plain = host.operations.quantized_linear
+    monkeypatch.setattr(
+        host.operations,
+        "quantized_linear",
+        lambda *args, input_group, **options: (
+            groups.append(input_group) or plain(*args, input_group=input_group, **options)
+        ),
+    )
+
+    def called(linear):
+        linear(x)
+        return groups.pop()
+
+    assert [called(attention.q), called(attention.k), called(attention.v)] == ["first of q", "q", "q"]
+    hook = attention.k.register_forward_pre_hook(lambda module, args: None)
+    assert called(attention.k) == ""
+    hook.remove()
+    hook = attention.k.register_forward_hook(lambda module, args, out: None)
+    assert called(attention.k) == ""
+    hook.remove()
+    attention.k.forward = attention.k.forward
+    assert called(attention.k) == ""
+    del attention.k.forward
+    assert called(attention.k) == "q"
 
 
 def test_adopting_twice_changes_nothing(host):

@@ -1,0 +1,180 @@
+"""Measures what formats mixed layer by layer do to the picture, beside one format of the same bytes, on the trained model.
+
+python -m benchmarks.mixed [--out benchmarks/results/mixed.json]
+Runs ComfyUI (COMFYUI_PATH) for the clips, and diffusers' Wan for how much of a layer's error is the model's; on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.goals import Goal, Record, write
+from benchmarks.quality import OTHERS, entry
+from demo import shapes_in_comfyui, shapes_in_diffusers
+from demo.clips import REFERENCE, SHOWN, Quality, judge
+from demo.shapes import Scene
+from demo.trained_files import FOLDER, TRANSFORMER
+from lowbit.ops.auto_format import two_plans
+from lowbit.ops.checkpoint import open_checkpoint
+from lowbit.ops.device_info import DeviceInfo
+from lowbit.ops.formats import FORMATS
+from lowbit.ops.mixed_plan import TwoPlans
+from lowbit.ops.plan import QuantizationPlan, make_plan
+from lowbit.ops.quantize import quantize_to_tensor
+from lowbit.ops.sampled_errors import sampled_errors
+from lowbit.ops.stream import quantize_checkpoint
+from testing import comfyui
+from testing.measure import environment, relative_error
+from testing.server import Server, prepare_base
+
+GAINS = {"fp4_scaled": 3.0, "int8_convrot_fast": 0.0}
+"""Format -> dB that a mix of no more bytes shall be nearer to bf16's clips."""
+GPUS = {"RTX 20 to H200": (9, 0), "RTX 50": (12, 0)}
+"""What the formats that are mixed depend on."""
+KINDS = {
+    "queries and keys of self-attention": ("self_attn.q", "self_attn.k"),
+    "queries and keys of cross-attention": ("cross_attn.q", "cross_attn.k"),
+    "values and outputs of self-attention": ("self_attn.v", "self_attn.o"),
+    "values and outputs of cross-attention": ("cross_attn.v", "cross_attn.o"),
+    "feed-forward": ("ffn.0", "ffn.2"),
+}
+SEEN_AT = (0.95, 0.8, 0.5, 0.2)
+"""Of the noise that is left, at which the model's error is measured."""
+
+
+def plans_of(capability: tuple[int, int]) -> TwoPlans:
+    """The trained model in the two formats of a GPU."""
+    measure = partial(sampled_errors, device="cpu", folder=None)
+    return two_plans(open_checkpoint(FOLDER / TRANSFORMER), DeviceInfo("", capability, 0), None, measure)
+
+
+def write_files(folder: Path) -> dict[str, tuple[str, QuantizationPlan, float]]:
+    """Files of each format and of the mixes beside it: the file's name, its plan and the error told, by a name for people."""
+    checkpoint = open_checkpoint(FOLDER / TRANSFORMER)
+    rulers, found = {gpu: plans_of(capability) for gpu, capability in GPUS.items()}, {}
+    for name in GAINS:
+        alone = make_plan(checkpoint, FORMATS[name], None)
+        found[name] = alone, None
+        for gpu, ruler in rulers.items():
+            mixed = ruler.within(alone.nbytes_after)
+            found[f"mix in {name}'s bytes, {gpu}"] = mixed, ruler.error(mixed)
+    files = {}
+    for number, (name, (plan, told)) in enumerate(found.items()):
+        file = f"mixed-{number}.safetensors"
+        quantize_checkpoint(checkpoint, plan, folder / file)
+        files[name] = file, plan, told
+    return files
+
+
+def clips_of(server: Server, file: str, name: str, scenes: Sequence[Scene]) -> tuple[list[torch.Tensor], float]:
+    """The clips of a transformer's file as it is, and the seconds they took."""
+    clips, started = [], time.monotonic()
+    for seed, scene in enumerate(scenes):
+        where = f"{name}/{seed}"
+        graph = shapes_in_comfyui.graph(scene, REFERENCE, seed, where)
+        graph["model"]["inputs"]["unet_name"] = file
+        server.run(graph)
+        clips.append(load_file(server.base / "output" / where / "clip.safetensors")["tensor"])
+    return clips, time.monotonic() - started
+
+
+def qualities(scenes: Sequence[Scene]) -> Iterator[tuple[str, Quality, QuantizationPlan | None, float | None]]:
+    """bf16's clips, and those of every file of `write_files`."""
+    path = comfyui.find()
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
+        base = prepare_base(Path(folder))
+        shapes_in_comfyui.place_files(base / "models")
+        files = write_files(base / "models" / "diffusion_models")
+        with Server(base, path, cpu=True, environment={"LOWBIT_CACHE_DIR": str(base / "cache")}) as server:
+            reference, seconds = clips_of(server, TRANSFORMER, "bf16", scenes)
+            size = (FOLDER / TRANSFORMER).stat().st_size
+            yield "bf16", judge(reference, [], scenes, seconds, size, size), None, None
+            made: dict[tuple[str, ...], tuple[list[torch.Tensor], float]] = {}
+            for name, (file, plan, told) in files.items():
+                formats = tuple(layer.weight_format for layer in plan.layers.values())
+                if formats not in made:
+                    made[formats] = clips_of(server, file, Path(file).stem, scenes)
+                clips, seconds = made[formats]
+                size = (base / "models" / "diffusion_models" / file).stat().st_size
+                yield name, judge(clips, reference, scenes, seconds, size, size), plan, told
+
+
+def sensitivities() -> dict[str, dict[str, float]]:
+    """How much of a layer's error in 4 bits is the model's, over the root of the layer's share of the weights, by kind."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    tensors = {name: tensor.float() for name, tensor in load_file(FOLDER / TRANSFORMER).items()}
+    model, encode = shapes_in_diffusers.transformer().eval(), shapes_in_diffusers.text_encoder()
+
+    def output(changed: dict[str, torch.Tensor]) -> torch.Tensor:
+        model.load_state_dict(convert_wan_transformer_to_diffusers({**tensors, **changed}))
+        return torch.cat([model(**inputs, return_dict=False)[0] for inputs in seen])
+
+    with torch.inference_mode():
+        seen = [
+            {
+                "hidden_states": torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(seed)),
+                "timestep": torch.tensor([1000 * noise]),
+                "encoder_hidden_states": encode(scene.prompt()),
+            }
+            for seed, scene in enumerate(SHOWN)
+            for noise in SEEN_AT
+        ]
+        exact = output({})
+        plan = make_plan(open_checkpoint(FOLDER / TRANSFORMER), FORMATS["int4_asym_fast"], None)
+        total = sum(tensors[f"{name}.weight"].numel() for name in plan.layers)
+        found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for name in plan.layers:
+            kind = next((kind for kind, endings in KINDS.items() if name.endswith(endings)), None)
+            if kind is not None:
+                weight = tensors[f"{name}.weight"]
+                stored = quantize_to_tensor(weight, FORMATS["int4_asym_fast"]).dequantize()
+                error = relative_error(output({f"{name}.weight": stored}), exact)
+                share = weight.numel() / total
+                found[kind].append(error / relative_error(stored, weight) / share**0.5)
+    return {
+        kind: {"least": min(values), "median": statistics.median(values), "most": max(values)}
+        for kind, values in found.items()
+    }
+
+
+def goals(rows: dict[str, Record]) -> list[Record]:
+    """For each format, dB that a mix of no more bytes is better, and that it is no larger."""
+    entries = []
+    for name, gain in GAINS.items():
+        mixes = [row for title, row in rows.items() if title.startswith(f"mix in {name}'s bytes")]
+        goal = Goal(f"mixed in the bytes of {name}: PSNR above its", gain, "dB")
+        entries.append(goal.judged(row["psnr_mean_db"] - rows[name]["psnr_mean_db"] for row in mixes))
+        size = Goal(f"mixed in the bytes of {name}: tensors' bytes beside its", 100, "%", at_most=True)
+        entries.append(size.judged(100 * row["tensor_bytes"] / rows[name]["tensor_bytes"] for row in mixes))
+    return entries
+
+
+def main() -> None:
+    """Measures and writes the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mixed.json"))
+    options = parser.parse_args()
+    scenes = (*SHOWN, *OTHERS)
+    rows: dict[str, Record] = {}
+    for name, quality, plan, told in qualities(scenes):
+        row: dict[str, Any] = entry(quality)
+        rows[name] = row | {"tensor_bytes": plan.nbytes_after if plan else None, "error_told": told}
+        print(name, quality.text, flush=True)
+    facts = environment(f"ComfyUI {comfyui.version(comfyui.find())}")
+    result = {"environment": facts, "rows": rows, "sensitivities": sensitivities(), "goals": goals(rows)}
+    write(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

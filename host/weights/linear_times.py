@@ -1,0 +1,100 @@
+"""Predicts how long a step of a plan takes on this GPU: each shape of its linears is timed once in each format, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import comfy.model_management
+import torch
+
+from ...attention.environment import detect
+from ...attention.measure import milliseconds
+from ...kernels.measured import MeasuredNumbers
+from ...ops.device_info import device_info
+from ...ops.formats import FORMATS
+from ...ops.keep_rules import KEEP
+from ...ops.linear import quantized_linear, release_scratch
+from ...ops.plan import QuantizationPlan
+from ...ops.quantize import quantize_to_tensor
+from ...ops.trade import Product
+
+FILE_NAME = "linear_timings.json"
+_COPY, _COPIED_BYTES = "copy from pinned memory", 1 << 28
+_HEADROOM = 2 << 30
+
+Call = Callable[[], torch.Tensor]
+
+
+def step_milliseconds(
+    plan: QuantizationPlan, products: list[Product], *, device: torch.device, folder: Path
+) -> float | None:
+    """Time of a step's products; where the model is larger than the GPU, the rest streams meanwhile, if that takes longer.
+
+    Args:
+        plan: of the model.
+        products: its linears.
+        device: where it will run.
+        folder: of quantized files, where times are kept.
+
+    Returns:
+        Milliseconds; None on a CPU, where there is too little memory to measure, or a format cannot be multiplied.
+    """
+    if device.type != "cuda" or plan.family.kind == "text_encoder":
+        return None
+    times = MeasuredNumbers(folder, FILE_NAME)
+    where = detect(device).fingerprint()
+    wanted = sorted({(_called(product), product.weight_format) for product in products})
+    missing = {name for name, form in wanted if form not in (times.get(where, name) or {})}
+    if missing:
+        comfy.model_management.free_memory(_HEADROOM, device)
+        _measure(times, where, [product for product in products if _called(product) in missing], device)
+    found = [(times.get(where, _called(product)) or {}).get(product.weight_format) for product in products]
+    copied = (times.get(where, _COPY) or {}).get(_COPY)
+    if copied is None or any(time is None for time in found):
+        return None
+    streamed = max(plan.nbytes_after - device_info(device).memory_bytes, 0)
+    return max(sum(time for time in found if time is not None), copied * streamed / _COPIED_BYTES)
+
+
+def _called(product: Product) -> str:
+    return f"{product.rows} rows, {product.shape[1]} to {product.shape[0]}"
+
+
+def _measure(times: MeasuredNumbers, where: str, products: Iterable[Product], device: torch.device) -> None:
+    """Adds the times of products, and of a copy, to what is known."""
+    for product in sorted(set(products), key=_called):
+        known = times.get(where, _called(product)) or {}
+        if product.weight_format not in known:
+            _add(times, where, _called(product), known, product.weight_format, partial(_product_call, product, device))
+    if times.get(where, _COPY) is None:
+        _add(times, where, _COPY, {}, _COPY, partial(_copy_call, device))
+    release_scratch()
+
+
+def _add(
+    times: MeasuredNumbers, where: str, called: str, known: dict[str, float], name: str, make: Callable[[], Call]
+) -> None:
+    try:
+        found, _ = milliseconds({name: make()}, torch.device("cuda"))
+    except torch.OutOfMemoryError:
+        return
+    if found:
+        times.put(where, {called: known | found})
+
+
+def _product_call(product: Product, device: torch.device) -> Call:
+    rows, columns = product.shape
+    weight = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+    x = torch.randn(product.rows, columns, device=device, dtype=torch.bfloat16)
+    if product.weight_format == KEEP:
+        return partial(torch.nn.functional.linear, x, weight)
+    row = FORMATS[product.weight_format]
+    return partial(quantized_linear, x, quantize_to_tensor(weight, row), fast=row.fast)
+
+
+def _copy_call(device: torch.device) -> Call:
+    source = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    return partial(target.copy_, source, non_blocking=True)

@@ -1,0 +1,89 @@
+"""The dry run's table: bytes, time and error of a model as small as it gets, as `auto` makes it, and as the file has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import CapabilityError
+from .auto_format import MeasureLayers, plan_format, two_plans
+from .checkpoint import Checkpoint
+from .device_info import DeviceInfo
+from .formats import AS_STORED, AUTO, SMALLEST
+from .keep_rules import KEEP, MODULATION_LAYERS, QUANTIZE, Rule
+from .plan import LayerPlan, QuantizationPlan
+
+TOKENS = 4096
+"""Of the step whose time is told: an image of 1024 x 1024, or a short clip."""
+
+ROWS: Mapping[str, str] = {"smallest": SMALLEST, "balanced": AUTO, "most exact": AS_STORED}
+"""What the table and the presets of Optimize call it -> the format."""
+
+_NOT_AT_EVERY_TOKEN = (Rule(MODULATION_LAYERS), Rule("*", outside_blocks=True))
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear as far as its time goes.
+
+    Attributes:
+        rows: of its input.
+        shape: (out_features, in_features).
+        weight_format: a format's name, or `keep` for 16 bits.
+    """
+
+    rows: int
+    shape: tuple[int, ...]
+    weight_format: str
+
+
+Milliseconds = Callable[[QuantizationPlan, list[Product]], float | None]
+"""Time of a step of a plan's products; None where it cannot be told."""
+
+
+def no_time(plan: QuantizationPlan, products: list[Product]) -> None:
+    """Where nothing is measured, as on a CPU."""
+    return
+
+
+def product_of(layer: LayerPlan, tokens: int = TOKENS) -> Product:
+    """What a layer multiplies in a step: modulation and what stands outside the blocks see one row, as good as none."""
+    rows = 1 if any(rule.matches(layer.name) for rule in _NOT_AT_EVERY_TOKEN) else tokens
+    return Product(rows, layer.shape, layer.weight_format if layer.action == QUANTIZE else KEEP)
+
+
+def trade_table(
+    checkpoint: Checkpoint,
+    device: DeviceInfo,
+    rules: tuple[Rule, ...] | None,
+    measure: MeasureLayers,
+    milliseconds: Milliseconds = no_time,
+    *,
+    pinned: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The lines of the table, none where nothing can be quantized or mixed: `plan_format`'s arguments.
+
+    Args:
+        milliseconds: tells the time of a step.
+
+    Raises:
+        CheckpointError: as `plan_format`.
+    """
+    try:
+        plans = two_plans(checkpoint, device, rules, measure, pinned=pinned)
+        if not plans.eight_bits.changes_weights:
+            return []
+        chosen = {
+            title: plan_format(checkpoint, name, device, rules, measure, pinned=pinned) for title, name in ROWS.items()
+        }
+    except CapabilityError:
+        return []
+    lines = [f"{'':<10} {'GiB':>7} {'ms a step':>9} {'error':>7}"]
+    for title, found in chosen.items():
+        products = [product_of(found.plan.layers[name]) for name in plans.names]
+        time = milliseconds(found.plan, products)
+        shown = "-" if time is None else f"{time:.1f}"
+        size = found.plan.nbytes_after / 2**30
+        lines.append(f"{title:<10} {size:>7.3g} {shown:>9} {100 * plans.error(found.plan):>6.2f}%  {found.name}")
+    about = f"ms a step: what may be quantized, at {TOKENS:,} tokens; error: of the weights, as they bear on the output"
+    return [*lines, about]

@@ -1,0 +1,93 @@
+"""Claims about the dry run's table: what each row is, and times only where something was measured."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from lowbit.errors import CapabilityError
+from lowbit.ops import trade
+from lowbit.ops.auto_format import two_plans
+from lowbit.ops.checkpoint import open_checkpoint
+from lowbit.ops.device_info import DeviceInfo
+from lowbit.ops.formats import FORMATS
+from lowbit.ops.plan import make_plan
+from lowbit.ops.sampled_errors import sampled_errors
+from lowbit.ops.trade import TOKENS, Product, product_of, trade_table
+
+from .conftest import wan_like
+
+SHORT = DeviceInfo("RTX 4090", (8, 9), 1 << 20)
+MEASURE = partial(sampled_errors, device="cpu", folder=None)
+
+
+def rows_of(lines: list[str]) -> dict[str, list[str]]:
+    return {line[:10].strip(): line[10:].split() for line in lines[1:-1]}
+
+
+def test_smallest_balanced_and_most_exact_are_in_that_order(save):
+    checkpoint = open_checkpoint(save(wan_like(blocks=4)))
+    roomy = DeviceInfo("RTX 4090", (8, 9), 1 << 30)
+    rows = rows_of(trade_table(checkpoint, roomy, None, MEASURE))
+    assert list(rows) == ["smallest", "balanced", "most exact"]
+    gib, times, errors, *_ = zip(*rows.values(), strict=False)
+    assert list(map(float, gib)) == sorted(map(float, gib))
+    assert list(times) == ["-"] * 3, "nothing was measured"
+    found = [float(error.rstrip("%")) for error in errors]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 0 < found[1]
+    assert rows["balanced"][3:] == ["int8_convrot_fast"]
+    plans = two_plans(checkpoint, roomy, None, MEASURE)
+    assert float(gib[1]) == pytest.approx(plans.eight_bits.nbytes_after / 2**30, rel=0.01)
+    assert found[1] == pytest.approx(100 * plans.error(plans.eight_bits), abs=0.01)
+
+
+def test_where_memory_is_short_balanced_is_the_mix_that_auto_makes(save):
+    checkpoint = open_checkpoint(save(wan_like(blocks=4)))
+    rows = rows_of(trade_table(checkpoint, SHORT, None, MEASURE))
+    assert rows["balanced"] == rows["smallest"]
+    assert rows["balanced"][3:] == ["int4_asym_fast", "and", "int8_convrot_fast"]
+
+
+def test_a_time_is_asked_of_every_layer_in_the_format_it_has(save, wan_tensors):
+    asked = {}
+
+    def milliseconds(plan, products):
+        asked[plan.nbytes_after] = products
+        return float(len(products))
+
+    checkpoint = open_checkpoint(save(wan_tensors))
+    lines = trade_table(checkpoint, DeviceInfo("H200", (9, 0), 1 << 40), None, MEASURE, milliseconds)
+    assert {row[1] for row in rows_of(lines).values()} == {f"{len(products):.1f}" for products in asked.values()}
+    eight_bits = asked[make_plan(checkpoint, FORMATS["int8_convrot_fast"], None).nbytes_after]
+    assert Product(TOKENS, (512, 256), "int8_convrot_fast") in eight_bits
+    assert Product(1, (1536, 256), "keep") in eight_bits
+    assert all(product.weight_format == "keep" for product in asked[max(asked)])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("blocks.0.ffn.0", TOKENS),
+        ("double_blocks.3.img_mod.lin", 1),
+        ("time_embedding.0", 1),
+        ("blocks.1.attn.q", TOKENS),
+    ],
+)
+def test_modulation_and_conditioning_see_one_row(save, name, rows):
+    checkpoint = open_checkpoint(save({f"{name}.weight": torch.randn(64, 64)}))
+    (layer,) = make_plan(checkpoint, FORMATS["int8"], ()).layers.values()
+    assert product_of(layer) == Product(rows, (64, 64), "int8")
+
+
+def test_there_is_no_table_where_there_is_nothing_to_choose(save, wan_tensors, monkeypatch):
+    stored = open_checkpoint(save({"blocks.0.q.weight": torch.randn(64, 64).to(torch.float8_e4m3fn)}))
+    assert trade_table(stored, SHORT, None, MEASURE) == []
+
+    def too_old(*given, **named):
+        raise CapabilityError("comfy-kitchen is too old")
+
+    monkeypatch.setattr(trade, "two_plans", too_old)
+    assert trade_table(open_checkpoint(save(wan_tensors, "whole.safetensors")), SHORT, None, MEASURE) == []
