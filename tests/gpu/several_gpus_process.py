@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -158,11 +159,22 @@ def failure(model: Any, act: Any) -> dict[str, Any]:
     return {"raised": raised, "seconds": time.perf_counter() - began}
 
 
+def _after(meeting: Any, pid: int) -> Any:
+    """The meeting, when the process is gone that is to be met."""
+
+    def late(groups: Any) -> Any:
+        os.kill(pid, signal.SIGKILL)
+        return meeting(groups)
+
+    return late
+
+
 def run(stages: Stages, found: dict[str, Any], paths: dict[str, Path], folder: Path) -> None:
     """Everything that the tests look at."""
     import comfy.model_management as management
 
     from lowbit.host.dividing import _TEAMS, divide
+    from lowbit.host.several_gpus import process_group
 
     devices = [torch.device("cuda:0"), torch.device("cuda:1")]
     models: list[Any] = []  # as long as one is there, so are the workers
@@ -192,6 +204,12 @@ def run(stages: Stages, found: dict[str, Any], paths: dict[str, Path], folder: P
         pid = team.workers[0].process.pid
         found["death"] = failure(divided, lambda: os.kill(pid, signal.SIGKILL))
         found["death"] |= {"after": error(sample(divided), alone), "same": team.workers[0].process.pid == pid}
+    with stages.stage("a worker that dies while processes meet"):
+        pid = team.workers[0].process.pid
+        team.leave()
+        with patch.object(process_group, "Meeting", side_effect=_after(process_group.Meeting, pid)):
+            found["death while meeting"] = failure(divided, lambda: None)
+        found["death while meeting"] |= {"after": error(sample(divided), alone)}
     with stages.stage("the last model goes"):
         process = team.workers[0].process
         del model, divided

@@ -69,5 +69,12 @@ def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_the_next_run_works(
     assert not result["same"]
 
 
+def test_a_worker_that_dies_while_processes_meet_ends_the_run_too(found):
+    result = found[1]["death while meeting"]
+    assert result["raised"][0] == "WorkerError"
+    assert result["seconds"] < AT_ONCE
+    assert result["after"] <= _bound(found[1]["rows"][0])
+
+
 def test_the_worker_goes_with_the_last_model(found):
     assert found[1]["gone"] == 0

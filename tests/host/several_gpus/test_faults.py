@@ -94,6 +94,26 @@ def test_a_worker_that_dies(load, divide, workers, run, alone, when):
     assert worker_pid(workers) != pid
 
 
+def test_a_worker_that_dies_while_processes_meet(host, load, divide, workers, run, alone, monkeypatch):
+    model = divide(load("wan"))
+    assert relative_error(run.sample(model), alone) <= EXACT
+    pid = worker_pid(workers)
+    workers().leave()
+    meeting = host.team.process_group.Meeting
+
+    def too_late(groups):
+        monkeypatch.undo()
+        os.kill(pid, signal.SIGKILL)
+        return meeting(groups)
+
+    monkeypatch.setattr(host.team.process_group, "Meeting", too_late)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"cpu:1 is gone.*run again"):
+        run.sample(model)
+    assert time.monotonic() - began < SOON
+    assert relative_error(run.sample(model), alone) <= EXACT
+
+
 @pytest.mark.parametrize(
     ("fault", "error", "words"),
     [("memory", MemoryBudgetError, "cpu:1 ran out of memory"), ("error", WorkerError, "a broken weight")],
