@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from demo.clips import REFERENCE  # noqa: E402
 from demo.progress import ProgressLine  # noqa: E402
-from demo.quantized_modules import load  # noqa: E402
+from demo.quantized_modules import DEVICE, DTYPE, load  # noqa: E402
 from lowbit.attention.divided_model import divide_tokens  # noqa: E402
 from testing.measure import relative_error  # noqa: E402
 from testing.tiny.tensors import draw, write  # noqa: E402
@@ -46,11 +47,12 @@ def inputs(frames: int, height: int, width: int, batch: int = 1, by_token: bool 
     generator = torch.Generator().manual_seed(frames * height * width)
     tokens = frames * (height // 2) * (width // 2)
     shape = (batch, tokens) if by_token else (batch,)
-    return {
+    made = {
         "hidden_states": torch.randn(batch, 16, frames, height, width, generator=generator),
         "timestep": torch.rand(shape, generator=generator) * 1000,
         "encoder_hidden_states": torch.randn(batch, 7, TEXT, generator=generator),
     }
+    return {name: tensor.to(DEVICE, DTYPE) for name, tensor in made.items()}
 
 
 def failure(model: torch.nn.Module, named: dict[str, torch.Tensor]) -> list:
@@ -99,7 +101,9 @@ def results() -> dict:
 
 
 def main() -> None:
-    distributed.init_process_group("gloo")
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if DEVICE.type == "cuda" else "gloo")
     with torch.inference_mode():
         found = results()
     (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(found))
