@@ -165,7 +165,7 @@ class SequenceSplit:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copies 16 bytes at a time where both lie so that it can be: as halves PyTorch takes twice as long between strides."""
+    """Copies 16 bytes at a time where both lie so that it can be: PyTorch moves strided tensors element by element."""
     if target.numel() and _in_sixteens(target) and _in_sixteens(source):
         target, source = target.view(torch.complex128), source.view(torch.complex128)
     target.copy_(source)
