@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ..kernels.gather_prompt import gather_prompt
 from ..kernels.norm_rows import add_norm_reference
 from .architecture import Architecture
 from .caches import FULL, CachePolicy, HeavyHitterCache, LayerCache, ring_cache
 from .decoder import Model, add_branch
-from .gathered import gathered_by_key
 from .layers import LayerAttention
 from .reading import rotary_tables
 
@@ -71,8 +71,7 @@ def _fill(
     if window is not None and window < count + room:
         return ring_cache(k, v, count, window)
     if policy.kind != FULL:
-        mask = torch.full((count, count), float("-inf"), device=k.device).triu_(1)
-        return HeavyHitterCache(policy, k, v, gathered_by_key(q, k, mask, scale))
+        return HeavyHitterCache(policy, k, v, gather_prompt(q, k, None, scale))
     key, value = (part.new_zeros(part.shape[0], count + room, part.shape[2]) for part in (k, v))
     key[:, :count], value[:, :count] = k, v
     return LayerCache(key, value, count)

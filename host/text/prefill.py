@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ...kernels.gather_prompt import gather_prompt
 from ...text.caches import FULL, CachePolicy, HeavyHitterCache, LayerCache, ring_cache
-from ...text.gathered import gathered_by_key
 
 
 class Gathered:
@@ -35,7 +35,7 @@ class Gathered:
             attention = kwargs["optimized_attention"]
 
             def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **options: Any) -> torch.Tensor:
-                self.by_layer[index] = gathered_by_key(q[0], k[0], options.get("mask"), q.shape[-1] ** -0.5)
+                self.by_layer[index] = gather_prompt(q[0], k[0], options.get("mask"), q.shape[-1] ** -0.5)
                 return attention(q, k, v, heads, **options)
 
             return args, {**kwargs, "optimized_attention": watched}

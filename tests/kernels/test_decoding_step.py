@@ -8,10 +8,12 @@ from comfy_kitchen.tensor import QuantizedTensor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lowbit.kernels import gather_prompt as gathering
 from lowbit.kernels.attend_cache import attend_cache, attend_cache_reference
 from lowbit.kernels.cache_heads import HeadNorms, _cache_heads_reference, cache_heads
 from lowbit.kernels.evict_slot import evict_slot, evict_slot_reference
 from lowbit.kernels.gate_rows import gate_rows
+from lowbit.kernels.gather_prompt import gather_prompt, gather_prompt_reference
 from lowbit.kernels.matvec_together import PLAIN, matvec_together
 from lowbit.kernels.norm_rows import add_norm, add_norm_reference
 from lowbit.kernels.quantize_rows import apply_activation
@@ -114,6 +116,34 @@ def test_attend_cache_reads_what_is_filled(dtype, sizes, slots, start, step, gat
     if gathered is not None:
         before[:, :length] += weights
         torch.testing.assert_close(gathered, before, rtol=2e-3, atol=2e-3)
+
+
+@given(
+    DTYPES,
+    st.sampled_from([(4, 2, 32), (3, 1, 20), (2, 2, 80)]),
+    st.integers(1, 150),
+    st.sampled_from([None, "causal", "window"]),
+)
+@example(torch.float32, (4, 2, 32), 130, "window")
+@settings(max_examples=8)
+def test_gather_prompt(dtype, sizes, count, masked):
+    """Against the whole matrix of probabilities in float64; tokens first in memory, as core hands them over."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    heads, kv_heads, width = sizes
+    q = torch.randn(count, heads, width, device=device).to(dtype).transpose(0, 1)
+    k = (3 * torch.randn(count, kv_heads, width, device=device)).to(dtype).transpose(0, 1)
+    causal = torch.full((count, count), float("-inf"), device=device).triu_(1)
+    window = causal + torch.full_like(causal, float("-inf")).tril_(-5) if masked == "window" else causal
+    mask = None if masked is None else torch.nan_to_num(window, neginf=float("-inf"))[None, None].to(dtype)
+    scores = q.double() @ k.double().repeat_interleave(heads // kv_heads, 0).transpose(1, 2) * width**-0.5
+    scores += causal.double() if mask is None else mask[0, 0].double()
+    expected = scores.softmax(-1).sum(1).view(kv_heads, -1, count).sum(1).float()
+    for gathers in (gather_prompt, gather_prompt_reference):
+        torch.testing.assert_close(gathers(q, k, mask, width**-0.5), expected, rtol=2e-2, atol=2e-2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathering, "_MOST_SCORES", 7 * heads * count)
+        actual = gather_prompt_reference(q, k, mask, width**-0.5)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
 
 
 @given(

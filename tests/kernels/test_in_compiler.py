@@ -21,6 +21,7 @@ from lowbit.kernels.attention_quantize import quantize_attention
 from lowbit.kernels.cache_heads import HeadNorms, cache_heads
 from lowbit.kernels.evict_slot import evict_slot
 from lowbit.kernels.gate_rows import gate_rows
+from lowbit.kernels.gather_prompt import gather_prompt
 from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.norm_rows import add_norm
 from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
@@ -41,6 +42,7 @@ LAUNCHING = (
     "decode_rows",
     "evict_slot",
     "gate_rows",
+    "gather_prompt",
     "matmul_blocks",
     "matmul_decode",
     "matmul_rows",
@@ -50,7 +52,7 @@ LAUNCHING = (
     "quantize_rows",
     "rotate_rows",
 )
-DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "norm_rows")
+DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "gather_prompt", "norm_rows")
 """Of them, those that choose between Triton and plain torch themselves."""
 
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -184,7 +186,9 @@ def test_every_launch_of_a_decoding_step_compiles_and_fits(cc, sizes, dtype, com
     cache_heads(q, kv, kv, HeadNorms(weight, weight, True), table, table, step, slot, *caches)
     attend_cache(q, *caches, step, 100, 0.1, torch.zeros(kv_heads, 505))
     evict_slot(torch.zeros(kv_heads, 505), torch.zeros(kv_heads, 505, dtype=torch.int64), step, 505, 252)
-    assert len(compiled.kernels) == 7
+    for mask in (None, torch.zeros(505, 505, dtype=dtype)):
+        gather_prompt(torch.randn(heads, 505, width, dtype=dtype), caches[0], mask, 0.1)
+    assert len(compiled.kernels) == 11
     for metadata in compiled.kernels:
         assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
 

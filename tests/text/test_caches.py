@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.kernels.attend_cache import attend_cache
-from lowbit.text import gathered
 from lowbit.text.caches import HEAVY_HITTERS, CachePolicy, HeavyHitterCache, LayerCache, RingCache, choose_kept
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
@@ -94,15 +93,3 @@ def test_a_cache_that_holds_everything_never_gives_a_token_up():
 def test_slots_of_the_other_caches(kind, expected):
     cache = kind(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), 5)
     assert [cache.slot(torch.tensor([step])).item() for step in range(3)] == expected
-
-
-def test_what_a_prompt_gathers_is_what_attention_gives():
-    """Against the whole matrix of probabilities."""
-    q, k = torch.randn(4, 7, 8), torch.randn(2, 7, 8)
-    mask = torch.full((7, 7), float("-inf")).triu(1)
-    scores = (q @ k.repeat_interleave(2, dim=0).transpose(1, 2)) * 8**-0.5 + mask
-    expected = scores.softmax(dim=-1).sum(dim=1).view(2, 2, 7).sum(dim=1)
-    for most in (1 << 26, 60):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gathered, "_MOST_SCORES", most)
-            torch.testing.assert_close(gathered.gathered_by_key(q, k, mask, 8**-0.5), expected)
