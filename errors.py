@@ -23,3 +23,7 @@ class StorageError(LowbitError):
 
 class MemoryBudgetError(LowbitError):
     """A run needs more memory than the GPU, the machine or the user's limit has."""
+
+
+class WorkerError(LowbitError):
+    """A worker process that takes a part of a model's work failed, or is gone."""

@@ -274,6 +274,19 @@ SHOWN: dict[str, Shown] = {
         },
         STEPS_NOTE,
     ),
+    "several_gpus": Shown(
+        "several_gpus.json",
+        lambda record: record["rows"],
+        {
+            "model": "model",
+            "weights, split": "way",
+            "GPUs": "gpus",
+            "s/step": "seconds",
+            "times one GPU": ratio_text("speedup"),
+            "error against one GPU": key_percent("error"),
+        },
+        "Whole steps of real ComfyUI as above, attention exact.",
+    ),
     "formats": Shown("formats.json", named_rows, FORMAT_ERRORS, "Relative, on Gaussian weights."),
     "quality": Shown(
         "quality.json",

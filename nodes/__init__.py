@@ -11,6 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..host.attention import core_names as attention_names
 from ..host.memory import core_names as memory_names
+from ..host.several_gpus import core_names as several_gpus_names
 from ..host.text import core_names as text_names
 from ..host.weights import core_names as weights_names
 from ..ops import kitchen_names
@@ -41,6 +42,11 @@ GROUPS = (
     Group("the attention nodes", "attention", (attention_names,)),
     Group("the memory nodes", "memory", (memory_names,)),
     Group("Text Generation", "text", (text_names,)),
+    Group(
+        "Several GPUs",
+        "several_gpus",
+        (several_gpus_names, weights_names, kitchen_names, attention_names, memory_names),
+    ),
 )
 
 

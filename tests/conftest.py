@@ -49,6 +49,7 @@ LONGEST_FIRST = (
     "headless/test_save.py",
     "headless/test_lora.py",
     "headless/test_attention.py",
+    "host/several_gpus/test_faults.py",
     "headless/test_command_line.py",
     "host/weights/test_quantizing.py",
     "demo/test_demo.py",
@@ -59,14 +60,15 @@ LONGEST_FIRST = (
 TOGETHER = (
     ("browser/",),
     ("nodes/",),
+    ("host/several_gpus/",),
     ("headless/test_memory.py", "headless/test_memory_recovery.py", "headless/test_memory_report.py"),
     ("headless/test_command_line.py", "headless/test_save.py"),
     tuple(
         f"headless/test_{name}.py"
-        for name in ("bad_input", "gguf", "interrupt", "lora", "optimize", "text_generation", "tiny")
+        for name in ("bad_input", "gguf", "interrupt", "lora", "optimize", "several_gpus", "text_generation", "tiny")
     ),
 )
-"""Beginnings of the names of files that ask for the same ComfyUI: one process runs them all, instead of one ComfyUI each."""
+"""Beginnings of the names of files that ask for the same ComfyUI, or the same worker: one process runs them all, instead of one each."""
 
 
 def comfyui_required() -> bool:

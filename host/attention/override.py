@@ -56,7 +56,7 @@ class AttentionOverride:
         self.previous = previous
         self.device: torch.device | None = None
         self.exact_model_call = False
-        self._chosen = _chosen_kernel(previous)
+        self._chosen = chosen_kernel(previous)
         self._chooser = previous if self._chosen is not None else None
         self._wrapped = None if self._chooser is not None else previous
         self._handle = compiled.register(self)
@@ -236,7 +236,7 @@ def _core_exact(args: tuple, kwargs: dict[str, Any], drop_mask: bool) -> torch.T
     return core_attention.attention_pytorch(*args, **(kwargs | {"_inside_attn_wrapper": True}))
 
 
-def _chosen_kernel(override: Attention | None) -> Attention | None:
+def chosen_kernel(override: Attention | None) -> Attention | None:
     """The kernel of core's own choice (set_model_optimized_attention), which calls no function given; else None."""
     if override is None or getattr(override, "__qualname__", "") != _CORE_CHOOSER:
         return None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import os
+import sys
 from pathlib import Path
 
 import comfy.clip_vision
@@ -168,6 +171,33 @@ class TinyFacts:
         return {"ui": {"facts": [str(path)]}}
 
 
+class TinyTwoCPUs:
+    """Passes a model on; from then on Several GPUs (Lowbit) knows the `gpus` "cpus", two processes, and the log tells of them."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "take", ("MODEL",)
+    DIVIDED = "a forward was divided"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"model": ("MODEL",)}}
+
+    def take(self, model):
+        node, process, team = (
+            next(module for key, module in sys.modules.items() if key.endswith(f"lowbit.{name}"))
+            for name in ("nodes.several_gpus", "host.several_gpus.process", "host.several_gpus.team")
+        )
+        tests = Path(__file__).resolve().parents[2] / "tests"
+        process._START = tests / "host" / "several_gpus" / "start_tiny_worker.py"
+        os.environ.setdefault("LOWBIT_TEST_FAULT", str(tests / "none"))
+        devices_of, send = node.devices_of, team.Team.send
+        if not hasattr(team.Team, "told"):
+            team.Team.told = True
+            node.devices_of = lambda gpus, own: (own, own) if gpus == "cpus" else devices_of(gpus, own)
+            team.Team.send = lambda *arguments: (logging.warning(self.DIVIDED), send(*arguments))[1]
+        return (model,)
+
+
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (TinyConditioning, TinyClipVision, TinyAudio, TinyImage, TinyDump, TinyFacts)
+    node.__name__: node
+    for node in (TinyConditioning, TinyClipVision, TinyAudio, TinyImage, TinyDump, TinyFacts, TinyTwoCPUs)
 }

@@ -170,8 +170,9 @@ def _manage(flat: Flat) -> None:
     model = edit.insert(flat, "quantize", edit.own("LowbitQuantizeModel"), "model", model)
     flat["save_model"] = edit.own("LowbitSaveQuantizedModel", links={"model": model})
     flat["save_model"].mode = NEVER
-    model = edit.insert(flat, "attention", edit.own("LowbitAttention"), "model", model)
+    model = edit.insert(flat, "several_gpus", edit.own("LowbitSeveralGPUs"), "model", model)
     flat["save_model"].links["model"] = ("quantize", 0)
+    model = edit.insert(flat, "attention", edit.own("LowbitAttention"), "model", model)
     edit.insert(flat, "memory", edit.own("LowbitMemoryManager"), "model", model)
     edit.relink(flat, (_CLIP, 0), ("memory", 1))
     edit.relink(flat, (_VAE, 0), ("memory", 2))
@@ -250,6 +251,7 @@ def _root(two: bool, singly: bool) -> Box:
             row(_MODEL, _LORA, title="Models"),
             column("optimize", title="In one"),
             row("quantize", column("save_model", above=140), title="In 8 bits"),
+            column("several_gpus", title="On every GPU"),
             column("attention", row(column(_CLIP, _VAE), "memory"), title="Faster, in less memory"),
         )
         prompt = row(_PROMPT, column("release", above=30), column(_NEGATIVE, above=80), title="Prompt")

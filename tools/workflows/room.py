@@ -12,6 +12,7 @@ ROOM: Mapping[str, int] = {
     "LowbitLoadTextEncoder": 130,
     "LowbitReleaseComponent": 120,
     "LowbitQuantizeModel": 130,
+    "LowbitSeveralGPUs": 130,
     # The same footer, and the live meter with every component in its legend.
     "LowbitMemoryManager": 230,
     # That, and the three lines that say what was done.

@@ -1,0 +1,197 @@
+"""One sample over several GPUs of one host, beside one GPU of the same: seconds a step, the same picture, the workers' start.
+
+    NCCL_NVLS_ENABLE=0 python benchmarks/several_gpus.py --out benchmarks/results/several_gpus.json [--model wan480 wan720 qwen] \
+        [--gpus 2 4] [--only NAME ...]
+
+Weights are random at the scale of a trained model's, with fewer blocks, as in benchmarks/steps.py. Workers start once and stay for
+the other ways and cases; how long that takes is measured with a small sample, for which attention has nothing to compile.
+`--devices cpu cpu` tries it without a GPU, on the tiny case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks.goals import Goal, write  # noqa: E402
+from benchmarks.steps import CASES, INT8, Case, Contender, load, sample, write_random  # noqa: E402
+from benchmarks.timing import environment  # noqa: E402
+from testing.core import start_core  # noqa: E402
+from testing.tiny import wan  # noqa: E402
+
+STEPS = 6
+SMALL = (1, 16, 1, 16, 16)
+"""A latent for which hardly anything but the workers' start takes time."""
+FIRST_TIMED = 3
+TINY = wan.WanConfig(dim=256, ffn=512, heads=2, layers=2, text=4096)
+ALL_CASES = CASES | {
+    "tiny": lambda: Case("a tiny Wan", wan.shapes(TINY), TINY.metadata(), (1, 16, 3, 12, 20), (8, 4096))
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is sampled. weights: a format of the loaders, None for the bf16 file. All attention is exact.
+    eight_bits: how keys and values travel. cases: where it is measured; none for all of them."""
+
+    name: str
+    weights: str | None
+    split: str
+    eight_bits: bool = False
+    cases: tuple[str, ...] = ()
+
+
+WAYS = (
+    Way("INT8, sequence", INT8, "sequence"),
+    Way("INT8, auto", INT8, "auto"),
+    Way("bf16, sequence", None, "sequence"),
+    Way("exchange in 8 bits, bf16, sequence", None, "sequence", eight_bits=True, cases=("wan480", "tiny")),
+)
+SPEED_GOALS = (
+    ("wan480", 2, 1.85),
+    ("wan480", 4, 3.5),
+    ("wan720", 2, 1.9),
+    ("wan720", 4, 3.7),
+    ("qwen", 2, 1.6),
+)
+"""Case, GPUs, times as fast as one GPU; the faster split of INT8 weights counts."""
+LARGEST_ERROR = 0.1
+"""Percent, of bf16 weights with exact attention, beside one GPU."""
+LONGEST_START = 10.0
+"""Seconds that the workers may take to start beyond the load of the model."""
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The goals of the cases and numbers of GPUs that were run."""
+    entries = []
+    for case, gpus, factor in SPEED_GOALS:
+        found = [row for row in rows if (row["case"], row["gpus"]) == (case, gpus) and row["way"].startswith("INT8")]
+        if found:
+            fastest = max((row["speedup"] for row in found if "speedup" in row), default=None)
+            entries.append(Goal(f"{case}, INT8 weights, {gpus} GPUs beside one", factor, "x").judged([fastest]))
+    for case, gpus in dict.fromkeys((row["case"], row["gpus"]) for row in rows if row["gpus"] > 1):
+        here = [row for row in rows if (row["case"], row["gpus"]) == (case, gpus)]
+        errors = [100 * row["error"] for row in here if row["way"].startswith("bf16") and "error" in row]
+        name = f"{case}, bf16 weights, exact attention, {gpus} GPUs: error beside one"
+        entries.append(Goal(name, LARGEST_ERROR, "%", at_most=True).judged(errors))
+        starts = [row["start_seconds"] - row["load_seconds"] for row in here if "start_seconds" in row]
+        if starts:
+            name = f"{case}, {gpus} GPUs: the workers' start beyond the model's load"
+            entries.append(Goal(name, LONGEST_START, "s", at_most=True).judged(starts))
+    return entries
+
+
+def run(
+    name: str, case: Case, way: Way, path: Path, folder: Path, devices: list[torch.device], alone: dict[str, Any],
+    kept: dict[int, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """One row.
+
+    Args:
+        alone: what one GPU made of the same, by case and weights; filled when it is its turn.
+        kept: the last model of each number of GPUs, with which its workers stay; filled as well.
+    """
+    from lowbit.host.dividing import divide
+
+    contender = Contender(way.name, way.weights, False, "exact")
+    small = replace(case, latent=SMALL)
+    began = time.perf_counter()
+    model, choice = load(contender, path, folder)
+    sample(model, small, 1)
+    load_seconds = time.perf_counter() - began
+    row: dict[str, Any] = {
+        "case": name,
+        "model": case.title,
+        "way": way.name,
+        "weights": choice,
+        "gpus": len(devices),
+        "load_seconds": load_seconds,
+    }
+    said: list[str] = []
+    if len(devices) > 1:
+        began = time.perf_counter()
+        model = divide(model, devices, way.split, said.append, eight_bits=way.eight_bits)
+        sample(model, small, 1)
+        if len(devices) not in kept:
+            row["start_seconds"] = time.perf_counter() - began
+        kept[len(devices)] = model
+    latent, times = sample(model, case, STEPS)
+    row |= {"seconds": statistics.median(times[FIRST_TIMED:]), "steps": times, "said": said}
+    key = f"{name} {way.weights}"
+    if len(devices) == 1:
+        alone[key] = {"latent": latent, "seconds": row["seconds"]}
+    elif key in alone:
+        row["speedup"] = round(alone[key]["seconds"] / row["seconds"], 3)
+        row["error"] = float((latent - alone[key]["latent"]).norm() / alone[key]["latent"].norm())
+    return row
+
+
+def clean() -> None:
+    """No model stays in this process's GPU."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def main() -> None:
+    """Every case, with one GPU first and then with each number of them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", nargs="*", choices=ALL_CASES, default=list(CASES))
+    parser.add_argument("--gpus", nargs="*", type=int, default=[2, 4])
+    parser.add_argument("--only", nargs="*", choices=[way.name for way in WAYS])
+    parser.add_argument("--devices", nargs="*", help="instead of the GPUs that there are")
+    arguments = parser.parse_args()
+    present = arguments.devices or [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    devices = [torch.device(name) for name in present]
+    out = arguments.out.resolve()
+    before = json.loads(out.read_text())["rows"] if out.exists() else []
+    counts = [count for count in arguments.gpus if count <= len(devices)]
+    # What was measured of other models and numbers of GPUs stays.
+    rows = [row for row in before if row["case"] not in arguments.model or row["gpus"] not in (1, *counts)]
+    alone: dict[str, Any] = {}
+    kept: dict[int, Any] = {}
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
+        start_core(["--base-directory", folder, *([] if devices[0].type == "cuda" else ["--cpu"])])
+        with torch.inference_mode():
+            for name in arguments.model:
+                case = ALL_CASES[name]()
+                path = write_random(Path(folder) / f"{name}.safetensors", case)
+                for way in WAYS:
+                    if (arguments.only and way.name not in arguments.only) or (way.cases and name not in way.cases):
+                        continue
+                    for count in (1, *counts):
+                        if count == 1 and f"{name} {way.weights}" in alone:
+                            continue
+                        try:
+                            row = run(name, case, way, path, Path(folder), devices[:count], alone, kept)
+                        except Exception as error:
+                            text = f"{type(error).__name__}: {error}"
+                            row = {"case": name, "way": way.name, "gpus": count, "failed": text}
+                        rows.append(row)
+                        print(json.dumps(row), flush=True)
+                        write(out, {"environment": environment(), "rows": rows, "goals": goals(rows)})
+                clean()
+                path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""What the node does around a sampling run: prepares the workers, has each forward split, and waits for them at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from ...attention.sequence_split import shares
+from .sending import NotSentError, call_inputs, call_options, check_model, encoded
+from .split_families import CoreFamily
+from .team import ALL, FIRST, LINK, SECOND, Part, Team
+
+log = logging.getLogger("lowbit.several_gpus")
+
+KEY = "lowbit_several_gpus"
+AUTO, SEQUENCE, CFG, BOTH = SPLITS = ("auto", "sequence", "cfg", "both")
+
+_EVERYONE, _FIRST, _SECOND = Part(ALL, ALL), Part(FIRST, FIRST), Part(LINK, SECOND, output=True)
+
+
+@dataclass(frozen=True)
+class Describing:
+    """How a model is made plain data; see `host/model_copy.py`."""
+
+    version: Callable[[Any, Mapping[str, Any]], Any]
+    describe: Callable[[Any, Mapping[str, Any]], Any]
+    is_exact_now: Callable[[Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A forward for some of the processes: its inputs as they are, and encoded."""
+
+    part: Part
+    named: dict[str, Any]
+    sent: Any
+
+
+class DividingHooks:
+    """The wrappers of one node; ComfyUI calls them around its own functions.
+
+    Args:
+        team: the workers.
+        split: one of SPLITS.
+        describing: the functions that know what a model consists of.
+        say: tells the user one sentence.
+        eight_bits: whether keys and values travel in 8 bits.
+    """
+
+    def __init__(
+        self, team: Team, split: str, describing: Describing, say: Callable[[str], None], eight_bits: bool = False
+    ):
+        self._team = team
+        self._split = split
+        self._eight_bits = eight_bits
+        self._describing = describing
+        self._tell = say
+        self._said: set[str] = set()
+        self._model: str | None = None
+        self._family: CoreFamily | None = None
+        self._patches: dict[str, list[Any]] = {}
+
+    def __deepcopy__(self, memo: dict) -> DividingHooks:
+        """Clones of the model share the workers."""
+        return self
+
+    def outer_sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One sampling run; one that cannot go to other GPUs runs on this one."""
+        guider: Any = executor.class_obj  # type: ignore[attr-defined]
+        self._said.clear()
+        self._model = None
+        try:
+            self._prepare(guider.model_patcher, guider.model_options)
+        except NotSentError as error:
+            self._say(str(error))
+        try:
+            out = executor(*args, **kwargs)
+            if self._model is not None:
+                self._team.settle()
+            return out
+        finally:
+            self._model, self._patches = None, {}
+
+    def calc_cond_batch(
+        self, executor: Callable[..., Any], model: Any, conds: Any, x_in: Any, timestep: Any, model_options: Any
+    ) -> Any:
+        """One step: where prompts go to different GPUs, ComfyUI is to batch them as if each had a GPU to itself."""
+        halves = self._model is not None and self._halves()
+        with _twice_the_memory(model.current_patcher) if halves else contextlib.nullcontext():
+            return executor(model, conds, x_in, timestep, model_options)
+
+    def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """One forward, by all."""
+        if self._model is None or torch.compiler.is_compiling():
+            return executor(*args, **kwargs)
+        names = tuple(inspect.signature(executor.class_obj.forward).parameters)
+        named = dict(zip(names, args, strict=False)) | kwargs
+        try:
+            calls = self._calls(named)
+        except NotSentError as error:
+            self._say(str(error))
+            return executor(*args, **kwargs)
+        positional = names[: len(args)]
+
+        def forward(own: dict[str, Any]) -> Any:
+            return executor(
+                *(own[name] for name in positional),
+                **{name: value for name, value in own.items() if name not in positional},
+            )
+
+        parts = [call.part for call in calls]
+        return self._team.forward(lambda: self._run(executor.class_obj, calls, forward), parts)
+
+    def _calls(self, named: dict[str, Any]) -> list[_Call]:
+        """One call for all processes, or one for each half of them."""
+        family = self._family
+        assert family is not None
+        chunks = named["transformer_options"].get("cond_or_uncond") or [0]
+        if not self._halves() or len(chunks) < 2:
+            if self._split == CFG:
+                self._say_once("ComfyUI could not batch the prompts of this run: its tokens are split instead.")
+            return [self._call(family, named, _EVERYONE)]
+        rows, per_chunk = len(named["x"]), len(named["x"]) // len(chunks)
+        first = shares(len(chunks), (1.0, 1.0))[0]
+        halves = (_FIRST, slice(0, first)), (_SECOND, slice(first, len(chunks)))
+        return [self._call(family, _rows(named, rows, per_chunk, half), part) for part, half in halves]
+
+    def _call(self, family: CoreFamily, named: dict[str, Any], part: Part) -> _Call:
+        options = named["transformer_options"]
+        sent = {
+            "inputs": call_inputs(family, named),
+            "options": call_options(options, self._patches),
+            "exact": self._describing.is_exact_now(options),
+        }
+        return _Call(replace(part, eight_bits=self._eight_bits), named, encoded(sent))
+
+    def _run(self, network: Any, calls: list[_Call], forward: Callable[[dict[str, Any]], Any]) -> Any:
+        """Every call by its processes, this one's last so that the others are at work meanwhile."""
+        assert self._model is not None
+        for call in reversed(calls):
+            self._team.send(self._model, call.sent, call.part)
+        own = calls[0]
+        split = self._team.split(network, self._family, own.part)
+        out = forward(own.named) if split is None else split.run(lambda: forward(own.named))
+        if split is not None and split.reason is not None:
+            self._say_once(f"Several GPUs: a step of this model runs on one GPU, since {split.reason}.")
+        results = [out]
+        for call in calls[1:]:
+            rows = len(call.named["x"])
+            results.append(self._team.take_over(out.new_empty(rows, *out.shape[1:])))
+        return out if len(results) == 1 else torch.cat(results)
+
+    def _halves(self) -> bool:
+        """Whether each half of the processes takes one of the two prompts."""
+        team = self._team
+        if self._split == SEQUENCE or FIRST not in team.ranks:
+            return False
+        return self._split != AUTO or len(set(team.speeds)) == 1
+
+    def _say(self, what: str) -> None:
+        self._say_once(f"Several GPUs: {what} cannot be sent to other GPUs, so this run uses one.")
+
+    def _say_once(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self._tell(sentence)
+
+    def _prepare(self, patcher: Any, options: Mapping[str, Any]) -> None:
+        self._family = check_model(patcher, options)
+        own = options["transformer_options"]
+        self._patches = {name: list(listed) for name, listed in own.get("patches", {}).items()}
+        wrappers = own.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
+        if KEY in wrappers:  # what is outside sees the whole forward, what is inside would see a part
+            wrappers[KEY] = wrappers.pop(KEY)
+        version = self._describing.version(patcher, own)
+        self._model = self._team.prepare(
+            patcher.model, version, lambda: encoded(self._describing.describe(patcher, own))
+        )
+
+
+def _rows(named: Mapping[str, Any], rows: int, per_chunk: int, half: slice) -> dict[str, Any]:
+    """A batched call's inputs for some of its prompts: what has a row for each is cut, the rest is for all."""
+    first, last = half.start * per_chunk, half.stop * per_chunk
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cut(item) for item in value]
+        has_rows = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
+        return value[first:last] if has_rows else value
+
+    options = named["transformer_options"]
+    own = {**options, "cond_or_uncond": options["cond_or_uncond"][half]}
+    return {name: cut(value) for name, value in named.items() if name != "transformer_options"} | {
+        "transformer_options": own
+    }
+
+
+@contextlib.contextmanager
+def _twice_the_memory(patcher: Any) -> Iterator[None]:
+    """ComfyUI batches the prompts that fit one GPU: for the length of a call it sees the memory of two."""
+    if "get_free_memory" in vars(patcher):  # a memory manager has its own mind
+        yield
+        return
+    patcher.get_free_memory = lambda device: 2 * type(patcher).get_free_memory(patcher, device)
+    try:
+        yield
+    finally:
+        del patcher.get_free_memory

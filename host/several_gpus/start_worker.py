@@ -1,0 +1,75 @@
+"""The worker's first file, run by its path: brings up ComfyUI's core as its main.py does, without nodes and server."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+PACK = "lowbit_worker"
+
+
+def start_core(told: dict[str, Any]) -> None:
+    """Core with the settings of ComfyUI's command line, dynamic VRAM included where ComfyUI has it."""
+    from comfy.cli_args import PerformanceFeature, args, enables_dynamic_vram
+
+    vars(args).update(told["settings"])
+    args.fast = {PerformanceFeature(name) for name in told["fast"]}
+    if enables_dynamic_vram():
+        import comfy_aimdo.control
+
+        headroom = None if args.reserve_vram is None else int(args.reserve_vram * 1024**3)
+        try:
+            comfy_aimdo.control.init(simple_vram_headroom=headroom, nvml_pressure=not args.disable_nvml_pressure)
+        except TypeError:  # an older comfy-aimdo
+            comfy_aimdo.control.init()
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    if told["dynamic_vram"]:
+        index = comfy.model_management.get_torch_device().index
+        try:
+            working = comfy_aimdo.control.init_devices([(index, int(args.vram_headroom * 1024**3))])
+        except TypeError:  # an older comfy-aimdo
+            working = comfy_aimdo.control.init_devices([index])
+        if working:
+            comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+            comfy.memory_management.aimdo_enabled = True
+
+
+def import_pack(folder: Path, name: str) -> None:
+    """The pack as a package of a name that an import statement can say."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def main() -> None:
+    """Takes the number of its socket from the command line, and everything else from there."""
+    sys.path.pop(0)  # this folder, whose files would hide others
+    # Ctrl-C reaches every process of a terminal; ComfyUI decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    told = json.loads(connection.recv_bytes())[0]
+    logging.basicConfig(level=logging.WARNING, format=f"[{told['name']}] %(message)s")
+    sys.path.insert(0, told["comfyui"])
+    os.chdir(told["comfyui"])
+    start_core(told)
+    import_pack(Path(told["pack"]), PACK)
+    importlib.import_module(f"{PACK}.host.model_copy").serve(connection)
+
+
+if __name__ == "__main__":
+    main()

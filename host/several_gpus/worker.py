@@ -1,0 +1,178 @@
+"""A worker's loop: holds copies of models, takes its part of every forward, and ends with ComfyUI."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import comfy.model_management
+import torch
+
+from ...attention.sequence_split import Exchange
+from . import plain_data, process_group
+from .channel import Channel, Message
+from .forward import CoreForward, NotSplitError
+
+log = logging.getLogger("lowbit.several_gpus")
+
+_LOOK_FOR_PARENT = 2.0
+"""Seconds; a process that ComfyUI has forked may hold the socket open after its death."""
+
+
+class ModelCopies(Protocol):
+    """What knows how to build models here."""
+
+    def take(self, model: str, description: Any) -> None:
+        """Builds or changes the copy of a model."""
+
+    def begin(self, model: str) -> None:
+        """A sampling run of this model starts."""
+
+    def end(self) -> None:
+        """It is over."""
+
+    def forget(self, model: str) -> None:
+        """Nobody has the model any more."""
+
+    def forward(self, model: str, call: Any, split: CoreForward | None) -> Any:
+        """One call of the diffusion model."""
+
+    def splitting(self, model: str, group: Any, speeds: Sequence[float], exchange: Exchange) -> CoreForward:
+        """How the model's forward is split."""
+
+
+class Worker:
+    """One process; see `team.Team` for what it is told."""
+
+    def __init__(self, channel: Channel, copies: ModelCopies):
+        self._channel = channel
+        self._copies = copies
+        self._device = comfy.model_management.get_torch_device()
+        self._messages: queue.SimpleQueue[tuple[Message, list[torch.Tensor]]] = queue.SimpleQueue()
+        self._groups: dict[str, process_group.ProcessGroup] = {}
+        self._speeds: dict[str, Sequence[float]] = {}
+        self._generation = self._stopped = -1
+        self._parent = os.getppid()
+
+    def serve(self) -> None:
+        """Does what it is told until ComfyUI is gone."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+        with torch.inference_mode():
+            while True:
+                message, tensors = self._messages.get()
+                # What an earlier forward was stopped with.
+                comfy.model_management.interrupt_current_processing(False)
+                try:
+                    getattr(self, f"_do_{message['do']}")(message, tensors)
+                except BaseException as error:  # noqa: BLE001  # whatever it is, ComfyUI has to hear of it
+                    self._fail(message, error)
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                message, tensors = self._channel.receive()
+                if message["do"] == "stop":
+                    self._stop(message["generation"])
+                else:
+                    self._messages.put((message, tensors))
+        except (EOFError, OSError):
+            os._exit(0)  # the other thread may be waiting for a GPU
+
+    def _watch(self) -> None:
+        while os.getppid() == self._parent:
+            threading.Event().wait(_LOOK_FOR_PARENT)
+        os._exit(0)
+
+    def _stop(self, generation: int) -> None:
+        self._stopped = max(self._stopped, generation)
+        comfy.model_management.interrupt_current_processing(True)
+        for group in list(self._groups.values()):
+            group.end()
+
+    def _fail(self, message: Message, error: BaseException) -> None:
+        lines = traceback.format_exception_only(error)
+        stopped = message.get("generation", self._stopped + 1) <= self._stopped
+        if not stopped:
+            log.warning("%s", "".join(traceback.format_exception(error)))
+        # Told before the group is left: the others' complaints come later.
+        self._channel.send(
+            {
+                "reply": "failed",
+                "to": message["do"],
+                "model": message.get("model"),
+                "generation": message.get("generation"),
+                "text": lines[-1].strip(),
+                "memory": bool(comfy.model_management.is_oom(error)),
+            }
+        )
+        error.__traceback__ = None
+        if message["do"] in ("join", "run"):
+            self._leave()
+        if message["do"] == "run":
+            self._copies.end()
+
+    def _leave(self) -> None:
+        for group in self._groups.values():
+            group.end()
+        self._groups = {}
+        self._generation = -1
+
+    def _do_model(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        self._copies.take(message["model"], plain_data.put_together(message["description"], tensors))
+        self._channel.send({"reply": "model", "model": message["model"]})
+
+    def _do_forget(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        self._copies.forget(message["model"])
+
+    def _do_speed(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        self._channel.send({"reply": "speed", "speed": process_group.speed(self._device)})
+
+    def _do_join(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        if message["generation"] != self._generation:
+            self._leave()
+            self._generation = message["generation"]
+        groups = {}
+        for name, ranks in message["groups"].items():
+            if message["rank"] in ranks and len(ranks) > 1:
+                place = Path(message["folder"]) / name
+                rank = ranks.index(message["rank"])
+                groups[name] = process_group.join(place, rank, len(ranks), self._device)
+        self._groups |= groups
+        self._speeds |= message["speeds"]
+        self._channel.send({"reply": "join", "generation": message["generation"]})
+        for group in groups.values():
+            group.meet()
+        self._channel.send({"reply": "met", "generation": message["generation"]})
+
+    def _do_begin(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        self._copies.begin(message["model"])
+
+    def _do_run(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        if message["generation"] <= self._stopped:
+            return
+        value, inputs = plain_data.from_json(message["call"].encode(), self._device)
+        self._groups[message["inputs"]].send_to_all(inputs)
+        group = self._groups.get(message["split"])
+        model, split = message["model"], None
+        if group is not None:
+            speeds = self._speeds[message["split"]]
+            split = self._copies.splitting(model, group, speeds, Exchange(**message["exchange"]))
+        try:
+            out = self._copies.forward(model, plain_data.put_together(value, inputs), split)
+        except NotSplitError:
+            out = torch.empty(0, device=self._device)
+        if message["output"]:
+            self._groups[message["inputs"]].hand_over(out)
+
+    def _do_settle(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._copies.end()
+        self._channel.send({"reply": "settle", "generation": message["generation"]})

@@ -1,0 +1,228 @@
+"""What goes wrong ends the run with one sentence, and the next run works; no worker outlives its model or ComfyUI."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from lowbit.errors import MemoryBudgetError, WorkerError
+from testing import comfyui
+from testing.measure import relative_error
+
+from .support import EXACT, Run
+
+SOON = 10.0
+
+
+@pytest.fixture(scope="module")
+def run():
+    return Run((1, 16, 3, 10, 14))
+
+
+@pytest.fixture(scope="module")
+def alone(load, run):
+    return run.sample(load("wan"))
+
+
+@contextlib.contextmanager
+def in_the_middle(model, act):
+    """Calls `act` once, when the model's second block begins."""
+    left = [act]
+    block = model.model.diffusion_model.blocks[1]
+    hook = block.register_forward_pre_hook(lambda *_: left.pop()() if left else None)
+    try:
+        yield
+    finally:
+        hook.remove()
+    assert not left
+
+
+def gone(pid: int) -> bool:
+    end = time.monotonic() + SOON
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def worker_pid(workers) -> int:
+    return workers().workers[0].process.pid
+
+
+def test_an_interrupt_in_the_middle_of_a_step(load, divide, workers, run, alone):
+    import comfy.model_management as management
+
+    model = divide(load("wan"))
+    assert relative_error(run.sample(model), alone) <= EXACT
+    pid, began = worker_pid(workers), time.monotonic()
+    with (
+        pytest.raises(management.InterruptProcessingException),
+        in_the_middle(model, lambda: management.interrupt_current_processing(True)),
+    ):
+        run.sample(model)
+    assert time.monotonic() - began < SOON
+    assert relative_error(run.sample(model), alone) <= EXACT
+    assert worker_pid(workers) == pid, "an interrupt is no reason to load the model anew"
+
+
+@pytest.mark.parametrize("when", ["in the middle of a step", "between two runs"])
+def test_a_worker_that_dies(load, divide, workers, run, alone, when):
+    model = divide(load("wan"))
+    assert relative_error(run.sample(model), alone) <= EXACT
+    pid = worker_pid(workers)
+    if when == "between two runs":
+        os.kill(pid, signal.SIGKILL)
+        workers().workers[0].process.wait(SOON)
+    else:
+        with (
+            pytest.raises(WorkerError, match=r"cpu:1 is gone.*run again"),
+            in_the_middle(model, lambda: os.kill(pid, signal.SIGKILL)),
+        ):
+            run.sample(model)
+    assert relative_error(run.sample(model), alone) <= EXACT
+    assert worker_pid(workers) != pid
+
+
+def test_a_worker_that_dies_while_processes_meet(host, load, divide, workers, run, alone, monkeypatch):
+    model = divide(load("wan"))
+    assert relative_error(run.sample(model), alone) <= EXACT
+    pid = worker_pid(workers)
+    workers().leave()
+    meeting = host.team.process_group.Meeting
+
+    def too_late(groups):
+        monkeypatch.undo()
+        os.kill(pid, signal.SIGKILL)
+        return meeting(groups)
+
+    monkeypatch.setattr(host.team.process_group, "Meeting", too_late)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match=r"cpu:1 is gone.*run again"):
+        run.sample(model)
+    assert time.monotonic() - began < SOON
+    assert relative_error(run.sample(model), alone) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [("memory", MemoryBudgetError, "cpu:1 ran out of memory"), ("error", WorkerError, "a broken weight")],
+)
+@pytest.mark.parametrize("split", ["sequence", "cfg"])
+def test_a_worker_that_fails(host, load, divide, workers, run, alone, fault, error, words, split):
+    model = divide(load("wan"), split)
+    assert relative_error(run.sample(model), alone) <= EXACT
+    pid = worker_pid(workers)
+    (host.folder / "fault").write_text(fault)
+    with pytest.raises(error, match=words):
+        run.sample(model)
+    assert not (host.folder / "fault").exists()
+    assert relative_error(run.sample(model), alone) <= EXACT
+    assert worker_pid(workers) == pid
+
+
+def test_an_error_of_this_process_is_its_own(load, divide, run, alone):
+    model = divide(load("wan"))
+
+    def broken():
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"), in_the_middle(model, broken):
+        run.sample(model)
+    assert relative_error(run.sample(model), alone) <= EXACT
+
+
+def test_running_out_of_memory_here_is_done_again_by_all(load, divide, parts, run, alone):
+    """As a memory manager does it: never on one GPU alone."""
+    model = divide(load("wan"))
+
+    def exhausted():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError), in_the_middle(model, exhausted):
+        run.sample(model)
+    before = len(parts)
+    assert relative_error(run.sample(model), alone) <= EXACT
+    assert len(parts) > before
+
+
+def test_a_file_that_a_worker_cannot_load(host, load, divide, run):
+    """This process has read it already."""
+    model = load("wan", "int8")
+    path = Path(model.cached_patcher_init[1][0])
+    moved = path.rename(path.with_suffix(".away"))
+    try:
+        with pytest.raises(WorkerError, match=path.name):
+            run.sample(divide(model))
+    finally:
+        moved.rename(path)
+    assert relative_error(run.sample(divide(model)), run.sample(model)) < 0.01
+
+
+def test_workers_go_with_the_last_model(host, run):
+    """A team of its own: the other tests' models stay."""
+    import comfy.model_management as management
+
+    devices = (torch.device("cpu"), torch.device("cpu:0"))
+    divided = [
+        host.dividing.divide(host.loading.load_diffusion_model(str(host.folder / "wan.safetensors")), devices, "auto")
+        for _ in range(2)
+    ]
+    for model in divided:
+        run.sample(model)
+    team = host.dividing._TEAMS[devices]
+    pid, meeting = team.workers[0].process.pid, Path(team._meeting.name)
+    assert meeting.is_dir(), "NCCL's processes meet there when they first send something"
+    assert meeting.stat().st_mode & 0o077 == 0
+    for left in (1, 0):
+        management.unload_all_models()
+        del divided[left:]
+        model = None
+        gc.collect()
+        assert psutil.pid_exists(pid) == bool(left) or gone(pid)
+    assert not meeting.exists()
+
+
+PARENT = """
+import os, sys, torch
+sys.path += [{comfyui!r}, {root!r}, {here!r}]
+from comfy.cli_args import args
+args.cpu = True
+from lowbit.host.dividing import divide, _TEAMS
+from lowbit.host.weights.loading import load_diffusion_model
+from support import Run
+with torch.inference_mode():
+    model = divide(load_diffusion_model({path!r}), [torch.device("cpu")] * 2, "sequence")
+    run = Run((1, 16, 3, 10, 14))
+    run.sample(model)
+    print(next(iter(_TEAMS.values())).workers[0].process.pid, flush=True)
+    while True:
+        run.sample(model, 20)
+"""
+
+
+def test_comfyui_killed_leaves_no_worker(host):
+    """In the middle of a run."""
+    here = Path(__file__).resolve().parent
+    script = PARENT.format(
+        comfyui=str(comfyui.find()),
+        root=str(comfyui.CHECKOUT),
+        here=str(here),
+        path=str(host.folder / "wan.safetensors"),
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    pid = int(parent.stdout.readline())
+    assert psutil.pid_exists(pid)
+    parent.kill()
+    parent.wait()
+    assert gone(pid)

@@ -1,0 +1,159 @@
+"""What cannot be sent is named and runs on one GPU, with the same picture; what can be comes out as it went in."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from testing.measure import relative_error
+
+from .support import EXACT, Run, with_lora
+
+RUN = Run((1, 16, 2, 6, 10))
+
+
+def _wrapper(kind):
+    def put(model):
+        from comfy.patcher_extension import WrappersMP
+
+        def halving(executor, *args, **kwargs):
+            return executor(*args, **kwargs) * 0.5
+
+        model.add_wrapper_with_key(getattr(WrappersMP, kind), "foreign", halving)
+
+    return put
+
+
+def _replacing(model):
+    model.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 1)
+
+
+def _weight(model):
+    key = "diffusion_model.blocks.0.self_attn.q.weight"
+    model.add_patches({(key, None, lambda weight: weight * 1.5): ("diff", (torch.ones(160, 160) / 40,))}, 1.0)
+
+
+def _forward(model):
+    network = model.model.diffusion_model
+    model.add_object_patch("diffusion_model.blocks.0", network.blocks[0])
+
+
+FOREIGN = {
+    "wrapper .*halving": _wrapper("DIFFUSION_MODEL"),
+    "the wrapper .*halving": _wrapper("APPLY_MODEL"),
+    "patch that replaces dit blocks": _replacing,
+    "the patch .*lambda": lambda model: model.set_model_attn1_patch(lambda kwargs: kwargs["x"] * 0.9),
+    "model function wrapper": lambda model: model.set_model_unet_function_wrapper(
+        lambda apply, args: apply(args["input"], args["timestep"], **args["c"]) * 0.5
+    ),
+    "changes the weight by a function": _weight,
+    "object patch on diffusion_model.blocks.0": _forward,
+    "attention of .*_foreign_attention": lambda model: model.model_options["transformer_options"].update(
+        optimized_attention_override=_foreign_attention
+    ),
+    "my_option": lambda model: model.model_options["transformer_options"].update(my_option=object()),
+}
+
+
+def _foreign_attention(function, *args, **kwargs):
+    return function(*args, **kwargs) * 1.1
+
+
+@pytest.mark.parametrize("words", FOREIGN)
+def test_what_cannot_be_sent_says_so_by_name_and_runs_here(load, divide, parts, words):
+    model = load("wan")
+    FOREIGN[words](model)
+    assert relative_error(RUN.sample(divide(model)), RUN.sample(model)) <= EXACT
+    assert parts == []
+    (sentence,) = divide.said
+    assert re.search(f"Several GPUs: .*{words}.* cannot be sent to other GPUs", sentence)
+
+
+def test_a_model_of_another_kind_runs_here(host, load, divide, parts):
+    model = load("wan")
+
+    class Other(type(model.model.diffusion_model)):
+        pass
+
+    model.model.diffusion_model.__class__ = Other
+    try:
+        assert RUN.sample(divide(model)).isfinite().all()
+    finally:
+        model.model.diffusion_model.__class__ = Other.__bases__[0]
+    assert parts == []
+    assert ["of the kind Other" in sentence for sentence in divide.said] == [True]
+
+
+def test_a_model_that_no_file_holds_runs_here(load, divide, parts):
+    model = load("wan")
+    model.cached_patcher_init = None
+    RUN.sample(divide(model))
+    assert parts == []
+    assert ["has loaded from a file" in sentence for sentence in divide.said] == [True]
+
+
+def test_cores_choice_of_attention_and_its_loader_go_along(host, divide, parts):
+    import comfy.sd
+    from comfy.ldm.modules.attention import get_attention_function
+
+    model = comfy.sd.load_diffusion_model(str(host.folder / "wan.safetensors"))
+    model.set_model_optimized_attention(get_attention_function("sub_quad"))
+    assert relative_error(RUN.sample(divide(model)), RUN.sample(model)) <= EXACT
+    assert set(parts) == {"all"}
+    assert divide.said == []
+
+
+def test_a_model_patched_as_before_is_not_sent_again(load, divide, workers, monkeypatch):
+    model = with_lora(load("wan"), 0.5)
+    RUN.sample(divide(model))
+    described = []
+    monkeypatch.setattr(workers().workers[0], "send", _noting(workers().workers[0].send, described))
+    RUN.sample(divide(model.clone()))
+    assert "model" not in described
+    RUN.sample(divide(with_lora(model, 0.1)))
+    assert described.count("model") == 1
+
+
+def _noting(send, described):
+    def noting(message, tensors=()):
+        described.append(message["do"])
+        send(message, tensors)
+
+    return noting
+
+
+def test_a_memory_limit_goes_along(host, load, monkeypatch):
+    session = host.model_copy.session()
+    monkeypatch.setattr(session.limit, "nbytes", 12345)
+    model = load("wan")
+    options = model.model_options["transformer_options"]
+    assert host.model_copy.describe(model, options)["limit"] == 12345
+    assert 12345 in host.model_copy.version(model, options)
+
+
+def test_plain_data_comes_out_as_it_went_in(core_modules):
+    from lowbit.host.several_gpus import plain_data
+
+    value = {
+        "a": [1, 2.5, None, True, "text"],
+        "b": (torch.randn(3, 5), {"c": torch.arange(4), "d": torch.bfloat16}),
+        "e": torch.randn(0, 2),
+        "f": torch.randn(2, 2).bfloat16(),
+    }
+    encoded, tensors = plain_data.take_apart(value)
+    read, empty = plain_data.from_json(plain_data.as_json(encoded, tensors), torch.device("cpu"))
+    for ours, theirs in zip(empty, tensors, strict=True):
+        plain_data.as_bytes(ours).copy_(plain_data.as_bytes(theirs))
+    back = plain_data.put_together(read, empty)
+    assert str(back) == str(value)
+    assert type(back["b"]) is tuple
+
+
+@pytest.mark.parametrize("foreign", [object(), {1, 2}, {3: "a key that is no name"}, lambda: None, b"bytes"])
+def test_what_is_not_plain_is_named(core_modules, foreign):
+    from lowbit.host.several_gpus import plain_data
+
+    with pytest.raises(plain_data.NotPlainError, match=r"here\.there"):
+        plain_data.take_apart({"here": {"there": [foreign]}})
