@@ -324,6 +324,7 @@ REFUSED = {
         "a.weight_scale",
     ),
     "AWQ whose last group is smaller": (awq(torch.randn(16, 160), 128)[0], "a.qweight"),
+    "GPTQ beside a plain weight": ({**gptq(4)(_weight())[0], "weight": torch.randn(64, 128)}, "a.qweight"),
     "GPTQ of some size or another": (_without(gptq(4, 64)(torch.randn(16, 200))[0], "g_idx"), "a.qweight"),
     "smoothed FP8 in blocks": (
         {**blocks(128, 128)(_weight())[0], "pre_quant_scale": torch.ones(128)},
