@@ -300,6 +300,31 @@ SHOWN: dict[str, Shown] = {
         },
         "On a CPU, where the `_fast` FP8 and FP4 formats do not quantize activations: their rows are those of the weights.",
     ),
+    "mixed": Shown(
+        "mixed.json",
+        named_rows,
+        {
+            "format": "name",
+            "PSNR, dB": "psnr_mean_db",
+            "worst clip": "psnr_worst_db",
+            "shows what was asked": lambda row: f"{row['as_asked']} of {row['clips']}",
+            "tensors, bytes": "tensor_bytes",
+            "error as the dry run tells it": key_percent("error_told"),
+        },
+        "The trained model again; a row of one format, and of mixes of no more bytes.",
+    ),
+    "mixed_large": Shown(
+        "mixed.json",
+        lambda record: record["large_models"],
+        {
+            "model": "name",
+            "": "what",
+            "weights": lambda row: gib(row["tensor_bytes"]),
+            "error as the dry run tells it": key_percent("error_told"),
+        },
+        "Real sizes, Gaussian weights, an RTX 20 to H200, on which 8 bits are 1.55 times the memory there is.",
+        goals=False,
+    ),
     "quantize": Shown(
         "quantize-h200.json",
         named_rows,
