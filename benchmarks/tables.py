@@ -393,7 +393,8 @@ SHOWN: dict[str, Shown] = {
             "error": key_percent("error"),
             "error of decoding at every call": key_percent("peer_error"),
         },
-        "One layer of 13,824 x 5,120 as int8_convrot_fast, beside ComfyUI-GGUF's decoder and a 16-bit product.",
+        "One layer of 13,824 x 5,120 as int8_convrot_fast, beside ComfyUI-GGUF's decoder and a 16-bit product (an earlier "
+        "run). The copy is not sent to the disk; what is converted is, and read back.",
     ),
     "families": Shown(
         "families.json",
