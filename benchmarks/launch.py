@@ -1,0 +1,287 @@
+"""What a quantized linear takes of the processor, by stage, beside ComfyUI's own 16-bit one; and so a whole step.
+
+    python benchmarks/launch.py --out benchmarks/results/launch.json [--before OTHER.json]
+
+Linears and steps are those of a Qwen-Image model of real width that ComfyUI has loaded, with dynamic VRAM and without.
+The GPU's work is not waited for. Without a GPU the model is tiny and nothing is launched: products return what they
+would have written, so only what Python does before counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+from benchmarks.goals import Goal, write  # noqa: E402
+from benchmarks.steps import DEVICE, Case, sample, write_random  # noqa: E402
+from benchmarks.timing import environment  # noqa: E402
+from testing.core import start_core  # noqa: E402
+from testing.tiny import qwen_image  # noqa: E402
+
+HEADS, LAYERS, JOINT = (24, 4, 3584) if DEVICE == "cuda" else (2, 2, 64)
+LINEAR = "transformer_blocks.0.attn.to_out.0"
+LORA_RANK = 16
+ROWS = (1, 512, 4096)
+BF16 = "bf16"
+FORMATS = (
+    "fp8_e4m3fn_scaled_fast",
+    "int8_fast",
+    "int8_convrot_fast",
+    "mxfp8_fast",
+    "fp4_scaled_fast",
+    "int4_convrot_fast",
+    "int4_asym_fast",
+)
+STEPS, FIRST_TIMED = 8, 3
+LATENT = (1, 16, 1, 16, 16)
+"""So small that a step waits for the processor."""
+CALLS, BETWEEN_WAITS = 200, 20
+
+LAUNCHED: dict[str, tuple[str, ...]] = {
+    "quantize input": ("quantize_rows", "rotate_rows", "split_rows"),
+    "product": ("_fp8_matmul", "matmul_rows", "matmul_split", "matmul_blocks", "matvec_decode", "matmul_decode"),
+}
+"""Stage -> the functions of ops/linear_paths.py that it is."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Microseconds of the processor for one linear called once; stages are parts of `call`, as far as they can be told."""
+
+    format: str
+    dynamic: bool
+    rows: int
+    call: float
+    stages: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As it is written."""
+        stages = {name: round(us, 2) for name, us in self.stages.items()}
+        return {"format": self.format, "dynamic": self.dynamic, "rows": self.rows, "call": self.call, "stages": stages}
+
+
+def wait() -> None:
+    """For the GPU, where there is one."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """The median of what `call` takes to return; the GPU's queue never runs full."""
+    for _ in range(10):
+        call()
+    times = []
+    for index in range(CALLS):
+        if index % BETWEEN_WAITS == 0:
+            wait()
+        started = time.perf_counter_ns()
+        call()
+        times.append(time.perf_counter_ns() - started)
+    wait()
+    return round(statistics.median(times) / 1e3, 2)
+
+
+@contextlib.contextmanager
+def nothing_launched() -> Iterator[None]:
+    """Without a GPU: every path is chosen as on a GPU of cc 9.0, and launches nothing."""
+    if DEVICE == "cuda":
+        yield
+        return
+    from lowbit.kernels import quantize_rows, rotate_rows
+    from lowbit.ops import linear, linear_paths, scratch
+    from lowbit.ops.linear_table import Gpu
+
+    gpu = Gpu((9, 0), True)
+
+    def launched(*_: Any, **__: Any) -> bool:
+        return True
+
+    kernels = ("quantize_rows", "rotate_rows", "decode_rows", "matmul_rows", "matmul_split", "split_rows")
+    kernels += ("matmul_blocks", "matvec_decode", "matmul_decode")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(linear, "_gpu", lambda *_: gpu))
+        stack.enter_context(mock.patch.object(scratch, "INTERPRETED", True))  # kept, as a GPU's is
+        for module in (quantize_rows, rotate_rows):
+            stack.enter_context(mock.patch.object(module, "launch", launched))
+        for name in kernels[2:]:
+            stack.enter_context(mock.patch.object(linear_paths, name, launched))
+        stack.enter_context(mock.patch.object(linear_paths, "_takes_scaled_mm", lambda *_: True))
+        stack.enter_context(mock.patch.object(linear_paths, "multiprocessor_count", lambda *_: 132))
+        stack.enter_context(mock.patch.object(torch, "_scaled_mm", launched))
+        yield
+
+
+def launch_stages(call: Callable[[], object]) -> dict[str, float]:
+    """Microseconds inside the functions of `LAUNCHED` in one call."""
+    from lowbit.ops import linear_paths
+
+    spent = dict.fromkeys(LAUNCHED, 0)
+    inside: list[str] = []
+
+    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            inside.append(stage)
+            started = time.perf_counter_ns()
+            result = function(*arguments, **options)
+            taken = time.perf_counter_ns() - started
+            inside.pop()
+            if not inside:
+                spent[stage] += taken
+            return result
+
+        return run
+
+    times: dict[str, list[int]] = {stage: [] for stage in LAUNCHED}
+    with contextlib.ExitStack() as stack:
+        for stage, names in LAUNCHED.items():
+            for name in names:
+                function = getattr(linear_paths, name, None)
+                if function is not None:
+                    stack.enter_context(mock.patch.object(linear_paths, name, timed(stage, function)))
+        for index in range(CALLS):
+            if index % BETWEEN_WAITS == 0:
+                wait()
+            spent.update(dict.fromkeys(LAUNCHED, 0))
+            call()
+            for stage, taken in spent.items():
+                times[stage].append(taken)
+    return {stage: statistics.median(values) / 1e3 for stage, values in times.items()}
+
+
+def cast_weight(module: Any, x: torch.Tensor) -> None:
+    """What our forward asks of ComfyUI for every call: the weight where the input is."""
+    import comfy.ops
+
+    with comfy.ops.CastBiasWeightContext(
+        module, input=None, dtype=module.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
+        compute_dtype=x.dtype, want_requant=True,
+    ):  # fmt: skip
+        pass
+
+
+def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
+    """One linear as it is called, and its stages; ours has more of them."""
+    import comfy.ops
+
+    from lowbit.ops.linear import quantized_linear
+    from lowbit.ops.side_product import LowRankUpdate, SideProduct
+
+    dtype = module.weight.dtype if choice == BF16 else torch.bfloat16
+    x = torch.randn(1, rows, module.in_features, device=DEVICE, dtype=dtype)
+    call = microseconds(lambda: module(x))
+    if choice == BF16:
+        return Row(choice, dynamic, rows, call, {})
+    stages = {"weight": microseconds(lambda: cast_weight(module, x))}
+    with comfy.ops.CastBiasWeightContext(
+        module, input=None, dtype=module.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
+        compute_dtype=x.dtype, want_requant=True,
+    ) as (weight, bias):  # fmt: skip
+        linear = microseconds(lambda: quantized_linear(x, weight, bias))
+        without_bias = microseconds(lambda: quantized_linear(x, weight, None))
+        launches = launch_stages(lambda: quantized_linear(x, weight, bias))
+    stages |= {"choose and prepare": linear - sum(launches.values()), **launches, "bias": linear - without_bias}
+    stages["module"] = call - linear - stages["weight"]
+    factors = [torch.randn(shape) for shape in ((module.out_features, LORA_RANK), (LORA_RANK, module.in_features))]
+    module.side_product = SideProduct([LowRankUpdate(*factors, 0.5, 0)])
+    module.side_product.keep(x.device, x.dtype)
+    stages["LoRA"] = microseconds(lambda: module(x)) - call
+    module.side_product = None
+    return Row(choice, dynamic, rows, call, stages)
+
+
+def step_milliseconds(model: Any, case: Case) -> float:
+    """A whole step, between ComfyUI's sampler and its callback, that the GPU has next to nothing to do in."""
+    times = sample(model, case, STEPS)[1]
+    return round(1e3 * statistics.median(times[FIRST_TIMED:]), 2)
+
+
+def rows_of(choice: str, dynamic: bool, path: Path, case: Case) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of one format, and its step."""
+    import comfy.model_management
+    import comfy.sd
+
+    from lowbit.host.weights.loading import load_diffusion_model
+    from lowbit.host.weights.preparing import Request, plan_diffusion_model, prepared_file
+
+    if choice == BF16:
+        model = comfy.sd.load_diffusion_model(str(path), disable_dynamic=not dynamic)
+    else:
+        file = prepared_file(plan_diffusion_model(path, Request(choice)))
+        model = load_diffusion_model(str(file), disable_dynamic=not dynamic)
+    step = step_milliseconds(model, case)
+    comfy.model_management.load_models_gpu([model])
+    module = model.model.diffusion_model.get_submodule(LINEAR)
+    if DEVICE != "cuda" and choice != BF16:
+        module.weight._qdata = module.weight._qdata.clone()  # on a multiple of 16 bytes, as a GPU's is
+    rows = [linear_row(choice, dynamic, module, count) for count in ROWS]
+    comfy.model_management.unload_all_models()
+    return rows, {"format": choice, "dynamic": dynamic, "step": step}
+
+
+def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Halved against `before`, where there is one, and no more than ComfyUI's own 16-bit linear and 10 us."""
+    calls = {(row["format"], row["dynamic"], row["rows"]): row["call"] for row in record["rows"]}
+    before = {(row["format"], row["dynamic"], row["rows"]): row["call"] for row in record.get("before", [])}
+    entries = []
+    for dynamic in sorted({row["dynamic"] for row in record["rows"]}):
+        where = "dynamic VRAM" if dynamic else "no dynamic VRAM"
+        for choice in FORMATS:
+            ours = {rows: calls[choice, dynamic, rows] for rows in ROWS if (choice, dynamic, rows) in calls}
+            more = [us - calls[BF16, dynamic, rows] for rows, us in ours.items() if (BF16, dynamic, rows) in calls]
+            if more:
+                entries.append(Goal(f"{choice}, {where}: more than bf16", 10, "us", at_most=True).judged(more))
+            old = [us / before[choice, dynamic, rows] for rows, us in ours.items() if (choice, dynamic, rows) in before]
+            if old:
+                entries.append(Goal(f"{choice}, {where}: beside before", 0.5, "x", at_most=True).judged(old))
+    return entries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--before", type=Path, help="results of an earlier version, measured on the same machine")
+    parser.add_argument("--format", nargs="*", choices=(BF16, *FORMATS), default=[BF16, *FORMATS])
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    record: dict[str, Any] = {"launched": DEVICE == "cuda", "rows": [], "steps": []}
+    if arguments.before:
+        earlier = json.loads(arguments.before.read_text())
+        record |= {"before": earlier["rows"], "steps_before": earlier["steps"]}
+    config = qwen_image.QwenImageConfig(heads=HEADS, layers=LAYERS, joint=JOINT)
+    case = Case(f"Qwen-Image, {LAYERS} blocks", qwen_image.shapes(config), {"format": "pt"}, LATENT, (32, JOINT))
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
+        start_core(["--base-directory", folder, *([] if DEVICE == "cuda" else ["--cpu"])])
+        if DEVICE != "cuda":
+            import testing.shims  # noqa: F401  ComfyUI then takes the tiny model's width
+        with torch.inference_mode(), nothing_launched():
+            path = write_random(Path(folder) / "qwen.safetensors", case)
+            for dynamic in (True, False) if DEVICE == "cuda" else (False,):
+                for choice in arguments.format:
+                    rows, step = rows_of(choice, dynamic, path, case)
+                    record["rows"] += [row.as_dict() for row in rows]
+                    record["steps"].append(step)
+                    for row in (*rows, step):
+                        print(row, flush=True)
+                    write(out, record | {"environment": environment(), "goals": goals(record)})
+
+
+if __name__ == "__main__":
+    main()
