@@ -115,14 +115,14 @@ def nothing_launched() -> Iterator[None]:
     kernels = ("quantize_rows", "rotate_rows", "decode_rows", "matmul_rows", "matmul_split", "split_rows")
     kernels += ("matmul_blocks", "matvec_decode", "matmul_decode")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(linear, "_gpu", lambda *_: gpu))
+        stack.enter_context(mock.patch.object(linear, "_gpu", return_value=gpu))
         stack.enter_context(mock.patch.object(scratch, "INTERPRETED", True))  # kept, as a GPU's is
         for module in (quantize_rows, rotate_rows):
             stack.enter_context(mock.patch.object(module, "launch", launched))
         for name in kernels[2:]:
             stack.enter_context(mock.patch.object(linear_paths, name, launched))
-        stack.enter_context(mock.patch.object(linear_paths, "_takes_scaled_mm", lambda *_: True))
-        stack.enter_context(mock.patch.object(linear_paths, "multiprocessor_count", lambda *_: 132))
+        stack.enter_context(mock.patch.object(linear_paths, "_takes_scaled_mm", return_value=True))
+        stack.enter_context(mock.patch.object(linear_paths, "multiprocessor_count", return_value=132))
         stack.enter_context(mock.patch.object(torch, "_scaled_mm", launched))
         yield
 

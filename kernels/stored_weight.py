@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +18,16 @@ INT4_CODEBOOK = "int4_codebook"
 KINDS = (FP8, INT8, MXFP8, NVFP4, INT4, INT4_CODEBOOK)
 PACKED_KINDS = (NVFP4, INT4, INT4_CODEBOOK)
 """Two 4-bit codes a byte: nvfp4 has the even column in the high nibble, the integer kinds in the low one."""
+
+
+class WeightTraits(NamedTuple):
+    """What the choice of a product's path depends on, of a weight."""
+
+    kind: str
+    rows: int
+    columns: int
+    rotation: int
+    corrected: bool
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,21 @@ class StoredWeight:
             return "e5m2" if self.data.dtype == torch.float8_e5m2 else "e4m3"
         return "e2m1" if self.kind == NVFP4 else self.kind
 
-    @property
+    @functools.cached_property
+    def traits(self) -> WeightTraits:
+        """What its products' paths are chosen by."""
+        return WeightTraits(self.kind, self.rows, self.columns, self.rotation, self.correction is not None)
+
+    @functools.cached_property
+    def alignment(self) -> int:
+        """The largest of 16, 8 and 1 bytes that every row of codes starts on a multiple of; 0: not stored row by row."""
+        data = self.data
+        if data.stride(-1) != 1:
+            return 0
+        places = data.data_ptr() | (data.stride(0) * data.element_size())
+        return next(nbytes for nbytes in (16, 8, 1) if places % nbytes == 0)
+
+    @functools.cached_property
     def scale_mode(self) -> int:
         """0: no scale beside the block scales, 1: one for the whole tensor, 2: one per row."""
         if self.scale is None:

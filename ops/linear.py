@@ -11,9 +11,9 @@ from ..errors import FormatError
 from ..kernels.operators import register_operator
 from ..kernels.quantize_rows import ACTIVATIONS, apply_activation
 from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
-from ..kernels.stored_weight import StoredWeight
+from ..kernels.stored_weight import StoredWeight, WeightTraits
 from .linear_describe import LinearDescription, describe_linear
-from .linear_kitchen import kitchen_cuda_available, kitchen_linear
+from .linear_kitchen import kitchen_cuda_available
 from .linear_paths import LINEAR_PATHS, kernels_take
 from .linear_reference import linear_reference
 from .linear_table import KITCHEN, REFERENCE, Gpu, choose_path
@@ -74,11 +74,21 @@ def quantized_linear(
 
 
 @functools.lru_cache(maxsize=64)
-def _gpu(kind: str, index: int) -> Gpu:
-    if kind != "cuda":
+def _gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
         return _INTERPRETED_GPU if INTERPRETED else Gpu((0, 0), triton=False)
-    triton = kernels_run_on(torch.empty(0, device=torch.device(kind, index)))
-    return Gpu(compute_capability(index), triton, kitchen_cuda_available())
+    triton = kernels_run_on(torch.empty(0, device=device))
+    return Gpu(compute_capability(device.index), triton, kitchen_cuda_available())
+
+
+@functools.lru_cache(maxsize=4096)
+def _path(traits: WeightTraits, fast: bool, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[str, Gpu]:
+    """The path for `rows` rows of x, and the GPU that it runs on."""
+    gpu = _gpu(device)
+    if not rows or not kernels_take(traits.rotation):
+        return REFERENCE, gpu
+    sizes = traits.rows, traits.columns
+    return choose_path(traits.kind, fast, rows, *sizes, dtype, gpu, traits.corrected), gpu
 
 
 def linear_stored(
@@ -90,26 +100,20 @@ def linear_stored(
     input_group: str = "",
 ) -> torch.Tensor:
     """`quantized_linear` for a weight already taken apart, without autograd."""
-    shape = (*x.shape[:-1], weight.rows)
+    device = x.device
     rows = x.numel() // weight.columns if weight.columns else 0
-    gpu = _gpu(x.device.type, x.device.index or 0)
-    path = REFERENCE
-    if rows and kernels_take(weight):
-        corrected = weight.correction is not None
-        path = choose_path(weight.kind, fast, rows, weight.rows, weight.columns, x.dtype, gpu, corrected)
+    path, gpu = _path(weight.traits, fast, rows, x.dtype, device)
     if path == REFERENCE:
         return linear_reference(x, weight, bias, fast=fast, activation=activation)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
+    if x.is_cuda and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
             return linear_stored(x, weight, bias, fast, activation, input_group)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
-    if path == KITCHEN:
-        return kitchen_linear(x, weight, bias, activation).reshape(shape)
-    if x.stride(-1) * weight.columns >= MOST_OFFSET:
+    if path != KITCHEN and x.stride(-1) * weight.columns >= MOST_OFFSET:
         x = x.contiguous()
     out = LINEAR_PATHS[path](x, weight, bias, activation, gpu, input_group)
-    return out if out.dim() == len(shape) else out.reshape(shape)
+    return out if out.dim() == x.dim() else out.view(*x.shape[:-1], weight.rows)
 
 
 def _flatten(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -31,8 +31,9 @@ from ..kernels.runtime import (
     multiprocessor_count,
 )
 from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
+from .linear_kitchen import kitchen_linear
 from .linear_reference import linear_reference
-from .linear_table import FEW_ROWS, FP8_ROWS, INT8_ROWS, SCRATCH, Gpu
+from .linear_table import FEW_ROWS, FP8_ROWS, INT8_ROWS, KITCHEN, SCRATCH, Gpu
 from .scratch import Spec, take_scratch
 from .shared_input import SharedInput, take_for_input
 
@@ -42,16 +43,9 @@ CHUNK_NBYTES = 512 << 20
 """Quantized activations kept in scratch at once; longer inputs are multiplied in pieces of rows."""
 
 
-def _is_aligned(t: torch.Tensor, nbytes: int) -> bool:
-    return t.stride(-1) == 1 and t.data_ptr() % nbytes == 0 and t.stride(0) * t.element_size() % nbytes == 0
-
-
 def _codes_spec(weight: StoredWeight, alignment: int) -> Spec:
     """The scratch that `_straight` needs: none for codes that lie row by row on the alignment."""
-    data = weight.data
-    if data.stride(-1) == 1 and (alignment == 1 or _is_aligned(data, alignment)):
-        return None
-    return tuple(data.shape), data.dtype
+    return None if weight.alignment >= alignment else (tuple(weight.data.shape), weight.data.dtype)
 
 
 def _straight(weight: StoredWeight, copy: torch.Tensor | None) -> StoredWeight:
@@ -118,7 +112,7 @@ def _few_rows_splits(method: str, weight: StoredWeight, device: torch.device) ->
 def _few_rows_method(weight: StoredWeight, rows: int, dtype: torch.dtype, activation: str | None, gpu: Gpu) -> str:
     if dtype == torch.float32:
         return "matvec"
-    if weight.kind == NVFP4 and _is_aligned(weight.data, 8):
+    if weight.kind == NVFP4 and weight.alignment >= 8:
         return "blocks"
     if weight.kind == FP8 and rows == 1 and activation is None:
         return "matvec"
@@ -233,21 +227,21 @@ def _multiply_decoded(method, x, weight, bias, gpu, out, scratch, splits) -> Non
 
 def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     """(start, stop) of equal pieces whose quantized rows stay under `CHUNK_NBYTES`."""
-    pieces = max(1, -(-rows * columns // CHUNK_NBYTES))
-    size = -(-rows // pieces // 128) * 128 if pieces > 1 else rows
+    if rows * columns <= CHUNK_NBYTES:
+        return [(0, rows)]
+    pieces = -(-rows * columns // CHUNK_NBYTES)
+    size = -(-rows // pieces // 128) * 128
     size = max(size, -(-rows // pieces))
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _pieces(
     chunks: list[tuple[int, int]], x: torch.Tensor, q: torch.Tensor, row_scale: torch.Tensor, out: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, ...]]:
+) -> Iterable[tuple[torch.Tensor, ...]]:
     """(x, q, row_scale, out) of each piece of rows; q is one piece long."""
     if len(chunks) == 1:
-        yield x, q, row_scale, out
-        return
-    for start, stop in chunks:
-        yield x[start:stop], q[: stop - start], row_scale[start:stop], out[start:stop]
+        return ((x, q, row_scale, out),)
+    return ((x[a:b], q[: b - a], row_scale[a:b], out[a:b]) for a, b in chunks)
 
 
 _FATAL = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
@@ -419,10 +413,11 @@ LINEAR_PATHS: Mapping[str, Callable[..., torch.Tensor]] = MappingProxyType(
         FEW_ROWS: few_rows_linear,
         FP8_ROWS: fp8_rows_linear,
         INT8_ROWS: int8_rows_linear,
+        KITCHEN: kitchen_linear,
     }
 )
 
 
-def kernels_take(weight: StoredWeight) -> bool:
-    """Whether the kernels know this weight's rotation; other group sizes go through the reference."""
-    return weight.rotation == 0 or weight.rotation in KERNEL_ROTATIONS
+def kernels_take(rotation: int) -> bool:
+    """Whether the kernels know a rotation of this group size; weights with another go through the reference."""
+    return rotation == 0 or rotation in KERNEL_ROTATIONS

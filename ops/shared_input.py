@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Hashable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +14,7 @@ FIRST = "first of "
 """Before a group's name: the linear that is called before the others, which takes no rows that are left of its last time."""
 
 
-@dataclass(frozen=True, eq=False)
-class SharedInput:
+class SharedInput(NamedTuple):
     """An input in the state it had, and how its rows were quantized.
 
     Attributes:
@@ -48,8 +47,7 @@ class SharedInput:
         return not self.anew and self.source() is other.source() and self.state == other.state and self.how == other.how
 
 
-@dataclass(frozen=True, eq=False)
-class InputScratch:
+class InputScratch(NamedTuple):
     """What `take_for_input` gives.
 
     Attributes:

@@ -14,6 +14,7 @@ from ...ops.linear import quantized_linear
 from ...ops.linear_weight import LAYOUT_READERS
 from ...ops.side_product import SideProduct
 from ...versions import find
+from .resident import weight_for
 
 run_every_op = find("comfy.ops.run_every_op") or (lambda: None)
 """Core's look at whether the user interrupts."""
@@ -91,7 +92,7 @@ class QuantizedLinear(torch.nn.Module):
         return None
 
     def _product(self, input: torch.Tensor, activation: str | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weight = self.weight
+        weight = self._parameters["weight"]
         if not self._multiplies_here(weight, input):
             if activation is not None:
                 input = INPUT_ACTIVATIONS[activation](input)
@@ -102,17 +103,7 @@ class QuantizedLinear(torch.nn.Module):
             if activation is not None:
                 input, activation = INPUT_ACTIVATIONS[activation](input), None
             input = input * comfy.model_management.cast_to_device(pre_quant_scale, input.device, input.dtype)
-        # The weight's own dtype is asked for: any other would make core dequantize it here.
-        with comfy.ops.CastBiasWeightContext(
-            self,
-            input=None,
-            dtype=weight.dtype,
-            device=input.device,
-            bias_dtype=input.dtype,
-            offloadable=True,
-            compute_dtype=input.dtype,
-            want_requant=True,
-        ) as (weight, bias):
+        with weight_for(self, input) as (weight, bias):
             if not isinstance(weight, QuantizedTensor):
                 weight = weight.to(input.dtype)
             return quantized_linear(
