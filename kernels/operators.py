@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,24 @@ def register_operator(name: str, schema: str, run: Callable[..., Any], fake: Cal
         run: the operator, on the CPU and on CUDA.
         fake: an empty result of the same shape, dtype and strides.
     """
-    if hasattr(torch.ops.lowbit, name):
-        return
+    if not hasattr(torch.ops.lowbit, name):
+        _register(name, schema, run, fake)
+
+
+def register_own_operator(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]
+) -> torch._ops.OpOverloadPacket:
+    """As `register_operator`, for one that looks things up in tables of its module: each import of the pack has its own.
+
+    Args:
+        schema: without a name in front.
+    """
+    own = next(own for own in (f"{name}_{n}" for n in itertools.count(1)) if not hasattr(torch.ops.lowbit, own))
+    _register(own, own + schema, run, fake)
+    return getattr(torch.ops.lowbit, own)
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     library = torch.library.Library("lowbit", "FRAGMENT")
     library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
     for key in ("CPU", "CUDA"):

@@ -9,6 +9,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from ...kernels.operators import register_own_operator
+
 
 class Told(NamedTuple):
     """What the operator is told beside its tensors and the handle, in its order.
@@ -60,13 +62,4 @@ _SCHEMA = (
 )
 
 
-def _define() -> torch._ops.OpOverloadPacket:
-    """Registers the operator, under a second name when the pack is imported twice in one process."""
-    name = next(name for name in (f"attention_{n}" for n in itertools.count(1)) if not hasattr(torch.ops.lowbit, name))
-    torch.library.define(f"lowbit::{name}", _SCHEMA)
-    torch.library.impl(f"lowbit::{name}", "CompositeExplicitAutograd", _attention)
-    torch.library.register_fake(f"lowbit::{name}", _attention_shape)
-    return getattr(torch.ops.lowbit, name)
-
-
-attention = _define()
+attention = register_own_operator("attention", _SCHEMA, _attention, _attention_shape)

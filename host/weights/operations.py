@@ -14,6 +14,7 @@ from ...ops.linear import quantized_linear
 from ...ops.linear_weight import LAYOUT_READERS
 from ...ops.side_product import SideProduct
 from ...versions import find
+from .opaque_linear import OpaqueHandle, opaque_linear
 from .resident import weight_for
 
 run_every_op = find("comfy.ops.run_every_op") or (lambda: None)
@@ -57,6 +58,8 @@ class QuantizedLinear(torch.nn.Module):
 
     side_product: SideProduct | None = None
     input_group: str = ""
+    handle: OpaqueHandle
+    out_features: int
     comfy_patched_weights: bool
     weight: Any
     weight_function: list[Any]
@@ -67,6 +70,12 @@ class QuantizedLinear(torch.nn.Module):
 
     def forward(self, input: torch.Tensor, *args: Any, activation: str | None = None, **kwargs: Any) -> torch.Tensor:
         """act(input) @ weight.T + bias, and what LoRAs add; `activation` is None, "gelu_tanh" or "silu"."""
+        if (
+            torch.compiler.is_compiling()
+            and type(input) is torch.Tensor
+            and not (args or kwargs or input.requires_grad)
+        ):
+            return opaque_linear(input, self.handle, self.out_features, activation)
         side_product = self.side_product
         if side_product is None:
             return self._product(input, activation, *args, **kwargs)
@@ -167,6 +176,7 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
             adopted += 1
         elif isinstance(getattr(module, "weight", None), QuantizedTensor) and is_core_linear(module):
             module.__class__ = _subclass_with_our_multiply(type(module))
+            module.handle = OpaqueHandle(module)
             adopted += 1
     return adopted
 
