@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .launch import launch
-from .runtime import TRITON_FOUND, ceil_div, multiprocessor_count, tl, triton
-
-if TRITON_FOUND:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+from .launch import Described, launch
+from .runtime import ceil_div, multiprocessor_count, tl, triton
 
 
 def matmul_rows_reference(
@@ -259,9 +256,9 @@ def matmul_rows(
             _matmul_rows_descriptor_kernel,
             (min(programs, count), 1, 1),
             (
-                TensorDescriptor.from_tensor(a, [t.block_m, t.block_k]),
-                TensorDescriptor.from_tensor(b, [t.block_n, t.block_k]),
-                TensorDescriptor.from_tensor(out, [t.block_m, t.block_n // t.split]),
+                Described(a, (t.block_m, t.block_k)),
+                Described(b, (t.block_n, t.block_k)),
+                Described(out, (t.block_m, t.block_n // t.split)),
                 out,
                 *values,
                 rows,

@@ -30,5 +30,7 @@ def start_core(options: list[str]) -> None:
     if enables_dynamic_vram() and comfy.model_management.is_nvidia():
         devices = ((device.index, 0) for device in comfy.model_management.get_all_torch_devices())
         if comfy_aimdo.control.init_devices(devices):
+            # It starts out telling Python's logging about every page fault.
+            comfy_aimdo.control.set_log_info()
             comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
             comfy.memory_management.aimdo_enabled = True

@@ -22,6 +22,7 @@ from lowbit.kernels.cache_heads import HeadNorms, cache_heads
 from lowbit.kernels.evict_slot import evict_slot
 from lowbit.kernels.gate_rows import gate_rows
 from lowbit.kernels.gather_prompt import gather_prompt
+from lowbit.kernels.launch import as_triton
 from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.norm_rows import add_norm
 from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
@@ -106,6 +107,7 @@ def compiled(monkeypatch):
 
     def compiles(kernel, grid, arguments, constants, warps=4, stages=3, overlap=False):
         options = {"num_warps": warps, "num_stages": stages, **({"launch_pdl": True} if overlap else {})}
+        arguments = map(as_triton, arguments)
         kernels.append(kernel.warmup(*arguments, grid=grid, **constants, **options).metadata)
 
     for name in LAUNCHING:

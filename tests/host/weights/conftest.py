@@ -22,6 +22,7 @@ def host(core_modules, tmp_path_factory):
         patching,
         preparing,
         quantizing,
+        resident,
         saving,
     )
 
@@ -41,6 +42,7 @@ def host(core_modules, tmp_path_factory):
                 patching=patching,
                 preparing=preparing,
                 quantizing=quantizing,
+                resident=resident,
                 saving=saving,
             )
 

@@ -1,0 +1,122 @@
+"""Models compiled as core's TorchCompileModel compiles them: one graph, compiled anew for another length of text only."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lowbit.attention.candidates import Policy
+from lowbit.attention.schedule import Schedule
+
+from .test_patching import BLOCK, adapter, error, load, with_patches
+
+# torch's own compiler says it of torch.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+
+CASES = {
+    "wan_t2v.safetensors": ((1, 16, 3, 8, 8), 256, BLOCK + "self_attn.q.weight"),
+    "qwen_image.safetensors": ((1, 16, 1, 8, 8), 64, "diffusion_model.transformer_blocks.1.attn.to_k.weight"),
+}  # fmt: skip
+"""File -> shape of the latent, width of the text, a weight for a LoRA."""
+
+
+@pytest.fixture(autouse=True)
+def fresh(host, monkeypatch):
+    """Core takes the tiny Qwen-Image's width off its tensors; no graph is from another test."""
+    import comfy.model_detection
+
+    from testing.shims import detection
+
+    wrapped = detection._with_qwen_image_dims(comfy.model_detection.detect_unet_config)
+    monkeypatch.setattr(comfy.model_detection, "detect_unet_config", wrapped)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def sample(patcher, name: str, tokens: int, steps: int = 3) -> torch.Tensor:
+    import comfy.sample
+
+    latent, width, *_ = CASES[name]
+    generator = torch.Generator().manual_seed(tokens)
+    noise = torch.randn(latent, generator=generator)
+    texts = [[[torch.randn(1, tokens, width, generator=generator), {}]] for _ in range(2)]
+    empty = torch.zeros(latent)
+    return comfy.sample.sample(
+        patcher, noise, steps, 2.0, "euler", "simple", *texts, empty, seed=1, disable_pbar=True
+    )  # fmt: skip
+
+
+def compiled(patcher):
+    """The clone that core's node makes."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    clone = patcher.clone(disable_dynamic=True)
+    set_torch_compile_wrapper(clone, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    return clone
+
+
+class Compilations:
+    """Graphs compiled since it was made; any break in one is an error."""
+
+    def __init__(self):
+        torch._dynamo.utils.counters.clear()
+
+    @property
+    def count(self) -> int:
+        counters = torch._dynamo.utils.counters
+        assert not counters["graph_break"], counters["graph_break"]
+        return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_is_one_graph_whatever_its_prompt_step_and_lora(host, name, tmp_path):
+    from lowbit.host.attention.installing import install_override
+
+    loaded = load(host, "int8", name)
+    plain, _ = install_override(loaded, Policy("auto", "exact"), Schedule(), False, tmp_path)
+    model, compilations = compiled(plain), Compilations()
+    for tokens, graphs in ((7, 1), (9, 2), (12, 2)):
+        assert error(sample(model, name, tokens), sample(plain, name, tokens)) < 1e-3
+        assert compilations.count == graphs
+    key = CASES[name][2]
+    lora = {key: adapter(*plain.get_model_object(key).shape, size=0.3)}
+    without = sample(plain, name, 9)
+    for strength in (1.0, 0.5):
+        got, want = (sample(with_patches(one, lora, strength=strength), name, 9) for one in (model, plain))
+        assert error(got, want) < 1e-3 < error(want, without)
+    assert compilations.count == 2
+
+
+def test_modules_compiled_one_by_one_have_two_graphs(host):
+    blocks = load(host, "int8").model.diffusion_model.blocks
+    linears = [getattr(block.self_attn, name) for block in blocks for name in ("q", "k", "v", "o")]
+    x, compilations = torch.randn(1, 8, 256), Compilations()
+    for linear in linears:
+        run = torch.compile(linear, backend="eager", fullgraph=True)
+        torch.testing.assert_close(run(x), linear(x))
+    assert compilations.count == 2, "one for the first, and one for any other"
+
+
+def test_a_copied_module_is_another_one_to_a_graph(host):
+    from lowbit.host.weights import opaque_linear
+
+    module = host.operations.QuantizedLinear()
+    module.handle = opaque_linear.OpaqueHandle(module)
+    copied = copy.deepcopy(module)
+    numbers = [each.handle.sized.shape[0] for each in (module, copied)]
+    assert [opaque_linear._LINEARS[number] for number in numbers] == [module, copied]
+    del copied
+    assert numbers[1] not in opaque_linear._LINEARS
+
+
+def test_the_operator_tells_the_compiler_what_it_gives(host):
+    linear = load(host, "int8_convrot_fast").model.diffusion_model.blocks[0].ffn[2]
+    from lowbit.host.weights import opaque_linear
+
+    for x in (torch.randn(2, 3, 512), torch.randn(5, 512, dtype=torch.bfloat16)):
+        arguments = (x, linear.handle.sized.shape[0], linear.out_features, "gelu_tanh")
+        torch.library.opcheck(opaque_linear._linear.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,106 @@
+"""A weight that is where its input is, is taken as it is; any other is core's to bring, and dynamic VRAM's pages are let go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .test_patching import load, streamed
+
+
+@pytest.fixture
+def linear(host):
+    return load(host, "int8").model.diffusion_model.blocks[0].self_attn.q
+
+
+class Pages:
+    """Stands in for comfy-aimdo: pages with a signature, and how often they are held."""
+
+    def __init__(self, monkeypatch, resident, signature: int | None):
+        self.signature, self.held = signature, 0
+        monkeypatch.setattr(resident, "_fault", self._fault)
+        monkeypatch.setattr(resident, "_unpin", self._unpin)
+        monkeypatch.setattr(resident, "_same", lambda now, then: now is not None and now == then)
+
+    def _fault(self, pages):
+        assert pages is self
+        self.held += 1
+        return self.signature
+
+    def _unpin(self, pages):
+        assert pages is self
+        self.held -= 1
+
+
+@pytest.fixture
+def asked(host, monkeypatch):
+    """The modules that core was asked to cast."""
+    modules = []
+    context = host.resident.comfy.ops.CastBiasWeightContext
+
+    def cast(module, **options):
+        modules.append(module)
+        return context(module, **options)
+
+    monkeypatch.setattr(host.resident.comfy.ops, "CastBiasWeightContext", cast)
+    return modules
+
+
+def paged(monkeypatch, host, linear, signature: int | None, loaded: int | None = 5) -> Pages:
+    """`linear` with its weight in main memory (here: said to be on no device) and a copy in pages, loaded as `loaded`."""
+    pages = Pages(monkeypatch, host.resident, signature)
+    linear._v, linear._v_signature = pages, loaded
+    linear._v_weight, linear._v_bias = linear.weight.clone(), linear.bias.detach().clone()
+    return pages
+
+
+def test_weights_on_the_inputs_device_are_taken_as_they_are(host, linear, asked):
+    with host.resident.weight_for(linear, torch.randn(3, 256)) as (weight, bias):
+        assert weight is linear.weight
+        assert bias is linear.bias
+    with host.resident.weight_for(linear, torch.randn(3, 256).bfloat16()) as (weight, bias):
+        assert bias.dtype == torch.bfloat16
+        torch.testing.assert_close(bias, linear.bias.bfloat16())
+    linear.bias = None
+    with host.resident.weight_for(linear, torch.randn(3, 256)) as (weight, bias):
+        assert bias is None
+    assert not asked
+
+
+def test_a_streamed_weight_is_cores_to_bring(host, asked):
+    module = streamed(load(host, "int8"))
+    host.resident.weight_for(module, torch.empty(3, 256, device="meta"))
+    assert asked == [module]
+
+
+def test_pages_that_are_still_loaded_are_held_for_the_product_alone(host, linear, monkeypatch, asked):
+    pages = paged(monkeypatch, host, linear, 5)
+    x = torch.empty(3, 256, device="meta")
+    with host.resident.weight_for(linear, x) as (weight, bias):
+        assert weight is linear._v_weight
+        assert bias is linear._v_bias
+        assert pages.held == 1
+    assert pages.held == 0
+    monkeypatch.setattr(host.operations, "quantized_linear", lambda *args, **options: pages.held / 0)
+    with pytest.raises(ZeroDivisionError):
+        linear(x)
+    assert pages.held == 0
+    assert not asked
+
+
+@pytest.mark.parametrize(("signature", "loaded"), [(6, 5), (None, 5), (5, None)])
+def test_pages_that_left_are_cores_to_bring(host, linear, monkeypatch, signature, loaded):
+    pages = paged(monkeypatch, host, linear, signature, loaded)
+    monkeypatch.setattr(
+        host.resident.comfy.ops, "CastBiasWeightContext", lambda module, **options: (module, pages.held)
+    )
+    assert host.resident.weight_for(linear, torch.empty(3, 256, device="meta")) == (linear, 0)
+
+
+def test_pages_that_core_has_begun_to_fetch_are_left_to_it(host, linear, monkeypatch):
+    pages = paged(monkeypatch, host, linear, 5)
+    linear._prefetch = {"resident": True}
+    monkeypatch.setattr(
+        host.resident.comfy.ops, "CastBiasWeightContext", lambda module, **options: (module, pages.held)
+    )
+    assert host.resident.weight_for(linear, torch.empty(3, 256, device="meta")) == (linear, 0)
