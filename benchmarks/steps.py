@@ -1,6 +1,7 @@
 """Whole steps of ComfyUI itself at real dimensions with fewer blocks: stock, stock with quantized files, and this pack.
 
     python benchmarks/steps.py --out benchmarks/results/steps.json [--model wan480 wan720 qwen] [--only NAME ...]
+    python benchmarks/steps.py --compile --out benchmarks/results/compile.json --model qwen
 
 Everything runs in one process, without the server. Weights are random at the scale of a trained model's.
 """
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,24 @@ CASES: dict[str, Callable[[], Case]] = {
 
 @dataclass(frozen=True)
 class Contender:
-    """weights: a format of the loaders, None for the bf16 file. stock: ComfyUI's own loader. attention: the error budget
-    of Attention (Lowbit), None without it. profiled: list its kernels."""
+    """A model as somebody would load it.
+
+    Attributes:
+        weights: a format of the loaders, None for the bf16 file.
+        stock: ComfyUI's own loader.
+        attention: the error budget of Attention (Lowbit), None without it.
+        profiled: list its kernels.
+        dynamic: with dynamic VRAM.
+        compiled: "model" as ComfyUI's TorchCompileModel does it, which switches dynamic VRAM off; "blocks" one by one.
+    """
 
     name: str
     weights: str | None
     stock: bool
     attention: str | None = None
     profiled: bool = False
+    dynamic: bool = True
+    compiled: str = ""
 
 
 FP8, INT8 = "fp8_e4m3fn_scaled_fast", "int8_convrot_fast"
@@ -90,6 +101,19 @@ CONTENDERS = (
     Contender("auto, attention fast", "auto", False, "fast", profiled=True),
     Contender("FP8, attention fast", FP8, False, "fast", profiled=True),
 )
+WITHOUT_DYNAMIC, COMPILED, BY_BLOCK = ", no dynamic VRAM", ", compiled", ", compiled by block"
+VARIED = (CONTENDERS[0], CONTENDERS[-1], Contender("INT8, attention fast", INT8, False, "fast"))
+CONTENDERS_COMPILED = tuple(
+    replace(contender, name=contender.name + suffix, profiled=False, **options)
+    for suffix, options in (
+        ("", {}),
+        (BY_BLOCK, {"compiled": "blocks"}),
+        (WITHOUT_DYNAMIC, {"dynamic": False}),
+        (COMPILED, {"compiled": "model"}),
+    )
+    for contender in VARIED
+)
+"""For `--compile`."""
 # model, contender, beside, times as fast
 GOALS = (
     ("wan480", "auto, attention fast", "stock, bf16", 1.9),
@@ -99,6 +123,12 @@ GOALS = (
     ("wan720", "FP8, attention fast", "stock, our FP8 file", 2.0),
     ("qwen", "auto, attention fast", "stock, bf16", 1.45),
     ("qwen", "FP8, attention fast", "stock, bf16", 1.6),
+    *(
+        (model, name + suffix, name, factor)
+        for model, factor in (("qwen", 1.15), ("wan480", 1.05))
+        for name in ("FP8, attention fast", "INT8, attention fast")
+        for suffix in (COMPILED, BY_BLOCK)
+    ),
 )
 
 
@@ -146,10 +176,30 @@ def load(contender: Contender, path: Path, timings: Path) -> Any:
     if contender.weights is not None:
         planned = plan_diffusion_model(path, Request(contender.weights))
         path, choice = prepared_file(planned), planned.choice.split(":")[0]
-    model = comfy.sd.load_diffusion_model(str(path)) if contender.stock else load_diffusion_model(str(path))
+    load_file = comfy.sd.load_diffusion_model if contender.stock else load_diffusion_model
+    model = load_file(str(path), disable_dynamic=not contender.dynamic)
     if contender.attention is not None:
         model = install_override(model, Policy("auto", contender.attention), Schedule(), True, timings)[0]
-    return model, choice
+    return compiled(model, contender.compiled), choice
+
+
+def compiled(model: Any, what: str) -> Any:
+    """A clone of which "model" or "blocks" are compiled, by ComfyUI's own function; "": the model itself."""
+    if not what:
+        return model
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    clone = model.clone(disable_dynamic=what == "model")
+    network, keys = clone.model.diffusion_model, ["diffusion_model"]
+    if what == "blocks":
+        name = next(name for name in ("transformer_blocks", "blocks") if hasattr(network, name))
+        keys = [f"diffusion_model.{name}.{index}" for index in range(len(getattr(network, name)))]
+    options = {"guard_filter_fn": skip_torch_compile_dict}
+    set_torch_compile_wrapper(clone, backend="inductor", options=options, keys=keys)
+    return clone
 
 
 def with_speedups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -208,6 +258,8 @@ def run(
     from lowbit.host.attention.installing import find_override
 
     started = time.perf_counter()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     model, choice = load(contender, path, folder)
     latent, times = sample(model, case, STEPS)
     want = exact.setdefault(name, latent) if contender.name == STOCK else exact.get(name)
@@ -221,6 +273,12 @@ def run(
         "steps": times,
         "error": None if want is None else float((latent - want).norm() / want.norm()),
     }
+    if contender.compiled:
+        counters = torch._dynamo.utils.counters
+        breaks = {reason.splitlines()[0]: count for reason, count in counters["graph_break"].items()}
+        row |= {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": breaks}
+    if DEVICE == "cuda":
+        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     override = find_override(model)
     if override is not None:
         row["attention"] = override.report()["calls"]
@@ -238,7 +296,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--only", nargs="*", choices=[contender.name for contender in CONTENDERS])
+    parser.add_argument("--compile", action="store_true", help="with and without torch.compile and dynamic VRAM")
+    parser.add_argument("--only", nargs="*", help="names of contenders")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     # What was measured of other models stays.
@@ -253,7 +312,7 @@ def main() -> None:
             for name in arguments.model:
                 case = CASES[name]()
                 path = write_random(Path(folder) / f"{name}.safetensors", case)
-                for contender in CONTENDERS:
+                for contender in CONTENDERS_COMPILED if arguments.compile else CONTENDERS:
                     if arguments.only and contender.name not in arguments.only:
                         continue
                     try:
