@@ -34,7 +34,7 @@ from benchmarks.timing import environment  # noqa: E402
 from testing.core import start_core  # noqa: E402
 from testing.tiny import qwen_image  # noqa: E402
 
-HEADS, LAYERS, JOINT = (24, 4, 3584) if DEVICE == "cuda" else (2, 2, 64)
+HEADS, LAYERS, JOINT = (24, 2, 3584) if DEVICE == "cuda" else (2, 2, 64)
 LINEAR = "transformer_blocks.0.attn.to_out.0"
 LORA_RANK = 16
 ROWS = (1, 512, 4096)
@@ -121,7 +121,7 @@ def nothing_launched() -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, "launch", launched))
         for name in kernels[2:]:
             stack.enter_context(mock.patch.object(linear_paths, name, launched))
-        stack.enter_context(mock.patch.object(linear_paths, "_takes_scaled_mm", return_value=True))
+        stack.enter_context(mock.patch.object(linear_paths, "_takes_scaled_mm", launched))
         stack.enter_context(mock.patch.object(linear_paths, "multiprocessor_count", return_value=132))
         stack.enter_context(mock.patch.object(torch, "_scaled_mm", launched))
         yield
