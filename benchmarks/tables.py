@@ -174,6 +174,14 @@ def ratio(over: str, under: str) -> Callable[[Row], str]:
     return lambda row: f"{row[over] / row[under]:.2f}" if row.get(over) and row.get(under) else ""
 
 
+def by_stage(record: dict[str, Any]) -> Iterable[Row]:
+    """Of launch.json: each call beside the same one before, its stages spread out."""
+    before = {(row["format"], row["dynamic"], row["rows"]): row["call"] for row in record.get("before", [])}
+    for row in record["rows"]:
+        key = row["format"], row["dynamic"], row["rows"]
+        yield row | row["stages"] | {"before": before.get(key)}
+
+
 def ratio_text(key: str) -> Callable[[Row], str]:
     """A ratio of a row, two decimals."""
     return lambda row: "" if row.get(key) is None else f"{row[key]:.2f}"
@@ -247,6 +255,8 @@ HEADLINE = (
     "FP8, attention fast",
 )
 """The contenders of steps.json that say what a user gains."""
+STAGES = ("module", "weight", "choose and prepare", "quantize input", "product", "bias", "LoRA")
+"""Of launch.json."""
 SHOWN: dict[str, Shown] = {
     "headline": Shown(
         "steps.json",
@@ -286,6 +296,34 @@ SHOWN: dict[str, Shown] = {
             "error against one GPU": key_percent("error"),
         },
         "Whole steps of real ComfyUI as above, attention exact.",
+    ),
+    "compile": Shown(
+        "compile.json",
+        lambda record: record["rows"],
+        {
+            "model": "model",
+            "contender": "contender",
+            "s/step": "seconds",
+            "first step, s": "first_step",
+            "times stock bf16": ratio_text("speedup"),
+            "graphs": "graphs",
+            "graph breaks": lambda row: str(sum(row["graph_breaks"].values())) if "graph_breaks" in row else "",
+            "peak, GiB": "peak_gib",
+        },
+        STEPS_NOTE,
+    ),
+    "launch": Shown(
+        "launch.json",
+        by_stage,
+        {
+            "format": "format",
+            "dynamic VRAM": lambda row: "yes" if row["dynamic"] else "no",
+            "rows": "rows",
+            "us": "call",
+            "before": "before",
+            **{f"{name}, us": name for name in STAGES},
+        },
+        "Microseconds of the processor from the module's call to its return, 3,072 to 3,072, the GPU not waited for.",
     ),
     "formats": Shown("formats.json", named_rows, FORMAT_ERRORS, "Relative, on Gaussian weights."),
     "quality": Shown(
