@@ -103,7 +103,6 @@ def nothing_launched() -> Iterator[None]:
     if DEVICE == "cuda":
         yield
         return
-    from lowbit.kernels import quantize_rows, rotate_rows
     from lowbit.ops import linear, linear_paths, scratch
     from lowbit.ops.linear_table import Gpu
 
@@ -117,9 +116,7 @@ def nothing_launched() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(linear, "_gpu", return_value=gpu))
         stack.enter_context(mock.patch.object(scratch, "INTERPRETED", True))  # kept, as a GPU's is
-        for module in (quantize_rows, rotate_rows):
-            stack.enter_context(mock.patch.object(module, "launch", launched))
-        for name in kernels[2:]:
+        for name in kernels:
             stack.enter_context(mock.patch.object(linear_paths, name, launched))
         stack.enter_context(mock.patch.object(linear_paths, "_takes_scaled_mm", launched))
         stack.enter_context(mock.patch.object(linear_paths, "multiprocessor_count", return_value=132))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ if _DIRECT:
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
 _MOST_LAUNCHES = 4096
-_MOST_DESCRIPTORS = 16384
+_MOST_DESCRIPTORS = 4096
 
 
 class Described(NamedTuple):
@@ -44,25 +44,16 @@ class _Launch:
         before: the function, its metadata, no hooks and no scratch memory.
         after: the constexpr parameters in the kernel's order.
         metadata: of its tensor descriptors.
-        descriptors: by their place and tensor, what `call` takes for each; they hold addresses and sizes, no memory.
     """
 
     call: Callable[..., None]
     before: tuple[Any, ...]
     after: tuple[Any, ...]
     metadata: Sequence[Any] = ()
-    descriptors: dict[tuple, list[Any]] = field(default_factory=dict)
 
     def described(self, place: int, argument: Described) -> list[Any]:
-        """What `call` takes for the descriptor at `place` among them."""
-        tensor = argument.tensor
-        key = (place, tensor.data_ptr(), tensor.shape, tensor.stride())
-        made = self.descriptors.get(key)
-        if made is None:
-            if len(self.descriptors) >= _MOST_DESCRIPTORS:
-                self.descriptors.clear()
-            made = self.descriptors[key] = make_tensordesc_arg(as_triton(argument), self.metadata[place])
-        return made
+        """What `call` takes for the descriptor at `place` among them: it holds an address and sizes, no memory."""
+        return make_tensordesc_arg(as_triton(argument), self.metadata[place])
 
 
 _launches: dict[tuple, _Launch | None] = {}
@@ -116,7 +107,7 @@ def launch(
     warps: int = 4,
     stages: int = 3,
     overlap: bool = False,
-) -> None:
+) -> _Launch | None:
     """kernel[grid](*arguments, **constants) on the current device and stream.
 
     Args:
@@ -127,13 +118,16 @@ def launch(
         warps: warps of a program.
         stages: stages of software pipelines.
         overlap: start while the kernel before still runs (cc 9.0): the kernel itself waits for it.
+
+    Returns:
+        What launches it again, for arguments that Triton takes for the same; None where only Triton does.
     """
     options = {"num_warps": warps, "num_stages": stages}
     if overlap:
         options["launch_pdl"] = True
     if not _DIRECT:
         kernel[grid](*map(as_triton, arguments), **constants, **options)
-        return
+        return None
     device = torch._C._cuda_getDevice()
     # `constants` keep the order of their call site, so their values alone tell them apart within one kernel.
     key = (kernel.fn, device, warps, stages, overlap, *_traits(arguments), *constants.values())
@@ -141,11 +135,76 @@ def launch(
     if known is not None and not _hooked():
         stream = torch._C._cuda_getCurrentRawStream(device)
         known.call(*grid, stream, *known.before, *_values(known, arguments), *known.after)
-        return
+        return known
     compiled = kernel[grid](*map(as_triton, arguments), **constants, **options)
     if len(_launches) >= _MOST_LAUNCHES:
         _launches.clear()
-    _launches[key] = _found(compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]))
+    after = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    known = _launches[key] = _found(compiled, after)
+    return known
+
+
+class Launcher:
+    """A launch of which only the places of its tensors differ from call to call; what else it takes is found once.
+
+    Make one for each dtype, size and stride of its tensors, and call it with them.
+
+    Args:
+        blocks: of the first tensors, which are `Described`.
+        numbers: the parameters after the tensors that are not constexpr.
+        kernel, grid, constants, warps, stages: as `launch` takes them.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple,
+        constants: dict[str, Any],
+        warps: int = 4,
+        stages: int = 3,
+        blocks: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self._kernel, self._grid, self._numbers, self.blocks = kernel, grid, numbers, blocks
+        self._described = len(blocks)
+        self._constants, self._options = constants, {"warps": warps, "stages": stages}
+        self._known: dict[int, _Launch] = {}
+        self._descriptors: dict[tuple[int, int, int], list[Any]] = {}
+
+    def __call__(self, *tensors: torch.Tensor) -> None:
+        """Launch with `tensors`, the kernel's first parameters, on the current device and stream."""
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor.is_cuda]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        # What Triton compiles for differs only where an address is no multiple of 16; what is not on the GPU it refuses.
+        usual = _DIRECT and bits & 15 == 0 and len(addresses) == len(tensors)
+        device = torch._C._cuda_getDevice() if usual else -1
+        known = self._known.get(device)
+        if known is None or _hooked():
+            known = launch(self._kernel, self._grid, self._arguments(tensors), self._constants, **self._options)
+            if known is not None and usual:
+                self._known[device] = known
+            return
+        values: list[Any] = []
+        for place, address in enumerate(addresses):
+            if place >= self._described:
+                values += addresses[place:]
+                break
+            made = self._descriptors.get((device, place, address))
+            values += made or self._descriptor(known, (device, place, address), tensors[place])
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        known.call(*self._grid, stream, *known.before, *values, *self._numbers, *known.after)
+
+    def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple:
+        described = map(Described, tensors, self.blocks)
+        return (*described, *tensors[self._described :], *self._numbers)
+
+    def _descriptor(self, known: _Launch, key: tuple[int, int, int], tensor: torch.Tensor) -> list[Any]:
+        if len(self._descriptors) >= _MOST_DESCRIPTORS:
+            self._descriptors.clear()
+        made = self._descriptors[key] = known.described(key[1], Described(tensor, self.blocks[key[1]]))
+        return made
 
 
 def as_triton(argument: Any) -> Any:

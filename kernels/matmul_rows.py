@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
-from .launch import Described, launch
+from .launch import Launcher
 from .runtime import ceil_div, multiprocessor_count, tl, triton
 
 
@@ -177,7 +178,7 @@ def _matmul_rows_pointer_kernel(
     tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tiles:
     """Tile sizes and launch options of a descriptor kernel: rows, columns, depth, row tiles that share columns in L2."""
 
@@ -210,13 +211,6 @@ def choose_tiles(rows: int, columns: int, depth: int, out_bytes: int) -> Tiles:
     return WIDE
 
 
-def can_use_descriptors(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether pointers and row pitches suit tensor descriptors (TMA): multiples of 16 bytes, last stride 1."""
-    return all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in (a, b, out)
-    )
-
-
 def matmul_rows(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -240,70 +234,80 @@ def matmul_rows(
         descriptors: use tensor descriptors where alignment allows (cc 9.0 to 11.x: their tiles take up to 227 KiB).
         tiles: force these; None: `choose_tiles`.
     """
-    (rows, depth), columns = a.shape, b.shape[0]
-    integer = a.dtype == torch.int8
-    values = (row_scale, column_scale, out if bias is None else bias)
+    aligned = descriptors and (a.data_ptr() | b.data_ptr() | out.data_ptr()) & 15 == 0
+    launcher = _multiplying(
+        (a.shape, b.shape),
+        (a.stride(), b.stride(), out.stride()),
+        (a.dtype, out.dtype, None if bias is None else bias.dtype),
+        column_scale.numel() > 1,
+        multiprocessor_count(a.device.index or 0) if aligned else 0,
+        tiles,
+    )
+    # Where a kernel reads no bias, it is given the output.
+    launcher(a, b, out, *((out,) if launcher.blocks else ()), row_scale, column_scale, out if bias is None else bias)
+
+
+@functools.lru_cache(maxsize=1024)
+def _multiplying(
+    shapes: tuple[tuple[int, int], tuple[int, int]],
+    strides: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    per_column: bool,
+    multiprocessors: int,
+    tiles: Tiles | None,
+) -> Launcher:
+    """multiprocessors: 0 where the matrices do not suit tensor descriptors."""
+    (rows, depth), (columns, _) = shapes
+    sizes = dtypes[0].itemsize, dtypes[0].itemsize, dtypes[1].itemsize
+    described = multiprocessors and all(
+        stride[1] == 1 and stride[0] * nbytes % 16 == 0 for stride, nbytes in zip(strides, sizes, strict=True)
+    )
     flags = {
-        "INTEGER": integer,
-        "SCALE_PER_COLUMN": column_scale.numel() > 1,
-        "HAS_BIAS": bias is not None,
+        "INTEGER": dtypes[0] == torch.int8,
+        "SCALE_PER_COLUMN": per_column,
+        "HAS_BIAS": dtypes[2] is not None,
     }
-    if descriptors and can_use_descriptors(a, b, out):
-        t = tiles or choose_tiles(rows, columns, depth, out.element_size())
-        count = ceil_div(rows, t.block_m) * ceil_div(columns, t.block_n)
-        programs = multiprocessor_count(a.device.index or 0) * t.waves
-        launch(
-            _matmul_rows_descriptor_kernel,
-            (min(programs, count), 1, 1),
-            (
-                Described(a, (t.block_m, t.block_k)),
-                Described(b, (t.block_n, t.block_k)),
-                Described(out, (t.block_m, t.block_n // t.split)),
-                out,
-                *values,
-                rows,
-                columns,
-                depth,
-                out.stride(0),
-            ),
+    if not described:
+        small = rows <= 64
+        block_m, block_n = (64, 64) if small else (128, 128)
+        return Launcher(
+            _matmul_rows_pointer_kernel,
+            (ceil_div(rows, block_m) * ceil_div(columns, block_n), 1, 1),
+            (rows, columns, strides[2][0]),
             {
-                "BLOCK_M": t.block_m,
-                "BLOCK_N": t.block_n,
-                "BLOCK_K": t.block_k,
-                "GROUP_M": t.group_m,
-                "PROGRAMS": programs,
+                "K": depth,
+                "STRIDE_B": strides[1][0],
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "BLOCK_K": 64,
+                "GROUP_M": 8,
                 **flags,
-                "STORE_DESCRIPTOR": t.store_descriptor,
-                "SPLIT": t.split,
-                "FLATTEN": t.flatten,
             },
-            warps=t.warps,
-            stages=t.stages,
+            warps=4 if small else 8,
         )
-        return
-    small = rows <= 64
-    block_m, block_n = (64, 64) if small else (128, 128)
-    launch(
-        _matmul_rows_pointer_kernel,
-        (ceil_div(rows, block_m) * ceil_div(columns, block_n), 1, 1),
-        (
-            a,
-            b,
-            out,
-            *values,
-            rows,
-            columns,
-            out.stride(0),
-        ),
+    tiles = tiles or choose_tiles(rows, columns, depth, sizes[2])
+    programs = multiprocessors * tiles.waves
+    count = ceil_div(rows, tiles.block_m) * ceil_div(columns, tiles.block_n)
+    return Launcher(
+        _matmul_rows_descriptor_kernel,
+        (min(programs, count), 1, 1),
+        (rows, columns, depth, strides[2][0]),
         {
-            "K": depth,
-            "STRIDE_B": b.stride(0),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": 64,
-            "GROUP_M": 8,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+            "GROUP_M": tiles.group_m,
+            "PROGRAMS": programs,
             **flags,
+            "STORE_DESCRIPTOR": tiles.store_descriptor,
+            "SPLIT": tiles.split,
+            "FLATTEN": tiles.flatten,
         },
-        warps=4 if small else 8,
-        stages=3,
+        warps=tiles.warps,
+        stages=tiles.stages,
+        blocks=(
+            (tiles.block_m, tiles.block_k),
+            (tiles.block_n, tiles.block_k),
+            (tiles.block_m, tiles.block_n // tiles.split),
+        ),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from .hadamard import rotate_reference
-from .launch import launch
+from .launch import Launcher
 from .runtime import power_of_two, tl, triton
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -146,30 +148,33 @@ def quantize_rows(
         activation: applied to x first.
         weight_scale: tensor-wide weight scale to fold into the row scales.
     """
-    rows, columns = x.shape
+    folds = weight_scale is not None
+    launcher = _quantizing(x.shape, x.stride(), x.dtype, q.dtype, activation, folds)
+    launcher(x, q, scale, weight_scale if folds else scale)
+
+
+@functools.lru_cache(maxsize=1024)
+def _quantizing(
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    dtype: torch.dtype,
+    target: torch.dtype,
+    activation: str | None,
+    folds: bool,
+) -> Launcher:
+    rows, columns = shape
     one_pass = columns <= ONE_PASS_COLUMNS
-    block = power_of_two(columns) if one_pass else 4096
-    launch(
+    return Launcher(
         _quantize_rows_kernel,
         (rows, 1, 1),
-        (
-            x,
-            q,
-            scale,
-            scale if weight_scale is None else weight_scale,
-            x.stride(0),
-            x.stride(1),
-            rows,
-            LIMITS[q.dtype],
-            SMALLEST_SCALE,
-        ),
+        (*strides, rows, LIMITS[target], SMALLEST_SCALE),
         {
             "K": columns,
-            "BLOCK_K": block,
+            "BLOCK_K": power_of_two(columns) if one_pass else 4096,
             "ROWS": 1,
-            "INTEGER": q.dtype == torch.int8,
+            "INTEGER": target == torch.int8,
             "ACTIVATION": activation,
-            "FOLD_WEIGHT_SCALE": weight_scale is not None,
+            "FOLD_WEIGHT_SCALE": folds,
             "ONE_PASS": one_pass,
         },
         warps=4 if one_pass else 8,

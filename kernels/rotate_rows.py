@@ -7,7 +7,7 @@ import functools
 import torch
 
 from .hadamard import hadamard
-from .launch import launch
+from .launch import Launcher
 from .quantize_rows import LIMITS, SMALLEST_SCALE, _activate, _magnitude_bits, _row_scale, _to_grid
 from .runtime import INTERPRETED, made_to_keep, tl, triton
 
@@ -119,25 +119,29 @@ def rotate_rows(
         rotation: group size, one of `KERNEL_ROTATIONS`.
         activation: applied to x first.
     """
-    rows, columns = x.shape
     # float16's range is too short for sums of 16, so only bfloat16 takes the 16-bit dots; tf32 serves the others.
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
     outer, inner = rotation_factors(rotation, x.device, dtype)
+    launcher = _rotating(x.shape, x.stride(), x.dtype, out.dtype, rotation, activation, scale is not None)
+    launcher(x, out, outer if scale is None else scale, outer, inner)
+
+
+@functools.lru_cache(maxsize=1024)
+def _rotating(
+    shape: tuple[int, int],
+    strides: tuple[int, int],
+    dtype: torch.dtype,
+    target: torch.dtype,
+    rotation: int,
+    activation: str | None,
+    quantizes: bool,
+) -> Launcher:
+    rows, columns = shape
     head, tail = head_and_tail(columns)
-    launch(
+    return Launcher(
         _rotate_rows_kernel,
         (rows, 1, 1),
-        (
-            x,
-            out,
-            outer if scale is None else scale,
-            outer,
-            inner,
-            x.stride(0),
-            x.stride(1),
-            LIMITS[torch.int8],
-            SMALLEST_SCALE,
-        ),
-        {"K": columns, "HEAD": head, "TAIL": tail, "QUANTIZE": scale is not None, "ACTIVATION": activation},
+        (*strides, LIMITS[torch.int8], SMALLEST_SCALE),
+        {"K": columns, "HEAD": head, "TAIL": tail, "QUANTIZE": quantizes, "ACTIVATION": activation},
         warps=2 if head <= 16 else 4 if head <= 32 or tail == 0 else 8,
     )

@@ -44,14 +44,12 @@ LAUNCHING = (
     "evict_slot",
     "gate_rows",
     "gather_prompt",
+    "launch",
     "matmul_blocks",
     "matmul_decode",
-    "matmul_rows",
     "matmul_split",
     "matvec_together",
     "norm_rows",
-    "quantize_rows",
-    "rotate_rows",
 )
 DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "gather_prompt", "norm_rows")
 """Of them, those that choose between Triton and plain torch themselves."""

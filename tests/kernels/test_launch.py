@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowbit.kernels import launch as module
-from lowbit.kernels.launch import Described, launch
+from lowbit.kernels.launch import Described, Launcher, launch
 
 DEVICE, STREAM = 3, 77
 
@@ -131,38 +131,81 @@ def test_every_launch_is_tritons_own_with(reason, monkeypatch):
     assert (len(kernel.usual), len(kernel.direct)) == (3, 0)
 
 
-def test_a_descriptor_is_made_once_for_a_place_in_memory_and_its_sizes(monkeypatch):
+def launcher(kernel: Kernel, **options) -> Launcher:
+    return Launcher(kernel, (2, 1, 1), (32, 0.5), {"BLOCK": 64, "FAST": True}, warps=8, stages=2, **options)
+
+
+def test_a_launcher_launches_as_launch_does():
+    kernel, x, y = Kernel(), tensor(4), tensor(8)
+    several = launcher(kernel)
+    for first in (x, y, x):
+        several(first, y)
+    launch(kernel, (2, 1, 1), (x, y, 32, 0.5), {"BLOCK": 64, "FAST": True}, warps=8, stages=2)
+    assert len(kernel.usual) == 1
+    assert [call[13] for call in kernel.direct] == [y.data_ptr(), x.data_ptr(), x.data_ptr()]
+    assert {call[:13] + call[14:] for call in kernel.direct} == {kernel.direct[0][:13] + kernel.direct[0][14:]}
+
+
+@pytest.mark.parametrize("odd", [tensor(4, offset=1), tensor(4).as_subclass(torch.Tensor)])
+def test_a_launcher_sends_tensors_of_another_kind_the_usual_way(odd):
+    kernel, x = Kernel(), tensor(4)
+    several = launcher(kernel)
+    for _ in range(2):
+        several(x, x)
+    assert (len(kernel.usual), len(kernel.direct)) == (1, 1)
+    several(x, odd)
+    assert (len(kernel.usual), len(kernel.direct)) == (2, 1)
+    several(x, x)
+    assert (len(kernel.usual), len(kernel.direct)) == (2, 2)
+
+
+def test_a_launcher_knows_each_gpu_by_itself(monkeypatch):
+    kernel, x = Kernel(), tensor(4)
+    several = launcher(kernel)
+    for device in (0, 1, 0, 1):
+        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda device=device: device, raising=False)
+        several(x, x)
+    assert (len(kernel.usual), len(kernel.direct)) == (2, 2)
+
+
+def test_a_launcher_leaves_launches_to_triton_under_a_profiler(monkeypatch):
+    kernel, x = Kernel(), tensor(4)
+    several = launcher(kernel)
+    several(x, x)
+    monkeypatch.setattr(module, "_hooked", lambda: True)
+    several(x, x)
+    assert (len(kernel.usual), len(kernel.direct)) == (2, 0)
+
+
+def test_a_launcher_makes_a_descriptor_once_for_a_place_in_memory(monkeypatch):
     made = []
 
     def make(argument, metadata):
-        made.append(metadata)
+        made.append((metadata, argument.base.data_ptr(), tuple(argument.block_shape)))
         return [f"map {len(made)}", *argument.base.shape]
 
     monkeypatch.setattr(module, "make_tensordesc_arg", make, raising=False)
-    kernel, x = Kernel(described=True), tensor(64, 32)
-    part = x[:32]
-    for first, second in ((x, x), (x, x), (part, x), (x, x)):
-        described = Described(first, (16, 32)), Described(second, (16, 32))
-        launch(kernel, (1, 1, 1), (*described, 32, 0.5), {"BLOCK": 64, "FAST": True})
+    kernel, x, y = Kernel(described=True), tensor(64, 32), tensor(64, 32)
+    several = launcher(kernel, blocks=((16, 32), (8, 32)))
+    for first, second in ((x, x), (x, x), (y, x), (x, x)):
+        several(first, second)
     assert len(kernel.usual) == 1
-    assert made == ["first", "second", "first"]
+    places = [x.data_ptr(), x.data_ptr(), y.data_ptr()]
+    assert made == list(zip(["first", "second", "first"], places, [(16, 32), (8, 32), (16, 32)], strict=True))
     given = [call[13:19] for call in kernel.direct]
-    assert given == [
-        ("map 1", 64, 32, "map 2", 64, 32),
-        ("map 3", 32, 32, "map 2", 64, 32),
-        ("map 1", 64, 32, "map 2", 64, 32),
-    ]
+    assert given == [(name, 64, 32, "map 2", 64, 32) for name in ("map 1", "map 3", "map 1")]
 
 
 def test_launches_and_descriptors_are_kept_in_bounds(monkeypatch):
     monkeypatch.setattr(module, "_MOST_LAUNCHES", 4)
     monkeypatch.setattr(module, "_MOST_DESCRIPTORS", 4)
     monkeypatch.setattr(module, "make_tensordesc_arg", lambda argument, metadata: [0], raising=False)
-    kernel = Kernel(described=True)
-    for rows in range(2, 20):
-        described = Described(tensor(rows, 32), (16, 32)), Described(tensor(8, 32), (16, 32))
-        for _ in range(2):
-            launch(kernel, (1, 1, 1), (*described, 32 * rows, 0.5), {"BLOCK": 64, "FAST": True})
-            launch(kernel, (1, 1, 1), (*described, 32, 0.5), {"BLOCK": 64, "FAST": True})
+    kernel, kept = Kernel(described=True), [tensor(64, 32) for _ in range(12)]
+    several = launcher(kernel, blocks=((16, 32), (8, 32)))
+    for number, x in enumerate(kept):
+        several(x, x)
+        launch(
+            kernel, (1, 1, 1), (Described(x, (16, 32)), Described(x, (8, 32)), number, 0.5), {"BLOCK": 64, "FAST": True}
+        )
         assert len(module._launches) <= 4
-        assert all(len(known.descriptors) <= 4 for known in module._launches.values())
+        assert len(several._descriptors) <= 4

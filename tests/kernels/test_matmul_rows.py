@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.kernels.launch import Launcher
 from lowbit.kernels.matmul_rows import (
     NARROW,
     WIDE,
     WIDE_STAGED,
-    can_use_descriptors,
     matmul_rows,
     matmul_rows_reference,
 )
@@ -65,10 +65,14 @@ def test_every_tiling(device, tiles):
     torch.testing.assert_close(out, expected, rtol=1e-5 if INTERPRETED else 1e-2, atol=1e-3)
 
 
-def test_descriptors_need_aligned_rows(device):
+def test_descriptors_need_aligned_rows(device, monkeypatch):
+    used: list[bool] = []
+    monkeypatch.setattr(Launcher, "__call__", lambda launcher, *tensors: used.append(bool(launcher.blocks)))
     a = torch.zeros(4, 64, dtype=torch.int8, device=device)
-    out = torch.zeros(4, 8, device=device)
-    assert can_use_descriptors(a, a, out)
-    assert not can_use_descriptors(a[:, :50].contiguous(), a, out)
-    assert not can_use_descriptors(a.t(), a, out)
-    assert not can_use_descriptors(a, a.flatten()[1:193].view(3, 64), out)
+    out, scale = torch.zeros(4, 8, device=device), torch.ones(4, device=device)
+    shifted = a.flatten()[1:193].view(3, 64)
+    for first, second in ((a, a), (a[:, :50].contiguous(), a[:, :50]), (a, a.t().contiguous().t()), (a, shifted)):
+        matmul_rows(first, second, scale, scale, None, out, descriptors=True)
+    assert used == [True, False, False, False]
+    matmul_rows(a, a, scale, scale, None, out, descriptors=False)
+    assert used.pop() is False
