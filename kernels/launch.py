@@ -167,7 +167,7 @@ class Launcher:
     ) -> None:
         self._kernel, self._grid, self._numbers, self.blocks = kernel, grid, numbers, blocks
         self._described = len(blocks)
-        self._constants, self._options = constants, {"warps": warps, "stages": stages}
+        self._constants, self._warps, self._stages = constants, warps, stages
         self._known: dict[int, _Launch] = {}
         self._descriptors: dict[tuple[int, int, int], list[Any]] = {}
 
@@ -182,7 +182,8 @@ class Launcher:
         device = torch._C._cuda_getDevice() if usual else -1
         known = self._known.get(device)
         if known is None or _hooked():
-            known = launch(self._kernel, self._grid, self._arguments(tensors), self._constants, **self._options)
+            arguments = self._arguments(tensors)
+            known = launch(self._kernel, self._grid, arguments, self._constants, self._warps, self._stages)
             if known is not None and usual:
                 self._known[device] = known
             return

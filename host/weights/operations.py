@@ -101,7 +101,7 @@ class QuantizedLinear(torch.nn.Module):
         return None
 
     def _product(self, input: torch.Tensor, activation: str | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weight = self._parameters["weight"]
+        weight = self._parameters.get("weight")
         if not self._multiplies_here(weight, input):
             if activation is not None:
                 input = INPUT_ACTIVATIONS[activation](input)
@@ -171,6 +171,7 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
         How many modules multiply here now, those of an earlier call included.
     """
     adopted = 0
+    module: Any
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
             adopted += 1

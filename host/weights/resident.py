@@ -41,7 +41,7 @@ def weight_for(module: Any, x: torch.Tensor) -> Any:
         module: core's quantized Linear without weight or bias functions.
         x: on the device that they are wanted on; the bias is wanted in its dtype.
     """
-    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
     device, attributes = x.device, vars(module)
     if weight._qdata.device == device and (bias is None or bias.device == device):
         return _Resident(weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
