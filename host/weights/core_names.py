@@ -46,6 +46,10 @@ OPTIONAL = {
     "comfy.model_management.archive_model_dtypes": _HEAD,
     "comfy.sd1_clip.SDClipModel": _HEAD,
     "comfy.text_encoders.llama.Qwen25_7BVLI": _HEAD,
+    **dict.fromkeys(
+        dotted({"comfy_aimdo.model_vbar": "vbar_fault vbar_signature_compare vbar_unpin"}),
+        "dynamic VRAM is asked for weights that are on the GPU already, a little slower",
+    ),
     "comfy.memory_management.aimdo_enabled": "a load that main memory cannot hold is not refused beforehand",
     "comfy.ldm.wan.model.WanFeedForward": _FUSION.format("Wan"),
     "comfy.ldm.qwen_image.model.FeedForward": _FUSION.format("Qwen-Image"),

@@ -10,9 +10,10 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...versions import find
 
-_fault, _unpin, _same = (
-    find(f"comfy_aimdo.model_vbar.{name}") for name in ("vbar_fault", "vbar_unpin", "vbar_signature_compare")
-)
+_fault = find("comfy_aimdo.model_vbar.vbar_fault")
+_unpin = find("comfy_aimdo.model_vbar.vbar_unpin")
+_same = find("comfy_aimdo.model_vbar.vbar_signature_compare")
+_PAGES_KNOWN = None not in (_fault, _unpin, _same)
 
 
 class _Resident:
@@ -46,9 +47,8 @@ def weight_for(module: Any, x: torch.Tensor) -> Any:
     if weight._qdata.device == device and (bias is None or bias.device == device):
         return _Resident(weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
     # Core's signature of what it put there last; the same as now where nothing has left since.
-    signature = attributes.get("_v_signature")
-    if signature is not None and "_prefetch" not in attributes and _fault is not None:
-        pages = attributes["_v"]
+    signature, pages = attributes.get("_v_signature"), attributes.get("_v")
+    if signature is not None and pages is not None and "_prefetch" not in attributes and _PAGES_KNOWN:
         if _same(_fault(pages), signature):
             weight, bias = attributes["_v_weight"], attributes["_v_bias"]
             return _Resident(weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype), pages)
