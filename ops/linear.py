@@ -48,6 +48,7 @@ def quantized_linear(
             only the weight is quantized and the product is 16-bit.
         activation: None, "gelu_tanh" or "silu", applied to x first.
         input_group: name of the linears that read this very tensor one after the other, and quantize it once; "": none.
+            Not in a compiled graph: inductor puts other values into a tensor's memory, and the tensor is the same to see.
 
     Returns:
         (..., N) in x's dtype.
@@ -69,7 +70,7 @@ def quantized_linear(
         # Gradients flow through the plain product; inference never comes here.
         return linear_reference(x, stored, bias, fast=False, activation=activation)
     if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return torch.ops.lowbit.linear(*_flatten(x, stored, bias, fast, activation, input_group))
+        return torch.ops.lowbit.linear(*_flatten(x, stored, bias, fast, activation))
     return linear_stored(x, stored, bias, fast, activation, input_group)
 
 
@@ -122,7 +123,6 @@ def _flatten(
     bias: torch.Tensor | None,
     fast: bool,
     activation: str | None,
-    input_group: str = "",
 ) -> tuple:
     return (
         x,
@@ -140,22 +140,21 @@ def _flatten(
         weight.linear_dtype,
         fast,
         activation or "",
-        input_group,
     )
 
 
 def _linear_op(
     x, data, scale, block_scale, codebook, correction, bias,
-    kind, rows, columns, group, rotation, linear_dtype, fast, activation, input_group,
+    kind, rows, columns, group, rotation, linear_dtype, fast, activation,
 ):  # fmt: skip
     described = (rows, columns, block_scale, codebook, correction, group, rotation, linear_dtype)
     weight = StoredWeight(kind, data, scale, *described)
-    return linear_stored(x, weight, bias, fast, activation or None, input_group)
+    return linear_stored(x, weight, bias, fast, activation or None)
 
 
 def _linear_fake(
     x, data, scale, block_scale, codebook, correction, bias,
-    kind, rows, columns, group, rotation, linear_dtype, fast, activation, input_group,
+    kind, rows, columns, group, rotation, linear_dtype, fast, activation,
 ):  # fmt: skip
     return x.new_empty((*x.shape[:-1], rows))
 
@@ -163,7 +162,7 @@ def _linear_fake(
 _SCHEMA = (
     "linear(Tensor x, Tensor data, Tensor? scale, Tensor? block_scale, Tensor? codebook, Tensor? correction, "
     "Tensor? bias, str kind, int rows, int columns, int group, int rotation, str linear_dtype, bool fast, "
-    "str activation, str input_group) -> Tensor"
+    "str activation) -> Tensor"
 )
 
 

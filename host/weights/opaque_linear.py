@@ -34,7 +34,9 @@ class OpaqueHandle:
 
 
 def _run(x: torch.Tensor, number: int, rows: int, activation: str) -> torch.Tensor:
-    return _LINEARS[number](x, activation=activation or None)
+    # Inductor puts other values into a tensor's memory, and the tensor is the same to see: a tensor of its own for each
+    # call, or the linears of one input would take what they quantized of the old values.
+    return _LINEARS[number](x.view_as(x), activation=activation or None)
 
 
 def _fake(x: torch.Tensor, number: int, rows: int, activation: str) -> torch.Tensor:

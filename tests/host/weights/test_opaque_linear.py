@@ -120,3 +120,21 @@ def test_the_operator_tells_the_compiler_what_it_gives(host):
     for x in (torch.randn(2, 3, 512), torch.randn(5, 512, dtype=torch.bfloat16)):
         arguments = (x, linear.handle.sized.shape[0], linear.out_features, "gelu_tanh")
         torch.library.opcheck(opaque_linear._linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_no_two_calls_see_one_tensor(host, monkeypatch):
+    """Inductor reuses a tensor's memory, with the tensor, for other values: what was quantized of it is not theirs."""
+    from lowbit.host.weights import opaque_linear
+
+    seen: list[torch.Tensor] = []
+
+    def module(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+        seen.append(x)
+        return x + 1
+
+    monkeypatch.setitem(opaque_linear._LINEARS, 7, module)
+    x = torch.randn(3, 256)
+    for _ in range(2):
+        opaque_linear._run(x, 7, 256, "")
+    assert len({id(x), *map(id, seen)}) == 3
+    assert {each.data_ptr() for each in seen} == {x.data_ptr()}
