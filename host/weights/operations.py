@@ -14,7 +14,7 @@ from ...ops.linear import quantized_linear
 from ...ops.linear_weight import LAYOUT_READERS
 from ...ops.side_product import SideProduct
 from ...versions import find
-from .opaque_linear import OpaqueHandle, opaque_linear
+from .opaque_layer import OpaqueHandle, OpaqueWhilePaged, is_opaque_while_paged, opaque_layer
 from .resident import weight_for
 
 run_every_op = find("comfy.ops.run_every_op") or (lambda: None)
@@ -75,7 +75,7 @@ class QuantizedLinear(torch.nn.Module):
             and type(input) is torch.Tensor
             and not (args or kwargs or input.requires_grad)
         ):
-            return opaque_linear(input, self.handle, self.out_features, activation)
+            return opaque_layer(input, self.handle, self.out_features, activation)
         side_product = self.side_product
         if side_product is None:
             return self._product(input, activation, *args, **kwargs)
@@ -176,9 +176,11 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
         if isinstance(module, QuantizedLinear):
             adopted += 1
         elif isinstance(getattr(module, "weight", None), QuantizedTensor) and is_core_linear(module):
-            module.__class__ = _subclass_with_our_multiply(type(module))
-            module.handle = OpaqueHandle(module)
+            _mix_in(QuantizedLinear, module)
             adopted += 1
+    for module in model.modules() if adopted else ():
+        if not isinstance(module, (QuantizedLinear, OpaqueWhilePaged)) and is_opaque_while_paged(module):
+            _mix_in(OpaqueWhilePaged, module)
     return adopted
 
 
@@ -187,10 +189,12 @@ def is_core_linear(module: torch.nn.Module) -> bool:
     return hasattr(module, "_full_precision_mm_config") and hasattr(module, "forward_comfy_cast_weights")
 
 
-def _subclass_with_our_multiply(core_class: Any) -> type:
-    """One subclass for each class core makes (it makes one for each model), kept on that class, so both go together."""
-    subclass = core_class.__dict__.get("_lowbit_subclass")
+def _mix_in(mixin: type, module: Any) -> None:
+    """Give `module` the class that comes of `mixin` and its own: one for each that core makes, which keeps it."""
+    core_class = type(module)
+    subclass = core_class.__dict__.get(f"_lowbit_{mixin.__name__}")
     if subclass is None:
-        subclass = type("Linear", (QuantizedLinear, core_class), {"__module__": __name__})
-        core_class._lowbit_subclass = subclass
-    return subclass
+        subclass = type(core_class.__name__, (mixin, core_class), {"__module__": __name__})
+        setattr(core_class, f"_lowbit_{mixin.__name__}", subclass)
+    module.__class__ = subclass
+    module.handle = OpaqueHandle(module)

@@ -102,39 +102,59 @@ def test_modules_compiled_one_by_one_have_two_graphs(host):
 
 
 def test_a_copied_module_is_another_one_to_a_graph(host):
-    from lowbit.host.weights import opaque_linear
-
     module = host.operations.QuantizedLinear()
-    module.handle = opaque_linear.OpaqueHandle(module)
+    module.handle = host.opaque_layer.OpaqueHandle(module)
     copied = copy.deepcopy(module)
     numbers = [each.handle.sized.shape[0] for each in (module, copied)]
-    assert [opaque_linear._LINEARS[number] for number in numbers] == [module, copied]
+    assert [host.opaque_layer._LAYERS[number] for number in numbers] == [module, copied]
     del copied
-    assert numbers[1] not in opaque_linear._LINEARS
+    assert numbers[1] not in host.opaque_layer._LAYERS
 
 
 def test_the_operator_tells_the_compiler_what_it_gives(host):
     linear = load(host, "int8_convrot_fast").model.diffusion_model.blocks[0].ffn[2]
-    from lowbit.host.weights import opaque_linear
-
     for x in (torch.randn(2, 3, 512), torch.randn(5, 512, dtype=torch.bfloat16)):
         arguments = (x, linear.handle.sized.shape[0], linear.out_features, "gelu_tanh")
-        torch.library.opcheck(opaque_linear._linear.default, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            host.opaque_layer._layer.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_no_two_calls_see_one_tensor(host, monkeypatch):
     """Inductor reuses a tensor's memory, with the tensor, for other values: what was quantized of it is not theirs."""
-    from lowbit.host.weights import opaque_linear
-
     seen: list[torch.Tensor] = []
 
-    def module(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    def module(x: torch.Tensor) -> torch.Tensor:
         seen.append(x)
         return x + 1
 
-    monkeypatch.setitem(opaque_linear._LINEARS, 7, module)
+    monkeypatch.setitem(host.opaque_layer._LAYERS, 7, module)
     x = torch.randn(3, 256)
     for _ in range(2):
-        opaque_linear._run(x, 7, 256, "")
+        host.opaque_layer._run(x, 7, 256, "")
     assert len({id(x), *map(id, seen)}) == 3
     assert {each.data_ptr() for each in seen} == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("name", ["head.head", "text_embedding.0", "blocks.0.norm3"])
+def test_layers_in_16_bits_are_opaque_while_dynamic_vram_pages_them(host, name):
+    module = load(host, "int8").model.diffusion_model.get_submodule(name)
+    assert isinstance(module, host.opaque_layer.OpaqueWhilePaged)
+    x, targets = torch.randn(3, 256), []
+
+    def backend(graph, inputs):
+        targets.append({node.target for node in graph.graph.nodes})
+        return graph
+
+    for paged in (False, True):
+        if paged:
+            module._v = object()
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(module, backend=backend, fullgraph=True)(x), module(x))
+        assert (host.opaque_layer._layer in targets.pop()) is paged
+        assert not targets
+
+
+def test_a_model_without_quantized_layers_keeps_cores_classes(host):
+    model = load(host, "none").model
+    assert not any(isinstance(module, host.opaque_layer.OpaqueWhilePaged) for module in model.modules())
