@@ -161,34 +161,23 @@ def launch_stages(call: Callable[[], object]) -> dict[str, float]:
     return {stage: statistics.median(values) / 1e3 for stage, values in times.items()}
 
 
-def cast_weight(module: Any, x: torch.Tensor) -> None:
-    """What our forward asks of ComfyUI for every call: the weight where the input is."""
-    import comfy.ops
-
-    with comfy.ops.CastBiasWeightContext(
-        module, input=None, dtype=module.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
-        compute_dtype=x.dtype, want_requant=True,
-    ):  # fmt: skip
-        pass
-
-
 def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
     """One linear as it is called, and its stages; ours has more of them."""
-    import comfy.ops
-
+    from lowbit.host.weights.resident import weight_for
     from lowbit.ops.linear import quantized_linear
     from lowbit.ops.side_product import LowRankUpdate, SideProduct
+
+    def held_for_nothing(module: Any, x: torch.Tensor) -> None:
+        with weight_for(module, x):
+            pass
 
     dtype = module.weight.dtype if choice == BF16 else torch.bfloat16
     x = torch.randn(1, rows, module.in_features, device=DEVICE, dtype=dtype)
     call = microseconds(lambda: module(x))
     if choice == BF16:
         return Row(choice, dynamic, rows, call, {})
-    stages = {"weight": microseconds(lambda: cast_weight(module, x))}
-    with comfy.ops.CastBiasWeightContext(
-        module, input=None, dtype=module.weight.dtype, device=x.device, bias_dtype=x.dtype, offloadable=True,
-        compute_dtype=x.dtype, want_requant=True,
-    ) as (weight, bias):  # fmt: skip
+    stages = {"weight": microseconds(lambda: held_for_nothing(module, x))}
+    with weight_for(module, x) as (weight, bias):
         linear = microseconds(lambda: quantized_linear(x, weight, bias))
         without_bias = microseconds(lambda: quantized_linear(x, weight, None))
         launches = launch_stages(lambda: quantized_linear(x, weight, bias))

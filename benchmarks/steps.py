@@ -102,16 +102,18 @@ CONTENDERS = (
     Contender("FP8, attention fast", FP8, False, "fast", profiled=True),
 )
 WITHOUT_DYNAMIC, COMPILED, BY_BLOCK = ", no dynamic VRAM", ", compiled", ", compiled by block"
-VARIED = (CONTENDERS[0], CONTENDERS[-1], Contender("INT8, attention fast", INT8, False, "fast"))
+INT8_FAST = Contender("INT8, attention fast", INT8, False, "fast")
+VARIED = (CONTENDERS[0], CONTENDERS[-1], INT8_FAST)
 CONTENDERS_COMPILED = tuple(
     replace(contender, name=contender.name + suffix, profiled=False, **options)
-    for suffix, options in (
-        ("", {}),
-        (BY_BLOCK, {"compiled": "blocks"}),
-        (WITHOUT_DYNAMIC, {"dynamic": False}),
-        (COMPILED, {"compiled": "model"}),
+    for suffix, options, contenders in (
+        ("", {}, VARIED),
+        # ComfyUI's own layers are compiled anew for every change of a page.
+        (BY_BLOCK, {"compiled": "blocks"}, VARIED[1:]),
+        (WITHOUT_DYNAMIC, {"dynamic": False}, VARIED),
+        (COMPILED, {"compiled": "model"}, VARIED[::-1]),
     )
-    for contender in VARIED
+    for contender in contenders
 )
 """For `--compile`."""
 # model, contender, beside, times as fast
