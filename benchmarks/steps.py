@@ -108,7 +108,7 @@ CONTENDERS_COMPILED = tuple(
     replace(contender, name=contender.name + suffix, profiled=False, **options)
     for suffix, options, contenders in (
         ("", {}, VARIED),
-        # ComfyUI's own layers are compiled anew for every change of a page.
+        # Of stock, compiling takes minutes: its own layers end a graph, every one of them.
         (BY_BLOCK, {"compiled": "blocks"}, VARIED[1:]),
         (WITHOUT_DYNAMIC, {"dynamic": False}, VARIED),
         (COMPILED, {"compiled": "model"}, VARIED[::-1]),

@@ -147,7 +147,7 @@ def launch(
 class Launcher:
     """A launch of which only the places of its tensors differ from call to call; what else it takes is found once.
 
-    Make one for each dtype, size and stride of its tensors, and call it with them.
+    Make one for each size and stride of its tensors, and call it with them.
 
     Args:
         blocks: of the first tensors, which are `Described`.
@@ -168,8 +168,7 @@ class Launcher:
         self._kernel, self._grid, self._numbers, self.blocks = kernel, grid, numbers, blocks
         self._described = len(blocks)
         self._constants, self._warps, self._stages = constants, warps, stages
-        self._known: dict[int, _Launch] = {}
-        self._descriptors: dict[tuple[int, int, int], list[Any]] = {}
+        self._known: dict[tuple, tuple[_Launch, dict[tuple[int, int], list[Any]]]] = {}
 
     def __call__(self, *tensors: torch.Tensor) -> None:
         """Launch with `tensors`, the kernel's first parameters, on the current device and stream."""
@@ -177,35 +176,33 @@ class Launcher:
         bits = 0
         for address in addresses:
             bits |= address
-        # What Triton compiles for differs only where an address is no multiple of 16; what is not on the GPU it refuses.
+        # Beside dtypes, Triton compiles for addresses that are no multiples of 16; what is not on the GPU it refuses.
         usual = _DIRECT and bits & 15 == 0 and len(addresses) == len(tensors)
-        device = torch._C._cuda_getDevice() if usual else -1
-        known = self._known.get(device)
-        if known is None or _hooked():
+        kind = (torch._C._cuda_getDevice(), *[tensor.dtype for tensor in tensors]) if usual else ()
+        found = self._known.get(kind)
+        if found is None or _hooked():
             arguments = self._arguments(tensors)
             known = launch(self._kernel, self._grid, arguments, self._constants, self._warps, self._stages)
             if known is not None and usual:
-                self._known[device] = known
+                self._known[kind] = known, {}
             return
+        known, descriptors = found
         values: list[Any] = []
         for place, address in enumerate(addresses):
             if place >= self._described:
                 values += addresses[place:]
                 break
-            made = self._descriptors.get((device, place, address))
-            values += made or self._descriptor(known, (device, place, address), tensors[place])
-        stream = torch._C._cuda_getCurrentRawStream(device)
+            if (place, address) not in descriptors:
+                if len(descriptors) >= _MOST_DESCRIPTORS:
+                    descriptors.clear()
+                descriptors[place, address] = known.described(place, Described(tensors[place], self.blocks[place]))
+            values += descriptors[place, address]
+        stream = torch._C._cuda_getCurrentRawStream(kind[0])
         known.call(*self._grid, stream, *known.before, *values, *self._numbers, *known.after)
 
     def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple:
         described = map(Described, tensors, self.blocks)
         return (*described, *tensors[self._described :], *self._numbers)
-
-    def _descriptor(self, known: _Launch, key: tuple[int, int, int], tensor: torch.Tensor) -> list[Any]:
-        if len(self._descriptors) >= _MOST_DESCRIPTORS:
-            self._descriptors.clear()
-        made = self._descriptors[key] = known.described(key[1], Described(tensor, self.blocks[key[1]]))
-        return made
 
 
 def as_triton(argument: Any) -> Any:

@@ -226,7 +226,7 @@ def matmul_rows(
 
     Args:
         a: (M, K) int8 or float8, row-major.
-        b: (N, K) of the same dtype, last stride 1.
+        b: (N, K) of the same dtype, or of the other float8, last stride 1.
         row_scale: (M,) float32.
         column_scale: (N,) or (1,) float32.
         bias: (N,) of any float dtype, or None.
@@ -238,7 +238,8 @@ def matmul_rows(
     launcher = _multiplying(
         (a.shape, b.shape),
         (a.stride(), b.stride(), out.stride()),
-        (a.dtype, out.dtype, None if bias is None else bias.dtype),
+        (a.dtype, b.dtype, out.dtype),
+        bias is not None,
         column_scale.numel() > 1,
         multiprocessor_count(a.device.index or 0) if aligned else 0,
         tiles,
@@ -251,21 +252,21 @@ def matmul_rows(
 def _multiplying(
     shapes: tuple[tuple[int, int], tuple[int, int]],
     strides: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None],
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    has_bias: bool,
     per_column: bool,
     multiprocessors: int,
     tiles: Tiles | None,
 ) -> Launcher:
     """multiprocessors: 0 where the matrices do not suit tensor descriptors."""
     (rows, depth), (columns, _) = shapes
-    sizes = dtypes[0].itemsize, dtypes[0].itemsize, dtypes[1].itemsize
     described = multiprocessors and all(
-        stride[1] == 1 and stride[0] * nbytes % 16 == 0 for stride, nbytes in zip(strides, sizes, strict=True)
+        stride[1] == 1 and stride[0] * dtype.itemsize % 16 == 0 for stride, dtype in zip(strides, dtypes, strict=True)
     )
     flags = {
         "INTEGER": dtypes[0] == torch.int8,
         "SCALE_PER_COLUMN": per_column,
-        "HAS_BIAS": dtypes[2] is not None,
+        "HAS_BIAS": has_bias,
     }
     if not described:
         small = rows <= 64
@@ -285,7 +286,7 @@ def _multiplying(
             },
             warps=4 if small else 8,
         )
-    tiles = tiles or choose_tiles(rows, columns, depth, sizes[2])
+    tiles = tiles or choose_tiles(rows, columns, depth, dtypes[2].itemsize)
     programs = multiprocessors * tiles.waves
     count = ceil_div(rows, tiles.block_m) * ceil_div(columns, tiles.block_n)
     return Launcher(

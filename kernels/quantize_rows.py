@@ -149,7 +149,7 @@ def quantize_rows(
         weight_scale: tensor-wide weight scale to fold into the row scales.
     """
     folds = weight_scale is not None
-    launcher = _quantizing(x.shape, x.stride(), x.dtype, q.dtype, activation, folds)
+    launcher = _quantizing(x.shape, x.stride(), q.dtype, activation, folds)
     launcher(x, q, scale, weight_scale if folds else scale)
 
 
@@ -157,7 +157,6 @@ def quantize_rows(
 def _quantizing(
     shape: tuple[int, int],
     strides: tuple[int, int],
-    dtype: torch.dtype,
     target: torch.dtype,
     activation: str | None,
     folds: bool,

@@ -122,7 +122,7 @@ def rotate_rows(
     # float16's range is too short for sums of 16, so only bfloat16 takes the 16-bit dots; tf32 serves the others.
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
     outer, inner = rotation_factors(rotation, x.device, dtype)
-    launcher = _rotating(x.shape, x.stride(), x.dtype, out.dtype, rotation, activation, scale is not None)
+    launcher = _rotating(x.shape, x.stride(), activation, scale is not None)
     launcher(x, out, outer if scale is None else scale, outer, inner)
 
 
@@ -130,9 +130,6 @@ def rotate_rows(
 def _rotating(
     shape: tuple[int, int],
     strides: tuple[int, int],
-    dtype: torch.dtype,
-    target: torch.dtype,
-    rotation: int,
     activation: str | None,
     quantizes: bool,
 ) -> Launcher:
