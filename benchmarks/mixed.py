@@ -1,16 +1,17 @@
 """Measures what formats mixed layer by layer do to the picture, beside one format of the same bytes, on the trained model.
 
-python -m benchmarks.mixed [--out benchmarks/results/mixed.json]
+python -m benchmarks.mixed [--out benchmarks/results/mixed.json] [--without-clips]
 Runs ComfyUI (COMFYUI_PATH) for the clips, and diffusers' Wan for how much of a layer's error is the model's; on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from demo import shapes_in_comfyui, shapes_in_diffusers
 from demo.clips import REFERENCE, SHOWN, Quality, judge
 from demo.shapes import Scene
 from demo.trained_files import FOLDER, TRANSFORMER
+from lowbit.kernels.measured import Numbers
 from lowbit.ops.auto_format import two_plans
-from lowbit.ops.checkpoint import open_checkpoint
+from lowbit.ops.checkpoint import Checkpoint, open_checkpoint
 from lowbit.ops.device_info import DeviceInfo
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.mixed_plan import TwoPlans
@@ -34,6 +36,7 @@ from lowbit.ops.quantize import quantize_to_tensor
 from lowbit.ops.sampled_errors import sampled_errors
 from lowbit.ops.stream import quantize_checkpoint
 from testing import comfyui
+from testing.core import start_core
 from testing.measure import environment, relative_error
 from testing.server import Server, prepare_base
 
@@ -48,6 +51,9 @@ KINDS = {
     "values and outputs of cross-attention": ("cross_attn.v", "cross_attn.o"),
     "feed-forward": ("ffn.0", "ffn.2"),
 }
+LARGE_MODELS = ("Wan 2.2 T2V 14B", "Qwen-Image", "Flux", "LTX-2")
+TOO_LARGE = 1.55
+"""How many times as large as the GPU's memory each of them is taken to be in 8 bits: `auto` mixes from 1.5 on."""
 SEEN_AT = (0.95, 0.8, 0.5, 0.2)
 """Of the noise that is left, at which the model's error is measured."""
 
@@ -148,6 +154,38 @@ def sensitivities() -> dict[str, dict[str, float]]:
     }
 
 
+def large_models() -> list[Record]:
+    """What mixing gives real sizes, each layer's weights Gaussian: the bytes, and the error as the dry run tells it."""
+    from testing.planned import checkpoint_of
+    from testing.tiny.architectures import ARCHITECTURES
+
+    gaussian = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+
+    def measure(checkpoint: Checkpoint, formats: Mapping[str, Collection[str]]) -> dict[str, Numbers]:
+        every = {name for names in formats.values() for name in names}
+        errors = {
+            name: relative_error(quantize_to_tensor(gaussian, FORMATS[name]).dequantize(), gaussian) for name in every
+        }
+        return dict.fromkeys(formats, errors)
+
+    rows = []
+    for name in LARGE_MODELS:
+        checkpoint, pinned = checkpoint_of(ARCHITECTURES[name].real_sized())
+        plans = two_plans(checkpoint, DeviceInfo("", (9, 0), 0), None, measure, pinned=pinned)
+        room = int(plans.eight_bits.nbytes_after / TOO_LARGE)
+        found = {
+            "8 bits": plans.eight_bits,
+            "4 bits": plans.four_bits,
+            "smallest": plans.within(plans.four_bits.nbytes_after),
+            "auto": plans.within(max(room, plans.four_bits.nbytes_after)),
+        }
+        rows += [
+            {"name": name, "what": what, "tensor_bytes": plan.nbytes_after, "error_told": plans.error(plan)}
+            for what, plan in found.items()
+        ]
+    return rows
+
+
 def goals(rows: dict[str, Record]) -> list[Record]:
     """For each format, dB that a mix of no more bytes is better, and that it is no larger."""
     entries = []
@@ -164,16 +202,22 @@ def main() -> None:
     """Measures and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/mixed.json"))
+    parser.add_argument("--without-clips", action="store_true", help="leave what the file has of the trained model")
     options = parser.parse_args()
-    scenes = (*SHOWN, *OTHERS)
+    result = json.loads(options.out.read_text()) if options.without_clips else of_the_trained_model()
+    start_core(["--cpu"])
+    write(options.out, result | {"large_models": large_models()})
+
+
+def of_the_trained_model() -> Record:
+    """Its clips, and how much of a layer's error is the model's."""
     rows: dict[str, Record] = {}
-    for name, quality, plan, told in qualities(scenes):
+    for name, quality, plan, told in qualities((*SHOWN, *OTHERS)):
         row: dict[str, Any] = entry(quality)
         rows[name] = row | {"tensor_bytes": plan.nbytes_after if plan else None, "error_told": told}
         print(name, quality.text, flush=True)
     facts = environment(f"ComfyUI {comfyui.version(comfyui.find())}")
-    result = {"environment": facts, "rows": rows, "sensitivities": sensitivities(), "goals": goals(rows)}
-    write(options.out, result)
+    return {"environment": facts, "rows": rows, "sensitivities": sensitivities(), "goals": goals(rows)}
 
 
 if __name__ == "__main__":

@@ -300,6 +300,31 @@ SHOWN: dict[str, Shown] = {
         },
         "On a CPU, where the `_fast` FP8 and FP4 formats do not quantize activations: their rows are those of the weights.",
     ),
+    "mixed": Shown(
+        "mixed.json",
+        named_rows,
+        {
+            "format": "name",
+            "PSNR, dB": "psnr_mean_db",
+            "worst clip": "psnr_worst_db",
+            "shows what was asked": lambda row: f"{row['as_asked']} of {row['clips']}",
+            "tensors, bytes": "tensor_bytes",
+            "error as the dry run tells it": key_percent("error_told"),
+        },
+        "The trained model again; a row of one format, and of mixes of no more bytes.",
+    ),
+    "mixed_large": Shown(
+        "mixed.json",
+        lambda record: record["large_models"],
+        {
+            "model": "name",
+            "": "what",
+            "weights": lambda row: gib(row["tensor_bytes"]),
+            "error as the dry run tells it": key_percent("error_told"),
+        },
+        "Real sizes, Gaussian weights, an RTX 20 to H200, on which 8 bits are 1.55 times the memory there is.",
+        goals=False,
+    ),
     "quantize": Shown(
         "quantize-h200.json",
         named_rows,
@@ -368,7 +393,8 @@ SHOWN: dict[str, Shown] = {
             "error": key_percent("error"),
             "error of decoding at every call": key_percent("peer_error"),
         },
-        "One layer of 13,824 x 5,120 as int8_convrot_fast, beside ComfyUI-GGUF's decoder and a 16-bit product.",
+        "One layer of 13,824 x 5,120 as int8_convrot_fast, beside ComfyUI-GGUF's decoder and a 16-bit product (an earlier "
+        "run). The copy is not sent to the disk; what is converted is, and read back.",
     ),
     "families": Shown(
         "families.json",
@@ -406,7 +432,7 @@ SHOWN: dict[str, Shown] = {
         "text_quality.json",
         lambda record: record["rows"],
         {"model": "model", "weights": "weights", "what is seen": "contender", "perplexity": "perplexity"},
-        "On the first 800 tokens of the GPL; the cache counts from the 100th on.",
+        "On the first 1,000 tokens of Python's help topics (pydoc_data.topics); the cache counts from the 100th on.",
     ),
 }
 """A marker's name -> what stands there."""

@@ -84,7 +84,7 @@ def _row_sums(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N", "N_1", "N_2"))  # which go from one weight's to the next one's
 def _matvec_together_kernel(
     x_ptr,
     w_ptr,

@@ -46,7 +46,7 @@ def decoded_layers(
         if len(tensors) == 1 or "comfy_quant" in tensors or layer in described:
             continue
         scheme = find_scheme(LayerTensors(layer, tensors, read))
-        if scheme is not None and not any(f".{suffix}" in UNKNOWN_SCALINGS for suffix in tensors.keys() - scheme[1]):
+        if scheme is not None and not any(_stands_for_more(suffix) for suffix in tensors.keys() - scheme[1]):
             schemes[layer] = scheme
     certain = {found.what for found, _ in schemes.values() if not found.either_axis}
     for layer, (found, suffixes) in schemes.items():
@@ -75,6 +75,11 @@ def foreign_sentences(entries: Iterable[TensorEntry]) -> list[str]:
         f"{'they are' if count > 1 else 'it is'} decoded and stored anew."
         for what, count in counts.items()
     ]
+
+
+def _stands_for_more(suffix: str) -> bool:
+    """Whether a tensor beside those of a scheme says that the layer is another, or is another weight of it."""
+    return suffix == "weight" or f".{suffix}" in UNKNOWN_SCALINGS
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -15,8 +15,9 @@ from .quantize import quantize_to_tensor
 from .stream import QUANTIZER_VERSION
 from .writer import short_stem
 
-SAMPLED_ROWS = 64
-"""Rows of a matrix that are measured. The error of most formats is that of a row, whatever the others hold."""
+SAMPLED_NUMBERS = 1 << 16
+LEAST_ROWS = 16
+"""How much of a matrix is measured, and at least how many rows: what whole rows give is the matrix's error within percents."""
 
 _SMALLEST_ERROR = 1e-9
 
@@ -29,7 +30,7 @@ def sampled_errors(
     That is the relative error of a layer's output too, for activations that are independent of each other.
 
     Args:
-        checkpoint: an opened checkpoint; `SAMPLED_ROWS` rows of each layer are read.
+        checkpoint: an opened checkpoint; some rows of each layer are read.
         formats: names of formats to measure, by layer.
         device: where to quantize.
         folder: of quantized files, where what was measured is kept; None keeps nothing.
@@ -45,7 +46,8 @@ def sampled_errors(
     for layer, names in formats.items():
         missing = [name for name in names if name not in known[layer]]
         if missing:
-            rows = checkpoint.read_rows(f"{layer}.weight", SAMPLED_ROWS).to(device)
+            count = max(SAMPLED_NUMBERS // checkpoint.entries[f"{layer}.weight"].shape[1], LEAST_ROWS)
+            rows = checkpoint.read_rows(f"{layer}.weight", count).to(device)
             new[layer] = known[layer] | {
                 name: _error(rows, name, f"{checkpoint.path.name}: {layer}") for name in missing
             }

@@ -49,8 +49,16 @@ UNKNOWN_SCALINGS = (
     ".zeros",
     ".absmax",
     ".SCB",
+    ".smooth",
+    ".wscales",
+    ".qzeros",
+    ".g_idx",
+    ".weight_g_idx",
+    ".lora_down",
+    ".proj_down",
+    ".svd_down",
 )
-"""Beside a weight: block scales, zero points, bitsandbytes, smoothing, and the like, where `foreign_layers` has not decoded it."""
+"""Beside a weight: block scales, zero points, bitsandbytes, smoothing, a part of low rank, and the like, where `foreign_layers` has not decoded it."""
 
 
 def foreign_weight(names: Iterable[str]) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from ..errors import CapabilityError
+from ..kernels.measured import Numbers
 from .auto_format import MeasureLayers, plan_format, two_plans
 from .checkpoint import Checkpoint
 from .device_info import DeviceInfo
@@ -69,21 +70,29 @@ def trade_table(
     Raises:
         CheckpointError: as `plan_format`.
     """
+    found: dict[str, Numbers] = {}
+
+    def once(checkpoint: Checkpoint, formats: Mapping[str, Collection[str]]) -> Mapping[str, Numbers]:
+        """All of the table's plans ask the same."""
+        if not found:
+            found.update(measure(checkpoint, formats))
+        return found
+
     try:
-        plans = two_plans(checkpoint, device, rules, measure, pinned=pinned)
+        plans = two_plans(checkpoint, device, rules, once, pinned=pinned)
         if not plans.eight_bits.changes_weights:
             return []
         chosen = {
-            title: plan_format(checkpoint, name, device, rules, measure, pinned=pinned) for title, name in ROWS.items()
+            title: plan_format(checkpoint, name, device, rules, once, pinned=pinned) for title, name in ROWS.items()
         }
     except CapabilityError:
         return []
     lines = [f"{'':<10} {'GiB':>7} {'ms a step':>9} {'error':>7}"]
-    for title, found in chosen.items():
-        products = [product_of(found.plan.layers[name]) for name in plans.names]
-        time = milliseconds(found.plan, products)
+    for title, choice in chosen.items():
+        products = [product_of(choice.plan.layers[name]) for name in plans.names]
+        time = milliseconds(choice.plan, products)
         shown = "-" if time is None else f"{time:.1f}"
-        size = found.plan.nbytes_after / 2**30
-        lines.append(f"{title:<10} {size:>7.3g} {shown:>9} {100 * plans.error(found.plan):>6.2f}%  {found.name}")
+        size = choice.plan.nbytes_after / 2**30
+        lines.append(f"{title:<10} {size:>7.3g} {shown:>9} {100 * plans.error(choice.plan):>6.2f}%  {choice.name}")
     about = f"ms a step: what may be quantized, at {TOKENS:,} tokens; error: of the weights, as they bear on the output"
     return [*lines, about]

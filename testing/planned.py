@@ -30,6 +30,12 @@ def plan_of(
         rules: instead of the family's.
         pinned: as `make_plan` takes it; None for those that the model has as other modules than Linears.
     """
+    checkpoint, found = checkpoint_of(model)
+    return make_plan(checkpoint, FORMATS[format_name], rules, pinned=found if pinned is None else pinned)
+
+
+def checkpoint_of(model: torch.nn.Module) -> tuple[Checkpoint, dict[str, str]]:
+    """A file of `model`, as far as its header goes, and the layers in it that are no Linears of the model."""
     from lowbit.host.weights.core_build import no_linears
 
     tensors = model.state_dict()
@@ -39,8 +45,7 @@ def plan_of(
         for name, tensor in tensors.items()
     }
     layers = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
-    pinned = no_linears(dict(model.named_modules()), layers) if pinned is None else pinned
-    return make_plan(Checkpoint(path, (path,), entries, {}, ()), FORMATS[format_name], rules, pinned=pinned)
+    return Checkpoint(path, (path,), entries, {}, ()), no_linears(dict(model.named_modules()), layers)
 
 
 def with_plan(of: DiffusionModel, weights: Mapping[str, torch.Tensor], plan: QuantizationPlan) -> torch.nn.Module:

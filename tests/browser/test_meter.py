@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from testing import graphs
+
+from .conftest import VIEWPORT
 
 pytestmark = [pytest.mark.browser, pytest.mark.headless, pytest.mark.slow]
 
@@ -56,21 +60,43 @@ def reading(node: str, step: int = 0, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+@pytest.fixture(scope="module")
+def tabs(browser, open_tab) -> Iterator[Callable[..., Any]]:
+    """A tab for each choice of ComfyUI's settings, kept for all tests here, and a function that sends it an event through
+    the websocket it has open to the server."""
+
+    @functools.cache
+    def opened(vue: bool, language: str) -> tuple[Any, Callable[[dict[str, Any]], None]]:
+        context, sockets = browser.new_context(viewport=VIEWPORT, locale="en-US", reduced_motion="reduce"), []
+
+        def connect(socket: Any) -> None:
+            socket.connect_to_server()
+            sockets.append(socket)
+
+        def send(data: dict[str, Any]) -> None:
+            sockets[-1].send(json.dumps({"type": "lowbit.memory", "data": data}))
+
+        context.route_web_socket("**/ws*", connect)
+        found.append(open_tab(context, **{"Comfy.VueNodes.Enabled": vue, "Comfy.Locale": language}))
+        return found[-1], send
+
+    found: list[Any] = []
+    yield opened
+    for tab in found:
+        tab.page.context.close()
+
+
 @pytest.fixture
-def fed(tab):
-    """A tab, and a function that sends it an event through the websocket it has open to the server."""
-    sockets = []
+def fed(tabs):
+    """Gives one of `tabs`; none may end with an error that nobody caught."""
+    used = []
 
-    def connect(socket: Any) -> None:
-        socket.connect_to_server()
-        sockets.append(socket)
+    def choose(vue: bool = False, language: str = "en") -> tuple[Any, Callable[[dict[str, Any]], None]]:
+        used.append(tabs(vue, language))
+        return used[-1]
 
-    tab.page.route_web_socket("**/ws*", connect)
-
-    def send(data: dict[str, Any]) -> None:
-        sockets[-1].send(json.dumps({"type": "lowbit.memory", "data": data}))
-
-    return tab, send
+    yield choose
+    assert not [error for tab, _ in used for error in tab.errors]
 
 
 def widths(tab) -> list[float]:
@@ -85,8 +111,7 @@ def widths(tab) -> list[float]:
 
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 def test_the_meter_draws_what_the_server_sends(fed, vue):
-    tab, send = fed
-    tab.open(**{"Comfy.VueNodes.Enabled": vue})
+    tab, send = fed(vue=vue)
     node = tab.evaluate(ADD_NODE)
     before = tab.evaluate(WIDGETS, node), tab.evaluate(SAVED, node)
     tab.page.wait_for_timeout(500)
@@ -118,8 +143,7 @@ def test_the_meter_draws_what_the_server_sends(fed, vue):
 
 
 def test_every_step_has_its_time_and_a_new_prompt_starts_anew(fed):
-    tab, send = fed
-    tab.open()
+    tab, send = fed()
     node = tab.evaluate(ADD_NODE)
     for step in range(1, 5):
         send(reading(node, step))
@@ -137,8 +161,7 @@ def test_every_step_has_its_time_and_a_new_prompt_starts_anew(fed):
 
 def test_what_is_not_known_is_left_out(fed):
     """A device that counts nothing but what is allocated, such as the CPU."""
-    tab, send = fed
-    tab.open()
+    tab, send = fed()
     node = tab.evaluate(ADD_NODE)
     send(
         reading(
@@ -159,8 +182,7 @@ def test_what_is_not_known_is_left_out(fed):
 
 
 def test_events_for_other_nodes_change_nothing(fed):
-    tab, send = fed
-    tab.open()
+    tab, send = fed()
     tab.evaluate(ADD_NODE)
     other = tab.evaluate("() => { const n = LiteGraph.createNode('KSampler'); app.rootGraph.add(n); return n.id; }")
     for node in (str(other), "999", "999:1", "", None):
@@ -171,8 +193,7 @@ def test_events_for_other_nodes_change_nothing(fed):
 
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
 def test_the_meter_works_inside_a_subgraph(fed, vue):
-    tab, send = fed
-    tab.open(**{"Comfy.VueNodes.Enabled": vue})
+    tab, send = fed(vue=vue)
     node = tab.evaluate(ADD_NODE)
     inside = tab.evaluate(
         """(id) => {
@@ -197,8 +218,7 @@ def test_the_meter_works_inside_a_subgraph(fed, vue):
 
 
 def test_the_meter_speaks_chinese(fed):
-    tab, send = fed
-    tab.open(**{"Comfy.Locale": "zh"})
+    tab, send = fed(language="zh")
     node = tab.evaluate(ADD_NODE)
     send(reading(node, 7))
     tab.page.get_by_text("采样 7/20").wait_for()
@@ -212,9 +232,9 @@ def test_the_meter_speaks_chinese(fed):
 NUMBERED = """(prompt) => app.loadApiJson(prompt, "a run")"""
 
 
-def test_a_real_run_feeds_the_meter(tab):
+def test_a_real_run_feeds_the_meter(fed):
     """Wan on tiny weights with its VAE managed, started with the Run button."""
-    tab.open()
+    tab, _ = fed()
     graph = graphs.wan_t2v(
         graphs.load_diffusion_model("wan_t2v.safetensors", format="int8"),
         graphs.conditioning_random(width=256),

@@ -179,7 +179,7 @@ def report_of(bench, graph: graphs.Graph, loader: str = "model") -> str:
 
 
 def cached_files(bench) -> set[Path]:
-    return set((bench.models / "lowbit_cache").glob("**/*"))
+    return set((bench.models / "lowbit_cache").glob("**/*.safetensors"))
 
 
 def test_dry_run_lists_every_layer_and_neither_loads_nor_writes(bench):
@@ -188,6 +188,9 @@ def test_dry_run_lists_every_layer_and_neither_loads_nor_writes(bench):
     # Everything behind the loader is blocked: only the report comes out.
     text = report_of(bench, wan("wan_ti2v_5b.safetensors") | {"model": loader})
     assert "20 quantized, 6 kept" in text
+    table = {line[:10].strip(): line[10:].split() for line in text.splitlines() if "%" in line and "MiB]" not in line}
+    assert {title: row[1] for title, row in table.items()} == dict.fromkeys(("smallest", "balanced", "most exact"), "-")
+    assert table["balanced"][3] == "int8_convrot_fast"
     # Alike layers share a line: blocks.*.ffn.* (2 layers).
     listed = [line.split()[0] for line in text.splitlines() if "MiB]" in line]
     shapes = tiny.wan.shapes(tiny.WAN_5B)

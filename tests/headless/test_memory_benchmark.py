@@ -10,15 +10,15 @@ import torch
 from safetensors import safe_open
 
 from benchmarks import memory, memory_cases, memory_files, memory_rig
-from benchmarks.memory_cases import CASES, COMPLETE, MANAGED, STOCK, STOCK_COPIES, Scale
+from benchmarks.memory_cases import CASES, COMPLETE, STOCK, STOCK_COPIES, Scale
 from benchmarks.memory_files import drop_from_page_cache, second_name, write_checkpoint
 from benchmarks.memory_group import create_group
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch
 from testing.server import ServerDiedError
 from testing.tiny import infinitetalk, qwen_image, text_encoders, wan
 
-RUN = (STOCK_COPIES, MANAGED, COMPLETE)
-"""Stock without copies has less than the first of them, and format auto alone less than the last."""
+RUN = (STOCK_COPIES, COMPLETE)
+"""Stock without copies has less than the first of them, and the manager and format auto alone less than the last."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_contenders_finish_and_are_measured(results):
         assert row["load_seconds"] > 0
         assert 0 < row["seconds_per_step"] < row["total_seconds"]
     assert rows[STOCK_COPIES.name]["report"] is None
-    report = rows[MANAGED.name]["report"]
+    report = rows[COMPLETE.name]["report"]
     assert len(report["step_seconds"]) == 3
     assert report["device"] == "cpu (host memory)"
 
@@ -59,7 +59,6 @@ def test_the_quantized_copies_made_beforehand_are_those_that_the_loaders_look_fo
     rows = {row["contender"]: row for row in results["rows"]}
     assert rows[STOCK_COPIES.name]["quantize_seconds"] > 0, "the first that needs them makes them"
     assert rows[COMPLETE.name]["quantize_seconds"] is None
-    assert rows[MANAGED.name]["quantize_seconds"] is None
     copies = [path.name.split(".")[0] for path in (work / "models" / memory_files.CACHE).glob("*.safetensors")]
     assert sorted(copies) == ["qwen25_vl", "qwen_image"]
     logs = "".join(log.read_text() for log in work.glob("base-*/benchmark-memory-manager-*.log"))

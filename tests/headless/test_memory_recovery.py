@@ -12,7 +12,7 @@ from testing.server import GraphFailedError, GraphInterruptedError
 
 from .memory_bench import NEAR, ROOMY, UMT5, managed, wan, weights
 
-WIDE, WIDER = {"size": 512, "frames": 1}, {"size": 1024, "frames": 1}
+WIDE, WIDER = {"size": 512, "frames": 1}, {"size": 768, "frames": 1}
 GPU = pytest.mark.parametrize("gpu_mib", [0.0, ROOMY], ids=["cpu", "fake GPU"])
 
 
@@ -88,11 +88,11 @@ def test_out_of_memory_at_decode_is_survived_in_tiles(memory, gpu_mib):
 @pytest.mark.slow
 def test_tiles_that_do_not_fit_get_smaller(memory):
     want = memory.run(wan(seed=48, steps=1, **WIDER)).tensors["image"]
-    # By core's estimate tiles of 512 pixels fit the fake GPU and the whole does not; the fault says that they do not either.
+    # By core's estimate tiles of 384 pixels fit the fake GPU and the whole does not; the fault says that they do not either.
     graph = managed(wan(seed=48, steps=1, **WIDER), gpu_mib=3072.0)
     got = memory.run(decode_fault(graph, times=1, most=32, name="smaller"))
     widths = got.state["decoded"]["smaller"]
-    assert widths[0] == 64
+    assert widths[0] == 48
     assert max(widths[1:]) == 32
     assert "done again in tiles of 256 pixels" in got.notes
     assert relative_error(got.tensors["image"], want) < 0.05
@@ -148,9 +148,9 @@ def test_interrupt_in_mid_step_then_run_again(memory, gpu_mib):
 
 
 @pytest.mark.slow
-def test_30_prompts_do_not_grow(memory):
+def test_20_prompts_do_not_grow(memory):
     resident, objects = [], []
-    for seed in range(30):
+    for seed in range(20):
         graph = managed(wan(seed=60 + seed, conditioning=UMT5), gpu_mib=ROOMY)
         got = memory.run(graph, count_objects=seed >= 10)
         assert got.notes == ""
@@ -158,8 +158,8 @@ def test_30_prompts_do_not_grow(memory):
         objects.append(sum(got.state["objects"].values()))
     # The first prompts fill ComfyUI's own cache of results; from the eleventh on garbage is collected and objects counted.
     # The middle ones: a prompt in which an allocator's arena is full for once is no growth.
-    assert statistics.median(resident[20:]) - statistics.median(resident[10:20]) < 8 << 20, resident
-    assert objects[29] <= objects[10]
+    assert statistics.median(resident[15:]) - statistics.median(resident[10:15]) < 4 << 20, resident
+    assert objects[19] <= objects[10]
 
 
 def test_a_leak_is_named_with_its_holder(memory):

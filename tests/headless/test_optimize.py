@@ -14,7 +14,7 @@ FORMAT_OF_PRESET = {
     "balanced": "int8_tensorwise",
     "fastest": "int8_tensorwise",
     "most exact": "",
-    "smallest": "asym_w4a8_int8",
+    "smallest": "asym_w4a8_int8 int8_tensorwise",
 }
 """Core's names of the formats that a CPU gets."""
 
@@ -54,7 +54,7 @@ def test_a_preset_stores_the_weights_as_its_row_says(bench, preset):
     graph = optimized(wan(), preset)
     layers = bench.facts(graph, ["optimize", 0])["layers"].values()
     formats = {layer["format"] for layer in layers if layer["weight"] == "QuantizedTensor"}
-    assert formats == {FORMAT_OF_PRESET[preset]} - {""}
+    assert formats == set(FORMAT_OF_PRESET[preset].split())
     error = relative_error(bench.sample(graph)["latent"], bench.sample(wan())["latent"])
     assert error == 0 if preset == "most exact" else 0 < error < 0.15
 

@@ -324,10 +324,32 @@ REFUSED = {
         "a.weight_scale",
     ),
     "AWQ whose last group is smaller": (awq(torch.randn(16, 160), 128)[0], "a.qweight"),
+    "GPTQ beside a plain weight": ({**gptq(4)(_weight())[0], "weight": torch.randn(64, 128)}, "a.qweight"),
     "GPTQ of some size or another": (_without(gptq(4, 64)(torch.randn(16, 200))[0], "g_idx"), "a.qweight"),
     "smoothed FP8 in blocks": (
         {**blocks(128, 128)(_weight())[0], "pre_quant_scale": torch.ones(128)},
         "a.weight_scale_inv",
+    ),
+    "FP8 in blocks with a part of low rank": (
+        {**blocks(128, 128)(_weight())[0], "lora_down": torch.ones(4, 128), "lora_up": torch.ones(64, 4)},
+        "a.weight_scale_inv",
+    ),
+    "INT8 with a part of low rank": (
+        {
+            "weight": _integers(64, 128).to(torch.int8),
+            "weight_scale": torch.ones(64, 1),
+            "svd_down": torch.ones(4, 128),
+            "svd_up": torch.ones(64, 4),
+        },
+        "a.svd_down",
+    ),
+    "FP8 with the order of its columns": (
+        {
+            "weight": torch.randn(64, 128).to(torch.float8_e4m3fn),
+            "weight_scale": torch.ones(64, 1),
+            "weight_g_idx": torch.arange(128),
+        },
+        "a.weight_g_idx",
     ),
     "FP8 in blocks that core's description says nothing of": (
         {**blocks(128, 128)(_weight())[0], "comfy_quant": core_config_tensor({"format": "float8_e4m3fn"})},

@@ -51,6 +51,13 @@ def test_where_memory_is_short_balanced_is_the_mix_that_auto_makes(save):
     assert rows["balanced"][3:] == ["int4_asym_fast", "and", "int8_convrot_fast"]
 
 
+def test_layers_are_measured_once_for_the_whole_table(save, wan_tensors):
+    asked = []
+    measure = lambda checkpoint, formats: asked.append(1) or MEASURE(checkpoint, formats)  # noqa: E731
+    assert trade_table(open_checkpoint(save(wan_tensors)), SHORT, None, measure)
+    assert len(asked) == 1
+
+
 def test_a_time_is_asked_of_every_layer_in_the_format_it_has(save, wan_tensors):
     asked = {}
 
