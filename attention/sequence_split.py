@@ -42,10 +42,12 @@ class Exchange:
 
     Attributes:
         pieces: in how many pieces each process's heads travel: while one is attended to, the next is on its way.
+        small: bytes of all queries below which they travel whole, since pieces take the processor's time.
         eight_bits: whether keys and values travel as int8 with a scale for each token of each head: a quarter less in all.
     """
 
     pieces: int = 1
+    small: int = 1 << 28
     eight_bits: bool = False
 
 
@@ -95,7 +97,8 @@ class SequenceSplit:
         batch, heads, length, width = q.shape
         if mask is not None:
             mask = self._on_all(mask)
-        dealt = self._dealt(heads)
+        whole = q.element_size() * batch * heads * width * sum(self.tokens) < self.exchange.small
+        dealt = self._dealt(heads, 1 if whole else self.exchange.pieces)
         arriving = [self._to_heads(q, k, v, ranges) for ranges in dealt]
         returning = []
         for ranges, arrival in zip(dealt, arriving, strict=True):
@@ -104,13 +107,17 @@ class SequenceSplit:
             query, key, value = _unpacked(arrived, q, last - first, self.exchange.eight_bits)
             out = attention(query, key, value, mask) if last > first else q.new_empty(batch, sum(self.tokens), 0)
             returning.append(self._to_tokens(out, ranges, width))
-        result = q.new_empty(batch, length, heads * width)
+        result = q.new_empty(batch, length, heads, width)
         for ranges, arrival in zip(dealt, returning, strict=True):
             sizes = [length * batch * (last - first) * width for first, last in ranges]
-            for (first, last), part in zip(ranges, arrival.wait().split(sizes), strict=True):
-                part = part.view(length, batch, (last - first) * width)
-                _copy(result[:, :, first * width : last * width], part.transpose(0, 1))
-        return result
+            arrived = arrival.wait()
+            if _alike(ranges, heads):
+                parts = arrived.view(len(ranges), length, batch, -1, width).permute(0, 2, 1, 3, 4)
+                _copy(_of_all(result, ranges, 2).movedim(2, 0), parts)
+                continue
+            for (first, last), part in zip(ranges, arrived.split(sizes), strict=True):
+                _copy(result[:, :, first:last], part.view(length, batch, last - first, width).transpose(0, 1))
+        return result.flatten(2)
 
     def gather(self, x: torch.Tensor, everywhere: bool = False) -> torch.Tensor | None:
         """The whole of (batch, own tokens, channels) at the first process and None at the others, or at each of them."""
@@ -121,15 +128,15 @@ class SequenceSplit:
         whole = _Transfer(self.group, x.transpose(0, 1).reshape(-1).repeat(sum(takes)), sent, received).wait()
         return whole.view(-1, batch, channels).transpose(0, 1) if takes[self.rank] else None
 
-    def _dealt(self, heads: int) -> list[list[tuple[int, int]]]:
+    def _dealt(self, heads: int, pieces: int) -> list[list[tuple[int, int]]]:
         """For each piece the first and last head of every process."""
         counts = shares(heads, self.speeds)
         starts = [0, *accumulate(counts)]
         cuts = [
-            [start, *accumulate(shares(count, [1.0] * self.exchange.pieces), initial=start)][1:]
+            [start, *accumulate(shares(count, [1.0] * pieces), initial=start)][1:]
             for start, count in zip(starts, counts, strict=False)
         ]
-        return [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(self.exchange.pieces)]
+        return [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(pieces)]
 
     def _to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: list[tuple[int, int]]) -> _Transfer:
         """Sends each process its heads of this one's tokens; token by token, so that what arrives is one sequence."""
@@ -138,10 +145,15 @@ class SequenceSplit:
         a_head = batch * sum(part.shape[-1] * part.element_size() for part in whole)
         sent = [a_head * length * (last - first) for first, last in ranges]
         buffer = torch.empty(sum(sent), dtype=torch.uint8, device=q.device)
-        for (first, last), piece in zip(ranges, buffer.split(sent), strict=True):
-            for part, place in zip(whole, _places(_by_row(piece, length), whole, last - first), strict=True):
-                _copy(place, part[:, first:last].permute(2, 0, 1, 3))
         first, last = ranges[self.rank]
+        if _alike(ranges, q.shape[1]):
+            places = _places(_by_row(buffer, len(ranges) * length), whole, last - first)
+            for part, place in zip(whole, places, strict=True):
+                _copy(place.unflatten(0, (len(ranges), length)), _of_all(part, ranges, 1).permute(1, 3, 0, 2, 4))
+        else:
+            for (start, stop), piece in zip(ranges, buffer.split(sent), strict=True):
+                for part, place in zip(whole, _places(_by_row(piece, length), whole, stop - start), strict=True):
+                    _copy(place, part[:, start:stop].permute(2, 0, 1, 3))
         return _Transfer(self.group, buffer, sent, [a_head * tokens * (last - first) for tokens in self.tokens])
 
     def _to_tokens(self, out: torch.Tensor, ranges: list[tuple[int, int]], width: int) -> _Transfer:
@@ -162,6 +174,17 @@ class SequenceSplit:
         received = [tokens * per_key for tokens in self.tokens]
         whole = _Transfer(self.group, rows.reshape(-1).repeat(len(self.tokens)), sent, received).wait()
         return whole.view(-1, *rows.shape[1:]).movedim(0, -1)
+
+
+def _alike(ranges: Sequence[tuple[int, int]], heads: int) -> bool:
+    """Whether every process has as many heads as the next, as far apart: one copy does for all of them."""
+    (first, last), each = ranges[0], heads / len(ranges)
+    return last > first and all(span == (first + n * each, last + n * each) for n, span in enumerate(ranges))
+
+
+def _of_all(x: torch.Tensor, ranges: Sequence[tuple[int, int]], dim: int) -> torch.Tensor:
+    """The heads of `ranges`, which are alike: the dimension of heads becomes two, processes and the heads of each."""
+    return x.unflatten(dim, (len(ranges), -1)).narrow(dim + 1, ranges[0][0], ranges[0][1] - ranges[0][0])
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

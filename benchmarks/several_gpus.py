@@ -85,9 +85,11 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entries.append(Goal(f"{case}, INT8 weights, {gpus} GPUs beside one", factor, "x").judged([fastest]))
     for case, gpus in dict.fromkeys((row["case"], row["gpus"]) for row in rows if row["gpus"] > 1):
         here = [row for row in rows if (row["case"], row["gpus"]) == (case, gpus)]
-        errors = [100 * row["error"] for row in here if row["way"].startswith("bf16") and "error" in row]
-        name = f"{case}, bf16 weights, exact attention, {gpus} GPUs: error beside one"
-        entries.append(Goal(name, LARGEST_ERROR, "%", at_most=True).judged(errors))
+        exact = [row for row in here if row["way"].startswith("bf16")]
+        if exact:
+            name = f"{case}, bf16 weights, exact attention, {gpus} GPUs: error beside one"
+            errors = [100 * row["error"] for row in exact if "error" in row]
+            entries.append(Goal(name, LARGEST_ERROR, "%", at_most=True).judged(errors))
         starts = [row["start_seconds"] - row["load_seconds"] for row in here if "start_seconds" in row]
         if starts:
             name = f"{case}, {gpus} GPUs: the workers' start beyond the model's load"

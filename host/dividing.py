@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,13 @@ __all__ = ["AUTO", "SPLITS", "devices_of", "divide"]
 _TEAMS: dict[tuple[torch.device, ...], Team] = {}
 """The workers of each set of GPUs, the first of which is ComfyUI's own."""
 _DESCRIBING = Describing(version, describe, is_exact_now)
+
+
+@atexit.register
+def close_all() -> None:
+    """Ends every worker while Python still runs: a group that is left to its end aborts the process."""
+    for team in _TEAMS.values():
+        team.close()
 
 
 def devices_of(gpus: str, own: torch.device) -> tuple[torch.device, ...]:

@@ -1,1 +1,1 @@
-"""What makes files of this repository: the bundled workflows and the demo's trained model. Not installed."""
+"""What makes files of this repository: the workflows' thumbnails, the demo's trained model, the table of versions. Not installed."""

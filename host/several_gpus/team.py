@@ -177,7 +177,7 @@ class Team:
         return None if group is None else CoreForward(network, family, group, speeds, self._exchange(part))
 
     def _exchange(self, part: Part) -> Exchange:
-        return Exchange(self._pieces, part.eight_bits)
+        return Exchange(self._pieces, eight_bits=part.eight_bits)
 
     def take_over(self, out: torch.Tensor) -> torch.Tensor:
         """Fills `out` with the result of the second part."""

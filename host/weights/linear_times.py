@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,8 @@ from ...ops.linear import quantized_linear, release_scratch
 from ...ops.plan import QuantizationPlan
 from ...ops.quantize import quantize_to_tensor
 from ...ops.trade import Product
+
+logger = logging.getLogger("lowbit.host")
 
 FILE_NAME = "linear_timings.json"
 _COPY, _COPIED_BYTES = "copy from pinned memory", 1 << 28
@@ -78,7 +81,9 @@ def _add(
 ) -> None:
     try:
         found, _ = milliseconds({name: make()}, torch.device("cuda"))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        # Too little memory, on the GPU or to pin: a dry run has its other columns all the same.
+        logger.info("%s as %s could not be timed: %s", called, name, str(error).partition("\n")[0])
         return
     if found:
         times.put(where, {called: known | found})

@@ -38,6 +38,7 @@ def test_the_error_is_that_of_16_bits_and_the_start_is_beyond_the_load():
 
 def test_only_what_was_run_is_judged():
     assert goals([row(gpus=1, seconds=1.0)]) == []
+    assert list(by_name([row(speedup=1.9)])) == ["wan480, INT8 weights, 2 GPUs beside one"]
     assert {(case, gpus) for case, gpus, _ in SPEED_GOALS} == {
         ("wan480", 2), ("wan480", 4), ("wan720", 2), ("wan720", 4), ("qwen", 2)
     }  # fmt: skip

@@ -115,6 +115,29 @@
     return found;
   };
 
+  /** Whether the ways p to q and r to s cross. */
+  const cross = (p, q, r, s) => {
+    const leftOf = (a, b, c) => (b[0] - a[0]) * (c[1] - a[1]) > (b[1] - a[1]) * (c[0] - a[0]);
+    return leftOf(p, q, r) !== leftOf(p, q, s) && leftOf(r, s, p) !== leftOf(r, s, q);
+  };
+
+  /** Links that cross. Inside subgraphs they may: there every switch is set by one. */
+  const crossings = (graph) => {
+    if (graph !== app.rootGraph) return [];
+    const ways = [...graph.links.values()].map((link) => {
+      const [from, to] = [graph.getNodeById(link.origin_id), graph.getNodeById(link.target_id)];
+      const points = pointsOf(graph, link, from, to);
+      return [link.id, points.slice(1).flatMap((point, index) => [points[index], ...curve(points[index], point), point])];
+    });
+    return ways.flatMap(([one, a], index) =>
+      ways
+        .slice(index + 1)
+        .filter(([, b]) => a[0][0] !== b[0][0] || a[0][1] !== b[0][1])
+        .filter(([, b]) => a.some((p, i) => i && b.some((r, j) => j && cross(a[i - 1], p, b[j - 1], r))))
+        .map(([other]) => `links ${one} and ${other} cross`),
+    );
+  };
+
   /** A node's box as Nodes 2.0 draws it, which is taller than the canvas does, in graph units. */
   const boxInVue = (node) => {
     const { scale, offset } = app.canvas.ds;
@@ -152,7 +175,7 @@
   window.lowbitTest = {
     nodes: () => graphs().flatMap((graph) => graph.nodes.map((node) => describe(graph, node))),
     problems: () =>
-      graphs().flatMap((graph) => [overlaps, cutTitles, cutValues, cutText, hidden].flatMap((check) => check(graph))),
+      graphs().flatMap((graph) => [overlaps, cutTitles, cutValues, cutText, hidden, crossings].flatMap((check) => check(graph))),
     problemsInVue,
     count: () => graphs().length,
     show,

@@ -13,8 +13,8 @@ import pytest
 
 from testing import comfyui
 from testing.tiny import official
-from tools.workflows.small import scale_down
-from tools.workflows.unfold import api_form, unfold
+from testing.workflows.small import scale_down
+from testing.workflows.unfold import api_form, unfold
 
 pytestmark = [pytest.mark.browser, pytest.mark.headless, pytest.mark.slow]
 
@@ -217,7 +217,7 @@ def test_a_workflow_opens_as_it_was_saved(opened, path, vue):
 
 @EVERY
 def test_a_workflow_can_be_read(opened, path):
-    """No node lies on another, no title or value is cut, and no link runs behind a node that it has nothing to do with."""
+    """No node lies on another, no title or value is cut, no link runs behind a node that it has nothing to do with, none cross."""
     assert opened(path, False).problems == []
 
 

@@ -169,8 +169,8 @@ def _after(meeting: Any, pid: int) -> Any:
     return late
 
 
-def run(stages: Stages, found: dict[str, Any], paths: dict[str, Path], folder: Path) -> None:
-    """Everything that the tests look at."""
+def run(stages: Stages, found: dict[str, Any], paths: dict[str, Path], folder: Path, left: list[Any]) -> None:
+    """Everything that the tests look at. left: a model that stays for the end of the process."""
     import comfy.model_management as management
 
     from lowbit.host.dividing import _TEAMS, divide
@@ -217,6 +217,9 @@ def run(stages: Stages, found: dict[str, Any], paths: dict[str, Path], folder: P
         management.unload_all_models()
         gc.collect()
         found["gone"] = process.wait(GONE)
+    with stages.stage("one is there at the end"):
+        left.append(divide(load(paths["wan"], None, folder), devices, "auto", found["said"].append))
+        sample(left[0])
 
 
 def main() -> None:
@@ -229,8 +232,9 @@ def main() -> None:
         import comfy.memory_management
 
         found: dict[str, Any] = {"dynamic": comfy.memory_management.aimdo_enabled, "rows": [], "said": [], "failed": {}}
+        left: list[Any] = []
         with torch.inference_mode():
-            run(Stages(Path(out), found), found, write_models(Path(folder)), Path(folder))
+            run(Stages(Path(out), found), found, write_models(Path(folder)), Path(folder), left)
 
 
 if __name__ == "__main__":

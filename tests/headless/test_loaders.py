@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from lowbit.ops.formats import FORMATS, STORAGES
 from testing import graphs, tiny
@@ -24,54 +26,63 @@ def wan(name: str, format: str | None = None, seed: int = SEED, **options) -> gr
     return graphs.wan_t2v(graphs.load_diffusion_model(name, format, **options), UMT5, seed=seed)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a case gave in a format: its value, the decoded images where it has some, and what each Linear was."""
+
+    value: torch.Tensor
+    images: torch.Tensor | None
+    layers: dict[str, dict[str, str | None]]
+
+
 @pytest.fixture(scope="session")
-def references(bench):
-    """Case name -> the result with core's loader on the bf16 file, made when first asked for."""
+def made(bench):
+    """(case, format) -> `Made`, run when first asked for; format None takes core's loader on the bf16 file."""
 
-    class References(dict):
-        def __missing__(self, name):
-            self[name] = bench.tensors(CASES[name].graph(None, SEED), value=CASES[name].value)["value"]
-            return self[name]
+    class Runs(dict):
+        def __missing__(self, key):
+            case, facts = CASES[key[0]], f"facts of {key[0]} in {key[1]}"
+            graph, values = case.graph(key[1], SEED), {"value": case.value}
+            graph["facts"] = graphs.node("TinyFacts", value=[case.loader, 0], name=facts)
+            if case.decodes:
+                graph, values = graph | graphs.decode(), values | {"image": ["images", 0]}
+            out = bench.tensors(graph, **values)
+            layers = json.loads((bench.output / f"{facts}.json").read_text())["layers"]
+            self[key] = Made(out["value"], out.get("image"), layers)
+            return self[key]
 
-    return References()
+    return Runs()
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", CASES)
-def test_result_is_near_bf16(bench, references, name, format):
-    case = CASES[name]
-    graph, values = case.graph(format, SEED), {"value": case.value}
-    if case.decodes:
-        graph, values = graph | graphs.decode(), values | {"image": ["images", 0]}
-    out = bench.tensors(graph, **values)
-    assert all(tensor.isfinite().all() for tensor in out.values())
-    error = relative_error(out["value"], references[name])
+def test_result_is_near_bf16(made, name, format):
+    found = made[name, format]
+    assert found.value.isfinite().all()
+    assert found.images is None or found.images.isfinite().all()
+    error = relative_error(found.value, made[name, None].value)
     assert MEASURED[name][format] / 3 < error < MEASURED[name][format] * 1.5
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_format_none_gives_the_same_bits_as_core(bench, references, name):
-    case = CASES[name]
-    assert bench.tensors(case.graph("none", SEED), value=case.value)["value"].equal(references[name])
+def test_format_none_gives_the_same_bits_as_core(made, name):
+    assert made[name, "none"].value.equal(made[name, None].value)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_auto_is_the_format_for_this_processor_and_says_so(bench, name):
+def test_auto_is_the_format_for_this_processor_and_says_so(bench, made, name):
     """tests/ops/test_auto_format.py has every GPU; this server runs on the CPU."""
     case = CASES[name]
     expected = "int8_convrot_fast" if case.decodes else "int8"
     graph = case.graph("auto", SEED)
-    assert f"Format {expected}: " in report_of(bench, graph, case.loader)
-    value = bench.tensors(graph, value=case.value)["value"]
-    assert value.equal(bench.tensors(case.graph(expected, SEED), value=case.value)["value"])
+    assert f"Format {expected}: " in report_of(bench, {case.loader: graph[case.loader]}, case.loader)
+    assert made[name, "auto"].value.equal(made[name, expected].value)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["wan_t2v", "qwen_image", "infinitetalk", "umt5", "qwen25_vl"])
-def test_linears_are_stored_in_the_format_and_multiply_through_the_pack(bench, name, format):
-    case = CASES[name]
-    graph = case.graph(format, SEED)
-    layers = bench.facts({case.loader: graph[case.loader]}, [case.loader, 0])["layers"]
+def test_linears_are_stored_in_the_format_and_multiply_through_the_pack(made, name, format):
+    layers = made[name, format].layers
     quantized = {layer: facts for layer, facts in layers.items() if facts["weight"] == "QuantizedTensor"}
     row = FORMATS[format]
     allowed = {STORAGES[row.storage].core_format, STORAGES[row.substitute].core_format}
@@ -115,9 +126,9 @@ STORED = {
 
 @pytest.mark.parametrize("format", ["auto", "none", "int8"])
 @pytest.mark.parametrize("name", STORED)
-def test_file_that_is_quantized_already_is_taken_as_it_is(bench, references, name, format):
+def test_file_that_is_quantized_already_is_taken_as_it_is(bench, made, name, format):
     value = bench.sample(wan(f"{name}.safetensors", format))["latent"]
-    error = relative_error(value, references["wan_t2v"])
+    error = relative_error(value, made["wan_t2v", None].value)
     # A plain cast casts embeddings and projections too, which the keep rules would have left alone.
     allowance = 8 if "cast" in name else 1.5
     assert error < MEASURED["wan_t2v"][STORED[name]] * allowance
@@ -126,11 +137,11 @@ def test_file_that_is_quantized_already_is_taken_as_it_is(bench, references, nam
     assert {layers[f"diffusion_model.blocks.0.{part}"]["format"] for part in ("self_attn.q", "ffn.0")} == {stored}
 
 
-def test_text_encoder_with_old_scaled_fp8_keys_is_near_bf16(bench, references):
+def test_text_encoder_with_old_scaled_fp8_keys_is_near_bf16(bench, made):
     clip = graphs.load_text_encoder("umt5_scaled_fp8.safetensors", "wan", "auto")
     graph = graphs.conditioning_from_text(clip, prompt="a red train ")
     value = bench.tensors(graph, value=["positive", 0])["value"]
-    assert relative_error(value, references["umt5"]) < MEASURED["umt5"]["fp8_e4m3fn_scaled"] * 1.5
+    assert relative_error(value, made["umt5", None].value) < MEASURED["umt5"]["fp8_e4m3fn_scaled"] * 1.5
 
 
 def test_text_encoder_on_the_cpu_gives_the_same_conditioning(bench):
@@ -142,8 +153,8 @@ def test_text_encoder_on_the_cpu_gives_the_same_conditioning(bench):
 
 
 @pytest.mark.parametrize("format", ["none", "int8", "fp4_scaled"])
-def test_sharded_set_gives_the_same_bits_as_one_file(bench, format):
-    whole = bench.sample(wan("wan_t2v.safetensors", format))["latent"]
+def test_sharded_set_gives_the_same_bits_as_one_file(bench, made, format):
+    whole = made["wan_t2v", format].value
     assert bench.sample(wan("wan_t2v_sharded.safetensors.index.json", format))["latent"].equal(whole)
 
 
@@ -157,9 +168,8 @@ def test_vae_loader_decodes_in_each_precision(bench, precision, tolerance):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_quantize_model_node_gives_the_same_bits_as_the_loader(bench, format):
+def test_quantize_model_node_gives_the_same_bits_as_the_loader(bench, made, format):
     graph = wan("wan_t2v.safetensors", format)
-    expected = bench.sample(graph)["latent"]
     quantize = graphs.node(
         "LowbitQuantizeModel",
         model=["core", 0],
@@ -169,7 +179,7 @@ def test_quantize_model_node_gives_the_same_bits_as_the_loader(bench, format):
         keep_quantized_file=True,
     )
     behind = graph | {"core": graphs.load_diffusion_model("wan_t2v.safetensors"), "model": quantize}
-    assert bench.sample(behind)["latent"].equal(expected)
+    assert bench.sample(behind)["latent"].equal(made["wan_t2v", format].value)
 
 
 def report_of(bench, graph: graphs.Graph, loader: str = "model") -> str:

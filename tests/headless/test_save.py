@@ -64,15 +64,11 @@ def test_saved_model_holds_the_quantized_bits_and_runs_in_stock_comfyui(bench, s
             assert after[key].float().equal(tensor.float()), key
     assert bench.sample(graph | {"model": graphs.load_diffusion_model(saved, "none")})["latent"].equal(here)
 
-    copy = shutil.copy(cached, path.with_name(f"copy_{saved}"))
-    results = [
-        stock.sample(graph | {"model": graphs.load_diffusion_model(file)})["latent"] for file in (saved, copy.name)
-    ]
-    assert results[0].equal(results[1])
+    there = stock.sample(graph | {"model": graphs.load_diffusion_model(saved)})["latent"]
     # Stock ComfyUI multiplies in its own way: it quantizes activations to what the weights are, or not at all. In a mix
     # that is so of conditioning too.
-    assert relative_error(results[0], here) < {"int4_convrot_fast": 0.12, SMALLEST: 0.04}.get(format, 0.01)
-    for file in (source, path, copy):
+    assert relative_error(there, here) < {"int4_convrot_fast": 0.12, SMALLEST: 0.04}.get(format, 0.01)
+    for file in (source, path):
         file.unlink()
 
 

@@ -1,6 +1,6 @@
 """Every bundled workflow and the official template it came from, end to end on tiny checkpoints under the real file names.
 
-Only what tools/workflows/small.py lists is changed for the run: frames, sizes, steps, drawn masks, the GPU's memory limit.
+Only what testing/workflows/small.py lists is changed for the run: frames, sizes, steps, drawn masks, the GPU's memory limit.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from testing import comfyui, graphs, tiny
+from testing import graphs, tiny
 from testing.measure import relative_error
 from testing.tiny import official
-from tools.workflows import edit, infinitetalk, tidy
-from tools.workflows.__main__ import FOLDER, text, untidy
-from tools.workflows.bundle import WORKFLOWS, Workflow
-from tools.workflows.small import scale_down
-from tools.workflows.unfold import Flat, api_form, unfold
+from testing.workflows.bundled import FOLDER, INFINITETALK, WORKFLOWS, official_nodes, saved, share_models
+from testing.workflows.small import scale_down
+from testing.workflows.unfold import Flat, api_form, unfold
 
 pytest.importorskip("comfyui_workflow_templates_json")
 
 
 def talks(name: str) -> bool:
     """Whether a workflow is one of InfiniteTalk's."""
-    return WORKFLOWS[name].template == infinitetalk.TEMPLATE
+    return WORKFLOWS[name].template == INFINITETALK
 
 
 LIGHTNING = {"enable lightning lora", "enable 4steps lora?", "enable 4steps lora"}
@@ -67,19 +65,6 @@ def info(bench):
 
 
 @pytest.fixture(scope="module")
-def official_flat(info):
-    """Workflow -> the flat graph of its template, adapted where there is no template of the very kind."""
-
-    def official_flat(workflow: Workflow) -> Flat:
-        flat = edit.official_nodes(workflow.template, info)
-        if workflow.adapt is not None:
-            workflow.adapt(flat)
-        return flat
-
-    return official_flat
-
-
-@pytest.fixture(scope="module")
 def run(bench):
     """Runs a flat graph scaled down; gives every decoded latent and picture, the texts that nodes showed, and the order."""
     official.write_all(bench.base)
@@ -108,14 +93,13 @@ def run(bench):
 
 
 @pytest.fixture(scope="module")
-def references(run, official_flat):
+def references(run, info):
     """(bundled workflow, Lightning LoRA or not) -> what its template makes, run when first asked for."""
 
     class References(dict):
         def __missing__(self, key):
-            workflow = WORKFLOWS[key[0]]
             same = [name for name in WORKFLOWS if origin(name) == origin(key[0])]
-            made = run(official_flat(workflow), key[1])[0]
+            made = run(official_nodes(WORKFLOWS[key[0]], info), key[1])[0]
             self.update({(name, key[1]): made for name in same})
             return made
 
@@ -127,27 +111,10 @@ def origin(name: str) -> tuple[str, bool]:
     return WORKFLOWS[name].template, WORKFLOWS[name].adapt is not None
 
 
-def bundled(name: str) -> dict[str, Any]:
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-
-
 def test_every_bundled_file_is_one_of_the_table_with_a_small_thumbnail():
     assert {path.stem for path in FOLDER.glob("*.json")} == set(WORKFLOWS)
     for name in WORKFLOWS:
         assert 1000 < (FOLDER / f"{name}.jpg").stat().st_size < 60_000
-
-
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_bundled_file_is_what_the_generator_makes_with_these_nodes(info, name):
-    made_from = bundled(name)["extra"]["lowbit"]
-    if made_from != edit.versions(WORKFLOWS[name].template):
-        pytest.skip(f"made from {made_from}, not from what is installed")
-    assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == text(name, info)
-
-
-@pytest.mark.parametrize("name", WORKFLOWS)
-def test_bundled_file_is_tidy(name):
-    assert untidy(bundled(name)) == []
 
 
 @pytest.mark.parametrize(("name", "lightning"), RUNS)
@@ -159,7 +126,7 @@ def test_official_template_runs_on_the_tiny_checkpoints(references, name, lightn
 
 @pytest.mark.parametrize(("name", "lightning"), RUNS)
 def test_bundled_workflow_is_near_its_template_in_16_bits(run, references, info, name, lightning):
-    flat = unfold(bundled(name), info)
+    flat = unfold(saved(name), info)
     tensors, texts, order = run(flat, lightning)
     reference = references[name, lightning]
     for key, tensor in tensors.items():
@@ -213,12 +180,12 @@ def test_lightning_lora_changes_the_result(references, name):
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_bundled_workflow_has_the_nodes_files_and_settings_of_its_template(info, official_flat, name):
+def test_bundled_workflow_has_the_nodes_files_and_settings_of_its_template(info, name):
     """Beside the pack's own nodes nothing is added, nothing is lost, and no setting differs."""
     workflow = WORKFLOWS[name]
-    ours, theirs = unfold(bundled(name), info), official_flat(workflow)
+    ours, theirs = unfold(saved(name), info), official_nodes(workflow, info)
     if talks(name):
-        infinitetalk.share_models(theirs)
+        share_models(theirs)
     stock = {"UNETLoader", "CLIPLoader", "VAELoader", "ModelPatchLoader"}
 
     def settings(flat: Flat) -> list[tuple[str, str]]:
@@ -249,30 +216,32 @@ def test_bundled_workflow_has_the_nodes_files_and_settings_of_its_template(info,
 
 
 def test_one_workflow_shows_every_node(info):
-    shown = {node["type"] for _, graph in tidy.levels(bundled(ALL)) for node in graph["nodes"]}
+    graph = saved(ALL)
+    levels = [graph, *graph["definitions"]["subgraphs"]]
+    shown = {node["type"] for level in levels for node in level["nodes"]}
     assert {name for name in info if name.startswith("Lowbit")} - WITHOUT_A_PICTURE <= shown
 
 
-def test_saved_model_loads_in_core_and_gives_what_was_tried(bench, run, official_flat, info):
+def test_saved_model_loads_in_core_and_gives_what_was_tried(bench, run, info):
     """What "quantize once and save" leaves in the output folder is a model file like any other."""
     name = "quantize_qwen_image_once_and_save"
-    flat = unfold(bundled(name), info)
+    flat = unfold(saved(name), info)
     next(node for node in flat.values() if node.type == "LowbitSaveQuantizedModel").values["filename_prefix"] = "tried"
     tried = run(flat)[0]
-    (saved,) = bench.output.glob("tried*.safetensors")
-    shutil.copy(saved, bench.models / "diffusion_models" / "qwen_image_saved.safetensors")
-    flat = official_flat(WORKFLOWS[name])
+    (written,) = bench.output.glob("tried*.safetensors")
+    shutil.copy(written, bench.models / "diffusion_models" / "qwen_image_saved.safetensors")
+    flat = official_nodes(WORKFLOWS[name], info)
     loader = next(node for node in flat.values() if node.type == "UNETLoader")
     loader.values["unet_name"] = "qwen_image_saved.safetensors"
     loaded = run(flat)[0]
     assert relative_error(loaded["latent0"], tried["latent0"]) < 0.02
 
 
-def test_fp8_files_are_taken_as_they_are(bench, run, official_flat, info):
+def test_fp8_files_are_taken_as_they_are(bench, run, info):
     """What the templates' links really lead to: FP8 files with scales. The pack then stores nothing of its own."""
     name = "wan2.2_14B_text_to_video"
     folder = bench.models / "diffusion_models"
-    graphs_of = {"ours": unfold(bundled(name), info), "theirs": official_flat(WORKFLOWS[name])}
+    graphs_of = {"ours": unfold(saved(name), info), "theirs": official_nodes(WORKFLOWS[name], info)}
     for flat in graphs_of.values():
         for node in flat.values():
             if "unet_name" in node.values:
@@ -287,17 +256,10 @@ def test_fp8_files_are_taken_as_they_are(bench, run, official_flat, info):
     assert cached == []
 
 
-def test_links_are_looked_at_on_every_level():
-    saved = edit.official("image_qwen_image")
-    assert [level for level, _ in tidy.levels(saved)] == ["", "Text to Image (Qwen-Image)"]
-    assert any(tidy.crossings(graph) for _, graph in tidy.levels(saved))
-
-
 def test_the_file_names_asked_for_are_all_there(bench, info):
     official.write_all(bench.base)
     for name in WORKFLOWS:
-        for node in unfold(bundled(name), info).values():
+        for node in unfold(saved(name), info).values():
             for value in node.values.values():
                 if isinstance(value, str) and value.endswith(".safetensors"):
                     assert any(path.endswith(f"/{value}") for path in official.FILES), value
-    assert comfyui.CHECKOUT / "workflows" == FOLDER

@@ -62,3 +62,14 @@ def test_a_pytorch_without_nccl_changes_nothing_and_says_so(core_modules, monkey
     assert dividing.why_not([torch.device("cpu")] * 2) is None
     monkeypatch.setattr(dividing.distributed, "is_nccl_available", lambda: False)
     assert "no NCCL" in dividing.why_not(PRESENT)
+
+
+def test_every_worker_ends_before_python_does(core_modules, monkeypatch):
+    """tests/gpu has a ComfyUI that ends with a group of GPUs."""
+    from lowbit.host import dividing
+
+    closed = []
+    teams = {name: types.SimpleNamespace(close=lambda name=name: closed.append(name)) for name in ("two", "four")}
+    monkeypatch.setattr(dividing, "_TEAMS", teams)
+    dividing.close_all()
+    assert closed == ["two", "four"]

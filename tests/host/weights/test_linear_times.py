@@ -70,7 +70,7 @@ def test_what_does_not_fit_streams_meanwhile(gpu, tmp_path):
     assert step(MEMORY + (1 << 30)) == pytest.approx(per_byte * (1 << 30))
 
 
-@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("full"), None])
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("full"), RuntimeError("cannot pin"), None])
 def test_what_cannot_be_timed_has_no_time(gpu, tmp_path, monkeypatch, fault):
     def failing(calls, device):
         if fault is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,18 +29,12 @@ class Node:
         title: its title, None for the class's own.
         values: widget name -> value, with the frontend's own widgets.
         links: input name -> the node and output it is linked to.
-        sockets: its inputs as the saved graph has them; None when the node is not from one.
-        look: its properties and colors.
-        mode: ALWAYS, NEVER (muted) or BYPASS.
     """
 
     type: str
     title: str | None = None
     values: dict[str, Any] = field(default_factory=dict)
     links: dict[str, Source] = field(default_factory=dict)
-    sockets: list[dict[str, Any]] | None = None
-    look: dict[str, Any] = field(default_factory=dict)
-    mode: int = ALWAYS
 
 
 Flat = dict[str, Node]
@@ -182,8 +175,7 @@ def _nodes(scope: _Scope, info: ObjectInfo) -> Iterator[tuple[str, Node]]:
 def _read_node(scope: _Scope, saved: dict[str, Any], info: ObjectInfo) -> Node:
     if saved["type"] not in info:
         raise UnknownNodeError(f"{saved['type']} (node {scope.prefix}{saved['id']})")
-    node = Node(saved["type"], saved.get("title"), sockets=copy.deepcopy(saved.get("inputs", [])))
-    node.look = {key: copy.deepcopy(saved[key]) for key in ("properties", "color", "bgcolor") if key in saved}
+    node = Node(saved["type"], saved.get("title"))
     values = saved.get("widgets_values") or []
     node.values = dict(values) if isinstance(values, Mapping) else read_values(info[saved["type"]], values)
     for entry in saved.get("inputs", []):

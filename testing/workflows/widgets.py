@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 ObjectInfo = Mapping[str, Mapping[str, Any]]
@@ -50,28 +50,22 @@ def default_of(specification: Specification) -> Any:
 
 
 def walk(
-    description: Mapping[str, Any], choose: Callable[[str, Specification], Any]
+    inputs: Iterable[tuple[str, Specification]], choose: Callable[[str], Any], prefix: str = ""
 ) -> Iterator[tuple[str, Specification | None]]:
     """(name, specification) of every widget in saved order; a widget of the frontend's own has no specification.
 
-    `choose(name, specification)` is asked for the value of a dynamic combo, which decides what widgets follow it.
+    `choose(name)` is asked for the value of a dynamic combo, which decides what widgets follow it.
     """
-    yield from _walk(inputs_of(description), "", choose)
-
-
-def _walk(
-    inputs: Iterator[tuple[str, Specification]], prefix: str, choose: Callable[[str, Specification], Any]
-) -> Iterator[tuple[str, Specification | None]]:
     for short, specification in inputs:
         if not is_widget(specification):
             continue
         name, options = prefix + short, options_of(specification)
         yield name, specification
         if specification[0] == _DYNAMIC_COMBO:
-            chosen = choose(name, specification)
+            chosen = choose(name)
             nested = next((option for option in options["options"] if option["key"] == chosen), None)
             if nested is not None:
-                yield from _walk(inputs_of({"input": nested["inputs"]}), f"{name}.", choose)
+                yield from walk(inputs_of({"input": nested["inputs"]}), choose, f"{name}.")
         # The frontend goes by the whole name: a dynamic combo's seed has no control unless it asks for one.
         if options.get(CONTROL) or (specification[0] == "INT" and name in ("seed", "noise_seed")):
             yield f"{prefix}{CONTROL}", None
@@ -84,30 +78,10 @@ def _walk(
 
 def read_values(description: Mapping[str, Any], values: list[Any]) -> dict[str, Any]:
     """Names the values of a saved node; those of widgets that it was saved without are their defaults."""
-    left, named = iter(values), {}
-
-    def choose(name: str, specification: Specification) -> Any:
-        return named[name]
-
-    missing = object()
-    for name, specification in walk(description, choose):
+    left, named, missing = iter(values), {}, object()
+    for name, specification in walk(inputs_of(description), named.get):
         value = next(left, missing)
         if value is missing and specification is None:
             continue
         named[name] = default_of(specification) if value is missing and specification else value
     return named
-
-
-def list_values(description: Mapping[str, Any], named: Mapping[str, Any]) -> list[Any]:
-    """The values of a node in saved order; what `named` lacks is the widget's default."""
-    values: list[Any] = []
-    frontend = {CONTROL: "fixed", "upload": "image"}
-
-    def value_of(name: str, specification: Specification | None) -> Any:
-        if name in named:
-            return named[name]
-        return frontend.get(name) if specification is None else default_of(specification)
-
-    for name, specification in walk(description, value_of):
-        values.append(value_of(name, specification))
-    return values

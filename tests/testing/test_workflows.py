@@ -1,17 +1,12 @@
-"""Saved graphs: taken apart, turned into prompts, written again, placed and looked over, on graphs made for the purpose."""
+"""Saved graphs: taken apart, turned into prompts and scaled down, on graphs made for the purpose."""
 
 from __future__ import annotations
 
 import pytest
 
-from tools.workflows import tidy
-from tools.workflows.compose import Design, Exposed, Subgraph, saved_graph
-from tools.workflows.edit import insert, note, own
-from tools.workflows.layout import TITLE, column, place, row
-from tools.workflows.room import ROOM
-from tools.workflows.small import scale_down
-from tools.workflows.unfold import Node, UnknownNodeError, api_form, unfold
-from tools.workflows.widgets import list_values, read_values
+from testing.workflows.small import scale_down
+from testing.workflows.unfold import UnknownNodeError, api_form, unfold
+from testing.workflows.widgets import read_values
 
 
 def node_info(inputs: dict, outputs: list[str], optional: dict | None = None, **more) -> dict:
@@ -41,11 +36,6 @@ INFO = {
     "Patch": node_info({"model": ["MODEL", {}], "strength": ["FLOAT", {"default": 0.5}]}, ["MODEL"]),
     "Sample": node_info(
         {"seed": ["INT", {}], "model": ["MODEL", {}], "mode": MODE, "steps": ["INT", {"default": 20}]}, ["LATENT"]
-    ),
-    "Pass": node_info(
-        {"value": ["COMFY_MATCHTYPE_V3", {"template": {"template_id": "value"}}]},
-        ["COMFY_MATCHTYPE_V3", "STRING"],
-        output_matchtypes=["value", None],
     ),
     "Save": node_info({"latent": ["LATENT", {}]}, []),
 }
@@ -176,132 +166,15 @@ def test_value_linked_to_the_host_comes_before_its_own():
     assert unfold(graph, INFO)["7:3"].links["steps"] == ("9", 0)
 
 
-@pytest.mark.parametrize("values", [[7, "randomize", "cut", 4, 20], [7, "fixed", "plain", 20]])
-def test_values_read_and_listed_are_the_same(values):
-    assert list_values(INFO["Sample"], read_values(INFO["Sample"], values)) == values
+def test_values_of_a_dynamic_combo_are_named_by_its_choice():
+    cut, plain = (read_values(INFO["Sample"], [7, "fixed", *rest]) for rest in (["cut", 4, 20], ["plain", 20]))
+    assert cut == {"seed": 7, "control_after_generate": "fixed", "mode": "cut", "mode.at": 4, "steps": 20}
+    assert plain == {"seed": 7, "control_after_generate": "fixed", "mode": "plain", "steps": 20}
 
 
 def test_values_that_are_missing_are_defaults():
     assert read_values(INFO["Patch"], []) == {"strength": 0.5}
-    assert list_values(INFO["Picture"], {"image": "x.png"}) == ["x.png", "image"]
-
-
-def design() -> Design:
-    flat = {
-        "1": own("Load", name="a"),
-        "3": own("Sample", None, {"model": ("1", 0)}, seed=1, mode="plain", steps=2),
-        "4": own("Save", None, {"latent": ("3", 0)}),
-        "about": note("About", "text"),
-    }
-    insert(flat, "patch", own("Patch", strength=0.75), "model", ("1", 0))
-    insert(flat, "pass", own("Pass"), "value", ("3", 0))
-    folded = Subgraph(
-        "Sampling",
-        row("patch", "3"),
-        inputs={"model": ("1", 0)},
-        outputs={"latent": ("3", 0)},
-        widgets=[Exposed("seed", (("3", "seed"),)), Exposed("strength", (("patch", "strength"),))],
-    )
-    return Design(
-        "test", flat, row("about", "1", "sub", "pass", "4"), {"sub": folded}, {("4", "latent"): ("under pass",)}
-    )
-
-
-def test_written_graph_unfolds_to_what_it_was_written_from():
-    made = design()
-    flat = unfold(saved_graph(made, INFO), INFO)
-    found = sorted((node.type, sorted(node.values.items())) for node in flat.values())
-    assert found == [
-        ("Load", [("name", "a")]),
-        ("Pass", []),
-        ("Patch", [("strength", 0.75)]),
-        ("Sample", [("control_after_generate", "fixed"), ("mode", "plain"), ("seed", 1), ("steps", 2)]),
-        ("Save", []),
-    ]
-    kinds = {key: node.type for key, node in flat.items()}
-    links = {(kinds[source], node.type) for node in flat.values() for source, _ in node.links.values()}
-    assert links == {("Load", "Patch"), ("Patch", "Sample"), ("Sample", "Pass"), ("Pass", "Save")}
-
-
-def test_node_that_passes_a_value_on_has_its_type():
-    saved = saved_graph(design(), INFO)
-    passing = next(node for node in saved["nodes"] if node["type"] == "Pass")
-    assert [entry["type"] for entry in passing["inputs"]] == ["LATENT"]
-    assert [entry["type"] for entry in passing["outputs"]] == ["LATENT", "STRING"]
-
-
-def test_writing_twice_gives_the_same():
-    assert saved_graph(design(), INFO) == saved_graph(design(), INFO)
-
-
-def test_bends_of_a_link_hang_together():
-    saved = saved_graph(design(), INFO)
-    first, second = saved["extra"]["reroutes"]
-    assert second["parentId"] == first["id"]
-    (extension,) = saved["extra"]["linkExtensions"]
-    assert extension["parentId"] == second["id"]
-    assert extension["id"] in {link[0] for link in saved["links"]}
-
-
-def test_node_left_out_of_the_layout_is_named():
-    made = design()
-    made.nodes["extra"] = own("Load")
-    with pytest.raises(KeyError, match="leaves out.*extra"):
-        saved_graph(made, INFO)
-
-
-def test_boxes_are_placed_without_overlap_and_columns_are_equally_wide():
-    sizes = {"a": (100, 50), "b": (150, 30), "c": (80, 200)}
-    placed = place(row(column("a", "b", title="Group"), "c"), sizes)
-    assert placed.sizes["a"][0] == placed.sizes["b"][0] == 150
-    assert placed.positions["b"][1] >= placed.positions["a"][1] + 50 + TITLE
-    ((title, (x, _, width, _), _),) = placed.groups
-    assert title == "Group"
-    assert placed.positions["c"][0] >= x + width
-
-
-def drawn(nodes: list[tuple[int, int, int]], links: list[tuple[int, int, int]]) -> dict:
-    """Nodes (id, x, y) of 100 x 100 with four sockets, and links (from, to, slot of both)."""
-    sockets = [{"name": str(slot), "type": "*", "link": None} for slot in range(4)]
-    return {
-        "nodes": [
-            {"id": number, "pos": [x, y], "size": [100, 100], "inputs": sockets, "outputs": sockets}
-            for number, x, y in nodes
-        ],
-        "links": [[number, a, slot, b, slot, "*"] for number, (a, b, slot) in enumerate(links, 1)],
-    }
-
-
-def test_overlap_link_behind_a_node_and_crossing_are_found():
-    assert tidy.overlaps(drawn([(1, 0, 0), (2, 90, 50)], [])) == [(1, 2)]
-    assert tidy.overlaps(drawn([(1, 0, 0), (2, 300, 0)], [])) == []
-    assert tidy.links_behind_nodes(drawn([(1, 0, 0), (2, 200, 0), (3, 400, 0)], [(1, 3, 0)])) == [(1, 2)]
-    assert tidy.links_behind_nodes(drawn([(1, 0, 0), (2, 200, 300), (3, 400, 0)], [(1, 3, 0)])) == []
-    square = [(1, 0, 0), (2, 0, 300), (3, 500, 0), (4, 500, 300)]
-    assert tidy.crossings(drawn(square, [(1, 4, 0), (2, 3, 0)])) == [(1, 2)]
-    assert tidy.crossings(drawn(square, [(1, 3, 0), (2, 4, 0)])) == []
-
-
-def test_room_that_a_node_grows_into_is_kept_free():
-    """A saver of videos becomes taller when it has run: what is below it then, or behind it, is found before."""
-    below = drawn([(1, 0, 0), (2, 0, 200)], [])
-    assert tidy.overlaps(below) == []
-    below["nodes"][0]["type"] = "SaveVideo"
-    assert tidy.overlaps(below) == [(1, 2)]
-    past = drawn([(1, 0, 250), (2, 200, 0), (3, 400, 250)], [(1, 3, 0)])
-    assert tidy.links_behind_nodes(past) == []
-    past["nodes"][1]["type"] = "SaveVideo"
-    assert tidy.links_behind_nodes(past) == [(1, 2)]
-
-
-def test_written_node_is_as_small_as_its_rows_and_has_its_room_below(monkeypatch):
-    made = design()
-    made.box = column("about", "1", "sub", "pass", "4")
-    before = {node["type"]: node for node in saved_graph(made, INFO)["nodes"]}
-    monkeypatch.setitem(ROOM, "Load", 70)
-    after = {node["type"]: node for node in saved_graph(made, INFO)["nodes"]}
-    assert after["Load"]["size"] == before["Load"]["size"]
-    assert after["Pass"]["pos"][1] == before["Pass"]["pos"][1] + 70
+    assert read_values(INFO["Picture"], ["x.png", "image"]) == {"image": "x.png", "upload": "image"}
 
 
 def test_only_what_is_listed_is_scaled_down():
@@ -323,5 +196,6 @@ def test_only_what_is_listed_is_scaled_down():
 
 
 def test_note_is_no_part_of_a_prompt():
-    assert "MarkdownNote" not in {node.type for node in unfold(saved_graph(design(), INFO), INFO).values()}
-    assert isinstance(note("a", "b"), Node)
+    graph = chain(0)
+    graph["nodes"].append(saved_node(8, "MarkdownNote", values=["text"], outputs=()))
+    assert unfold(graph, INFO) == unfold(chain(0), INFO)

@@ -1,1 +1,0 @@
-"""The bundled workflows: made from ComfyUI's official templates, and turned into API-form prompts for headless runs."""
