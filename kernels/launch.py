@@ -178,7 +178,8 @@ class Launcher:
             bits |= address
         # Beside dtypes, Triton compiles for addresses that are no multiples of 16; what is not on the GPU it refuses.
         usual = _DIRECT and bits & 15 == 0 and len(addresses) == len(tensors)
-        kind = (torch._C._cuda_getDevice(), *[tensor.dtype for tensor in tensors]) if usual else ()
+        device = torch._C._cuda_getDevice() if usual else -1
+        kind = (device, *[tensor.dtype for tensor in tensors])
         found = self._known.get(kind)
         if found is None or _hooked():
             arguments = self._arguments(tensors)
@@ -197,7 +198,7 @@ class Launcher:
                     descriptors.clear()
                 descriptors[place, address] = known.described(place, Described(tensors[place], self.blocks[place]))
             values += descriptors[place, address]
-        stream = torch._C._cuda_getCurrentRawStream(kind[0])
+        stream = torch._C._cuda_getCurrentRawStream(device)
         known.call(*self._grid, stream, *known.before, *values, *self._numbers, *known.after)
 
     def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple:
