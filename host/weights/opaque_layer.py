@@ -37,7 +37,10 @@ def _run(x: torch.Tensor, number: int, columns: int, activation: str) -> torch.T
     # Inductor puts other values into a tensor's memory, and the tensor is the same to see: a tensor of its own for each
     # call, or the linears of one input would take what they quantized of the old values.
     x = x.view_as(x)
-    return _LAYERS[number](x, activation=activation) if activation else _LAYERS[number](x)
+    layer: Any = _LAYERS[number]
+    # Not the module's call: the compiler has traced its hooks, and the forward that a bypass LoRA puts in place of this one.
+    forward = type(layer).forward
+    return forward(layer, x, activation=activation) if activation else forward(layer, x)
 
 
 def _fake(x: torch.Tensor, number: int, columns: int, activation: str) -> torch.Tensor:

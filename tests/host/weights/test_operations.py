@@ -172,6 +172,23 @@ def test_a_lora_by_bypass_meets_what_comes_after_the_activation(host, name):
     assert torch.equal(feed_forward(x), plain)
 
 
+@pytest.mark.parametrize("tied", ["hook", "pre-hook", "bypass LoRA"])
+def test_what_stands_around_a_linear_is_done_once_in_a_compiled_graph(host, tied):
+    linear = block(load(host, "int8")).self_attn.q
+    if tied == "bypass LoRA":
+        undo = _bypass(linear)[0].eject
+    elif tied == "hook":
+        undo = linear.register_forward_hook(lambda module, args, out: out * 2).remove
+    else:
+        undo = linear.register_forward_pre_hook(lambda module, args: (args[0] * 2,)).remove
+    x = torch.randn(4, 256)
+    expected = linear(x)
+    torch._dynamo.reset()
+    out = torch.compile(lambda x: linear(x), backend="aot_eager")(x)
+    undo()
+    assert torch.allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_hooks_on_a_down_projection_see_what_comes_after_the_activation(host):
     feed_forward = block(load(host, "int8")).ffn
     x, seen = torch.randn(7, 256), []
