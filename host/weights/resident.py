@@ -49,10 +49,13 @@ def weight_for(module: Any, x: torch.Tensor) -> Any:
     # Core's signature of what it put there last; the same as now where nothing has left since.
     signature, pages = attributes.get("_v_signature"), attributes.get("_v")
     if signature is not None and pages is not None and "_prefetch" not in attributes and _PAGES_KNOWN:
-        if _same(_fault(pages), signature):
+        found = _fault(pages)
+        if _same(found, signature):
             weight, bias = attributes["_v_weight"], attributes["_v_bias"]
             return _Resident(weight, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype), pages)
-        _unpin(pages)
+        # Without room nothing is held, and to let go of it is an error to comfy-aimdo from 0.6 on.
+        if found is not None:
+            _unpin(pages)
     # The weight's own dtype is asked for: any other would make core dequantize it here.
     return comfy.ops.CastBiasWeightContext(
         module,

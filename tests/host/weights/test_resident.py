@@ -24,11 +24,13 @@ class Pages:
 
     def _fault(self, pages):
         assert pages is self
-        self.held += 1
+        # Without room, and a signature, nothing is held.
+        self.held += self.signature is not None
         return self.signature
 
     def _unpin(self, pages):
         assert pages is self
+        assert self.held > 0
         self.held -= 1
 
 
