@@ -10,11 +10,27 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cells import (
+    Row,
+    by_modulation_bits,
+    gib,
+    key_percent,
+    near_wan,
+    number,
+    number_or_text,
+    peak_ram,
+    percent,
+    rate,
+    ratio,
+    ratio_text,
+    table,
+    worst_error,
+)
 from lowbit.attention.backends import BACKENDS, ERROR_LIMITS
 from lowbit.ops.formats import FORMATS, STORAGES
 from lowbit.ops.linear_describe import describe_linear
@@ -23,7 +39,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 
-Row = dict[str, Any]
 GENERATIONS = {
     "Turing 7.5": (7, 5),
     "Ampere 8.0": (8, 0),
@@ -34,32 +49,6 @@ GENERATIONS = {
     "Blackwell 12.0": (12, 0),
     "CPU": None,
 }
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """`digits` significant ones, thousands set apart; nothing for None."""
-    if value is None:
-        return ""
-    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
-    text = f"{value:,.{min(decimals, 3)}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
-def percent(error: float | None) -> str:
-    """A relative error in percent, two digits."""
-    return "" if error is None else f"{100 * error:.2g} %"
-
-
-def gib(nbytes: float | None) -> str:
-    """Bytes as GiB."""
-    return "" if nbytes is None else f"{nbytes / 2**30:.1f} GiB"
 
 
 @dataclass(frozen=True)
@@ -101,15 +90,10 @@ class Shown:
         return "\n\n".join([*parts, table(list(self.columns), cells)])
 
 
-def number_or_text(value: Any) -> str:
-    """A cell."""
-    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value or "")
-
-
 def where(record: dict[str, Any]) -> str:
     """The device, the versions and the day."""
     facts = {**record, **record.get("versions", {}), **record.get("environment", {})}
-    device = facts.get("gpu") or facts.get("device") or "?"
+    device = facts.get("gpu") or facts.get("device") or "A CPU"
     names = ("torch", "triton", "comfyui", "comfy-kitchen", "comfy_kitchen")
     versions = [f"{name.replace('_', '-')} {facts[name]}" for name in names if facts.get(name)]
     return ", ".join([device, *versions, str(facts.get("date", ""))[:10]]).rstrip(", ")
@@ -160,20 +144,6 @@ def beside(*key: str, ours: str = "lowbit", others: dict[str, str]) -> Callable[
     return rows
 
 
-def rate(row: Row) -> str:
-    """TB/s of the weight for few rows, TFLOP/s for many."""
-    if not row.get("us"):
-        return ""
-    if row["m"] <= 64:
-        return f"{row['weight_bytes_per_second'] / 1e12:.2f} TB/s"
-    return f"{row['tflops']:,.0f} TFLOP/s"
-
-
-def ratio(over: str, under: str) -> Callable[[Row], str]:
-    """One value over another, two decimals."""
-    return lambda row: f"{row[over] / row[under]:.2f}" if row.get(over) and row.get(under) else ""
-
-
 def by_stage(record: dict[str, Any]) -> Iterable[Row]:
     """Of launch.json: each call beside the same one before, its stages spread out."""
     before = {(row["format"], row["dynamic"], row["rows"]): row["call"] for row in record.get("before", [])}
@@ -182,50 +152,12 @@ def by_stage(record: dict[str, Any]) -> Iterable[Row]:
         yield row | row["stages"] | {"before": before.get(key)}
 
 
-def ratio_text(key: str) -> Callable[[Row], str]:
-    """A ratio of a row, two decimals."""
-    return lambda row: "" if row.get(key) is None else f"{row[key]:.2f}"
-
-
-def key_percent(key: str) -> Callable[[Row], str]:
-    """An error of a row."""
-    return lambda row: percent(row.get(key))
-
-
-def near_wan(format_name: str) -> Callable[[Row], str]:
-    """An architecture's error in a format, in bold where it is far from Wan's."""
-
-    def cell(row: Row) -> str:
-        error = percent(row["errors"][format_name])
-        return error if row["times_wan"][format_name] <= row["near"] else f"**{error}**"
-
-    return cell
-
-
-def by_modulation_bits(format_name: str) -> Callable[[Row], str]:
-    """An architecture's errors in a format by the bits of its modulation."""
-    return lambda row: " / ".join(percent(error) for error in row["modulation_errors"].get(format_name, {}).values())
-
-
 def by_backend(record: dict[str, Any]) -> Iterable[Row]:
     """Of attention.json: a row a shape and backend that ran."""
     for shape in record["shapes"]:
         for name, entry in shape["backends"].items():
             if "ms" in entry:
                 yield shape | entry | {"backend": name}
-
-
-def worst_error(row: Row) -> str:
-    """Of a backend: without outliers and with."""
-    errors = row.get("error") or {}
-    plain = [value for kind, value in errors.items() if kind != "outliers"]
-    return f"{percent(max(plain))} / {percent(errors.get('outliers'))}" if plain else ""
-
-
-def peak_ram(row: Row) -> str:
-    """What could not be taken back, by the cgroup's count or the process's."""
-    usage = row["usage"]
-    return gib(usage["anonymous"] if usage["unreclaimable"] is None else usage["unreclaimable"])
 
 
 FORMAT_ERRORS = {

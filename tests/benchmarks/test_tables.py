@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import cells, tables
 from benchmarks.tables import LONG, PAGES, RESULTS, ROOT, SHOWN, TABLES
 
 GIB = 2**30
@@ -88,4 +88,4 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     ],
 )
 def test_numbers_have_four_digits(value, text):
-    assert tables.number(value) == text
+    assert cells.number(value) == text
