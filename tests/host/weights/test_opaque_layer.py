@@ -124,11 +124,13 @@ def test_no_two_calls_see_one_tensor(host, monkeypatch):
     """Inductor reuses a tensor's memory, with the tensor, for other values: what was quantized of it is not theirs."""
     seen: list[torch.Tensor] = []
 
-    def module(x: torch.Tensor) -> torch.Tensor:
-        seen.append(x)
-        return x + 1
+    class Layer:
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x + 1
 
-    monkeypatch.setitem(host.opaque_layer._LAYERS, 7, module)
+    layer = Layer()
+    monkeypatch.setitem(host.opaque_layer._LAYERS, 7, layer)
     x = torch.randn(3, 256)
     for _ in range(2):
         host.opaque_layer._run(x, 7, 256, "")
