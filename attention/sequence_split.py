@@ -11,7 +11,7 @@ import torch
 import torch.distributed as distributed
 
 from ..kernels.quantize_rows import quantize_rows, quantize_rows_reference
-from ..kernels.runtime import TRITON_FOUND
+from ..kernels.runtime import kernels_run_on
 
 # (query, key, value, mask), heads in front, -> (batch, length, heads * head_dim).
 Attention = Callable[
@@ -204,7 +204,7 @@ def _parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eight_bits: bool) 
     """What travels, each (batch, heads, length, any); those of the largest elements first, so that all are aligned."""
     if not eight_bits:
         return [q, k, v]
-    codes, scales = zip(*(_quantized(x) for x in (k, v)), strict=True)
+    codes, scales = zip(*(_in_eight_bits(x) for x in (k, v)), strict=True)
     return [*scales, q, *codes]
 
 
@@ -238,10 +238,10 @@ def _unpacked(rows: torch.Tensor, like: torch.Tensor, heads: int, eight_bits: bo
     return [q, *(_decoded(codes, scale, like) for codes, scale in zip((k, v), scales, strict=True))]
 
 
-def _quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _in_eight_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes (batch, heads, length, head_dim) and float32 scales (batch, heads, length, 1)."""
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type == "cuda" and TRITON_FOUND and len(rows):
+    if kernels_run_on(x) and len(rows):
         codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
         scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         quantize_rows(rows, codes, scale)

@@ -125,7 +125,7 @@ class SplitForward:
                 handle.remove()
 
     def _before_block(self, index: int, block: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        named = by_name(block, args, kwargs)
+        named = _inputs_by_name(block, args, kwargs)
         if index == 0:
             self.reason = self._deal(named)
         if self.reason is not None:
@@ -224,7 +224,7 @@ class SplitForward:
     def _before_output(self, output: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self._split is None or not self._family.output_inputs:
             return None
-        named = by_name(output, args, kwargs)
+        named = _inputs_by_name(output, args, kwargs)
         for name, row in self._family.output_inputs.items():
             named[name] = self._part(f"output {name}", row, named[name])
         return (), named
@@ -243,6 +243,6 @@ def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _inputs_by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A module's inputs, all by the names of its forward's parameters."""
     return dict(zip(_names(type(module).forward), args, strict=False)) | kwargs

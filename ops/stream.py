@@ -107,7 +107,7 @@ def _tensors(
     """Every tensor's name, and what reads it: what is to be quantized to the device that does it."""
 
     def read(name: str) -> torch.Tensor:
-        return checkpoint.read_stored(name, device if _quantized(plan, name) else "cpu")
+        return checkpoint.read_stored(name, device if _is_quantized(plan, name) else "cpu")
 
     names = [name for name in checkpoint.entries if name not in plan.stored.dropped]
     if _overlaps(device):
@@ -115,7 +115,7 @@ def _tensors(
     return ((name, partial(read, name)) for name in names)
 
 
-def _quantized(plan: QuantizationPlan, name: str) -> bool:
+def _is_quantized(plan: QuantizationPlan, name: str) -> bool:
     """Whether a tensor is a weight that the plan quantizes."""
     layer, _, suffix = name.rpartition(".")
     return suffix == "weight" and layer in plan.layers and plan.layers[layer].action == QUANTIZE
@@ -169,7 +169,7 @@ def _write_entry(
     take: Callable[[], torch.Tensor],
     plan: QuantizationPlan,
 ) -> None:
-    if _quantized(plan, entry.name):
+    if _is_quantized(plan, entry.name):
         _write_quantized(writer, take, entry, _called(checkpoint, entry.name), plan)
         return
     layer_name, _, suffix = entry.name.rpartition(".")

@@ -52,8 +52,8 @@ def part_limit(
     room = limit.nbytes - working - max(0, reading.allocated - loaded)
     fits = room - moving >= ahead
     kept = moving + (ahead if fits else 0)
-    size = int(pages.offset)
-    share = max(0, int(min(fraction * limit.budget, room if room >= size else room - kept)))
+    size, allowed = int(pages.offset), fraction * limit.budget
+    share = max(0, int(allowed if min(allowed, room) >= size else min(allowed, room - kept)))
     _mark(pages, share)
     if not limit.pages_give_way:
         kept = min(share, size) + max(0, reading.outside - loaded) + (kept if share < size else 0)

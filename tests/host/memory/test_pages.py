@@ -6,7 +6,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from .support import GIB, device, host
@@ -106,6 +106,7 @@ def most_taken(gpu, patcher, blocks, fits: bool) -> int:
     count=st.sampled_from([1, 2]),
     fraction=st.sampled_from([1.0, 0.8, 0.1]),
 )
+@example([[1.0], [1.0, 1.0, 258.0, 300.0], [300.0] * 4], 2200, 0, 0, 2, 0.8).via("fits whole, but for the fraction")
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_tensors_and_all_that_does_not_give_way_to_them_stay_within_the_limit(
     gpu, sizes, limit, working, loaded, count, fraction
