@@ -13,6 +13,7 @@ from .decode_tiles import (
     e8m0_to_float32,
     int4_pairs,
     swizzled_offset,
+    to_grid,
 )
 from .hadamard import hadamard
 from .launch import launch
@@ -35,11 +36,6 @@ def _codebook_pairs(packed, codebook_ptr, HAS_CODEBOOK: tl.constexpr):
         even = low.to(tl.float32) - 8.0
         odd = high.to(tl.float32) - 8.0
     return even, odd
-
-
-@triton.jit
-def _round(x):
-    return (x + 12582912.0) - 12582912.0
 
 
 @triton.jit
@@ -89,7 +85,7 @@ def _tile_values(
         value = tl.reshape(value, [HEIGHT, WIDTH // GROUP, GROUP]) * scale[:, :, None]
         value = tl.reshape(value, [HEIGHT, WIDTH])
     if KIND == "int4_codebook":
-        value = _round(tl.minimum(tl.maximum(value, -127.0), 127.0))
+        value = to_grid(value)
     return value
 
 

@@ -108,3 +108,10 @@ def int4_pairs(packed, DTYPE: tl.constexpr):
     even = (wide << 28) >> 28
     odd = (wide << 24) >> 28
     return even.to(DTYPE), odd.to(DTYPE)
+
+
+@triton.jit
+def to_grid(value):
+    """float32 to the nearest integers of the int8 grid, -127 to 127."""
+    value = tl.minimum(tl.maximum(value, -127.0), 127.0)
+    return (value + 12582912.0) - 12582912.0

@@ -1,6 +1,6 @@
-"""Weight-only matmul for few rows of x and nvfp4 weights, decoded in 64-bit words.
+"""Weight-only matmul for few rows of x and nvfp4 or int4_codebook weights, decoded in 64-bit words.
 
-A word is one block of 16 columns. Tensor core operands hold pairs of neighbours
+A word is 16 columns that share a scale. Tensor core operands hold pairs of neighbours
 along K, so column j of two neighbouring words is decoded in one register and multiplied by the pair of their scales, and
 every j has its own small dot. Words are loaded in a shape that gives each thread what the tensor cores want of it: no
 number has to move to another thread after it is decoded. A program keeps its part of x, some steps of words, and goes over
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import torch
 
-from .decode_tiles import e2m1_to_float32, e4m3_to_float32, swizzled_offset
+from .decode_tiles import e2m1_to_float32, e4m3_to_float32, swizzled_offset, to_grid
 from .launch import launch
 from .matmul_decode import sum_splits
 from .quantize_rows import _activate
 from .runtime import SMALLEST_DOT, THREADS_FROM_FIRST, ceil_div, constexpr, power_of_two, tl, triton
-from .stored_weight import StoredWeight
+from .stored_weight import INT4_CODEBOOK, StoredWeight
 
 
 def _pair(byte: int) -> list[str]:
@@ -27,20 +27,15 @@ def _pair(byte: int) -> list[str]:
     return [f"prmt.b32 p, a{half}, b{half}, {select:#06x};"]
 
 
-def _assembly(columns: int, body: list[str]) -> str:
-    head = [
-        "{",
-        ".reg .b32 a0, a1, b0, b1, p, t, one, zero;",
-        f"mov.b64 {{a0, a1}}, ${columns};",
-        f"mov.b64 {{b0, b1}}, ${columns + 1};",
-        "mov.b32 zero, 0x80008000;",
-    ]
+def _assembly(body: list[str]) -> str:
+    """Instructions for two words, $16 and $17, around what turns them and their two scales, $18, to 16 pairs."""
+    head = ["{", ".reg .b32 a0, a1, b0, b1, p, t;", "mov.b64 {a0, a1}, $16;", "mov.b64 {b0, b1}, $17;"]
     return "\n".join([*head, *body, "}"])
 
 
 def _nvfp4_assembly(kind: str, high: int, low: int, mask: str) -> str:
-    """Two words to 16 pairs. A nibble's sign goes to bit 15, its code to the lane's `mask`; the scale does the rest."""
-    body = []
+    """A nibble's sign goes to bit 15, its code to the lane's `mask`; the scale does the rest."""
+    body = [".reg .b32 zero;", "mov.b32 zero, 0x80008000;"]
     for byte in range(8):
         body += _pair(byte)
         body += [
@@ -54,33 +49,104 @@ def _nvfp4_assembly(kind: str, high: int, low: int, mask: str) -> str:
             "lop3.b32 t, p, 0x80008000, t, 0xEA;",
             f"fma.rn.{kind} ${2 * byte + 1}, t, $18, zero;",
         ]
-    return _assembly(16, body)
+    return _assembly(body)
+
+
+def _codebook_assembly() -> str:
+    """A nibble picks the two bytes of a float16 level; times the scale it is rounded by what it is added to, 1,024.
+
+    Its seven bits then make a bfloat16 number of 128 and more, and 128 less is the magnitude on the int8 grid.
+    """
+    body = [".reg .b32 s, u, v, w, low, high, l0, l1, l2, l3, h0, h1, h2, h3, one, less, least, most;"]
+    planes = ("l0, l1", "l2, l3", "h0, h1", "h2, h3")
+    body += [f"mov.b64 {{{plane}}}, ${19 + 2 * place};" for place, plane in enumerate(planes)]
+    body += ["mov.b32 one, 0x3f803f80;", "mov.b32 less, 0xc300c300;"]
+    body += ["mov.b32 least, 0x64006400;", "mov.b32 most, 0x647f647f;"]
+    for byte in range(8):
+        index, half = byte % 4, byte // 4
+        body += [
+            f"prmt.b32 s, a{half}, b{half}, {(4 + index) << 4 | index:#06x};",
+            "shr.b32 u, s, 1;",
+            "lop3.b32 u, u, 0x4444, 0x3210, 0xEA;",
+            "and.b32 s, s, 0x7777;",
+        ]
+        for plane, name in (("l", "low"), ("h", "high")):
+            body += [f"prmt.b32 v, {plane}0, {plane}1, s;", f"prmt.b32 w, {plane}2, {plane}3, s;"]
+            body.append(f"prmt.b32 {name}, v, w, u;")
+        for odd, select in enumerate(("0x6240", "0x7351")):
+            body += [
+                f"prmt.b32 p, low, high, {select};",
+                "and.b32 t, p, 0x7fff7fff;",
+                "fma.rn.f16x2 t, t, $18, least;",
+                "min.f16x2 t, t, most;",
+                "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xEA;",
+                "fma.rn.bf16x2 t, t, one, less;",
+                f"lop3.b32 ${2 * byte + odd}, p, 0x80008000, t, 0xEA;",
+            ]
+    return _assembly(body)
 
 
 _NVFP4_BFLOAT16 = constexpr(_nvfp4_assembly("bf16x2", 2, 6, "0x01c001c0"))
 _NVFP4_FLOAT16 = constexpr(_nvfp4_assembly("f16x2", 5, 9, "0x0e000e00"))
 _NVFP4_CONSTRAINTS = constexpr(",".join(["=r"] * 16 + ["l", "l", "r"]))
+_CODEBOOK_BFLOAT16 = constexpr(_codebook_assembly())
+_CODEBOOK_CONSTRAINTS = constexpr(",".join(["=r"] * 16 + ["l", "l", "r"] + ["l"] * 8))
 _THREADS_FROM_FIRST = constexpr(THREADS_FROM_FIRST)
 _BFLOAT16_16 = constexpr((tl.bfloat16,) * 16)
 _FLOAT16_16 = constexpr((tl.float16,) * 16)
 
 
 @triton.jit
-def _word_scale(stored, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Scales of the words as DTYPE; in assembly they carry all but a power of two of what the shifted codes lack."""
-    scale = stored.to(tl.float32) if stored.dtype == tl.float8e4nv else e4m3_to_float32(stored)
-    if ASSEMBLY and DTYPE == tl.bfloat16:  # noqa: SIM300
-        scale = scale * 3.3230699894622897e35  # 2 ** 118
+def _word_scale(stored, CODEBOOK: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Scales of the words as the decoding takes them: nvfp4's assembly with most of what the shifted codes lack."""
+    scale = e4m3_to_float32(stored) if stored.dtype == tl.uint8 else stored.to(tl.float32)
+    if CODEBOOK:
+        scale = scale.to(tl.float16) if ASSEMBLY else scale
+    elif ASSEMBLY and DTYPE == tl.bfloat16:  # noqa: SIM300
+        scale = (scale * 3.3230699894622897e35).to(DTYPE)  # 2 ** 118
     elif ASSEMBLY:
-        scale = scale * 128.0
-    return scale.to(DTYPE)
+        scale = (scale * 128.0).to(DTYPE)
+    else:
+        scale = scale.to(DTYPE)
+    return scale
 
 
 @triton.jit
-def _column_of_words(words, scale, j: tl.constexpr, DTYPE: tl.constexpr):
+def _column_of_words(
+    words, scale, levels_ptr, j: tl.constexpr, CODEBOOK: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr
+):
     """Column j of every word, decoded in plain operations."""
-    code = (words >> (8 * (j // 2) + 4 * (1 - j % 2))).to(tl.int32) & 0xF
-    return (e2m1_to_float32(code) * scale.to(tl.float32)).to(DTYPE)
+    if CODEBOOK:
+        code = (words >> (4 * j)).to(tl.int32) & 0xF
+        level = tl.load(levels_ptr + code) if LEVELS else code.to(tl.float32) - 8.0
+        value = to_grid(level * scale)
+    else:
+        code = (words >> (8 * (j // 2) + 4 * (1 - j % 2))).to(tl.int32) & 0xF
+        value = e2m1_to_float32(code) * scale.to(tl.float32)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _level_planes(levels_ptr, LEVELS: tl.constexpr):
+    """The 16 levels in float16, as bytes: the low ones of the first eight and of the others, then the high ones."""
+    place = tl.arange(0, 16)
+    level = tl.load(levels_ptr + place) if LEVELS else place.to(tl.float32) - 8.0
+    bits = level.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int64)
+    shift = place % 8 * 8
+    low, high = (bits & 0xFF) << shift, (bits >> 8) << shift
+    first = place < 8
+    return (
+        tl.sum(tl.where(first, low, 0), axis=0),
+        tl.sum(tl.where(first, 0, low), axis=0),
+        tl.sum(tl.where(first, high, 0), axis=0),
+        tl.sum(tl.where(first, 0, high), axis=0),
+    )
+
+
+@triton.jit
+def _scale_offset(row, word, pitch, CODEBOOK: tl.constexpr):
+    """Where a word's scale lies: row by row, or in tiles of which `pitch` lie side by side."""
+    return row.to(tl.int64) * pitch + word if CODEBOOK else swizzled_offset(row, word, pitch)
 
 
 @triton.jit
@@ -126,14 +192,15 @@ def _load_words(
     scale_offset,
     N,
     stride_wn,
-    tiles_per_row,
+    scale_pitch,
+    CODEBOOK: tl.constexpr,
     ROWS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Words and scales of a tile of the weight's rows, as `_fragment` takes them."""
     first = tile * ROWS
     w_tile = w_ptr + first.to(tl.int64) * stride_wn + w_offset
-    scale_tile = block_scale_ptr + swizzled_offset(first, 0, tiles_per_row) + scale_offset
+    scale_tile = block_scale_ptr + _scale_offset(first, 0, scale_pitch, CODEBOOK) + scale_offset
     if MASKED:
         inside = (row < N - first) & (word_left > 0)
         return tl.load(w_tile, mask=inside, other=0), tl.load(scale_tile, mask=inside, other=0.0)
@@ -171,13 +238,33 @@ def _fragment(loaded, ROWS: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def _add_product(
-    acc, words, stored, x, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr
+    acc,
+    words,
+    stored,
+    x,
+    levels_ptr,
+    planes,
+    CODEBOOK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """acc (ROWS, m) plus the product of a tile's words and x, short of a power of two in assembly."""
+    """acc (ROWS, m) plus the product of a tile's words and x, of nvfp4 short of a power of two in assembly."""
     words = _fragment(words, ROWS, WORDS)
-    scale = _fragment(_word_scale(stored, DTYPE, ASSEMBLY), ROWS, WORDS)
+    scale = _fragment(_word_scale(stored, CODEBOOK, DTYPE, ASSEMBLY), ROWS, WORDS)
     if ASSEMBLY:
-        if DTYPE == tl.bfloat16:  # noqa: SIM300
+        if CODEBOOK:
+            pieces = tl.inline_asm_elementwise(
+                _CODEBOOK_BFLOAT16,
+                _CODEBOOK_CONSTRAINTS,
+                [words, scale, planes[0], planes[1], planes[2], planes[3]],
+                _BFLOAT16_16,
+                is_pure=True,
+                pack=2,
+            )
+        elif DTYPE == tl.bfloat16:  # noqa: SIM300
             pieces = tl.inline_asm_elementwise(
                 _NVFP4_BFLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _BFLOAT16_16, is_pure=True, pack=2
             )
@@ -186,17 +273,16 @@ def _add_product(
                 _NVFP4_FLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
             )
     for j in tl.static_range(16):
-        w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, j, DTYPE)
+        w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, levels_ptr, j, CODEBOOK, LEVELS, DTYPE)
         acc = tl.dot(w, x[j], acc)
     return acc
 
 
 @triton.jit
-def _store_partial(out_ptr, acc, tile, part, m, M, N, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr, ROWS: tl.constexpr):
-    """acc (ROWS, m) to its place in the (parts, M, N) partial products."""
+def _store_partial(out_ptr, acc, tile, part, m, M, N, LACKS: tl.constexpr, ROWS: tl.constexpr):
+    """acc (ROWS, m) times the power of two that it `LACKS` to its place in the (parts, M, N) partial products."""
     n = tile * ROWS + tl.arange(0, ROWS)
-    if ASSEMBLY:
-        acc = acc * (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
+    acc = acc * LACKS
     target = out_ptr + (part * M + m).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(target, acc, mask=(m < M)[None, :] & (n < N)[:, None])
 
@@ -206,14 +292,17 @@ def _matmul_blocks_kernel(
     x_ptr,
     w_ptr,
     block_scale_ptr,
+    levels_ptr,
     out_ptr,
     M,
     N,
     stride_xm,
     stride_xk,
     stride_wn,
-    tiles_per_row,
+    scale_pitch,
     K: tl.constexpr,
+    CODEBOOK: tl.constexpr,
+    LEVELS: tl.constexpr,
     EVEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -226,12 +315,14 @@ def _matmul_blocks_kernel(
 ):
     """Partial products (K / (16 x WORDS x STEPS), M, N) in float32, without scale and bias; stride_wn counts words.
 
-    A program holds its part of x and goes over TILES x ROWS rows of the weight. EVEN: no tile goes beyond N.
+    CODEBOOK: int4_codebook, else nvfp4; LEVELS: its levels are those of a codebook, else the codes less 8. A program holds its part of x and goes over TILES x ROWS rows of the weight. EVEN: no tile goes beyond N.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TOTAL: tl.constexpr = (K + 15) // 16
     PART: tl.constexpr = WORDS * STEPS
     MASKED: tl.constexpr = not EVEN or TOTAL % PART != 0
+    SCALE_STEP: tl.constexpr = 1 if CODEBOOK else 128
+    LACKS: tl.constexpr = 1.0 if CODEBOOK or not ASSEMBLY else (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(1)
@@ -241,14 +332,16 @@ def _matmul_blocks_kernel(
     word = octet * 8 + four * 2 + pair
     word_left = TOTAL - part * PART - word
     w_offset = row.to(tl.int64) * stride_wn + word
-    scale_offset = swizzled_offset(row, word, tiles_per_row)
+    scale_offset = _scale_offset(row, word, scale_pitch, CODEBOOK)
     w_ptr += part * PART
-    block_scale_ptr += part * (PART // 4) * 512
+    block_scale_ptr += part * PART * SCALE_STEP
+    planes = _level_planes(levels_ptr, LEVELS) if CODEBOOK and ASSEMBLY else ()
     tile = tl.program_id(0) * TILES
     last = tl.minimum(tile + TILES, (N + ROWS - 1) // ROWS) - 1
     words, stored = _load_words(
-        w_ptr, block_scale_ptr, tile, row, word_left, w_offset, scale_offset, N, stride_wn, tiles_per_row, ROWS, MASKED
-    )
+        w_ptr, block_scale_ptr, tile, row, word_left, w_offset, scale_offset,
+        N, stride_wn, scale_pitch, CODEBOOK, ROWS, MASKED,
+    )  # fmt: skip
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (part * PART + tl.arange(0, WORDS))[:, None, None, None] * 16
     first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :, None, None] * stride_xm + column * stride_xk
@@ -266,7 +359,7 @@ def _matmul_blocks_kernel(
             ahead = (step + 1) % STEPS
             next_words, next_stored = _load_words(
                 w_ptr + ahead * WORDS,
-                block_scale_ptr + ahead * (WORDS // 4) * 512,
+                block_scale_ptr + ahead * WORDS * SCALE_STEP,
                 tile if step + 1 < STEPS else following,
                 row,
                 word_left - ahead * WORDS,
@@ -274,16 +367,20 @@ def _matmul_blocks_kernel(
                 scale_offset,
                 N,
                 stride_wn,
-                tiles_per_row,
+                scale_pitch,
+                CODEBOOK,
                 ROWS,
                 MASKED,
             )
-            acc = _add_product(acc, words, stored, x[step], DTYPE, ASSEMBLY, ROWS, WORDS)
+            acc = _add_product(
+                acc, words, stored, x[step], levels_ptr, planes, CODEBOOK, LEVELS, DTYPE, ASSEMBLY, ROWS, WORDS
+            )
             words, stored = next_words, next_stored
-        _store_partial(out_ptr, acc, tile, part, m, M, N, DTYPE, ASSEMBLY, ROWS)
+        _store_partial(out_ptr, acc, tile, part, m, M, N, LACKS, ROWS)
         tile = following
 
 
+COLUMNS_PER_WORD = 16
 WORDS_PER_STEP = 16
 STEPS_PER_PART = 2
 ROWS_PER_TILE = 64
@@ -291,7 +388,15 @@ ROWS_PER_TILE = 64
 
 def block_splits(columns: int) -> int:
     """Parts of K that are multiplied side by side."""
-    return ceil_div(columns, 16 * WORDS_PER_STEP * STEPS_PER_PART)
+    return ceil_div(columns, COLUMNS_PER_WORD * WORDS_PER_STEP * STEPS_PER_PART)
+
+
+def _block_scale(weight: StoredWeight, hardware_e4m3: bool) -> torch.Tensor:
+    """The scales as a kernel takes them: e4m3 as such where the GPU converts it, else as bytes; or float32."""
+    scale = weight.block_scale
+    if scale.dtype == torch.float32:
+        return scale
+    return scale.view(torch.float8_e4m3fn if hardware_e4m3 else torch.uint8)
 
 
 def matmul_blocks(
@@ -307,11 +412,11 @@ def matmul_blocks(
     activation: str | None = None,
     overlap: bool = False,
 ) -> None:
-    """Weight-only product of x (M, K) and an nvfp4 weight into `out` (M, N).
+    """Weight-only product of x (M, K) and an nvfp4 or int4_codebook weight into `out` (M, N).
 
     Args:
-        x: float16 or bfloat16, any strides.
-        weight: kind nvfp4; codes 8-byte aligned, row pitch a multiple of 8.
+        x: float16 or bfloat16, for a codebook only bfloat16, any strides; in the basis that the weight is in.
+        weight: codes 8-byte aligned, row pitch a multiple of 8; of an int4_codebook one, 16 columns share a scale.
         bias: (N,) or None.
         out: (M, N), last stride 1, written.
         partial: (block_splits(K), M, N) float32 work space.
@@ -329,17 +434,20 @@ def matmul_blocks(
         (
             x,
             weight.data.view(torch.int64),
-            weight.block_scale.view(torch.float8_e4m3fn) if hardware_e4m3 else weight.block_scale,
+            _block_scale(weight, hardware_e4m3),
+            weight.block_scale if weight.codebook is None else weight.codebook,
             partial,
             rows,
             weight.rows,
             x.stride(0),
             x.stride(1),
             weight.data.stride(0) // 8,
-            weight.scale_tiles_per_row,
+            columns // COLUMNS_PER_WORD if weight.kind == INT4_CODEBOOK else weight.scale_tiles_per_row,
         ),
         {
             "K": columns,
+            "CODEBOOK": weight.kind == INT4_CODEBOOK,
+            "LEVELS": weight.codebook is not None,
             "EVEN": weight.rows % ROWS_PER_TILE == 0,
             "ACTIVATION": activation,
             "ASSEMBLY": assembly,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.decode_rows import decode_rows
-from ..kernels.matmul_blocks import ROWS_PER_TILE, block_splits, matmul_blocks
+from ..kernels.matmul_blocks import COLUMNS_PER_WORD, ROWS_PER_TILE, block_splits, matmul_blocks
 from ..kernels.matmul_decode import matmul_decode, matvec_decode
 from ..kernels.matmul_rows import matmul_rows
 from ..kernels.matmul_split import matmul_split, split_rows, term_count
@@ -30,7 +30,7 @@ from ..kernels.runtime import (
     made_to_keep,
     multiprocessor_count,
 )
-from ..kernels.stored_weight import FP8, INT4, INT8, MXFP8, NVFP4, StoredWeight
+from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4, StoredWeight
 from .linear_kitchen import kitchen_linear
 from .linear_reference import linear_reference
 from .linear_table import FEW_ROWS, FP8_ROWS, INT8_ROWS, KITCHEN, SCRATCH, Gpu
@@ -112,7 +112,7 @@ def _few_rows_splits(method: str, weight: StoredWeight, device: torch.device) ->
 def _few_rows_method(weight: StoredWeight, rows: int, dtype: torch.dtype, activation: str | None, gpu: Gpu) -> str:
     if dtype == torch.float32:
         return "matvec"
-    if weight.kind == NVFP4 and weight.alignment >= 8:
+    if weight.kind == INT4_CODEBOOK or (weight.kind == NVFP4 and weight.alignment >= 8):
         return "blocks"
     if weight.kind == FP8 and rows == 1 and activation is None:
         return "matvec"
@@ -144,7 +144,7 @@ def _few_rows_scratch(method: str, x: torch.Tensor, weight: StoredWeight, splits
             (q_shape, torch.int8 if integer else torch.float8_e4m3fn) if split else None,
             ((rows,), torch.float32) if split else None,
             ((splits, rows, weight.rows), torch.float32) if splits > 1 or method == "blocks" else None,
-            _codes_spec(weight, 1),
+            _codes_spec(weight, 8 if weight.kind == INT4_CODEBOOK else 1),
         )
     )
 
@@ -153,6 +153,8 @@ def few_rows_linear(
     x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, gpu: Gpu, group: str = ""
 ) -> torch.Tensor:
     """Multiply a few rows straight from the stored codes."""
+    if weight.kind == INT4_CODEBOOK and weight.group != COLUMNS_PER_WORD:
+        return scratch_linear(x, weight, bias, activation, gpu)
     x = x.reshape(-1, weight.columns)
     out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
     method = _few_rows_method(weight, x.shape[0], x.dtype, activation, gpu)
@@ -198,7 +200,7 @@ def _multiply_split(x, weight, bias, activation, gpu, out, scratch, splits) -> N
 
 
 def _multiply_blocks(x, weight, bias, activation, gpu, out, scratch, splits) -> None:
-    """NVFP4 codes decoded sixteen at a time, in as many parts of K as `splits`."""
+    """4-bit codes decoded sixteen at a time, in as many parts of K as `splits`."""
     options: dict[str, Any] = {"assembly": not INTERPRETED, "hardware_e4m3": _hardware_e4m3(gpu)}
     options |= {"tiles": _tiles_per_program(weight, splits, x.device), "activation": activation}
     matmul_blocks(x, weight, bias, out, scratch.partial, overlap=_overlaps(gpu), **options)

@@ -93,6 +93,7 @@ RULES = (
     # Few rows: reading the weight is all the time there is, so the stored bytes go straight into the product.
     PathRule(FEW_ROWS, (FP8, INT8, INT4), False, rows=(1, 64), cc=(AMPERE, NO_CC), dtypes=HALF),
     PathRule(FEW_ROWS, (FP8, INT8, INT4, MXFP8, NVFP4), None, rows=(1, 32), cc=(AMPERE, NO_CC), dtypes=HALF),
+    PathRule(FEW_ROWS, (INT4_CODEBOOK,), None, rows=(1, 32), cc=(AMPERE, NO_CC), dtypes=(torch.bfloat16,)),
     PathRule(FEW_ROWS, (FP8, INT8, MXFP8, NVFP4, INT4), None, rows=(1, 2), cc=(AMPERE, NO_CC)),
     PathRule(
         KITCHEN, (INT4_CODEBOOK,), True, rows=(1, 2), cc=(HOPPER, BLACKWELL), triton=False, kitchen=True, multiple=16

@@ -129,15 +129,24 @@ def test_split(device, name, splits):
 
 
 @pytest.mark.parametrize("tiles", [1, 4])
-@pytest.mark.parametrize(("activation", "threads_from_first"), [(None, True), ("silu", True), (None, False)])
-def test_blocks(device, tiles, activation, threads_from_first, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "activation", "threads_from_first"),
+    [
+        ("nvfp4", None, True),
+        ("nvfp4", "silu", True),
+        ("nvfp4", None, False),
+        ("int4_codebook", None, True),
+        ("int4_grid", "silu", False),
+    ],
+)
+def test_blocks(device, tiles, name, activation, threads_from_first, monkeypatch):
     """In either order of the dimensions that are loaded: Triton spreads threads along them in one or the other."""
     if INTERPRETED:
         monkeypatch.setattr(matmul_blocks_module, "_THREADS_FROM_FIRST", threads_from_first)
     elif not threads_from_first:
         pytest.skip("compiled for this Triton's order")
-    for count, columns in (*SIZES, (140, 592), (72, 1024)):
-        weight = make("nvfp4", count, columns, device)
+    for count, columns in ((24, 256), (140, 1792), (72, 1024)) if name in ROTATED else (*SIZES, (140, 592), (72, 1024)):
+        weight = make(name, count, columns, device)
         bias = torch.randn(count, device=device, dtype=PLAIN_DOTS)
         for rows in (1, 5, 17):
             x = torch.randn(rows, columns, device=device, dtype=PLAIN_DOTS)

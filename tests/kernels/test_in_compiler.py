@@ -75,6 +75,8 @@ CALLS = (
     ("nvfp4", torch.bfloat16, 1, False),
     ("nvfp4", torch.float16, 20, False),
     ("nvfp4", torch.bfloat16, 2000, True),
+    ("int4_codebook", torch.bfloat16, 1, True),
+    ("int4_grid", torch.bfloat16, 16, True),
 )
 
 
@@ -135,12 +137,12 @@ def test_every_launch_compiles_and_fits(cc, name, dtype, rows, fast, compiled):
 
 
 @pytest.mark.parametrize("cc", SHARED_KIB)
-@pytest.mark.parametrize(("rows", "block_m"), [(1, 8), (16, 16), (32, 32)])
-def test_decoded_nvfp4_weights_stay_in_registers(cc, rows, block_m, compiled, monkeypatch):
+@pytest.mark.parametrize(("name", "rows", "block_m"), [("nvfp4", 1, 8), ("nvfp4", 32, 32), ("int4_codebook", 16, 16)])
+def test_decoded_4_bit_weights_stay_in_registers(name, cc, rows, block_m, compiled, monkeypatch):
     """Shared memory holds a program's part of x (512 columns) and its output tile; decoded weights would take 32 KiB."""
     compiled.use(cc)
     monkeypatch.setattr(linear_paths, "multiprocessor_count", lambda index: 1)
-    weight, gpu = make("nvfp4", 512, 512, torch.device("cpu")), Gpu(cc, triton=True, kitchen=False)
+    weight, gpu = make(name, 512, 512, torch.device("cpu")), Gpu(cc, triton=True, kitchen=False)
     linear_paths.few_rows_linear(torch.randn(rows, 512).bfloat16(), weight, None, None, gpu)
     (metadata,) = (kernel for kernel in compiled.kernels if kernel.name == "_matmul_blocks_kernel")
     block_m = max(block_m, SMALLEST_DOT)
