@@ -427,7 +427,9 @@ def matmul_blocks(
         overlap: let the sum start while the products still run (cc 9.0).
     """
     rows, columns = x.shape
-    block_m = min(max(SMALLEST_DOT, power_of_two(rows)), 32)
+    # What a codebook's levels are given to is moved between threads before a dot of 8 columns, not before one of 16.
+    smallest = 16 if weight.kind == INT4_CODEBOOK else SMALLEST_DOT
+    block_m = min(max(smallest, power_of_two(rows)), 32)
     launch(
         _matmul_blocks_kernel,
         (ceil_div(weight.rows, ROWS_PER_TILE * tiles), block_splits(columns), ceil_div(rows, block_m)),

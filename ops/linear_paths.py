@@ -110,9 +110,11 @@ def _few_rows_splits(method: str, weight: StoredWeight, device: torch.device) ->
 
 
 def _few_rows_method(weight: StoredWeight, rows: int, dtype: torch.dtype, activation: str | None, gpu: Gpu) -> str:
+    if weight.kind == INT4_CODEBOOK:
+        return "blocks"
     if dtype == torch.float32:
         return "matvec"
-    if weight.kind == INT4_CODEBOOK or (weight.kind == NVFP4 and weight.alignment >= 8):
+    if weight.kind == NVFP4 and weight.alignment >= 8:
         return "blocks"
     if weight.kind == FP8 and rows == 1 and activation is None:
         return "matvec"

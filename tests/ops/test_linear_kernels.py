@@ -72,6 +72,22 @@ def test_few_rows_in_float16(name, gpu):
         assert _error(out, x.double() @ decoded.t()) < 8e-3
 
 
+@pytest.mark.parametrize(("name", "group"), [("int4_codebook", 16), ("int4_grid", 16), ("int4_codebook", 64)])
+@pytest.mark.parametrize("offset", [0, 3])
+def test_few_rows_of_a_codebook(name, group, offset):
+    """In float32, which stands for bfloat16; codes that no 64-bit word can be read from are copied first."""
+    torch.manual_seed(0)
+    layout, options = MAKERS[name]
+    weight = QuantizedTensor.from_float(torch.randn(70, 768) * 0.05, layout, group_size=group, **options)
+    decoded, stored = weight.dequantize().double(), stored_weight(weight)
+    storage = torch.empty(70 * 384 + offset, dtype=torch.int8)[offset:].view(70, 384)
+    stored = dataclasses.replace(stored, data=storage.copy_(stored.data))
+    for rows in (1, 2, 19):
+        x, bias = torch.randn(rows, 768), torch.randn(70)
+        out = few_rows_linear(x, stored, bias, None, HOPPER)
+        assert _error(out, x.double() @ decoded.t() + bias.double()) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["int8_convrot", "int4"])
 def test_a_rotated_float16_row_does_not_overflow(name):
     """A row along one Hadamard vector has all its energy in one rotated column, 16 times the largest of float16's x."""
