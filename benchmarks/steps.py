@@ -1,7 +1,7 @@
 """Whole steps of ComfyUI itself at real dimensions with fewer blocks: stock, stock with quantized files, and this pack.
 
-    python benchmarks/steps.py --out benchmarks/results/steps.json [--model wan480 wan720 qwen] [--only NAME ...]
-    python benchmarks/steps.py --compile --out benchmarks/results/compile.json --model qwen
+    python -m benchmarks.steps --out benchmarks/results/steps.json [--model wan480 wan720 qwen] [--only NAME ...]
+    python -m benchmarks.steps --compile --out benchmarks/results/compile.json --model qwen
 
 Everything runs in one process, without the server. Weights are random at the scale of a trained model's.
 """
@@ -9,28 +9,26 @@ Everything runs in one process, without the server. Weights are random at the sc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from benchmarks.goals import Goal, write  # noqa: E402
-from benchmarks.timing import environment  # noqa: E402
-from testing.core import start_core  # noqa: E402
-from testing.tiny import qwen_image, wan  # noqa: E402
+from benchmarks.checkpoints import write_checkpoint
+from benchmarks.goals import Goal, write
+from testing.core import start_core
+from testing.measure import environment
+from testing.tiny import qwen_image, wan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 5
@@ -145,25 +143,6 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return entries
 
 
-def write_random(path: Path, case: Case) -> Path:
-    """A bf16 checkpoint of Gaussian weights, drawn on the GPU: matrices of variance 1 / fan-in."""
-    from safetensors.torch import save_file
-
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    tensors = {}
-    for name, shape in case.shapes.items():
-        tensor = torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32)
-        if name.endswith("bias"):
-            tensor *= 0.02
-        elif len(shape) == 1 or name.endswith("gamma"):
-            tensor = 1 + 0.1 * tensor
-        else:
-            tensor *= tensor[0].numel() ** -0.5
-        tensors[name] = tensor.bfloat16().cpu()
-    save_file(tensors, path, metadata=case.metadata)
-    return path
-
-
 def load(contender: Contender, path: Path, timings: Path) -> Any:
     """The model as the contender's loader and attention node make it, and the name of its format."""
     import comfy.sd
@@ -251,12 +230,30 @@ def kernels(model: Any, case: Case) -> dict[str, float]:
     return {"all": round(sum(ms for _, ms in ordered), 2)} | table
 
 
+@contextlib.contextmanager
+def core_in_memory(device: str) -> Iterator[Path]:
+    """ComfyUI's core in this process, and a folder for it, in main memory where the system has one there."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
+        start_core(["--base-directory", folder, *([] if device == "cuda" else ["--cpu"])])
+        with torch.inference_mode():
+            yield Path(folder)
+
+
+def clean() -> None:
+    """No model stays in this process's GPU."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
 def run(
     name: str, case: Case, contender: Contender, path: Path, folder: Path, exact: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """One row of the results. exact: the latent of stock bf16 by case, filled when it is that one's turn."""
-    import comfy.model_management
-
     from lowbit.host.attention.installing import find_override
 
     started = time.perf_counter()
@@ -288,9 +285,7 @@ def run(
         row["kernels_of_two_steps_ms"] = kernels(model, case)
     row["whole"] = time.perf_counter() - started
     del model, override
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    comfy.model_management.soft_empty_cache()
+    clean()
     return row
 
 
@@ -306,27 +301,23 @@ def main() -> None:
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     rows: list[dict[str, Any]] = [row for row in before if row["case"] not in arguments.model]
     exact: dict[str, torch.Tensor] = {}
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
-        start_core(["--base-directory", folder, *([] if DEVICE == "cuda" else ["--cpu"])])
-        with torch.inference_mode():
-            for name in arguments.model:
-                case = CASES[name]()
-                path = write_random(Path(folder) / f"{name}.safetensors", case)
-                for contender in CONTENDERS_COMPILED if arguments.compile else CONTENDERS:
-                    if arguments.only and contender.name not in arguments.only:
-                        continue
-                    try:
-                        row = run(name, case, contender, path, Path(folder), exact)
-                    except Exception as error:
-                        row = {"case": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                    rows = with_speedups(rows)
-                    record = {"environment": environment(), "rows": rows, "goals": goals(rows)}
-                    write(out, record)
-                path.unlink()
+    with core_in_memory(DEVICE) as folder:
+        for name in arguments.model:
+            case = CASES[name]()
+            path = write_checkpoint(folder / f"{name}.safetensors", case.shapes, case.metadata)
+            for contender in CONTENDERS_COMPILED if arguments.compile else CONTENDERS:
+                if arguments.only and contender.name not in arguments.only:
+                    continue
+                try:
+                    row = run(name, case, contender, path, folder, exact)
+                except Exception as error:
+                    row = {"case": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                rows = with_speedups(rows)
+                record = {"environment": environment(), "rows": rows, "goals": goals(rows)}
+                write(out, record)
+            path.unlink()
 
 
 if __name__ == "__main__":

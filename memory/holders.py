@@ -56,12 +56,16 @@ class Grown:
         return f"{self.name}: {size} more{self.detail}{end}"
 
 
+Memory = tuple[int, int]
+"""Address and bytes of a tensor's storage."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """What each holder had, and the tensors that Python could reach, by what they look like."""
+    """What each holder had, and what lay in the memory of the tensors that Python could reach: shape and dtype of one."""
 
     amounts: Mapping[str, int]
-    tensors: Counter[str]
+    tensors: Mapping[Memory, str]
 
 
 Weights = Callable[[], Iterable[torch.Tensor]]
@@ -74,8 +78,9 @@ def _no_weights() -> Iterable[torch.Tensor]:
 
 def take_snapshot(holders: Sequence[Holder], device_type: str, weights: Weights = _no_weights) -> Snapshot:
     """Measures every holder and walks all of Python's objects once: some tenths of a second."""
-    tensors = tensor_bytes(device_type, _addresses(weights()))[0]
-    return Snapshot({holder.name: _safely(holder.measure) for holder in holders}, tensors)
+    tensors = tensors_by_memory(device_type, _addresses(weights()))
+    kinds = {memory: _kind(tensor) for memory, tensor in tensors.items()}
+    return Snapshot({holder.name: _safely(holder.measure) for holder in holders}, kinds)
 
 
 def find_growth(
@@ -96,22 +101,34 @@ def find_growth(
         if amount > (_WORTH_NAMING if holder.unit == BYTES else 0):
             freed = free and holder.free is not None and _freed(holder.free)
             grown.append(Grown(holder.name, holder.unit, amount, "", freed, holder.advice))
-    now, examples = tensor_bytes(device_type, _addresses(weights()))
-    for kind, amount in (now - before.tensors).most_common(3):
+    now: Counter[str] = Counter()
+    examples = {}
+    for memory, tensor in tensors_by_memory(device_type, _addresses(weights())).items():
+        # Which of the tensors that share it is met first is left to chance: it is called what it was called before.
+        kind = before.tensors.get(memory) or _kind(tensor)
+        now[kind] += memory[1]
+        examples[kind] = tensor
+    had: Counter[str] = Counter()
+    for (_, nbytes), kind in before.tensors.items():
+        had[kind] += nbytes
+    for kind, amount in (now - had).most_common(3):
         if amount > _WORTH_NAMING:
             detail = f" in tensors of {kind}, held by {held_by(examples.pop(kind))}"
             grown.append(Grown(REFERENCE, BYTES, amount, detail, False, "what is named there keeps them"))
     return sorted(grown, key=lambda item: -item.amount if item.unit == BYTES else 0)
 
 
-def tensor_bytes(device_type: str, ignored: Collection[int] = ()) -> tuple[Counter[str], dict[str, torch.Tensor]]:
-    """Bytes of the tensors that Python can reach on a kind of device, by shape and dtype, and an example of each.
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def tensors_by_memory(device_type: str, ignored: Collection[int] = ()) -> dict[Memory, torch.Tensor]:
+    """The memory of tensors that Python can reach on a kind of device, and one tensor that lies in each.
 
     ignored: addresses of memory that does not count.
     """
     fake = getattr(getattr(torch, "_subclasses", None), "FakeTensor", ())
-    sizes: Counter[str] = Counter()
-    examples: dict[str, torch.Tensor] = {}
+    found: dict[Memory, torch.Tensor] = {}
     seen = set(ignored)
     for item in gc.get_objects():
         # Not isinstance: it would run the code of objects that pretend to be of another class.
@@ -127,10 +144,8 @@ def tensor_bytes(device_type: str, ignored: Collection[int] = ()) -> tuple[Count
         if address in seen:
             continue
         seen.add(address)
-        kind = f"{tuple(item.shape)} {str(item.dtype).removeprefix('torch.')}"
-        sizes[kind] += storage.nbytes()
-        examples[kind] = item
-    return sizes, examples
+        found[address, storage.nbytes()] = item
+    return found
 
 
 def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
@@ -142,7 +157,7 @@ def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
         for part in parts:
             try:
                 found.add(part.untyped_storage().data_ptr())
-            except Exception:  # noqa: BLE001  # as in `tensor_bytes`
+            except Exception:  # noqa: BLE001  # as in `tensors_by_memory`
                 continue
     return found
 

@@ -147,6 +147,15 @@ def test_views_of_one_tensor_count_once(device_type):
     assert len(views) == 50
 
 
+def test_memory_that_another_tensor_is_found_to_lie_in_has_not_grown(device_type, monkeypatch):
+    base = torch.zeros(4 << 20)
+    before = take_snapshot(HOLDERS, device_type)
+    view = base[11:]
+    objects = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: [view, *objects()])
+    assert find_growth(HOLDERS, before, device_type) == []
+
+
 def test_a_module_that_holds_it_is_named():
     module = types.ModuleType("leaky_pack")
     sys.modules["leaky_pack"] = module
