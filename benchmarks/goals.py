@@ -136,7 +136,24 @@ def memory(record: Record) -> list[Record]:
         if contender == "memory manager, bf16 files" and stock and total:
             name = f"{case}, {(cap or 0) >> 30} GiB, bf16 files: whole run beside ComfyUI's"
             entries.append(Goal(name, 1.01, "x", at_most=True).judged([total / stock]))
-    return entries
+    return entries + small_cards(record["rows"])
+
+
+SMALL_CARDS = {"wan_2_2": 1.15, "qwen_image": 1.6}
+"""A step on 12 and 8 GiB beside one on the whole GPU, at most."""
+
+
+def small_cards(rows: Sequence[Record]) -> list[Record]:
+    """Of memory.json's rows that have a whole GPU beside them."""
+    seconds = {(row["case"], row["vram_cap"], row["contender"]): row["seconds_per_step"] for row in rows}
+    return [
+        Goal(
+            f"{case}, {cap >> 30} GiB, {contender}: a step beside the whole GPU's", SMALL_CARDS[case], "x", True
+        ).judged([step and step / whole])
+        for (case, cap, contender), step in seconds.items()
+        if cap in (8 << 30, 12 << 30) and "format auto" in contender and "stock" not in contender
+        if case in SMALL_CARDS and (whole := seconds.get((case, None, contender)))
+    ]
 
 
 JUDGES: dict[str, Callable[[Record], list[Record]]] = {

@@ -177,10 +177,10 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
         case.name_copies(site.models)
     if site.files == "disk":
         drop_from_page_cache(case.paths(site.models))
-    graph = graphs.dump(case.graph(scale, contender), "row", latent=["sample", 0])
     latent = site.base / "output" / "row" / "latent.safetensors"
     latent.unlink(missing_ok=True)
     steps, error, report, usage, machine = Steps(), None, None, Usage(), None
+    asked: Any = None
     with contextlib.ExitStack() as stack:
         try:
             wait_for_gpu(vram)
@@ -188,6 +188,8 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
             baseline = vram_used()
             server = stack.enter_context(run_server(site, contender, scale, machine, synchronized=True))
             stack.enter_context(watched(server.process.pid, baseline, usage, machine.group))
+            graph = graphs.dump(case.graph_for(scale, contender, server), "row", latent=["sample", 0])
+            asked = graph["sample"]["inputs"]["steps"]
             steps.started = time.monotonic()
             result = server.run(graph, timeout=scale.seconds, on_event=steps)
             report = json.loads(result.outputs["json"]["text"][0]) if contender.managed else None
@@ -199,7 +201,7 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
     return Row(
         case=case.name,
         contender=contender.name,
-        steps=graph["sample"]["inputs"]["steps"],
+        steps=asked if isinstance(asked, int) else sum(map(len, steps.times.values())),
         vram_cap=vram,
         host_cap=host,
         files=site.files,
@@ -294,12 +296,11 @@ def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale) 
     """Every cap and contender of a case that was asked for."""
     case.write(site.models, scale)
     chosen = [cap for cap in case.vram if cap in (options.caps or case.vram)]
-    caps: list[int | None] = [None] if scale.tiny else [*chosen]
-    for cap in caps:
-        for contender in CONTENDERS:
+    for cap in [0] if scale.tiny else chosen:
+        for contender in case.contenders:
             if options.contenders and contender.name not in options.contenders:
                 continue
-            row = measure(case, contender, cap, site, scale)
+            row = measure(case, contender, cap or None, site, scale)
             keep(options, "rows", asdict(row))
             if not row.completed:
                 show_logs(site)
@@ -317,7 +318,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", choices=ALL, default=list(ALL))
-    parser.add_argument("--caps", nargs="*", type=int, help="only these GPU sizes, in GiB")
+    parser.add_argument("--caps", nargs="*", type=int, help="only these GPU sizes, in GiB; 0: the whole GPU")
     parser.add_argument("--contenders", nargs="*", choices=[c.name for c in CONTENDERS])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--windows", type=int, help="of infinitetalk")

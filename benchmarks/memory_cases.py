@@ -9,7 +9,12 @@ from typing import Any
 
 from benchmarks.checkpoints import CACHE, quantize, second_name, write_checkpoint
 from testing import graphs, tiny
+from testing.server import Server
 from testing.tiny import infinitetalk, qwen_image, text_encoders, vae, wan
+from testing.workflows.bundled import saved
+from testing.workflows.small import scale_down
+from testing.workflows.unfold import api_form, unfold
+from testing.workflows.widgets import ObjectInfo
 
 QWEN_IMAGE = qwen_image.QwenImageConfig(heads=24, layers=60, joint=3584)
 QWEN25 = text_encoders.Qwen25Config(3584, 18944, 28, 4, 28, 1280, 3420, 32)
@@ -81,6 +86,7 @@ STOCK_COPIES = Contender("stock ComfyUI, files in format auto", copies=True)
 MANAGED = Contender("memory manager, bf16 files", managed=True)
 QUANTIZED = Contender("memory manager, format auto", "auto", True)
 COMPLETE = Contender("memory manager, format auto, exact attention", "auto", True, attention=True)
+AS_IT_IS = Contender("the bundled workflow as it is", "int4_asym_fast")
 CONTENDERS = (STOCK, STOCK_COPIES, MANAGED, QUANTIZED, COMPLETE)
 
 
@@ -90,17 +96,30 @@ class Case:
 
     Attributes:
         files: what is read, below the models folder; the first `quantized` of them have a copy in format `auto`.
-        vram: GPU sizes to run it at, in GiB; empty leaves the GPU alone.
+        vram: GPU sizes to run it at, in GiB; 0 leaves the GPU alone.
         host: main memory, in GiB; None leaves it alone.
+        workflow: a bundled one that runs as it is, in place of `graph`.
     """
 
     name: str
     write: Callable[[Path, Scale], None]
-    graph: Callable[[Scale, Contender], graphs.Graph]
+    graph: Callable[[Scale, Contender], graphs.Graph] | None
     files: tuple[str, ...]
     quantized: int
     vram: tuple[int, ...]
     host: int | None
+    workflow: str = ""
+
+    @property
+    def contenders(self) -> tuple[Contender, ...]:
+        """Who runs it."""
+        return (AS_IT_IS,) if self.workflow else CONTENDERS
+
+    def graph_for(self, scale: Scale, contender: Contender, server: Server) -> graphs.Graph:
+        """What a contender runs on the server."""
+        if self.graph is not None:
+            return self.graph(scale, contender)
+        return bundled_graph(self.workflow, server.get_json("/object_info"), scale)
 
     def quantize(self, models: Path) -> float | None:
         """Makes the copies that the loaders' `auto` would make; returns the seconds, None where none had to be made."""
@@ -158,6 +177,23 @@ def write_wan(models: Path, scale: Scale) -> None:
     write_umt5(models, scale)
     write_vae(models, scale)
     second_name(high.with_name("wan_low.safetensors"), high)
+
+
+def write_bundled_wan(models: Path, scale: Scale) -> None:
+    """`write_wan` under the names that the bundled workflows ask for, the text encoder in 8 bits, and LoRAs of one layer."""
+    write_wan(models, scale)
+    diffusion, text, loras = models / "diffusion_models", models / "text_encoders", models / "loras"
+    quantize(text / "umt5.safetensors", models / CACHE)
+    copies = sorted(quantized_copies(models, "text_encoders/umt5.safetensors"))
+    second_name(text / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", [text / "umt5.safetensors", *copies][-1])
+    second_name(models / "vae/wan_2.1_vae.safetensors", models / VAE)
+    width = scale.pick(WAN_14B, tiny.WAN).dim
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    shapes = {f"{layer}.lora_down.weight": (4, width), f"{layer}.lora_up.weight": (width, 4)}
+    for half in ("high", "low"):
+        name = f"wan2.2_t2v_{half}_noise_14B_fp16.safetensors"
+        second_name(diffusion / name, diffusion / f"wan_{half}.safetensors")
+        write_checkpoint(loras / f"wan2.2_t2v_lightx2v_4steps_lora_v1.1_{half}_noise.safetensors", shapes)
 
 
 def write_talk(models: Path, scale: Scale) -> None:
@@ -246,6 +282,26 @@ def wan_graph(scale: Scale, contender: Contender) -> graphs.Graph:
     return finished(managed(graph | graphs.decode(), ("model_high", "model"), contender))
 
 
+def bundled_graph(name: str, info: ObjectInfo, scale: Scale) -> graphs.Graph:
+    """A bundled Wan workflow, its two samplers named as in `wan_graph`."""
+    prompt = api_form(unfold(saved(name), info))
+    if scale.tiny:
+        prompt = scale_down(prompt)
+    samplers = {
+        key: "sample_high" if node["inputs"]["add_noise"] == "enable" else "sample"
+        for key, node in prompt.items()
+        if node["class_type"] == "KSamplerAdvanced"
+    }
+    graph = {}
+    for key, node in prompt.items():
+        inputs = {
+            entry: [samplers.get(value[0], value[0]), value[1]] if isinstance(value, list) else value
+            for entry, value in node["inputs"].items()
+        }
+        graph[samplers.get(key, key)] = node | {"inputs": inputs}
+    return graph
+
+
 def talk_graph(scale: Scale, contender: Contender) -> graphs.Graph:
     """InfiniteTalk: windows one after the other, each going on from the frames of the one before."""
     graph = graphs.infinitetalk(
@@ -293,8 +349,9 @@ TALK_FILES = ("diffusion_models/wan_talk.safetensors", "model_patches/infiniteta
 CASES = {
     case.name: case
     for case in (
-        Case("qwen_image", write_qwen, qwen_graph, QWEN_FILES, 2, (32, 24, 16), 60),
-        Case("wan_2_2", write_wan, wan_graph, WAN_FILES, 3, (24, 16), 64),
+        Case("qwen_image", write_qwen, qwen_graph, QWEN_FILES, 2, (0, 32, 24, 16, 12, 8), 60),
+        Case("wan_2_2", write_wan, wan_graph, WAN_FILES, 3, (0, 24, 16, 12, 8), 64),
+        Case("fit_in_16_gb", write_bundled_wan, None, WAN_FILES, 0, (16,), 64, "fit_wan2.2_14B_in_16GB"),
     )
 }
 LONG = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 
 import pytest
@@ -11,11 +12,13 @@ from safetensors import safe_open
 
 from benchmarks import checkpoints, memory, memory_cases, memory_rig
 from benchmarks.checkpoints import drop_from_page_cache, second_name, write_checkpoint
+from benchmarks.goals import small_cards
 from benchmarks.memory_cases import CASES, COMPLETE, STOCK, STOCK_COPIES, Scale
 from benchmarks.memory_group import create_group
 from benchmarks.memory_rig import GIB, smaller_machine
 from testing.server import ServerDiedError
 from testing.tiny import infinitetalk, qwen_image, text_encoders, wan
+from testing.workflows.bundled import saved
 
 RUN = (STOCK_COPIES, COMPLETE)
 """Stock without copies has less than the first of them, and the manager and format auto alone less than the last."""
@@ -88,6 +91,26 @@ def test_the_last_contender_samples_with_manager_and_attention(work):
             "LowbitMemoryManager",
             "LowbitLoadDiffusionModel",
         ]
+
+
+def test_the_bundled_workflow_finds_every_file_that_it_names(tmp_path):
+    case = CASES["fit_in_16_gb"]
+    case.write(tmp_path, Scale(True, None, 1, 1))
+    written = {path.name for path in tmp_path.glob("*/*.safetensors")}
+    named = re.findall(r'"([\w.-]+\.safetensors)"', json.dumps(saved(case.workflow)))
+    assert len({*named}) == 6
+    assert {*named} <= written
+
+
+def test_a_small_card_is_judged_beside_the_whole_gpu():
+    def row(cap, contender, seconds):
+        return {"case": "wan_2_2", "vram_cap": cap, "contender": contender, "seconds_per_step": seconds}
+
+    judged = small_cards([
+        row(None, COMPLETE.name, 2.0), row(24 * GIB, COMPLETE.name, 9.0), row(12 * GIB, COMPLETE.name, 2.2),
+        row(8 * GIB, COMPLETE.name, None), row(8 * GIB, STOCK.name, 9.0),
+    ])  # fmt: skip
+    assert [(goal["measured"], goal["met"]) for goal in judged] == [(1.1, True), (None, False)]
 
 
 def test_windows_are_compared_with_the_third(results):
