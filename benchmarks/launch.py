@@ -1,6 +1,6 @@
 """What a quantized linear takes of the processor, by stage, beside ComfyUI's own 16-bit one; and so a whole step.
 
-    python benchmarks/launch.py --out benchmarks/results/launch.json [--before OTHER.json]
+    python -m benchmarks.launch --out benchmarks/results/launch.json [--before OTHER.json]
 
 Linears and steps are those of a Qwen-Image model of real width that ComfyUI has loaded, with dynamic VRAM and without.
 The GPU's work is not waited for. Without a GPU the model is tiny and nothing is launched: products return what they
@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,14 +22,11 @@ from unittest import mock
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from benchmarks.goals import Goal, write  # noqa: E402
-from benchmarks.steps import DEVICE, Case, sample, write_random  # noqa: E402
-from benchmarks.timing import environment  # noqa: E402
-from testing.core import start_core  # noqa: E402
-from testing.tiny import qwen_image  # noqa: E402
+from benchmarks.checkpoints import write_checkpoint
+from benchmarks.goals import Goal, write
+from benchmarks.steps import DEVICE, Case, core_in_memory, sample
+from testing.measure import environment
+from testing.tiny import qwen_image
 
 HEADS, LAYERS, JOINT = (24, 2, 3584) if DEVICE == "cuda" else (2, 2, 64)
 LINEAR = "transformer_blocks.0.attn.to_out.0"
@@ -257,22 +251,18 @@ def main() -> None:
         record |= {"before": earlier["rows"], "steps_before": earlier["steps"]}
     config = qwen_image.QwenImageConfig(heads=HEADS, layers=LAYERS, joint=JOINT)
     case = Case(f"Qwen-Image, {LAYERS} blocks", qwen_image.shapes(config), {"format": "pt"}, LATENT, (32, JOINT))
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
-        start_core(["--base-directory", folder, *([] if DEVICE == "cuda" else ["--cpu"])])
+    with core_in_memory(DEVICE) as folder, nothing_launched():
         if DEVICE != "cuda":
             import testing.shims  # noqa: F401  ComfyUI then takes the tiny model's width
-        with torch.inference_mode(), nothing_launched():
-            path = write_random(Path(folder) / "qwen.safetensors", case)
-            for dynamic in (True, False) if DEVICE == "cuda" else (False,):
-                for choice in arguments.format:
-                    rows, step = rows_of(choice, dynamic, path, case)
-                    record["rows"] += [row.as_dict() for row in rows]
-                    record["steps"].append(step)
-                    for row in (*rows, step):
-                        print(row, flush=True)
-                    write(out, record | {"environment": environment(), "goals": goals(record)})
+        path = write_checkpoint(folder / "qwen.safetensors", case.shapes, case.metadata)
+        for dynamic in (True, False) if DEVICE == "cuda" else (False,):
+            for choice in arguments.format:
+                rows, step = rows_of(choice, dynamic, path, case)
+                record["rows"] += [row.as_dict() for row in rows]
+                record["steps"].append(step)
+                for row in (*rows, step):
+                    print(row, flush=True)
+                write(out, record | {"environment": environment(), "goals": goals(record)})
 
 
 if __name__ == "__main__":

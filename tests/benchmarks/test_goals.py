@@ -50,7 +50,7 @@ def test_a_file_is_written_with_its_goals(tmp_path):
 
 
 def test_a_run_with_the_manager_is_judged_beside_the_run_without():
-    row = {"case": "wan_2_2", "vram_cap": 24 << 30, "completed": True}
+    row = {"case": "wan_2_2", "vram_cap": 24 << 30, "completed": True, "seconds_per_step": 1.0}
     rows = [row | {"contender": "stock ComfyUI", "total_seconds": 50.0}]
     rows += [row | {"contender": "memory manager, bf16 files", "total_seconds": 51.0}]
     (_, beside) = goals.memory({"rows": rows, "growth": [], "overhead": []})

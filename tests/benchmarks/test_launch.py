@@ -44,7 +44,16 @@ def test_it_runs_without_a_gpu_and_says_so(tmp_path):
     except comfyui.ComfyUIMissingError as error:
         pytest.skip(f"need ComfyUI ({error})")
     out = tmp_path / "launch.json"
-    command = [sys.executable, "benchmarks/launch.py", "--out", str(out), "--format", "bf16", "fp8_e4m3fn_scaled_fast"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.launch",
+        "--out",
+        str(out),
+        "--format",
+        "bf16",
+        "fp8_e4m3fn_scaled_fast",
+    ]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
