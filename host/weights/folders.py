@@ -17,19 +17,18 @@ from ...ops.gguf_file import SUFFIX
 CACHE_VARIABLE = "LOWBIT_CACHE_DIR"
 """Environment variable that names the folder for quantized files."""
 
+_OF_COMFYUI_GGUF: Mapping[str, str] = MappingProxyType({"diffusion_models": "unet_gguf", "text_encoders": "clip_gguf"})
+"""Folder of models -> what ComfyUI-GGUF, or a user's extra_model_paths.yaml for it, calls further folders with GGUF files."""
+
 
 def cache_folder() -> Path:
     """Folder of quantized files: `$LOWBIT_CACHE_DIR`, or `lowbit_cache` in ComfyUI's models folder."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path(folder_paths.models_dir) / "lowbit_cache")
 
 
-_OF_COMFYUI_GGUF: Mapping[str, str] = MappingProxyType({"diffusion_models": "unet_gguf", "text_encoders": "clip_gguf"})
-"""Folder of models -> what ComfyUI-GGUF, or a user's extra_model_paths.yaml for it, calls further folders with GGUF files."""
-
-
 def _gguf_folder(folder: str) -> list[str]:
     """The further folder of a folder of models, if there is one."""
-    further = _OF_COMFYUI_GGUF.get(folder)
+    further = _OF_COMFYUI_GGUF.get(folder, "")
     return [further] if further in folder_paths.folder_names_and_paths else []
 
 

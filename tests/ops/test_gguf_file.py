@@ -194,7 +194,11 @@ def test_every_architecture_names_what_comfyui_tells_it_by():
 @pytest.mark.parametrize(
     ("architecture", "tensor", "sentence"),
     [
-        ("deepseek2", "token_embd.weight", "is a language model of the architecture 'deepseek2', whose tensors are not"),
+        (
+            "deepseek2",
+            "token_embd.weight",
+            "is a language model of the architecture 'deepseek2', whose tensors are not",
+        ),
         ("qwen3vl", "token_embd.weight", "is a language model of the architecture 'qwen3vl'"),
         ("clip", "v.blk.0.attn_q.weight", "is the vision tower of a text encoder, which is read along with it"),
     ],
