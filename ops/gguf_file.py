@@ -116,7 +116,14 @@ def _read(path: Path) -> tuple[GGUFReader, FileStamp]:
     try:
         with opening(path):
             stamp = file_stamp(path)
-            return gguf.GGUFReader(path), stamp
+            reader = gguf.GGUFReader(path)
+        parts = _number(reader, "split.count")
+        if parts > 1:
+            raise CheckpointError(
+                f"{path.name} is one of {parts} files of a model: join them with llama.cpp's 'llama-gguf-split --merge', or use "
+                "the model in one file."
+            )
+        return reader, stamp
     except CheckpointError:
         raise
     except Exception as error:

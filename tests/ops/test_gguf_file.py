@@ -182,6 +182,15 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, damage):
         open_checkpoint(path)
 
 
+def test_a_part_of_a_split_file_is_refused(tmp_path):
+    tensors = {"blk.0.attn_q.weight": numbers(32, 32)}
+    path = write(tmp_path / "m-00001-of-00003.gguf", "qwen3", tensors, {"split.count": 3, "split.no": 0})
+    with pytest.raises(CheckpointError, match=r"^m-00001-of-00003.gguf is one of 3 files of a model: join them"):
+        open_checkpoint(path)
+    path = write(tmp_path / "whole.gguf", "qwen3", tensors, {"split.count": 1})
+    assert set(open_checkpoint(path).entries) == {"model.layers.0.self_attn.q_proj.weight"}
+
+
 def test_every_architecture_names_what_comfyui_tells_it_by():
     assert (
         TEXT_ARCHITECTURES["t5"].name("enc.blk.23.ffn_up.weight")
