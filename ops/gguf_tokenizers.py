@@ -17,7 +17,7 @@ _UNIGRAM, _BPE = 1, 2
 _MODELS: Mapping[str, int] = MappingProxyType({"t5": _UNIGRAM, "llama": _BPE})
 """What llama.cpp calls sentencepiece's kinds of models (`tokenizer.ggml.model`)."""
 
-_NORMAL, _UNKNOWN, _BYTE = 1, 2, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 """Kinds of pieces, the same numbers in both."""
 
 _VARINT, _BYTES, _FLOAT = 0, 2, 5
@@ -57,16 +57,21 @@ def sentencepiece_bytes(vocabulary: Vocabulary) -> bytes:
     """
     if vocabulary.model not in _MODELS:
         raise ValueError(f"a tokenizer of the kind '{vocabulary.model}'")
-    kinds = list(vocabulary.kinds)
-    unknown = vocabulary.named.get("unknown")
+    model = _MODELS[vocabulary.model]
+    roles, unknown = set(vocabulary.named.values()), vocabulary.named.get("unknown")
+    # llama.cpp calls all special tokens control pieces. Sentencepiece finds those that a text may name, as <start_of_turn>, and
+    # wants one that is unknown.
+    kinds = [
+        _USER_DEFINED if model == _BPE and kind == _CONTROL and number not in roles else kind
+        for number, kind in enumerate(vocabulary.kinds)
+    ]
     if _UNKNOWN not in kinds and unknown is not None:
-        # A converter may have called it a control piece; sentencepiece wants one that is unknown.
         kinds[unknown] = _UNKNOWN
     pieces = (
         _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
         for token, score, kind in zip(vocabulary.tokens, vocabulary.scores, kinds, strict=True)
     )
-    trainer = _field(3, _MODELS[vocabulary.model]) + _field(4, len(kinds)) + _field(35, int(_BYTE in kinds))
+    trainer = _field(3, model) + _field(4, len(kinds)) + _field(35, int(_BYTE in kinds))
     for place, role in enumerate(("unknown", "bos", "eos", "padding")):
         if role in vocabulary.named:
             number = vocabulary.named[role]

@@ -103,12 +103,15 @@ def test_gemmas_is_made_anew(tmp_path, unknown_is):
         unk_id=3,
         bos_piece="<bos>",
         eos_piece="<eos>",
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
         hard_vocab_limit=False,
         minloglevel=2,
     )
     old = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue(), add_bos=True)
     tokens, kinds, scores = pieces(old)
     kinds[3] = unknown_is
+    for symbol in ("<start_of_turn>", "<end_of_turn>"):
+        kinds[tokens.index(symbol)] = CONTROL
     roles = {"padding_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "unknown_token_id": 3}
     path = write(
         tmp_path / "gemma.gguf",
@@ -126,6 +129,7 @@ def test_gemmas_is_made_anew(tmp_path, unknown_is):
     for text in TEXTS:
         assert new.encode(text) == old.encode(text)
     assert new.encode("a cat")[0] == 2
+    assert new.encode("<end_of_turn>") == [2, tokens.index("<end_of_turn>")]
     assert new.decode(new.encode(TEXTS[1])) == TEXTS[1]
 
 
