@@ -5,6 +5,7 @@ Source: the GGUF specification (ggml's docs/gguf.md), read by the `gguf` package
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -46,7 +47,10 @@ _UNIGRAM_VOCABULARY = 256_384
 """UMT5's, whose tokenizer ComfyUI takes from the file; other T5 encoders have one of its own."""
 
 
-def open_gguf(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], tuple[FileStamp, ...]]:
+Opened = tuple[Mapping[str, TensorEntry], Mapping[str, str], tuple[FileStamp, ...]]
+
+
+def open_gguf(path: Path) -> Opened:
     """Tensors by ComfyUI's name, text entries, and the state of each file that was read.
 
     A text encoder's vision tower is read from the `mmproj` file beside it, where there is one.
@@ -55,6 +59,14 @@ def open_gguf(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], tuple
         CapabilityError: the `gguf` package is not installed.
         CheckpointError: the file is missing, damaged, or of an architecture that is not known.
     """
+    with opening(path):
+        return _opened(tuple(file_stamp(file) for file in (path, *_vision_files(path))))
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(states: tuple[FileStamp, ...]) -> Opened:
+    """`open_gguf` of the first of these files: the package takes seconds for a large vocabulary."""
+    path = states[0].path
     reader, stamp = _read(path)
     stored = {tensor.name: _entry(path, tensor, reader, stamp.size) for tensor in reader.tensors}
     name = _text(reader, "general.architecture")
@@ -71,7 +83,7 @@ def open_gguf(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], tuple
                 f"{path.name} is a language model of the architecture '{name}', whose tensors are not known here (only of "
                 f"{known}): use its safetensors file."
             )
-        return stored, {}, (stamp,)
+        return MappingProxyType(stored), MappingProxyType({}), (stamp,)
     entries = dict(_text_encoder(stored, architecture, reader, name))
     stamps = [stamp]
     embedding = entries.get("shared.weight")
@@ -82,7 +94,7 @@ def open_gguf(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], tuple
         tower, beside = _vision_tower(path, entries.get("model.embed_tokens.weight"))
         entries |= tower
         stamps += beside
-    return entries, {}, tuple(stamps)
+    return MappingProxyType(entries), MappingProxyType({}), tuple(stamps)
 
 
 def _vision_tower(path: Path, embedding: TensorEntry | None) -> tuple[dict[str, TensorEntry], list[FileStamp]]:
@@ -90,8 +102,7 @@ def _vision_tower(path: Path, embedding: TensorEntry | None) -> tuple[dict[str, 
 
     One that makes embeddings of another width than the encoder's is another model's.
     """
-    others = [other for other in path.parent.glob(f"*{SUFFIX}") if "mmproj" in other.name.lower()]
-    for other in sorted(others, key=lambda other: -len(os.path.commonprefix((_bare(other), _bare(path))))):
+    for other in sorted(_vision_files(path), key=lambda other: -len(os.path.commonprefix((_bare(other), _bare(path))))):
         reader, stamp = _read(other)
         parts = {tensor.name: _entry(other, tensor, reader, stamp.size) for tensor in reader.tensors}
         made = vision_tensors(frozenset(parts))
@@ -99,6 +110,10 @@ def _vision_tower(path: Path, embedding: TensorEntry | None) -> tuple[dict[str, 
         if made and (embedding is None or last is None or last.shape[0] == embedding.shape[1]):
             return {ours: _joined(ours, joined, parts) for ours, joined in made.items()}, [stamp]
     return {}, []
+
+
+def _vision_files(path: Path) -> list[Path]:
+    return [other for other in path.parent.glob(f"*{SUFFIX}") if "mmproj" in other.name.lower()]
 
 
 def _bare(path: Path) -> str:

@@ -182,6 +182,19 @@ def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, damage):
         open_checkpoint(path)
 
 
+def test_a_file_is_read_again_only_when_it_or_a_tower_beside_it_changes(tmp_path, monkeypatch):
+    path = write(tmp_path / "vl.gguf", "qwen2vl", {"token_embd.weight": numbers(96, 64)})
+    read, real = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path.name) or real(path))
+    for _ in range(3):
+        assert set(open_checkpoint(path).entries) == {"model.embed_tokens.weight"}
+    assert read == ["vl.gguf"]
+    write(tmp_path / "vl-mmproj.gguf", "clip", {"mm.2.weight": numbers(64, 32)})
+    assert "visual.merger.mlp.2.weight" in open_checkpoint(path).entries
+    write(path, "qwen2vl", {"token_embd.weight": numbers(128, 64)})
+    assert open_checkpoint(path).entries["model.embed_tokens.weight"].shape == (128, 64)
+
+
 def test_a_part_of_a_split_file_is_refused(tmp_path):
     tensors = {"blk.0.attn_q.weight": numbers(32, 32)}
     path = write(tmp_path / "m-00001-of-00003.gguf", "qwen3", tensors, {"split.count": 3, "split.no": 0})
