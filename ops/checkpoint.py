@@ -151,7 +151,7 @@ def _open(path: Path) -> Checkpoint:
     if path.suffix.lower() == SUFFIX:
         entries, metadata, stamps = open_gguf(path)
         files = tuple(stamp.path for stamp in stamps)
-        return Checkpoint(path, files, MappingProxyType(entries), MappingProxyType(metadata), stamps)
+        return Checkpoint(path, files, entries, metadata, stamps)
     if INDEX_NAME.match(path.name):
         return _open_indexed(path)
     shard = _SHARD.match(path.name)

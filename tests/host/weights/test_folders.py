@@ -42,6 +42,21 @@ def test_sharded_sets_are_offered_by_their_index_through_links_too(models):
     ]
 
 
+def test_gguf_files_of_comfyui_ggufs_folder_are_offered_and_found(models, host, monkeypatch):
+    """As ComfyUI-GGUF registers it, and as an extra_model_paths.yaml does, without endings."""
+    import folder_paths
+
+    (models.elsewhere / "sub").mkdir()
+    for name in ("sub/a.gguf", "a-mmproj.gguf", "notes.txt"):
+        (models.elsewhere / name).write_bytes(b"")
+    for endings in ({".gguf"}, set()):
+        registered = ([str(models.elsewhere)], endings)
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, "unet_gguf", registered)
+        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+        assert models.names() == ["sub/a.gguf"]
+        assert host.folders.model_path("diffusion_models", "sub/a.gguf") == models.elsewhere / "sub/a.gguf"
+
+
 def test_the_list_is_read_again_only_when_a_folder_changes(models, monkeypatch):
     assert models.names() == []
     listed = []
