@@ -31,50 +31,22 @@ class Preset:
 
     Attributes:
         name: as the node shows it.
-        summary: for the tooltip.
         weight_format: a name of `FORMAT_CHOICES`.
         error_budget: a name of attention's `BUDGETS`.
         memory_policy: a name of memory's `POLICIES`.
     """
 
     name: str
-    summary: str
     weight_format: str
     error_budget: str
     memory_policy: str
 
 
 _ROWS = (
-    Preset(
-        "balanced",
-        "the best 8-bit weights for this GPU (4-bit where 8 bits are far too large), attention within 2% of exact, memory "
-        "freed when it is needed",
-        AUTO,
-        "balanced",
-        "auto",
-    ),
-    Preset(
-        "fastest",
-        "the same weights, attention within 5% of exact, every model stays where it is",
-        AUTO,
-        "fast",
-        "speed",
-    ),
-    Preset(
-        "most exact",
-        "weights as the file has them, attention as exact as PyTorch's own: faster only by the choice of kernels",
-        AS_STORED,
-        "exact",
-        "auto",
-    ),
-    Preset(
-        "smallest",
-        "weights in the bytes of 4 bits, attention within 2% of exact, only the model at work on the GPU: for a model that "
-        "does not fit",
-        SMALLEST,
-        "balanced",
-        "balanced",
-    ),
+    Preset("balanced", AUTO, "balanced", "auto"),
+    Preset("fastest", AUTO, "fast", "speed"),
+    Preset("most exact", AS_STORED, "exact", "auto"),
+    Preset("smallest", SMALLEST, "balanced", "balanced"),
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({row.name: row for row in _ROWS})

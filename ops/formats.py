@@ -58,7 +58,7 @@ class WeightFormat:
         fast: activations are quantized too and the product runs on low-precision tensor cores where there are any.
         unit_scale: the tensor-wide scale is 1.0 (a plain cast, or block scales only) instead of the absolute maximum.
         substitute: storage for a matrix whose K the storage cannot take.
-        summary: one line for tooltips and help.
+        summary: one line for the documents.
     """
 
     name: str
@@ -157,16 +157,8 @@ _ROWS = (
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({row.name: row for row in _ROWS})
 
-RECOMMENDED: Mapping[str, str] = MappingProxyType(
-    {
-        "int8_convrot_fast": "speed in 8 bits, on any GPU from the RTX 20 on",
-        "int8": "text encoders, and where 8 bits shall be as exact as can be",
-        "fp8_e4m3fn_scaled_fast": "files that other programs shall read too, on an RTX 40 or newer",
-        "int4_asym_fast": "half the size, on an RTX 30 or RTX 40",
-        "fp4_scaled_fast": "half the size, on an RTX 50",
-    }
-)
-"""Format name -> what it is for; the others are no better than one of these of the same size."""
+RECOMMENDED = ("int8_convrot_fast", "int8", "fp8_e4m3fn_scaled_fast", "int4_asym_fast", "fp4_scaled_fast")
+"""Names of formats; the others are no better than one of these of the same size."""
 
 FORMAT_CHOICES: tuple[str, ...] = tuple(dict.fromkeys((AUTO, SMALLEST, *RECOMMENDED, AS_STORED, *FORMATS)))
 """What the nodes offer: what chooses for itself, the recommended formats, the rest."""

@@ -141,7 +141,6 @@ def test_every_policy_is_a_whole_row_and_settings_find_it():
         settings = Settings(name, clearing, 1, None, choice)
         row = settings.row
         assert row.name == name
-        assert row.summary
         assert 0 < row.clearing_fraction <= 1
         assert 0 < row.resident_fraction <= 1
         assert settings.sequential == (row.sequential if choice == AUTO else choice)
