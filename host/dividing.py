@@ -13,6 +13,7 @@ import torch.distributed as distributed
 from comfy.patcher_extension import WrappersMP
 
 from ..errors import CapabilityError
+from .in_front import set_wrappers
 from .model_copy import describe, is_exact_now, version
 from .several_gpus.hooks import AUTO, CFG, KEY, SPLITS, Describing, DividingHooks
 from .several_gpus.team import Team
@@ -84,13 +85,12 @@ def divide(
     if devices not in _TEAMS:
         _TEAMS[devices] = Team(devices, speeds)
     hooks = DividingHooks(_TEAMS[devices], split, _DESCRIBING, say, eight_bits)
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, hooks.outer_sample),
-        (WrappersMP.CALC_COND_BATCH, hooks.calc_cond_batch),
-        (WrappersMP.DIFFUSION_MODEL, hooks.diffusion_model),
-    ):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
+        WrappersMP.CALC_COND_BATCH: hooks.calc_cond_batch,
+        WrappersMP.DIFFUSION_MODEL: hooks.diffusion_model,
+    }
+    set_wrappers(clone, KEY, wrappers)
     return clone
 
 
