@@ -12,6 +12,7 @@ from ..attention.candidates import AUTO as AUTO_BACKEND
 from ..attention.candidates import Policy
 from ..attention.environment import detect
 from ..attention.schedule import Schedule
+from ..memory.components import size_text
 from ..memory.policies import POLICIES, Settings
 from ..ops.formats import AS_STORED, AUTO, SMALLEST
 from .attention.installing import find_override, install_override
@@ -21,8 +22,6 @@ from .weights.loading import load_diffusion_model
 from .weights.main_memory import check_load
 from .weights.preparing import Planned, Request, check_disk
 from .weights.quantizing import plan_model, quantize_model
-
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -111,12 +110,10 @@ def _weights_line(planned: Planned) -> str:
     before, after = plan.nbytes_before, plan.nbytes_after
     if plan.changes_weights:
         name = planned.choice.partition(":")[0]
-        return (
-            f"Weights: {_size(before)} -> {_size(after)} as {name}; {_size(before - after)} less to hold and to move."
-        )
+        return f"Weights: {size_text(before)} -> {size_text(after)} as {name}; {size_text(before - after)} less to hold and to move."
     stored = len(plan.stored.layers)
     why = f"{stored} layers were quantized already" if stored else "16 bits or more, as the file has them"
-    return f"Weights: {_size(after)}, left as they are ({why})."
+    return f"Weights: {size_text(after)}, left as they are ({why})."
 
 
 def _attention_line(model: Any) -> str:
@@ -141,11 +138,7 @@ def _memory_line(planned: Planned, preset: Preset) -> str:
     after = planned.plan.nbytes_after
     over = after - int(POLICIES[preset.memory_policy].resident_fraction * total)
     if over > 0:
-        fit = f"at least {_size(over)} of the weights stream from main memory at each step"
+        fit = f"at least {size_text(over)} of the weights stream from main memory at each step"
     else:
-        fit = f"the weights leave {_size(total - after)} of it for the rest"
-    return f"{head}, limit the whole card ({_size(total)}); {fit}."
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB else f"{nbytes / 2**20:.2f} MiB"
+        fit = f"the weights leave {size_text(total - after)} of it for the rest"
+    return f"{head}, limit the whole card ({size_text(total)}); {fit}."

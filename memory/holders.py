@@ -225,30 +225,22 @@ def _graph_pools() -> int:
     return sum(segment["total_size"] for segment in segments if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0))
 
 
+def _instances(module: str, name: str) -> list[Any]:
+    """The objects of a class, where its module is imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return [] if kind is None else [item for item in gc.get_objects() if type(item) is kind]
+
+
 def _block_masks() -> int:
-    module = sys.modules.get("torch.nn.attention.flex_attention")
-    kind = getattr(module, "BlockMask", None)
-    if kind is None:
-        return 0
-    total = 0
-    for item in gc.get_objects():
-        if type(item) is kind:
-            tensors = [value for value in vars(item).values() if isinstance(value, torch.Tensor)]
-            total += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    return total
+    masks = _instances("torch.nn.attention.flex_attention", "BlockMask")
+    tensors = (value for mask in masks for value in vars(mask).values() if isinstance(value, torch.Tensor))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def _triton_kernels() -> int:
-    jit = sys.modules.get("triton.runtime.jit")
-    kind = getattr(jit, "JITFunction", None)
-    if kind is None:
-        return 0
-    total = 0
-    for item in gc.get_objects():
-        if type(item) is kind:
-            caches = getattr(item, "device_caches", {}).values()
-            total += sum(len(entry[0] if isinstance(entry, tuple) else entry) for entry in caches)
-    return total
+    functions = _instances("triton.runtime.jit", "JITFunction")
+    caches = (entry for function in functions for entry in getattr(function, "device_caches", {}).values())
+    return sum(len(entry[0] if isinstance(entry, tuple) else entry) for entry in caches)
 
 
 def _kitchen_workspaces() -> dict[int, torch.Tensor]:
