@@ -305,46 +305,48 @@ def _own_missing(environment: Environment) -> str | None:
     return int8.missing_triton(torch.device(environment.device_type))
 
 
+# What both kernels of a package have in common.
+_own = partial(
+    Backend,
+    missing=_own_missing,
+    install="pip install triton (triton-windows on Windows)",
+    head_dims=(32, 128),
+    masks=("keys",),
+    as_they_are=True,
+    tested_on=("9.0",),
+)
+_sageattn3 = partial(
+    Backend,
+    error_class="unbounded",
+    missing=_sageattn3_missing,
+    install=SAGE_3,
+    capabilities=ANY_BLACKWELL,
+    only_head_dims=(64, 128),
+    gqa=False,
+    scale=False,
+    contiguous=True,
+    max_elements=INT32_ELEMENTS,
+)
+
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
+    _own(
         name="lowbit_int8_fp8",
         title="this pack's own, INT8 scores and FP8 values",
         error_class="fast",
-        missing=_own_missing,
         bind=partial(calls.bind_int8, fp8_values=True),
-        install="pip install triton (triton-windows on Windows)",
         capabilities=((ADA, NEWEST),),
-        head_dims=(32, 128),
-        masks=("keys",),
-        as_they_are=True,
-        tested_on=("9.0",),
     ),
-    Backend(
+    _own(
         name="lowbit_int8_fp16",
         title="this pack's own, INT8 scores and 16-bit values",
         error_class="balanced",
-        missing=_own_missing,
         bind=partial(calls.bind_int8, fp8_values=False),
-        install="pip install triton (triton-windows on Windows)",
         capabilities=AMPERE_AND_NEWER,
-        head_dims=(32, 128),
-        masks=("keys",),
-        as_they_are=True,
-        tested_on=("9.0",),
     ),
-    Backend(
+    _sageattn3(
         name="sageattn_3_fp4",
         title="SageAttention 3, FP4, Q's mean taken off per block",
-        error_class="unbounded",
-        missing=_sageattn3_missing,
         bind=partial(calls.bind_sageattn3, per_block_mean=True),
-        install=SAGE_3,
-        capabilities=ANY_BLACKWELL,
-        only_head_dims=(64, 128),
-        gqa=False,
-        scale=False,
-        contiguous=True,
-        max_elements=INT32_ELEMENTS,
     ),
     Backend(
         name="sageattn_3_fp8",
@@ -359,19 +361,10 @@ BACKENDS: tuple[Backend, ...] = (
         tested_on=("9.0",),
         max_elements=INT32_ELEMENTS,
     ),
-    Backend(
+    _sageattn3(
         name="sageattn_3",
         title="SageAttention 3, FP4, Q's mean taken off once per head",
-        error_class="unbounded",
-        missing=_sageattn3_missing,
         bind=partial(calls.bind_sageattn3, per_block_mean=False),
-        install=SAGE_3,
-        capabilities=ANY_BLACKWELL,
-        only_head_dims=(64, 128),
-        gqa=False,
-        scale=False,
-        contiguous=True,
-        max_elements=INT32_ELEMENTS,
     ),
     Backend(
         name="sageattn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -29,7 +30,7 @@ def manage(
     manage_prompt(node_id, settings.limit_bytes)
     managed, hooks = model.clone(), MemoryHooks(settings, node_id)
     # A manager further up the chain gives way to this one.
-    wrappers = {
+    wrappers: dict[str, Callable[..., Any]] = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
         WrappersMP.PREPARE_SAMPLING: hooks.prepare_sampling,
         WrappersMP.SAMPLER_SAMPLE: hooks.sampler_sample,

@@ -30,7 +30,7 @@ class FusedQwenFeedForward(torch.nn.Module):
 def fuse_feed_forwards(model: torch.nn.Module) -> int:
     """Replace the class of every MLP of Qwen-Image that is built as expected; returns how many."""
     core = find("comfy.ldm.qwen_image.model.FeedForward")
-    blocks = [module for module in model.modules() if core is not None and type(module) is core]
+    blocks: list[Any] = [module for module in model.modules() if core is not None and type(module) is core]
     blocks = [block for block in blocks if len(block.net) == 3 and getattr(block.net[0], "approximate", None) == "tanh"]
     for block in blocks:
         block.__class__ = class_in_front(core, FusedQwenFeedForward)
