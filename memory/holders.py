@@ -84,7 +84,7 @@ def take_snapshot(holders: Sequence[Holder], device_type: str, weights: Weights 
 
 
 def find_growth(
-    holders: Sequence[Holder], before: Snapshot, device_type: str, free: bool = True, weights: Weights = _no_weights
+    holders: Sequence[Holder], before: Snapshot, device_type: str, weights: Weights = _no_weights
 ) -> list[Grown]:
     """Which holders have more than at `before`, the largest first; the safe ones are freed.
 
@@ -92,14 +92,13 @@ def find_growth(
         holders: rows of `HOLDERS`, and the caller's own.
         before: an earlier snapshot.
         device_type: of the tensors to look for: `cuda` or `cpu`.
-        free: whether to free what is safe to free.
         weights: of the models that are loaded now.
     """
     grown = []
     for holder in holders:
         amount = _safely(holder.measure) - before.amounts.get(holder.name, 0)
         if amount > (_WORTH_NAMING if holder.unit == BYTES else 0):
-            freed = free and holder.free is not None and _freed(holder.free)
+            freed = holder.free is not None and _freed(holder.free)
             grown.append(Grown(holder.name, holder.unit, amount, "", freed, holder.advice))
     now: Counter[str] = Counter()
     examples = {}

@@ -60,7 +60,7 @@ class Release:
 
 @dataclass
 class Run:
-    """One prompt's ledger; `nodes` has the class of each node that was at work."""
+    """One prompt's ledger; `nodes` has the class of each node at work, `peak` the most that was allocated at once."""
 
     prompt: str
     started: float
@@ -76,12 +76,7 @@ class Run:
     skipped: int = 0
     clearings: int = 0
     limit: int | None = None
-    _peak: int = 0
-
-    @property
-    def peak(self) -> int:
-        """The most that was allocated at once."""
-        return self._peak
+    peak: int = 0
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -92,7 +87,7 @@ class Run:
     def add(self, sample: Sample) -> None:
         """Writes a sample down."""
         self.samples.append(sample)
-        self._peak = max(self._peak, sample.peak)
+        self.peak = max(self.peak, sample.peak)
 
 
 class Ledger:

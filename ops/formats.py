@@ -34,7 +34,7 @@ class Storage:
         pad: rows and columns are padded to a multiple of this by the layout (0: not padded).
         columns_per_scale: weights that share one scale along K (0: a whole row or the whole tensor).
         core_config: further entries of the `comfy_quant` JSON.
-        quantize_options: keyword arguments for the layout's `quantize`.
+        quantize_options: keyword arguments for the layout's `quantize`, besides `core_config`.
     """
 
     core_format: str
@@ -70,7 +70,7 @@ class WeightFormat:
 
 
 CONVROT_GROUP = 256
-_CONVROT = MappingProxyType({"convrot": True, "convrot_groupsize": CONVROT_GROUP})
+_SCALE_PER_ROW = MappingProxyType({"per_channel": True})
 
 STORAGES: Mapping[str, Storage] = MappingProxyType(
     {
@@ -78,21 +78,15 @@ STORAGES: Mapping[str, Storage] = MappingProxyType(
         "float8_e5m2": Storage("float8_e5m2", "TensorCoreFP8E5M2Layout", torch.float8_e5m2, 8),
         "mxfp8": Storage("mxfp8", "TensorCoreMXFP8Layout", torch.float8_e4m3fn, 8, pad=32, columns_per_scale=32),
         "nvfp4": Storage("nvfp4", "TensorCoreNVFP4Layout", torch.uint8, 4, pad=16, columns_per_scale=16),
-        "int8": Storage(
-            "int8_tensorwise",
-            "TensorWiseINT8Layout",
-            torch.int8,
-            8,
-            quantize_options=MappingProxyType({"per_channel": True}),
-        ),
+        "int8": Storage("int8_tensorwise", "TensorWiseINT8Layout", torch.int8, 8, quantize_options=_SCALE_PER_ROW),
         "int8_convrot": Storage(
             "int8_tensorwise",
             "TensorWiseINT8Layout",
             torch.int8,
             8,
             column_multiple=CONVROT_GROUP,
-            core_config=_CONVROT,
-            quantize_options=MappingProxyType({"per_channel": True, **_CONVROT}),
+            core_config=MappingProxyType({"convrot": True, "convrot_groupsize": CONVROT_GROUP}),
+            quantize_options=_SCALE_PER_ROW,
         ),
         "int4_convrot": Storage(
             "convrot_w4a4",
@@ -101,7 +95,6 @@ STORAGES: Mapping[str, Storage] = MappingProxyType(
             4,
             column_multiple=CONVROT_GROUP,
             core_config=MappingProxyType({"convrot_groupsize": CONVROT_GROUP}),
-            quantize_options=MappingProxyType({"convrot_groupsize": CONVROT_GROUP}),
         ),
         "int4_asym": Storage(
             "asym_w4a8_int8",
@@ -111,7 +104,6 @@ STORAGES: Mapping[str, Storage] = MappingProxyType(
             column_multiple=CONVROT_GROUP,
             columns_per_scale=16,
             core_config=MappingProxyType({"group_size": 16, "convrot_groupsize": CONVROT_GROUP}),
-            quantize_options=MappingProxyType({"group_size": 16, "convrot_groupsize": CONVROT_GROUP}),
         ),
     }
 )
