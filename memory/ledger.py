@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from .components import OTHER
-from .devices import Device, resident_bytes
+from .devices import Device, Reading, resident_bytes
 
 BUDGET = 0.004
 """Part of the steps' time that may go into measuring them; past it steps are not measured until it is made up for."""
@@ -19,16 +19,16 @@ MOST_SAMPLES = 20_000
 """A run's ledger keeps this many samples; after that every second one of the steps is dropped."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Memory at one moment, in bytes, and the time in seconds since the run began.
+@dataclass(frozen=True, kw_only=True)
+class Sample(Reading):
+    """A reading in the course of a run; its `peak` is that since the sample before.
 
     Attributes:
+        seconds: since the run began.
         phase: what was going on: `load`, `sampling`, `decode`, or a node's class.
         node: id of the ComfyUI node at work.
         step, steps: of a sampling run; 0 and 0 elsewhere.
-        peak: the most allocated since the sample before.
-        outside: the part of `allocated` outside PyTorch's allocator: dynamic VRAM's pages.
+        host_resident, host_pinned: bytes of main memory.
         components: resident bytes by name; they add up to `allocated`.
     """
 
@@ -37,11 +37,6 @@ class Sample:
     node: str
     step: int
     steps: int
-    allocated: int
-    reserved: int
-    peak: int
-    free: int | None
-    outside: int
     host_resident: int
     host_pinned: int
     components: Mapping[str, int]
@@ -132,16 +127,12 @@ class Ledger:
         components = dict(self._components())
         components[OTHER] = max(0, reading.allocated - sum(components.values()))
         sample = Sample(
+            **{**vars(reading), "peak": max(reading.peak, reading.allocated)},
             seconds=began - self.run.started,
             phase=phase,
             node=node,
             step=step,
             steps=steps,
-            allocated=reading.allocated,
-            reserved=reading.reserved,
-            peak=max(reading.peak, reading.allocated),
-            free=reading.free,
-            outside=reading.outside,
             host_resident=resident_bytes(),
             host_pinned=self._pinned(),
             components=components,

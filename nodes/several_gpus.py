@@ -6,7 +6,8 @@ import logging
 
 from comfy_api.latest import io
 
-from ..host.dividing import AUTO, SPLITS, devices_of, divide
+from ..host.dividing import devices_of, divide
+from ..host.several_gpus.hooks import AUTO, SPLITS
 from .common import node_schema, show_text
 
 log = logging.getLogger("lowbit.several_gpus")

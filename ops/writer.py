@@ -20,7 +20,8 @@ from types import TracebackType
 import torch
 
 from ..errors import CheckpointError, StorageError
-from .checkpoint import DTYPES, TensorEntry, open_checkpoint
+from .checkpoint import open_checkpoint
+from .header import DTYPES, TensorEntry
 from .lock_file import LockFile, abandoned
 from .overlap import WriteBehind
 from .staging import host_blocks
