@@ -59,11 +59,6 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
-    @property
-    def plain_nbytes(self) -> int:
-        """Bytes of all tensors where none is coded."""
-        return sum(entry.plain_nbytes for entry in self.entries.values())
-
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in host memory of its own (not a view of the file)."""
         entry = self.entries[name]
