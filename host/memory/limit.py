@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -116,7 +115,6 @@ class VramLimit:
         """Has core's function `name` of a device answer no number, or none of several, over `most` of the limit."""
         original = getattr(comfy.model_management, name)
 
-        @functools.wraps(original)
         def hook(*arguments: Any, **options: Any) -> Any:
             answer, limit = original(*arguments, **options), self.nbytes
             if limit is None or not self._applies_to(arguments[0] if arguments else options.get("dev")):
