@@ -19,25 +19,12 @@ import torch
 from ..errors import CapabilityError, CheckpointError
 from .gguf_names import EMBEDDING, TEXT_ARCHITECTURES, VISION_ARCHITECTURE, Joined, TextArchitecture, vision_tensors
 from .gguf_tokenizers import Vocabulary, sentencepiece_bytes, tekken_bytes
-from .header import DECODED, FileStamp, TensorEntry, file_stamp, opening
+from .header import DECODED, DTYPES, FileStamp, TensorEntry, file_stamp, opening
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 SUFFIX = ".gguf"
-PLAIN: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I8": torch.int8,
-        "I16": torch.int16,
-        "I32": torch.int32,
-        "I64": torch.int64,
-    }
-)
-"""Types that are stored as torch holds them."""
 
 _SHAPE = "comfy.gguf.orig_shape."
 _TOKENIZER = "tokenizer.ggml."
@@ -156,7 +143,8 @@ def _entry(path: Path, tensor: ReaderTensor, reader: GGUFReader, size: int) -> T
     shape = _shape(reader, tensor)
     if torch.Size(shape).numel() != int(tensor.n_elements):
         raise CheckpointError(f"{path.name}: tensor '{tensor.name}' has another shape than numbers: download it again.")
-    dtype = PLAIN.get(kind)
+    # Types that torch holds have the names that safetensors gives them.
+    dtype = DTYPES.get(kind)
     return TensorEntry(tensor.name, dtype or DECODED, shape, path, offset, nbytes, "" if dtype else kind)
 
 

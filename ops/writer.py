@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, StorageError
-from .checkpoint import DTYPES, open_checkpoint
+from .checkpoint import open_checkpoint
+from .header import DTYPES
 from .lock_file import LockFile, abandoned
 from .overlap import WriteBehind
 from .staging import host_blocks

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 import types
 
 import pytest
@@ -114,19 +113,18 @@ def test_a_temporary_folder_lives_as_long_as_its_process_whatever_its_number(hos
 
 def test_a_temporary_folder_goes_when_its_process_ends(host, tmp_path):
     ending = process(tmp_path, "end")
-    folder = tmp_path / ending.stdout.readline().strip()
+    assert (tmp_path / ending.stdout.readline().strip()).parent == tmp_path
     assert ending.wait(300) == 0
-    assert not folder.exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_just_being_made_is_left_alone(host, tmp_path):
+def test_only_what_a_lock_file_stands_for_is_removed(host, tmp_path):
     from lowbit.host.weights.temporary import remove_abandoned
 
-    new, old = tmp_path / "temporary-new", tmp_path / "temporary-old"
-    for folder in (new, old):
+    dead, users = tmp_path / "temporary-dead", tmp_path / "temporary-users-own"
+    for folder in (dead, users):
         folder.mkdir()
-    day = time.time() - 24 * 3600
-    os.utime(old, (day, day))
+    for name in ("temporary-dead.lock", "temporary-folder-never-made.lock"):
+        (tmp_path / name).touch()
     remove_abandoned(tmp_path)
-    assert new.exists()
-    assert not old.exists()
+    assert list(tmp_path.iterdir()) == [users]
