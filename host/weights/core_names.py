@@ -19,8 +19,8 @@ NEEDED = dotted(
         "comfy_execution.graph": "ExecutionBlocker",
         "comfy_kitchen.tensor.base": "LAYOUTS",
         "folder_paths": (
-            "filename_list_cache get_filename_list get_filename_list_ get_folder_paths get_full_path "
-            "get_output_directory get_save_image_path models_dir"
+            "filename_list_cache folder_names_and_paths get_filename_list get_filename_list_ get_folder_paths "
+            "get_full_path get_output_directory get_save_image_path models_dir"
         ),
         "nodes": "VAELoader",
     }
