@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import inspect
+import pkgutil
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,23 +19,18 @@ def dotted(table: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{module}.{name}" for module, names in table.items() for name in names.split())
 
 
-def find(name: str) -> Any:
-    """The thing of a full name, such as `comfy.ops.run_every_op`; None where it is missing."""
+def find(name: str, otherwise: Any = None) -> Any:
+    """The thing of a full name, such as `comfy.ops.run_every_op`; `otherwise` where it is missing."""
     try:
-        return _look_up(name)
-    except LookupError:
-        return None
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return otherwise
 
 
 def missing(names: Iterable[str]) -> list[str]:
     """Those of the full names that are not there."""
-    gone = []
-    for name in names:
-        try:
-            _look_up(name)
-        except LookupError:
-            gone.append(name)
-    return gone
+    gone = object()
+    return [name for name in names if find(name, gone) is gone]
 
 
 def lacking(gone: Sequence[str], consequence: str) -> str:
@@ -55,7 +48,7 @@ def lacking(gone: Sequence[str], consequence: str) -> str:
 def advice() -> str:
     """What is installed, what the pack was made for, and which of the two to change."""
     here = comfyui_version()
-    packages = [f"{name} {found}" for name in ("comfy-kitchen", "comfy-aimdo") if (found := _package_version(name))]
+    packages = [f"{name} {found}" for name in ("comfy-kitchen", "comfy-aimdo") if (found := package_version(name))]
     beside = f" with {' and '.join(packages)}" if packages else ""
     change = (
         "update ComfyUI"
@@ -67,29 +60,11 @@ def advice() -> str:
 
 def comfyui_version() -> str:
     """ComfyUI's own version."""
-    return str(find("comfyui_version.__version__") or "an unknown version")
+    return str(find("comfyui_version.__version__", "an unknown version"))
 
 
-def _look_up(name: str) -> Any:
-    found: Any = None
-    parts = name.split(".")
-    for count, part in enumerate(parts, 1):
-        module = sys.modules.get(".".join(parts[:count]))
-        if module is not None:  # a package may have something else under the name of its module
-            found = module
-        elif found is not None and hasattr(found, part):
-            found = getattr(found, part)
-        elif found is None or inspect.ismodule(found):
-            try:
-                found = importlib.import_module(".".join(parts[:count]))
-            except ImportError as error:
-                raise LookupError(name) from error
-        else:
-            raise LookupError(name)
-    return found
-
-
-def _package_version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

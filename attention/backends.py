@@ -114,9 +114,9 @@ class Backend:
     name: str
     title: str
     error_class: str
-    missing: Callable[[Environment], str | None]
     bind: Callable[[Environment], calls.Kernel]
-    install: str
+    missing: Callable[[Environment], str | None] = lambda environment: None
+    install: str = ""
     capabilities: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
     dtypes: tuple[torch.dtype, ...] = HALF
     head_dims: tuple[int, int] = (1, 128)
@@ -210,23 +210,27 @@ SAGE_2 = "build SageAttention 2.2 from github.com/thu-ml/SageAttention (it is no
 SAGE_3 = "build sageattn3 from github.com/thu-ml/SageAttention, folder sageattention3_blackwell (it is not on PyPI)"
 
 
-def _sage_kernel_missing(environment: Environment) -> str | None:
-    """Whether SageAttention 2's CUDA kernels are there for this compute capability."""
+def _sage_missing(environment: Environment, function: str, kernels: str, built: str, capability: str) -> str | None:
+    """Why SageAttention 2's `function` is not there: no package, a version without it, or not built for a capability."""
     package, reason = load("sageattention")
     if package is None:
         return reason
-    if not hasattr(package, "sageattn_qk_int8_pv_fp8_cuda"):
-        return f"version {environment.version('sageattention')}, which has no FP8 kernels"
-    built = "SM90_ENABLED" if environment.capability == HOPPER else "SM89_ENABLED"
-    core, reason = load("sageattention.core")
-    if not getattr(core, built, False):
-        return f"built without kernels for cc {environment.compute_capability}"
-    if environment.capability == HOPPER and _calls_the_fake(core):
+    if not hasattr(package, function):
+        return f"version {environment.version('sageattention')}, which has no {kernels} kernels"
+    core, _ = load("sageattention.core")
+    return None if getattr(core, built, False) else f"built without kernels for cc {capability}"
+
+
+def _sage_fp8_missing(environment: Environment) -> str | None:
+    hopper = environment.capability == HOPPER
+    built = "SM90_ENABLED" if hopper else "SM89_ENABLED"
+    reason = _sage_missing(environment, "sageattn_qk_int8_pv_fp8_cuda", "FP8", built, environment.compute_capability)
+    if reason is None and hopper and _calls_the_fake(load("sageattention.core")[0]):
         return (
             f"version {environment.version('sageattention')} from before its pull request 307 (December 2025), whose "
             "output for cc 9.0 is memory that nothing has written"
         )
-    return None
+    return reason
 
 
 def _calls_the_fake(core: ModuleType | None) -> bool:
@@ -237,13 +241,7 @@ def _calls_the_fake(core: ModuleType | None) -> bool:
 
 
 def _sage_fp16_missing(environment: Environment) -> str | None:
-    package, reason = load("sageattention")
-    if package is None:
-        return reason
-    if not hasattr(package, "sageattn_qk_int8_pv_fp16_cuda"):
-        return f"version {environment.version('sageattention')}, which has no CUDA kernels"
-    core, _ = load("sageattention.core")
-    return None if getattr(core, "SM80_ENABLED", False) else "built without kernels for cc 8.0"
+    return _sage_missing(environment, "sageattn_qk_int8_pv_fp16_cuda", "CUDA", "SM80_ENABLED", "8.0")
 
 
 def _sage_default_missing(environment: Environment) -> str | None:
@@ -255,7 +253,7 @@ def _sage_default_missing(environment: Environment) -> str | None:
             f"version {environment.version('sageattention')}, whose Triton kernels are not for cc 10 and newer"
         )
         return triton_only if environment.capability >= BLACKWELL else None
-    return _sage_fp16_missing(environment) if environment.capability < ADA else _sage_kernel_missing(environment)
+    return _sage_fp16_missing(environment) if environment.capability < ADA else _sage_fp8_missing(environment)
 
 
 SAGE_1_TILE = 64
@@ -303,60 +301,58 @@ def _cudnn_missing(environment: Environment) -> str | None:
     return None if torch.backends.cudnn.is_available() else "off: torch finds no cuDNN"
 
 
-def _nothing_missing(environment: Environment) -> str | None:
-    return None
-
-
 def _own_missing(environment: Environment) -> str | None:
     return int8.missing_triton(torch.device(environment.device_type))
 
 
+# What both kernels of a package have in common.
+_own = partial(
+    Backend,
+    missing=_own_missing,
+    install="pip install triton (triton-windows on Windows)",
+    head_dims=(32, 128),
+    masks=("keys",),
+    as_they_are=True,
+    tested_on=("9.0",),
+)
+_sageattn3 = partial(
+    Backend,
+    error_class="unbounded",
+    missing=_sageattn3_missing,
+    install=SAGE_3,
+    capabilities=ANY_BLACKWELL,
+    only_head_dims=(64, 128),
+    gqa=False,
+    scale=False,
+    contiguous=True,
+    max_elements=INT32_ELEMENTS,
+)
+
 BACKENDS: tuple[Backend, ...] = (
-    Backend(
+    _own(
         name="lowbit_int8_fp8",
         title="this pack's own, INT8 scores and FP8 values",
         error_class="fast",
-        missing=_own_missing,
         bind=partial(calls.bind_int8, fp8_values=True),
-        install="pip install triton (triton-windows on Windows)",
         capabilities=((ADA, NEWEST),),
-        head_dims=(32, 128),
-        masks=("keys",),
-        as_they_are=True,
-        tested_on=("9.0",),
     ),
-    Backend(
+    _own(
         name="lowbit_int8_fp16",
         title="this pack's own, INT8 scores and 16-bit values",
         error_class="balanced",
-        missing=_own_missing,
         bind=partial(calls.bind_int8, fp8_values=False),
-        install="pip install triton (triton-windows on Windows)",
         capabilities=AMPERE_AND_NEWER,
-        head_dims=(32, 128),
-        masks=("keys",),
-        as_they_are=True,
-        tested_on=("9.0",),
     ),
-    Backend(
+    _sageattn3(
         name="sageattn_3_fp4",
         title="SageAttention 3, FP4, Q's mean taken off per block",
-        error_class="unbounded",
-        missing=_sageattn3_missing,
         bind=partial(calls.bind_sageattn3, per_block_mean=True),
-        install=SAGE_3,
-        capabilities=ANY_BLACKWELL,
-        only_head_dims=(64, 128),
-        gqa=False,
-        scale=False,
-        contiguous=True,
-        max_elements=INT32_ELEMENTS,
     ),
     Backend(
         name="sageattn_3_fp8",
         title="SageAttention 2.2, INT8 scores and FP8 values",
         error_class="fast",
-        missing=_sage_kernel_missing,
+        missing=_sage_fp8_missing,
         bind=calls.bind_sage_fp8,
         install=SAGE_2,
         capabilities=((ADA, ADA), (HOPPER, HOPPER), GEFORCE_50),
@@ -365,19 +361,10 @@ BACKENDS: tuple[Backend, ...] = (
         tested_on=("9.0",),
         max_elements=INT32_ELEMENTS,
     ),
-    Backend(
+    _sageattn3(
         name="sageattn_3",
         title="SageAttention 3, FP4, Q's mean taken off once per head",
-        error_class="unbounded",
-        missing=_sageattn3_missing,
         bind=partial(calls.bind_sageattn3, per_block_mean=False),
-        install=SAGE_3,
-        capabilities=ANY_BLACKWELL,
-        only_head_dims=(64, 128),
-        gqa=False,
-        scale=False,
-        contiguous=True,
-        max_elements=INT32_ELEMENTS,
     ),
     Backend(
         name="sageattn",
@@ -424,9 +411,7 @@ BACKENDS: tuple[Backend, ...] = (
         name="flash",
         title="FlashAttention (3 or 2 where installed, else torch's own)",
         error_class="exact",
-        missing=_nothing_missing,
         bind=calls.bind_flash,
-        install="",
         capabilities=AMPERE_AND_NEWER,
         head_dims=(1, 256),
         runtime_check=torch.backends.cuda.can_use_flash_attention,
@@ -438,7 +423,6 @@ BACKENDS: tuple[Backend, ...] = (
         error_class="exact",
         missing=_cudnn_missing,
         bind=calls.bind_cudnn,
-        install="",
         capabilities=AMPERE_AND_NEWER,
         masks=("keys", "bool", "float"),
         runtime_check=torch.backends.cuda.can_use_cudnn_attention,
@@ -448,9 +432,7 @@ BACKENDS: tuple[Backend, ...] = (
         name="sdpa",
         title="torch's scaled_dot_product_attention with torch's own pick",
         error_class="exact",
-        missing=_nothing_missing,
         bind=calls.bind_sdpa,
-        install="",
         dtypes=ANY_FLOAT,
         head_dims=(1, 2**16),
         masks=("keys", "bool", "float"),

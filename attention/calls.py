@@ -118,7 +118,7 @@ def _call_sageattn3(
 
 def bind_sage_fp8(environment: Environment) -> Kernel:
     """SageAttention 2.2 with the product of weights and V in FP8, smoothed K; the kernel of this compute capability."""
-    package = _sageattention()
+    package = _imported("sageattention")
     if environment.capability == HOPPER:
         function = partial(package.sageattn_qk_int8_pv_fp8_cuda_sm90, pv_accum_dtype="fp32+fp32", smooth_k=True)
         return partial(_call_sage, function)
@@ -133,13 +133,13 @@ def bind_sage_fp8(environment: Environment) -> Kernel:
 
 def bind_sage_fp16(environment: Environment) -> Kernel:
     """SageAttention 2.2 with the product of weights and V in float16, accumulated in float32, smoothed K."""
-    function = partial(_sageattention().sageattn_qk_int8_pv_fp16_cuda, pv_accum_dtype="fp32", smooth_k=True)
+    function = partial(_imported("sageattention").sageattn_qk_int8_pv_fp16_cuda, pv_accum_dtype="fp32", smooth_k=True)
     return partial(_call_sage_float16, function)
 
 
 def bind_sage_default(environment: Environment) -> Kernel:
     """What the package would pick, without its traps: float32 accumulation on cc 8.x, never the Triton path of cc 8.6."""
-    package = _sageattention()
+    package = _imported("sageattention")
     if not hasattr(package, "sageattn_qk_int8_pv_fp16_cuda"):
         return partial(_call_sage_triton, package.sageattn)
     return bind_sage_fp16(environment) if environment.capability < ADA else bind_sage_fp8(environment)
@@ -147,25 +147,19 @@ def bind_sage_default(environment: Environment) -> Kernel:
 
 def bind_sageattn3(environment: Environment, per_block_mean: bool) -> Kernel:
     """SageAttention 3 in FP4; per_block_mean: subtract Q's mean per block of 128 tokens instead of once per head."""
-    package, reason = load("sageattn3")
-    if package is None:
-        raise ImportError(f"sageattn3 is {reason}")
-    return partial(_call_sageattn3, package.sageattn3_blackwell, per_block_mean)
+    return partial(_call_sageattn3, _imported("sageattn3").sageattn3_blackwell, per_block_mean)
 
 
-def _sageattention() -> ModuleType:
-    package, reason = load("sageattention")
+def _imported(name: str) -> ModuleType:
+    package, reason = load(name)
     if package is None:
-        raise ImportError(f"sageattention is {reason}")
+        raise ImportError(f"{name} is {reason}")
     return package
 
 
 def bind_comfy_kitchen_int8(environment: Environment) -> Kernel:
     """comfy-kitchen's INT8 attention: masks, grouped K/V heads and any head dim up to 256."""
-    package, reason = load("comfy_kitchen")
-    if package is None:
-        raise ImportError(f"comfy_kitchen is {reason}")
-    int8_attention = package.int8_attention
+    int8_attention = _imported("comfy_kitchen").int8_attention
 
     def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
         return int8_attention(q, k, v, scale=scale, attn_mask=mask)
@@ -185,12 +179,9 @@ def bind_int8(environment: Environment, fp8_values: bool) -> Kernel:
 
 def bind_flash(environment: Environment) -> Kernel:
     """FlashAttention 3 where it is installed and the GPU is cc 9.0, else FlashAttention 2's package, else torch's own."""
-    if environment.capability == HOPPER and environment.version("flash_attn_interface"):
-        package, _ = load("flash_attn_interface")
-        if package is not None:
-            return partial(_call_flash_package, package.flash_attn_func)
-    if environment.version("flash_attn"):
-        package, _ = load("flash_attn")
+    names = ("flash_attn_interface", "flash_attn") if environment.capability == HOPPER else ("flash_attn",)
+    for name in names:
+        package = load(name)[0] if environment.version(name) else None
         if package is not None:
             return partial(_call_flash_package, package.flash_attn_func)
     return _call_torch_flash

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import CORE, CORE_EXACT, AttentionCall, Backend
+from .backends import CORE, CORE_EXACT, AttentionCall
 from .calls import Kernel
 from .checks import prepared
 from .report import Struck, Tally
@@ -67,32 +67,21 @@ class AttentionInputs(NamedTuple):
         return call(self.drop_mask)
 
 
+@dataclass(eq=False, slots=True)
 class Candidate:
-    """A backend ready for one shape. kernel is None for ComfyUI's own attention."""
+    """A backend ready for one shape.
 
-    __slots__ = ("backend", "kernel", "contiguous", "as_they_are", "limit", "lossy", "tally", "struck")
+    kernel: None for ComfyUI's own attention. limit: the error it is held to. contiguous, as_they_are: as of `Backend`.
+    """
 
-    def __init__(self, name: str, tally: Tally, kernel: Kernel | None, contiguous: bool, lossy: bool, limit: float):
-        self.backend = name
-        self.tally = tally
-        self.kernel = kernel
-        self.contiguous = contiguous
-        self.as_they_are = False
-        self.lossy = lossy
-        self.limit = limit
-        self.struck: Struck | None = None
-
-    @classmethod
-    def of(cls, backend: Backend, tally: Tally, kernel: Kernel, limit: float) -> Candidate:
-        """A row of the table, held to `limit`."""
-        candidate = cls(backend.name, tally, kernel, backend.contiguous, backend.error_class != "exact", limit)
-        candidate.as_they_are = backend.as_they_are
-        return candidate
-
-    @classmethod
-    def own(cls, name: str, tally: Tally, lossy: bool, limit: float) -> Candidate:
-        """ComfyUI's own attention."""
-        return cls(name, tally, None, False, lossy, limit)
+    backend: str
+    tally: Tally
+    kernel: Kernel | None
+    lossy: bool
+    limit: float
+    contiguous: bool = False
+    as_they_are: bool = False
+    struck: Struck | None = None
 
     def on(self, inputs: AttentionInputs) -> torch.Tensor:
         """The output for inputs whose mask has four dimensions, unchecked."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from ..versions import package_version
 
 # import name -> distribution name
 PACKAGES = {
@@ -81,12 +82,7 @@ def _pack_version() -> str:
 
 
 def _package_version(name: str, distribution: str) -> str | None:
-    if not _is_installed(name):
-        return None
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    return (package_version(distribution) or "unknown") if _is_installed(name) else None
 
 
 @functools.cache

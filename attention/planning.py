@@ -93,7 +93,7 @@ class Planner:
         names = [name for name in names if not (lossy and name in self.barred)]
         limit = ERROR_LIMITS[case.budget]
         return [
-            Candidate.own(name, self.report.tally(name, case.call, case.budget), lossy and name == CORE, limit)
+            Candidate(name, self.report.tally(name, case.call, case.budget), None, lossy and name == CORE, limit)
             for name in names
         ]
 
@@ -119,8 +119,10 @@ class Planner:
             if reason is not None:
                 self._decline(backend, reason)
                 continue
-            tally = self.report.tally(backend.name, call, case.budget)
-            usable[backend.name] = Candidate.of(backend, tally, kernel, limit)
+            tally, lossy = self.report.tally(backend.name, call, case.budget), backend.error_class != "exact"
+            usable[backend.name] = Candidate(
+                backend.name, tally, kernel, lossy, limit, backend.contiguous, backend.as_they_are
+            )
         return usable
 
     def _limit(self, backend: Backend, case: _Case) -> float:

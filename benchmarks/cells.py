@@ -74,6 +74,11 @@ def near_wan(format_name: str) -> Callable[[Row], str]:
     return cell
 
 
+def parts_left(row: Row) -> str:
+    """What the keep rules leave of an architecture's errors, by format."""
+    return " / ".join(percent(part) for part in row["part_left"].values())
+
+
 def by_modulation_bits(format_name: str) -> Callable[[Row], str]:
     """An architecture's errors in a format by the bits of its modulation."""
     return lambda row: " / ".join(percent(error) for error in row["modulation_errors"].get(format_name, {}).values())

@@ -13,13 +13,12 @@ import torch.distributed as distributed
 from comfy.patcher_extension import WrappersMP
 
 from ..errors import CapabilityError
+from .in_front import set_wrappers
 from .model_copy import describe, is_exact_now, version
-from .several_gpus.hooks import AUTO, CFG, KEY, SPLITS, Describing, DividingHooks
+from .several_gpus.hooks import AUTO, CFG, KEY, Describing, DividingHooks
 from .several_gpus.team import Team
 
 log = logging.getLogger("lowbit.several_gpus")
-
-__all__ = ["AUTO", "SPLITS", "devices_of", "divide"]
 
 _TEAMS: dict[tuple[torch.device, ...], Team] = {}
 """The workers of each set of GPUs, the first of which is ComfyUI's own."""
@@ -70,7 +69,7 @@ def divide(
     Args:
         model: a ModelPatcher.
         devices: the model's own first. Several of the CPU are for tests.
-        split: a name of `SPLITS`; with cfg two devices are used, one for each prompt.
+        split: a name of `hooks.SPLITS`; with cfg two devices are used, one for each prompt.
         say: tells the user one sentence.
         speeds: how fast each device is beside the others; None to find out.
         eight_bits: whether keys and values travel between devices in 8 bits.
@@ -84,13 +83,12 @@ def divide(
     if devices not in _TEAMS:
         _TEAMS[devices] = Team(devices, speeds)
     hooks = DividingHooks(_TEAMS[devices], split, _DESCRIBING, say, eight_bits)
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, hooks.outer_sample),
-        (WrappersMP.CALC_COND_BATCH, hooks.calc_cond_batch),
-        (WrappersMP.DIFFUSION_MODEL, hooks.diffusion_model),
-    ):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
+        WrappersMP.CALC_COND_BATCH: hooks.calc_cond_batch,
+        WrappersMP.DIFFUSION_MODEL: hooks.diffusion_model,
+    }
+    set_wrappers(clone, KEY, wrappers)
     return clone
 
 

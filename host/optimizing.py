@@ -12,6 +12,7 @@ from ..attention.candidates import AUTO as AUTO_BACKEND
 from ..attention.candidates import Policy
 from ..attention.environment import detect
 from ..attention.schedule import Schedule
+from ..memory.components import size_text
 from ..memory.policies import POLICIES, Settings
 from ..ops.formats import AS_STORED, AUTO, SMALLEST
 from .attention.installing import find_override, install_override
@@ -22,8 +23,6 @@ from .weights.main_memory import check_load
 from .weights.preparing import Planned, Request, check_disk
 from .weights.quantizing import plan_model, quantize_model
 
-_GIB = 2**30
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -31,50 +30,22 @@ class Preset:
 
     Attributes:
         name: as the node shows it.
-        summary: for the tooltip.
         weight_format: a name of `FORMAT_CHOICES`.
         error_budget: a name of attention's `BUDGETS`.
         memory_policy: a name of memory's `POLICIES`.
     """
 
     name: str
-    summary: str
     weight_format: str
     error_budget: str
     memory_policy: str
 
 
 _ROWS = (
-    Preset(
-        "balanced",
-        "the best 8-bit weights for this GPU (4-bit where 8 bits are far too large), attention within 2% of exact, memory "
-        "freed when it is needed",
-        AUTO,
-        "balanced",
-        "auto",
-    ),
-    Preset(
-        "fastest",
-        "the same weights, attention within 5% of exact, every model stays where it is",
-        AUTO,
-        "fast",
-        "speed",
-    ),
-    Preset(
-        "most exact",
-        "weights as the file has them, attention as exact as PyTorch's own: faster only by the choice of kernels",
-        AS_STORED,
-        "exact",
-        "auto",
-    ),
-    Preset(
-        "smallest",
-        "weights in the bytes of 4 bits, attention within 2% of exact, only the model at work on the GPU: for a model that "
-        "does not fit",
-        SMALLEST,
-        "balanced",
-        "balanced",
-    ),
+    Preset("balanced", AUTO, "balanced", "auto"),
+    Preset("fastest", AUTO, "fast", "speed"),
+    Preset("most exact", AS_STORED, "exact", "auto"),
+    Preset("smallest", SMALLEST, "balanced", "balanced"),
 )
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({row.name: row for row in _ROWS})
@@ -139,12 +110,10 @@ def _weights_line(planned: Planned) -> str:
     before, after = plan.nbytes_before, plan.nbytes_after
     if plan.changes_weights:
         name = planned.choice.partition(":")[0]
-        return (
-            f"Weights: {_size(before)} -> {_size(after)} as {name}; {_size(before - after)} less to hold and to move."
-        )
+        return f"Weights: {size_text(before)} -> {size_text(after)} as {name}; {size_text(before - after)} less to hold and to move."
     stored = len(plan.stored.layers)
     why = f"{stored} layers were quantized already" if stored else "16 bits or more, as the file has them"
-    return f"Weights: {_size(after)}, left as they are ({why})."
+    return f"Weights: {size_text(after)}, left as they are ({why})."
 
 
 def _attention_line(model: Any) -> str:
@@ -169,11 +138,7 @@ def _memory_line(planned: Planned, preset: Preset) -> str:
     after = planned.plan.nbytes_after
     over = after - int(POLICIES[preset.memory_policy].resident_fraction * total)
     if over > 0:
-        fit = f"at least {_size(over)} of the weights stream from main memory at each step"
+        fit = f"at least {size_text(over)} of the weights stream from main memory at each step"
     else:
-        fit = f"the weights leave {_size(total - after)} of it for the rest"
-    return f"{head}, limit the whole card ({_size(total)}); {fit}."
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / _GIB:.2f} GiB" if nbytes >= _GIB else f"{nbytes / 2**20:.2f} MiB"
+        fit = f"the weights leave {size_text(total - after)} of it for the rest"
+    return f"{head}, limit the whole card ({size_text(total)}); {fit}."

@@ -54,21 +54,16 @@ class Change:
     least: int
 
 
-@dataclass(frozen=True)
-class _Option:
-    """A kind of change: its rank by what it costs the user, and what it makes of a demand (None where it is of no use)."""
-
-    rank: int
-    apply: Callable[[Demand, int], tuple[str, Demand] | None]
+_Apply = Callable[[Demand, int], "tuple[str, Demand] | None"]
+"""Makes of a demand and a budget what to do and the demand after it; None where it is of no use."""
 
 
 def cheapest_changes(demand: Demand, budget: int, count: int = 3) -> list[Change]:
     """Changes that make a demand fit a budget, the cheapest first; after them those that only help, if there are too few."""
-    applied = [(option.rank, option.apply(demand, budget)) for option in _OPTIONS]
-    changes = [(rank, Change(done[0], done[1].least)) for rank, done in applied if done is not None]
-    changes = [(rank, change) for rank, change in changes if change.least < demand.least]
-    changes.sort(key=lambda item: (item[1].least > budget, item[0]))
-    return [change for _, change in changes[:count]]
+    applied = filter(None, (apply(demand, budget) for apply in _OPTIONS))
+    changes = [Change(text, changed.least) for text, changed in applied if changed.least < demand.least]
+    changes.sort(key=lambda change: change.least > budget)
+    return changes[:count]
 
 
 def refusal(what: str, demand: Demand, budget: int, limited: bool, card: int | None = None) -> str | None:
@@ -133,7 +128,7 @@ def _text_encoder_to_cpu(demand: Demand, budget: int) -> tuple[str, Demand] | No
     )
 
 
-def _format(name: str, bits: float) -> Callable[[Demand, int], tuple[str, Demand] | None]:
+def _format(name: str, bits: float) -> _Apply:
     def apply(demand: Demand, budget: int) -> tuple[str, Demand] | None:
         if demand.bits <= bits:
             return None
@@ -167,13 +162,14 @@ def _fewer_frames(demand: Demand, budget: int) -> tuple[str, Demand] | None:
     return f"make {frames} frames", replace(demand, working=working, frames=frames)
 
 
-_OPTIONS = (
-    _Option(1, _text_encoder_to_cpu),
-    _Option(2, _format(*_FORMATS[0])),
-    _Option(3, _format(*_FORMATS[1])),
-    _Option(4, _fewer_frames),
-    _Option(5, _resolution),
+_OPTIONS: tuple[_Apply, ...] = (
+    _text_encoder_to_cpu,
+    _format(*_FORMATS[0]),
+    _format(*_FORMATS[1]),
+    _fewer_frames,
+    _resolution,
 )
+"""Kinds of changes, the one that costs the user least first."""
 
 
 def _frames(demand: Demand) -> str:

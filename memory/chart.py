@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -72,22 +73,10 @@ class _Pen:
             [(x * _FINE, y * _FINE) for x, y in points], fill=colour, width=round(width * _FINE), joint="curve"
         )
 
-    def dashes(self, points: list[tuple[float, float]], colour: str, width: float = 1.5, dash: float = 9) -> None:
-        """A dashed line of horizontal and vertical pieces."""
-        drawn, on = 0.0, True
-        for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
-            length = abs(to_x - x) + abs(to_y - y)
-            at = 0.0
-            while at < length:
-                piece = min(dash - drawn, length - at)
-                if on:
-                    ends = [
-                        (x + (to_x - x) * part / length, y + (to_y - y) * part / length) for part in (at, at + piece)
-                    ]
-                    self.line(ends, colour, width)
-                at, drawn = at + piece, drawn + piece
-                if drawn >= dash - 1e-6:
-                    drawn, on = 0.0, not on
+    def dashes(self, y: float, colour: str, width: float = 1.5, dash: int = 9) -> None:
+        """A dashed line across the panel."""
+        for start in range(_LEFT, _RIGHT, 2 * dash):
+            self.line([(start, y), (min(start + dash, _RIGHT), y)], colour, width)
 
     def text(self, x: float, y: float, text: str, size: float, colour: str = _TEXT, anchor: str = "la") -> None:
         self._draw.text((x * _FINE, y * _FINE), text, fill=colour, font=_font(size), anchor=anchor)
@@ -177,9 +166,7 @@ def _axes(pen: _Pen, scale: _Scale) -> None:
 def _ticks(most: float, count: int) -> list[float]:
     """Round numbers from 0 to `most`."""
     rough = most / count
-    power = 10.0 ** len(str(int(rough))) / 10 if rough >= 1 else 1.0
-    while power > rough:
-        power /= 10
+    power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     return [round(step * index, 10) for index in range(int(most / step) + 1)]
 
@@ -208,7 +195,7 @@ def _lines(pen: _Pen, run: Run, scale: _Scale) -> None:
     pen.line(peaks, _PEAK, 2)
     if run.limit is not None:
         y = scale.y(run.limit)
-        pen.dashes([(_LEFT, y), (_RIGHT, y)], _LIMIT, 2)
+        pen.dashes(y, _LIMIT, 2)
         pen.text(_RIGHT - 6, y - 6, f"limit {size_text(run.limit)}", 15, _LIMIT, "rs")
     top = max(run.samples, key=lambda sample: sample.peak)
     label = f"peak {size_text(run.peak)}"

@@ -34,39 +34,27 @@ def clears_now(
     return choice == AUTO and reading.idle - returning > threshold and room < threshold
 
 
-@dataclass(frozen=True)
-class PassDemand:
-    """What one step needs, in bytes.
-
-    Attributes:
-        weights: of the diffusion model.
-        single: working memory with one prompt at a time.
-        batched: working memory with all prompts together.
-        budget: what model and working memory may take in all.
-        prompts: how many.
-    """
-
-    weights: int
-    single: int
-    batched: int
-    budget: int
-    prompts: int
-
-
-def runs_one_at_a_time(choice: str, demand: PassDemand) -> bool:
+def runs_one_at_a_time(choice: str, prompts: int, weights: int, single: int, batched: int, budget: int) -> bool:
     """Whether the prompts of a step run one after the other.
 
     With `auto` when the batch does not fit at all, or when the weights that must then stream, once for each prompt, are
     still fewer than those that stream beside the batch's larger working memory.
+
+    Args:
+        choice: of `policies.SEQUENTIAL_CFG`.
+        prompts: how many.
+        weights: bytes of the diffusion model.
+        single, batched: bytes of working memory with one prompt at a time, and with all together.
+        budget: bytes that model and working memory may take in all.
     """
-    if demand.prompts < 2:
+    if prompts < 2:
         return False
     if choice != AUTO:
         return choice == ON
-    if demand.batched > demand.budget:
+    if batched > budget:
         return True
-    together = max(0, demand.weights - (demand.budget - demand.batched))
-    apart = demand.prompts * max(0, demand.weights - (demand.budget - demand.single))
+    together = max(0, weights - (budget - batched))
+    apart = prompts * max(0, weights - (budget - single))
     return apart < together
 
 

@@ -17,25 +17,16 @@ class Growth:
     """A phase that takes more than it did.
 
     Attributes:
-        phase: which.
         times: how often it was passed.
         since: the passing it is compared with: the one that first counted, or that growth was last reported at.
-        before: bytes at that passing.
-        now: bytes now.
-        idle: how much of the difference is reserved and not used.
+        nbytes: how much more it is now than at that passing.
+        idle: how much of that is reserved and not used.
     """
 
-    phase: Hashable
     times: int
     since: int
-    before: int
-    now: int
+    nbytes: int
     idle: int
-
-    @property
-    def nbytes(self) -> int:
-        """How much more it is."""
-        return self.now - self.before
 
 
 @dataclass
@@ -84,7 +75,7 @@ class Sentinel:
         in_all = used + idle - before > max(self.slack if in_use else self.idle_slack, TOLERANCE * before)
         if not in_all:
             return None
-        growth = Growth(phase, passed.times, passed.counted, before, used + idle, max(0, idle - passed.idle))
+        growth = Growth(passed.times, passed.counted, used + idle - before, max(0, idle - passed.idle))
         passed.counted, passed.used, passed.idle = passed.times, used, idle
         return growth
 

@@ -84,7 +84,7 @@ def take_snapshot(holders: Sequence[Holder], device_type: str, weights: Weights 
 
 
 def find_growth(
-    holders: Sequence[Holder], before: Snapshot, device_type: str, free: bool = True, weights: Weights = _no_weights
+    holders: Sequence[Holder], before: Snapshot, device_type: str, weights: Weights = _no_weights
 ) -> list[Grown]:
     """Which holders have more than at `before`, the largest first; the safe ones are freed.
 
@@ -92,14 +92,13 @@ def find_growth(
         holders: rows of `HOLDERS`, and the caller's own.
         before: an earlier snapshot.
         device_type: of the tensors to look for: `cuda` or `cpu`.
-        free: whether to free what is safe to free.
         weights: of the models that are loaded now.
     """
     grown = []
     for holder in holders:
         amount = _safely(holder.measure) - before.amounts.get(holder.name, 0)
         if amount > (_WORTH_NAMING if holder.unit == BYTES else 0):
-            freed = free and holder.free is not None and _freed(holder.free)
+            freed = holder.free is not None and _freed(holder.free)
             grown.append(Grown(holder.name, holder.unit, amount, "", freed, holder.advice))
     now: Counter[str] = Counter()
     examples = {}
@@ -225,30 +224,22 @@ def _graph_pools() -> int:
     return sum(segment["total_size"] for segment in segments if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0))
 
 
+def _instances(module: str, name: str) -> list[Any]:
+    """The objects of a class, where its module is imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return [] if kind is None else [item for item in gc.get_objects() if type(item) is kind]
+
+
 def _block_masks() -> int:
-    module = sys.modules.get("torch.nn.attention.flex_attention")
-    kind = getattr(module, "BlockMask", None)
-    if kind is None:
-        return 0
-    total = 0
-    for item in gc.get_objects():
-        if type(item) is kind:
-            tensors = [value for value in vars(item).values() if isinstance(value, torch.Tensor)]
-            total += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-    return total
+    masks = _instances("torch.nn.attention.flex_attention", "BlockMask")
+    tensors = (value for mask in masks for value in vars(mask).values() if isinstance(value, torch.Tensor))
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def _triton_kernels() -> int:
-    jit = sys.modules.get("triton.runtime.jit")
-    kind = getattr(jit, "JITFunction", None)
-    if kind is None:
-        return 0
-    total = 0
-    for item in gc.get_objects():
-        if type(item) is kind:
-            caches = getattr(item, "device_caches", {}).values()
-            total += sum(len(entry[0] if isinstance(entry, tuple) else entry) for entry in caches)
-    return total
+    functions = _instances("triton.runtime.jit", "JITFunction")
+    caches = (entry for function in functions for entry in getattr(function, "device_caches", {}).values())
+    return sum(len(entry[0] if isinstance(entry, tuple) else entry) for entry in caches)
 
 
 def _kitchen_workspaces() -> dict[int, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from .components import OTHER
-from .devices import Device, resident_bytes
+from .devices import Device, Reading, resident_bytes
 
 BUDGET = 0.004
 """Part of the steps' time that may go into measuring them; past it steps are not measured until it is made up for."""
@@ -19,16 +19,16 @@ MOST_SAMPLES = 20_000
 """A run's ledger keeps this many samples; after that every second one of the steps is dropped."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Memory at one moment, in bytes, and the time in seconds since the run began.
+@dataclass(frozen=True, kw_only=True)
+class Sample(Reading):
+    """A reading in the course of a run; its `peak` is that since the sample before.
 
     Attributes:
+        seconds: since the run began.
         phase: what was going on: `load`, `sampling`, `decode`, or a node's class.
         node: id of the ComfyUI node at work.
         step, steps: of a sampling run; 0 and 0 elsewhere.
-        peak: the most allocated since the sample before.
-        outside: the part of `allocated` outside PyTorch's allocator: dynamic VRAM's pages.
+        host_resident, host_pinned: bytes of main memory.
         components: resident bytes by name; they add up to `allocated`.
     """
 
@@ -37,11 +37,6 @@ class Sample:
     node: str
     step: int
     steps: int
-    allocated: int
-    reserved: int
-    peak: int
-    free: int | None
-    outside: int
     host_resident: int
     host_pinned: int
     components: Mapping[str, int]
@@ -60,7 +55,7 @@ class Release:
 
 @dataclass
 class Run:
-    """One prompt's ledger; `nodes` has the class of each node that was at work."""
+    """One prompt's ledger; `nodes` has the class of each node at work, `peak` the most that was allocated at once."""
 
     prompt: str
     started: float
@@ -76,12 +71,7 @@ class Run:
     skipped: int = 0
     clearings: int = 0
     limit: int | None = None
-    _peak: int = 0
-
-    @property
-    def peak(self) -> int:
-        """The most that was allocated at once."""
-        return self._peak
+    peak: int = 0
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -92,7 +82,7 @@ class Run:
     def add(self, sample: Sample) -> None:
         """Writes a sample down."""
         self.samples.append(sample)
-        self._peak = max(self._peak, sample.peak)
+        self.peak = max(self.peak, sample.peak)
 
 
 class Ledger:
@@ -137,16 +127,12 @@ class Ledger:
         components = dict(self._components())
         components[OTHER] = max(0, reading.allocated - sum(components.values()))
         sample = Sample(
+            **{**vars(reading), "peak": max(reading.peak, reading.allocated)},
             seconds=began - self.run.started,
             phase=phase,
             node=node,
             step=step,
             steps=steps,
-            allocated=reading.allocated,
-            reserved=reading.reserved,
-            peak=max(reading.peak, reading.allocated),
-            free=reading.free,
-            outside=reading.outside,
             host_resident=resident_bytes(),
             host_pinned=self._pinned(),
             components=components,

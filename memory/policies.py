@@ -23,7 +23,6 @@ class MemoryPolicy:
 
     Attributes:
         name: as the node shows it.
-        summary: what it does and what it costs, for the tooltip.
         release_before_sampling: when text encoder, VAE and audio encoder leave the GPU before the first step.
         release_before_decode: when the diffusion model leaves the GPU before the VAE decodes.
         clearing_fraction: with automatic clearing, the part of the budget that PyTorch may hold unused.
@@ -33,7 +32,6 @@ class MemoryPolicy:
     """
 
     name: str
-    summary: str
     release_before_sampling: str
     release_before_decode: str
     clearing_fraction: float
@@ -43,48 +41,10 @@ class MemoryPolicy:
 
 
 _ROWS = (
-    MemoryPolicy(
-        "auto",
-        "acts only when what comes next does not fit beside what is loaded; costs nothing while memory is plentiful",
-        UNDER_PRESSURE,
-        UNDER_PRESSURE,
-        0.25,
-        1.0,
-        AUTO,
-        True,
-    ),
-    MemoryPolicy(
-        "speed",
-        "keeps every model where it is and leaves the rest to ComfyUI; steps in only after an out-of-memory error",
-        NEVER,
-        NEVER,
-        0.5,
-        1.0,
-        OFF,
-        True,
-    ),
-    MemoryPolicy(
-        "balanced",
-        "only the model at work stays on the GPU, and a fifth of the budget is kept free of weights; a reload of some "
-        "seconds at each change of model",
-        ALWAYS,
-        ALWAYS,
-        0.15,
-        0.8,
-        AUTO,
-        True,
-    ),
-    MemoryPolicy(
-        "lowest",
-        "almost all weights stream from main memory at each step, prompts run one at a time, nothing unused is kept; "
-        "the slowest, up to several times where the PCIe bus is the limit",
-        ALWAYS,
-        ALWAYS,
-        0.05,
-        0.1,
-        ON,
-        False,
-    ),
+    MemoryPolicy("auto", UNDER_PRESSURE, UNDER_PRESSURE, 0.25, 1.0, AUTO, True),
+    MemoryPolicy("speed", NEVER, NEVER, 0.5, 1.0, OFF, True),
+    MemoryPolicy("balanced", ALWAYS, ALWAYS, 0.15, 0.8, AUTO, True),
+    MemoryPolicy("lowest", ALWAYS, ALWAYS, 0.05, 0.1, ON, False),
 )
 
 POLICIES: Mapping[str, MemoryPolicy] = MappingProxyType({row.name: row for row in _ROWS})

@@ -11,7 +11,6 @@ from PIL import Image
 
 from .chart import draw
 from .components import COMPONENTS, size_text
-from .devices import Device
 from .ledger import Run, Sample
 
 
@@ -74,11 +73,6 @@ class RunReport:
     def chart(self) -> Image.Image:
         """Memory by component over time."""
         return draw(self.run, self.device)
-
-
-def make_report(run: Run, device: Device) -> RunReport:
-    """A report on a run so far."""
-    return RunReport(run, device.name, device.total())
 
 
 def _headline(report: RunReport) -> str:

@@ -1,13 +1,36 @@
-"""What the nodes share: their category, a line of text on the node, and a file's fingerprint."""
+"""What the nodes share: their texts and category, a line of text on the node, and a file's fingerprint."""
 
 from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
 
 from ..errors import CheckpointError
 from ..host.server import prompt_server
 from ..host.weights.folders import model_path
 from ..ops.checkpoint import open_checkpoint
 
-CATEGORY = "lowbit"
+_TEXTS = Path(__file__).parent.parent / "locales" / "en" / "nodeDefs.json"
+
+
+def node_schema(node_id: str, *, inputs: list[io.Input], outputs: list[io.Output], **options: Any) -> io.Schema:
+    """`io.Schema` in this pack's category, with the title, description and tooltips that `locales/en` has for the node."""
+    texts = _texts()[node_id]
+    for given in inputs:
+        given.tooltip = texts["inputs"][given.id]["tooltip"]
+    for place, made in enumerate(outputs):
+        made.tooltip = texts["outputs"][str(place)]["tooltip"]
+    named = {name: texts[name] for name in ("display_name", "description")}
+    return io.Schema(node_id=node_id, category="lowbit", inputs=inputs, outputs=outputs, **named, **options)
+
+
+@functools.cache
+def _texts() -> dict[str, Any]:
+    return json.loads(_TEXTS.read_text(encoding="utf-8"))
 
 
 def show_text(node_id: str | None, text: str) -> None:

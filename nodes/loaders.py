@@ -24,74 +24,29 @@ from ..host.weights.preparing import (
 )
 from ..host.weights.temporary_files import removal_put_off
 from ..host.weights.vae import VAE_PRECISIONS, load_vae, vae_names
-from ..ops.formats import AUTO, FORMAT_CHOICES, FORMATS, RECOMMENDED
-from .common import CATEGORY, file_fingerprint, show_text
-
-_FORMAT_TOOLTIP = " ".join(
-    (
-        "How the weights are stored. auto: the best for this GPU, this model and the memory there is. "
-        "smallest: the bytes of 4 bits, spent layer by layer where they take the most error away. Recommended:",
-        *(f"{name}, for {purpose}: {FORMATS[name].summary}." for name, purpose in RECOMMENDED.items()),
-        "The rest: none: as the file has them.",
-        *(f"{row.name}: {row.summary}." for row in FORMATS.values() if row.name not in RECOMMENDED),
-        "What a file holds quantized already is taken as it is, or decoded where ComfyUI cannot multiply with it.",
-    )
-)
+from ..ops.formats import AUTO, FORMAT_CHOICES
+from .common import file_fingerprint, node_schema, show_text
 
 
 def format_inputs() -> list[io.Input]:
     """The inputs that every quantizing loader shares."""
+    rules = "keep rules: auto, or one glob a line"
     return [
-        io.Combo.Input("format", options=list(FORMAT_CHOICES), default=AUTO, tooltip=_FORMAT_TOOLTIP),
-        io.String.Input(
-            "keep_rules",
-            default="auto",
-            multiline=True,
-            placeholder="keep rules: auto, or one glob a line",
-            tooltip=(
-                "Which layers stay in 16 bits. auto: what is known to be sensitive in this model family. Or one glob a "
-                "line on whole name segments: 'blocks.0.*' keeps, '!blocks.0.ffn' quantizes all the same, "
-                "'img_mlp = int8' stores in another format, 'auto' stands for the family's own rules. First match wins."
-            ),
-            advanced=True,
-        ),
-        io.Boolean.Input(
-            "dry_run",
-            default=False,
-            tooltip=(
-                "Load nothing: only list, per layer, what would be kept or quantized and why, bytes before and after, "
-                "what this GPU runs natively, through a fallback, or emulated, and what smallest, auto and none would take "
-                "in GiB, time and error. Nodes behind it do not run."
-            ),
-            advanced=True,
-        ),
-        io.Boolean.Input(
-            "keep_quantized_file",
-            default=True,
-            tooltip=(
-                "Keep the quantized file in models/lowbit_cache, so that the next start only has to load it. It is made "
-                "anew when the source changes. Off: it is removed with the last model that uses it."
-            ),
-            advanced=True,
-        ),
+        io.Combo.Input("format", options=list(FORMAT_CHOICES), default=AUTO),
+        io.String.Input("keep_rules", default="auto", multiline=True, placeholder=rules, advanced=True),
+        io.Boolean.Input("dry_run", default=False, advanced=True),
+        io.Boolean.Input("keep_quantized_file", default=True, advanced=True),
     ]
 
 
-def report_output() -> io.Output:
-    """The text output that every loader has."""
-    return io.String.Output(
-        display_name="report", tooltip="What was kept and quantized, and why: connect a Preview as Text node."
-    )
-
-
-def loader_schema(*, inputs: list[io.Input], output: io.Output, **names: Any) -> io.Schema:
-    """The schema of a quantizing loader: `names` as in `io.Schema`, and what all of them have."""
-    return io.Schema(
-        category=CATEGORY,
+def loader_schema(node_id: str, *, inputs: list[io.Input], output: io.Output, search_aliases: list[str]) -> io.Schema:
+    """The schema of a quantizing loader: its own inputs with those that all share, its output and the report."""
+    return node_schema(
+        node_id,
         inputs=inputs,
-        outputs=[output, report_output()],
+        outputs=[output, io.String.Output(display_name="report")],
         hidden=[io.Hidden.unique_id],
-        **names,
+        search_aliases=search_aliases,
     )
 
 
@@ -112,19 +67,10 @@ class LoadDiffusionModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return loader_schema(
-            node_id="LowbitLoadDiffusionModel",
-            display_name="Load Diffusion Model (Lowbit)",
-            description="Loads a diffusion model (Wan, Qwen-Image, ...) and stores its weights in 8 or 4 bits on the way.",
+            "LowbitLoadDiffusionModel",
+            inputs=[io.Combo.Input("unet_name", options=model_names("diffusion_models")), *format_inputs()],
+            output=io.Model.Output(),
             search_aliases=["quantize", "fp8", "fp4", "int8", "nvfp4", "unet loader"],
-            inputs=[
-                io.Combo.Input(
-                    "unet_name",
-                    options=model_names("diffusion_models"),
-                    tooltip="A safetensors file in models/diffusion_models, the index of a sharded set, or a GGUF file (decoded once, and stored anew in the format below).",
-                ),
-                *format_inputs(),
-            ],
-            output=io.Model.Output(tooltip="The diffusion model."),
         )
 
     @classmethod
@@ -148,36 +94,17 @@ class LoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        types = [member.name.lower() for member in comfy.sd.CLIPType]
         return loader_schema(
-            node_id="LowbitLoadTextEncoder",
-            display_name="Load Text Encoder (Lowbit)",
-            description="Loads a text encoder (UMT5, Qwen2.5-VL, ...) and stores its weights in 8 or 4 bits on the way.",
-            search_aliases=["clip loader", "quantize", "umt5", "qwen"],
+            "LowbitLoadTextEncoder",
             inputs=[
-                io.Combo.Input(
-                    "clip_name",
-                    options=model_names("text_encoders"),
-                    tooltip="A safetensors file in models/text_encoders, the index of a sharded set, or a GGUF file (decoded once, and stored anew in the format below).",
-                ),
-                io.Combo.Input(
-                    "type",
-                    options=[member.name.lower() for member in comfy.sd.CLIPType],
-                    default="wan",
-                    tooltip="The model family it encodes for: wan (UMT5), qwen_image (Qwen2.5-VL), ...",
-                ),
+                io.Combo.Input("clip_name", options=model_names("text_encoders")),
+                io.Combo.Input("type", options=types, default="wan"),
                 *format_inputs(),
-                io.Combo.Input(
-                    "device",
-                    options=["default", "cpu"],
-                    default="default",
-                    tooltip=(
-                        "default: the GPU while it encodes. cpu: always in main memory; slower to encode, but it takes no "
-                        "GPU memory at all, only its embeddings do."
-                    ),
-                    advanced=True,
-                ),
+                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True),
             ],
-            output=io.Clip.Output(tooltip="The text encoder."),
+            output=io.Clip.Output(),
+            search_aliases=["clip loader", "quantize", "umt5", "qwen"],
         )
 
     @classmethod
@@ -212,30 +139,14 @@ class LoadVAE(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LowbitLoadVAE",
-            display_name="Load VAE (Lowbit)",
-            category=CATEGORY,
-            description=(
-                "Loads a VAE in a chosen precision. Its weights are convolutions of some 250 MB, which 8 bits would make "
-                "slower and no smaller to speak of: precision is what saves memory here."
-            ),
-            search_aliases=["vae loader"],
+        return node_schema(
+            "LowbitLoadVAE",
             inputs=[
-                io.Combo.Input(
-                    "vae_name", options=vae_names(), tooltip="A file in models/vae, or one of core's built-ins."
-                ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(VAE_PRECISIONS),
-                    default="auto",
-                    tooltip=(
-                        "auto: what core picks for this GPU. bf16 and fp16 halve a decode's memory against fp32. There are "
-                        "no 8-bit formats, keep rules or dry run here: a VAE is convolutions, which ComfyUI cannot quantize."
-                    ),
-                ),
+                io.Combo.Input("vae_name", options=vae_names()),
+                io.Combo.Input("precision", options=list(VAE_PRECISIONS), default="auto"),
             ],
-            outputs=[io.Vae.Output(tooltip="The VAE.")],
+            outputs=[io.Vae.Output()],
+            search_aliases=["vae loader"],
         )
 
     @classmethod
@@ -249,19 +160,10 @@ class LoadModelPatch(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return loader_schema(
-            node_id="LowbitLoadModelPatch",
-            display_name="Load Model Patch (Lowbit)",
-            description="Loads an InfiniteTalk or MultiTalk patch with 8- or 4-bit weights; other patches load as in core.",
+            "LowbitLoadModelPatch",
+            inputs=[io.Combo.Input("name", options=model_names("model_patches")), *format_inputs()],
+            output=io.ModelPatch.Output(),
             search_aliases=["infinitetalk", "multitalk", "model patch loader"],
-            inputs=[
-                io.Combo.Input(
-                    "name",
-                    options=model_names("model_patches"),
-                    tooltip="A safetensors file in models/model_patches.",
-                ),
-                *format_inputs(),
-            ],
-            output=io.ModelPatch.Output(tooltip="The model patch."),
         )
 
     @classmethod

@@ -13,7 +13,7 @@ from ..host.memory.release import release
 from ..host.memory.session import session
 from ..memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
 from ..memory.policies import AUTO, POLICIES, SEQUENTIAL_CFG, STEP_CLEARING, Settings
-from .common import CATEGORY, show_text
+from .common import node_schema, show_text
 
 GIB = 1 << 30
 
@@ -23,88 +23,23 @@ class MemoryManager(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LowbitMemoryManager",
-            display_name="Memory Manager (Lowbit)",
-            category=CATEGORY,
-            description=(
-                "Keeps sampling and decoding within a memory budget on top of ComfyUI's own memory management, measures "
-                "every step, and answers an out-of-memory error by making room and doing the step again. Put it right "
-                "before the sampler. Removed, or with the model loaded anew, everything is as before."
-            ),
+        return node_schema(
+            "LowbitMemoryManager",
             search_aliases=["vram", "out of memory", "oom", "low vram", "block swap", "offload", "clear cache"],
             inputs=[
-                io.Model.Input("model", tooltip="The diffusion model to sample with. Costs nothing by itself."),
-                io.Combo.Input(
-                    "policy",
-                    options=list(POLICIES),
-                    default=AUTO,
-                    tooltip="How memory and time are traded. "
-                    + " ".join(f"{row.name}: {row.summary}." for row in POLICIES.values()),
-                ),
-                io.Combo.Input(
-                    "step_clearing",
-                    options=list(STEP_CLEARING),
-                    default=AUTO,
-                    tooltip=(
-                        "Whether memory that PyTorch holds without using it goes back to the GPU between steps. auto: only "
-                        "when it passes a threshold and is needed; costs nothing otherwise. off: never. every N: after "
-                        "each Nth step, whether it helps or not; each clearing waits for the GPU and makes the next step "
-                        "ask the driver for memory anew."
-                    ),
-                    advanced=True,
-                ),
-                io.Int.Input(
-                    "every_n_steps",
-                    default=1,
-                    min=1,
-                    max=1000,
-                    tooltip="The N of every N; without effect otherwise. The smaller, the slower the steps.",
-                    advanced=True,
-                ),
-                io.Float.Input(
-                    "vram_limit_gib",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.25,
-                    tooltip=(
-                        "GiB of GPU memory that this graph may take, to share the card or to try a smaller one; the driver's "
-                        "own half a GiB comes on top. It holds from where the model, clip or VAE of this node is used: "
-                        "connect clip, so that the text encoder keeps to it too. 0: the whole card. Weights that do not "
-                        "fit are streamed from main memory, which costs time."
-                    ),
-                ),
-                io.Combo.Input(
-                    "sequential_cfg",
-                    options=list(SEQUENTIAL_CFG),
-                    default=AUTO,
-                    tooltip=(
-                        "Whether the positive and the negative prompt run one after the other instead of together. on: "
-                        "about half the working memory; weights that stream do so twice a step, and a small picture takes "
-                        "longer. auto: where the batch does not fit, or where it saves more streaming than it costs. off: "
-                        "as ComfyUI decides. Without effect at cfg 1."
-                    ),
-                    advanced=True,
-                ),
-                io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="A text encoder to keep within the budget too. Costs nothing by itself.",
-                ),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip=(
-                        "A VAE to decode within the budget too: on the GPU, whole if that fits and tiled if not. Tiles "
-                        "take longer, at most about twice as long, and may differ slightly where they meet."
-                    ),
-                ),
+                io.Model.Input("model"),
+                io.Combo.Input("policy", options=list(POLICIES), default=AUTO),
+                io.Combo.Input("step_clearing", options=list(STEP_CLEARING), default=AUTO, advanced=True),
+                io.Int.Input("every_n_steps", default=1, min=1, max=1000, advanced=True),
+                io.Float.Input("vram_limit_gib", default=0.0, min=0.0, max=1024.0, step=0.25),
+                io.Combo.Input("sequential_cfg", options=list(SEQUENTIAL_CFG), default=AUTO, advanced=True),
+                io.Clip.Input("clip", optional=True),
+                io.Vae.Input("vae", optional=True),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model, managed. Costs under 0.5% of a step."),
-                io.Clip.Output(display_name="clip", tooltip="The text encoder, managed; nothing if none came in."),
-                io.Vae.Output(display_name="vae", tooltip="The VAE, managed; nothing if none came in."),
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.Vae.Output(display_name="vae"),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -127,14 +62,14 @@ class MemoryManager(io.ComfyNode):
 
 
 RELEASE_INPUTS = {
-    "text_encoder": (TEXT_ENCODER, True, "Loading it again costs a second or two, once a changed prompt is encoded."),
-    "diffusion_model": (DIFFUSION_MODEL, False, "All of them. Loading one again costs seconds, at the next sampling."),
-    "vae": (VAE, False, "Loading it again costs a fraction of a second."),
-    "audio_encoder": (AUDIO_ENCODER, False, "Loading it again costs about a second, once the audio changes."),
-    "model_patch": (MODEL_PATCH, False, "InfiniteTalk's patch, for one. It is loaded again with its diffusion model."),
-    "scratch": (SCRATCH, False, "This pack's working buffers. The next quantized layer makes them anew: microseconds."),
+    "text_encoder": (TEXT_ENCODER, True),
+    "diffusion_model": (DIFFUSION_MODEL, False),
+    "vae": (VAE, False),
+    "audio_encoder": (AUDIO_ENCODER, False),
+    "model_patch": (MODEL_PATCH, False),
+    "scratch": (SCRATCH, False),
 }
-"""Input of the release node -> the component, its default, and what a release costs."""
+"""Input of the release node -> the component and its default."""
 
 
 class ReleaseComponent(io.ComfyNode):
@@ -143,38 +78,20 @@ class ReleaseComponent(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         template = io.MatchType.Template("value")
-        return io.Schema(
-            node_id="LowbitReleaseComponent",
-            display_name="Release Component (Lowbit)",
-            category=CATEGORY,
-            description=(
-                "Passes a value on and moves the chosen components off the GPU at that moment: the diffusion model on the "
-                "latent's edge before the decode, the text encoder where every prompt is encoded already (on one prompt's "
-                "edge the other may still have to run). They stay in main memory, pinned as they were, and come back fast."
-            ),
+        return node_schema(
+            "LowbitReleaseComponent",
             search_aliases=["unload model", "free memory", "clear vram", "purge vram", "offload"],
             inputs=[
-                io.MatchType.Input(
-                    "value", template=template, tooltip="Anything: what passes is not changed or copied."
-                ),
-                *(
-                    io.Boolean.Input(name, default=default, tooltip=f"Release the {component}. {cost}")
-                    for name, (component, default, cost) in RELEASE_INPUTS.items()
-                ),
+                io.MatchType.Input("value", template=template),
+                *(io.Boolean.Input(name, default=default) for name, (_, default) in RELEASE_INPUTS.items()),
             ],
-            outputs=[
-                io.MatchType.Output(
-                    template=template,
-                    display_name="value",
-                    tooltip="What came in, unchanged. What runs after it costs no memory for the released components.",
-                )
-            ],
+            outputs=[io.MatchType.Output(template=template, display_name="value")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, value: object, **chosen: bool) -> io.NodeOutput:
-        names = [component for name, (component, _, _) in RELEASE_INPUTS.items() if chosen.get(name)]
+        names = [component for name, (component, _) in RELEASE_INPUTS.items() if chosen.get(name)]
         show_text(cls.hidden.unique_id, release(names).text)
         return io.NodeOutput(value)
 
@@ -185,33 +102,15 @@ class MemoryReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         template = io.MatchType.Template("value")
-        return io.Schema(
-            node_id="LowbitMemoryReport",
-            display_name="Memory Report (Lowbit)",
-            category=CATEGORY,
-            description=(
-                "Draws the GPU's memory by component over the whole run, with steps, peaks and the limit, and says the "
-                "same as text and JSON: ready for a bug report. Needs a Memory Manager (Lowbit) in the graph for more "
-                "than the present moment."
-            ),
+        return node_schema(
+            "LowbitMemoryReport",
             search_aliases=["vram usage", "memory profiler", "leak", "peak memory"],
-            inputs=[
-                io.MatchType.Input(
-                    "value",
-                    template=template,
-                    tooltip="Anything that is made last, such as the images: the report waits for it. Drawing takes about a tenth of a second.",
-                )
-            ],
+            inputs=[io.MatchType.Input("value", template=template)],
             outputs=[
-                io.MatchType.Output(
-                    template=template, display_name="value", tooltip="What came in, unchanged; costs nothing."
-                ),
-                io.Image.Output(
-                    display_name="chart",
-                    tooltip="Memory by component over time, 1600 x 900; some 17 MB of main memory.",
-                ),
-                io.String.Output(display_name="text", tooltip="The report as text; costs nothing."),
-                io.String.Output(display_name="json", tooltip="The report as JSON, with every sample; some kilobytes."),
+                io.MatchType.Output(template=template, display_name="value"),
+                io.Image.Output(display_name="chart"),
+                io.String.Output(display_name="text"),
+                io.String.Output(display_name="json"),
             ],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],

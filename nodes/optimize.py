@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host.optimizing import PRESETS, optimize
-from .common import CATEGORY
+from .common import node_schema
 
 
 class Optimize(io.ComfyNode):
@@ -13,15 +13,8 @@ class Optimize(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LowbitOptimize",
-            display_name="Optimize (Lowbit)",
-            category=CATEGORY,
-            description=(
-                "Makes a diffusion model smaller and faster: stores its weights in 8 or 4 bits, gives it the fastest "
-                "attention that is accurate enough, and keeps the graph within the GPU's memory. Put it behind any loader; "
-                "LoRAs may come before or after it. A model that is quantized already keeps its weights."
-            ),
+        return node_schema(
+            "LowbitOptimize",
             search_aliases=[
                 "quantize",
                 "fp8",
@@ -34,32 +27,16 @@ class Optimize(io.ComfyNode):
                 "speed",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="A diffusion model from any loader: Wan, Qwen-Image or any other."),
-                io.Combo.Input(
-                    "preset",
-                    options=list(PRESETS),
-                    default="balanced",
-                    tooltip="What counts most. " + " ".join(f"{row.name}: {row.summary}." for row in PRESETS.values()),
-                ),
-                io.Clip.Input(
-                    "clip",
-                    optional=True,
-                    tooltip="A text encoder to keep within the GPU's memory too. Its weights stay as they are.",
-                ),
-                io.Vae.Input(
-                    "vae",
-                    optional=True,
-                    tooltip="A VAE to decode within the GPU's memory too: whole if that fits and tiled if not.",
-                ),
+                io.Model.Input("model"),
+                io.Combo.Input("preset", options=list(PRESETS), default="balanced"),
+                io.Clip.Input("clip", optional=True),
+                io.Vae.Input("vae", optional=True),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model, quantized and managed."),
-                io.Clip.Output(display_name="clip", tooltip="The text encoder, managed; nothing if none came in."),
-                io.Vae.Output(display_name="vae", tooltip="The VAE, managed; nothing if none came in."),
-                io.String.Output(
-                    display_name="report",
-                    tooltip="What was done, and every layer with what became of it: connect a Preview as Text node.",
-                ),
+                io.Model.Output(display_name="model"),
+                io.Clip.Output(display_name="clip"),
+                io.Vae.Output(display_name="vae"),
+                io.String.Output(display_name="report"),
             ],
             hidden=[io.Hidden.unique_id],
         )

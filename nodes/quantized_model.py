@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..host.weights.preparing import Request
 from ..host.weights.quantizing import plan_model, quantize_model
 from ..host.weights.saving import save_diffusion_model
-from .common import CATEGORY
+from .common import node_schema
 from .loaders import execute_plan, format_inputs, loader_schema
 
 
@@ -17,12 +17,10 @@ class QuantizeModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return loader_schema(
-            node_id="LowbitQuantizeModel",
-            display_name="Quantize Model (Lowbit)",
-            description="Stores a loaded model's weights in 8 or 4 bits. LoRAs and patches that are on it stay on it.",
+            "LowbitQuantizeModel",
+            inputs=[io.Model.Input("model"), *format_inputs()],
+            output=io.Model.Output(),
             search_aliases=["fp8", "fp4", "int8", "nvfp4"],
-            inputs=[io.Model.Input("model", tooltip="A diffusion model from any loader."), *format_inputs()],
-            output=io.Model.Output(tooltip="The model with quantized weights."),
         )
 
     @classmethod
@@ -38,24 +36,11 @@ class SaveQuantizedModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LowbitSaveQuantizedModel",
-            display_name="Save Quantized Model (Lowbit)",
-            category=CATEGORY,
-            description=(
-                "Saves a diffusion model, LoRAs merged in, in ComfyUI's own quantized format: stock ComfyUI loads it "
-                "without this pack."
-            ),
+        return node_schema(
+            "LowbitSaveQuantizedModel",
             search_aliases=["model save", "export"],
-            inputs=[
-                io.Model.Input("model", tooltip="The model to save, quantized or not."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="diffusion_models/lowbit",
-                    tooltip="Subfolder and beginning of the file's name in ComfyUI's output folder.",
-                ),
-            ],
-            outputs=[io.String.Output(display_name="path", tooltip="The file that was written.")],
+            inputs=[io.Model.Input("model"), io.String.Input("filename_prefix", default="diffusion_models/lowbit")],
+            outputs=[io.String.Output(display_name="path")],
             is_output_node=True,
             hidden=[io.Hidden.unique_id],
         )

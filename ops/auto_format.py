@@ -105,7 +105,7 @@ def plan_format(
         return Chosen(make(None), AS_STORED, "the file's weights are quantized already, or too small to be")
     row = _row(device)
     if name == SMALLEST:
-        return _mixed(two_plans(checkpoint, device, rules, measure, pinned=pinned), row, 0, "asked for")
+        return _mixed(two_plans(checkpoint, device, rules, measure, pinned=pinned), 0, "asked for")
     if plan.family.kind == "text_encoder":
         return Chosen(plan, TEXT_ENCODER_FORMAT, "a text encoder runs once a prompt: 8-bit weights, 16-bit product")
     if not device.memory_bytes or plan.nbytes_after <= STREAMING_LIMIT * device.memory_bytes:
@@ -116,7 +116,7 @@ def plan_format(
     )
     if row.four_bits_faster:
         return Chosen(make(FORMATS[row.four_bits]), row.four_bits, reason)
-    return _mixed(two_plans(checkpoint, device, rules, measure, pinned=pinned), row, device.memory_bytes, reason)
+    return _mixed(two_plans(checkpoint, device, rules, measure, pinned=pinned), device.memory_bytes, reason)
 
 
 def two_plans(
@@ -134,18 +134,20 @@ def two_plans(
     """
     row = _row(device)
     make = partial(make_plan, checkpoint, user_rules=rules, named=False, pinned=pinned)
+    plan = make(FORMATS[TEXT_ENCODER_FORMAT])
     return TwoPlans(
-        make(FORMATS[row.eight_bits]),
+        plan if plan.family.kind == "text_encoder" else make(FORMATS[row.eight_bits]),
         make(FORMATS[row.four_bits]),
         partial(measure, checkpoint),
         lambda mix: make(FORMATS[row.four_bits], mix=mix),
     )
 
 
-def _mixed(plans: TwoPlans, row: AutoRow, room: int, reason: str) -> Chosen:
+def _mixed(plans: TwoPlans, room: int, reason: str) -> Chosen:
     """The mix that takes `room` bytes, or what 4 bits take where that is more."""
     plan = plans.within(max(room, plans.four_bits.nbytes_after))
-    name = f"{row.four_bits} and {row.eight_bits}" if plan.mix is not None else row.four_bits
+    four_bits = plans.four_bits.format_name
+    name = f"{four_bits} and {plans.eight_bits.format_name}" if plan.mix is not None else four_bits
     return Chosen(plan, name, reason)
 
 

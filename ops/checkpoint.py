@@ -18,20 +18,8 @@ from ..errors import CheckpointError
 from .foreign_layers import decoded_layers
 from .gguf_decode import decode
 from .gguf_file import SUFFIX, open_gguf
-from .header import DTYPES, FileStamp, Header, TensorEntry, file_stamp, load_json, opening, read_header
+from .header import FileStamp, Header, TensorEntry, file_stamp, load_json, opening, read_header
 from .staging import host_blocks
-
-__all__ = [
-    "DTYPES",
-    "INDEX_NAME",
-    "Checkpoint",
-    "TensorEntry",
-    "buffer_nbytes",
-    "decoded",
-    "open_checkpoint",
-    "read_elements",
-    "spread",
-]
 
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
 """Names of a sharded set's index: `model.safetensors.index.json`, in diffusers with a variant before `.json`."""
@@ -70,11 +58,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
-
-    @property
-    def plain_nbytes(self) -> int:
-        """Bytes of all tensors where none is coded."""
-        return sum(entry.plain_nbytes for entry in self.entries.values())
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in host memory of its own (not a view of the file)."""
@@ -151,7 +134,7 @@ def _open(path: Path) -> Checkpoint:
     if path.suffix.lower() == SUFFIX:
         entries, metadata, stamps = open_gguf(path)
         files = tuple(stamp.path for stamp in stamps)
-        return Checkpoint(path, files, MappingProxyType(entries), MappingProxyType(metadata), stamps)
+        return Checkpoint(path, files, entries, metadata, stamps)
     if INDEX_NAME.match(path.name):
         return _open_indexed(path)
     shard = _SHARD.match(path.name)

@@ -182,7 +182,9 @@ def microscaled(packed: torch.Tensor, block_scale: torch.Tensor, *, bits: int, t
     else:
         values = nibbles(packed, E2M1) if bits == 4 else _six_bits(packed)
     rows, columns = values.shape
-    scale = untiled_scales(block_scale, rows, -(-columns // 32)) if tiled else block_scale
+    scale = block_scale.view(torch.uint8)
+    if tiled:
+        scale = untiled_scales(scale, rows, -(-columns // 32))
     return each_block(torch.Tensor.mul_, values, scale.view(torch.float8_e8m0fnu), (1, 32))
 
 

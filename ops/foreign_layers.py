@@ -68,13 +68,19 @@ def decoded_layers(
 
 
 def foreign_sentences(entries: Iterable[TensorEntry]) -> list[str]:
-    """What becomes of layers that another tool stored, a sentence for each of its ways."""
-    counts = Counter(entry.decoded_from for entry in entries if entry.name.endswith(_WEIGHT) and entry.decoded_from)
+    """What becomes of layers that another tool stored, a sentence for each of its ways, or of GGUF's block formats."""
+    ways = (_decoded_from(entry) for entry in entries if entry.name.endswith(_WEIGHT))
+    counts = Counter(way for way in ways if way)
     return [
         f"{count} layer{'s are' if count > 1 else ' is'} {what}, which ComfyUI cannot multiply with: "
         f"{'they are' if count > 1 else 'it is'} decoded and stored anew."
         for what, count in counts.items()
     ]
+
+
+def _decoded_from(entry: TensorEntry) -> str:
+    coded = (f"{part.encoding} of GGUF" for part in (entry, *entry.parts) if part.encoding)
+    return entry.decoded_from or next(coded, "")
 
 
 def _stands_for_more(suffix: str) -> bool:

@@ -34,7 +34,7 @@ class Storage:
         pad: rows and columns are padded to a multiple of this by the layout (0: not padded).
         columns_per_scale: weights that share one scale along K (0: a whole row or the whole tensor).
         core_config: further entries of the `comfy_quant` JSON.
-        quantize_options: keyword arguments for the layout's `quantize`.
+        quantize_options: keyword arguments for the layout's `quantize`, besides `core_config`.
     """
 
     core_format: str
@@ -58,7 +58,7 @@ class WeightFormat:
         fast: activations are quantized too and the product runs on low-precision tensor cores where there are any.
         unit_scale: the tensor-wide scale is 1.0 (a plain cast, or block scales only) instead of the absolute maximum.
         substitute: storage for a matrix whose K the storage cannot take.
-        summary: one line for tooltips and help.
+        summary: one line for the documents.
     """
 
     name: str
@@ -70,7 +70,7 @@ class WeightFormat:
 
 
 CONVROT_GROUP = 256
-_CONVROT = MappingProxyType({"convrot": True, "convrot_groupsize": CONVROT_GROUP})
+_SCALE_PER_ROW = MappingProxyType({"per_channel": True})
 
 STORAGES: Mapping[str, Storage] = MappingProxyType(
     {
@@ -78,21 +78,15 @@ STORAGES: Mapping[str, Storage] = MappingProxyType(
         "float8_e5m2": Storage("float8_e5m2", "TensorCoreFP8E5M2Layout", torch.float8_e5m2, 8),
         "mxfp8": Storage("mxfp8", "TensorCoreMXFP8Layout", torch.float8_e4m3fn, 8, pad=32, columns_per_scale=32),
         "nvfp4": Storage("nvfp4", "TensorCoreNVFP4Layout", torch.uint8, 4, pad=16, columns_per_scale=16),
-        "int8": Storage(
-            "int8_tensorwise",
-            "TensorWiseINT8Layout",
-            torch.int8,
-            8,
-            quantize_options=MappingProxyType({"per_channel": True}),
-        ),
+        "int8": Storage("int8_tensorwise", "TensorWiseINT8Layout", torch.int8, 8, quantize_options=_SCALE_PER_ROW),
         "int8_convrot": Storage(
             "int8_tensorwise",
             "TensorWiseINT8Layout",
             torch.int8,
             8,
             column_multiple=CONVROT_GROUP,
-            core_config=_CONVROT,
-            quantize_options=MappingProxyType({"per_channel": True, **_CONVROT}),
+            core_config=MappingProxyType({"convrot": True, "convrot_groupsize": CONVROT_GROUP}),
+            quantize_options=_SCALE_PER_ROW,
         ),
         "int4_convrot": Storage(
             "convrot_w4a4",
@@ -101,7 +95,6 @@ STORAGES: Mapping[str, Storage] = MappingProxyType(
             4,
             column_multiple=CONVROT_GROUP,
             core_config=MappingProxyType({"convrot_groupsize": CONVROT_GROUP}),
-            quantize_options=MappingProxyType({"convrot_groupsize": CONVROT_GROUP}),
         ),
         "int4_asym": Storage(
             "asym_w4a8_int8",
@@ -111,7 +104,6 @@ STORAGES: Mapping[str, Storage] = MappingProxyType(
             column_multiple=CONVROT_GROUP,
             columns_per_scale=16,
             core_config=MappingProxyType({"group_size": 16, "convrot_groupsize": CONVROT_GROUP}),
-            quantize_options=MappingProxyType({"group_size": 16, "convrot_groupsize": CONVROT_GROUP}),
         ),
     }
 )
@@ -157,16 +149,8 @@ _ROWS = (
 
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({row.name: row for row in _ROWS})
 
-RECOMMENDED: Mapping[str, str] = MappingProxyType(
-    {
-        "int8_convrot_fast": "speed in 8 bits, on any GPU from the RTX 20 on",
-        "int8": "text encoders, and where 8 bits shall be as exact as can be",
-        "fp8_e4m3fn_scaled_fast": "files that other programs shall read too, on an RTX 40 or newer",
-        "int4_asym_fast": "half the size, on an RTX 30 or RTX 40",
-        "fp4_scaled_fast": "half the size, on an RTX 50",
-    }
-)
-"""Format name -> what it is for; the others are no better than one of these of the same size."""
+RECOMMENDED = ("int8_convrot_fast", "int8", "fp8_e4m3fn_scaled_fast", "int4_asym_fast", "fp4_scaled_fast")
+"""Names of formats; the others are no better than one of these of the same size."""
 
 FORMAT_CHOICES: tuple[str, ...] = tuple(dict.fromkeys((AUTO, SMALLEST, *RECOMMENDED, AS_STORED, *FORMATS)))
 """What the nodes offer: what chooses for itself, the recommended formats, the rest."""

@@ -6,28 +6,12 @@ Source: the block layouts of ggml (ggml-common.h) as the `gguf` package decodes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 Blocks = torch.Tensor
 """(blocks, bytes of a block), uint8."""
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """A block format of GGUF.
-
-    Attributes:
-        values: numbers in a block.
-        nbytes: bytes of a block.
-        decode: blocks to (blocks, values) float32.
-    """
-
-    values: int
-    nbytes: int
-    decode: Callable[[Blocks], torch.Tensor]
 
 
 def decode(raw: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -41,17 +25,14 @@ def decode(raw: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor
     Returns:
         float32 on `raw`'s device.
     """
-    row = FORMATS.get(name)
-    if row is None:
-        return _by_package(raw, name).view(shape)
-    return row.decode(raw.reshape(-1, row.nbytes)).view(shape)
-
-
-def _by_package(raw: torch.Tensor, name: str) -> torch.Tensor:
     import gguf
 
-    values = gguf.dequantize(raw.cpu().numpy(), gguf.GGMLQuantizationType[name])
-    return torch.from_numpy(values).to(raw.device)
+    kind = gguf.GGMLQuantizationType[name]
+    decode_blocks = DECODERS.get(name)
+    if decode_blocks is None:
+        return torch.from_numpy(gguf.dequantize(raw.cpu().numpy(), kind)).to(raw.device).view(shape)
+    _, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    return decode_blocks(raw.reshape(-1, nbytes)).view(shape)
 
 
 def _half(blocks: Blocks, start: int) -> torch.Tensor:
@@ -82,10 +63,6 @@ def _plus(offset: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Runs of values plus the offset of each."""
     blocks, runs = offset.shape
     return (offset.unsqueeze(2) + values.view(blocks, runs, -1)).view(blocks, -1)
-
-
-def _bfloat16(blocks: Blocks) -> torch.Tensor:
-    return blocks.contiguous().view(torch.bfloat16).float()
 
 
 def _q4_0(blocks: Blocks) -> torch.Tensor:
@@ -167,21 +144,20 @@ def _iq4_xs(blocks: Blocks) -> torch.Tensor:
     return _scaled(scales, _nonlinear(_fields(blocks[:, 8:], 4, 16)))
 
 
-FORMATS: Mapping[str, BlockFormat] = MappingProxyType(
+DECODERS: Mapping[str, Callable[[Blocks], torch.Tensor]] = MappingProxyType(
     {
-        "BF16": BlockFormat(1, 2, _bfloat16),
-        "Q4_0": BlockFormat(32, 18, _q4_0),
-        "Q4_1": BlockFormat(32, 20, _q4_1),
-        "Q5_0": BlockFormat(32, 22, _q5_0),
-        "Q5_1": BlockFormat(32, 24, _q5_1),
-        "Q8_0": BlockFormat(32, 34, _q8_0),
-        "Q2_K": BlockFormat(256, 84, _q2_k),
-        "Q3_K": BlockFormat(256, 110, _q3_k),
-        "Q4_K": BlockFormat(256, 144, _q4_k),
-        "Q5_K": BlockFormat(256, 176, _q5_k),
-        "Q6_K": BlockFormat(256, 210, _q6_k),
-        "IQ4_NL": BlockFormat(32, 18, _iq4_nl),
-        "IQ4_XS": BlockFormat(256, 136, _iq4_xs),
+        "Q4_0": _q4_0,
+        "Q4_1": _q4_1,
+        "Q5_0": _q5_0,
+        "Q5_1": _q5_1,
+        "Q8_0": _q8_0,
+        "Q2_K": _q2_k,
+        "Q3_K": _q3_k,
+        "Q4_K": _q4_k,
+        "Q5_K": _q5_k,
+        "Q6_K": _q6_k,
+        "IQ4_NL": _iq4_nl,
+        "IQ4_XS": _iq4_xs,
     }
 )
-"""What is decoded here; the rarer IQ formats are decoded by the `gguf` package on the CPU."""
+"""By ggml's name: blocks to (blocks, values) float32. The rarer IQ formats are decoded by the `gguf` package on the CPU."""

@@ -5,6 +5,7 @@ Source: the GGUF specification (ggml's docs/gguf.md), read by the `gguf` package
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,34 +17,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CapabilityError, CheckpointError
-from .gguf_names import LANGUAGE_MODELS, TEXT_ARCHITECTURES, Joined, TextArchitecture, vision_tensors
-from .header import DECODED, FileStamp, TensorEntry, file_stamp, opening
+from .gguf_names import EMBEDDING, TEXT_ARCHITECTURES, VISION_ARCHITECTURE, Joined, TextArchitecture, vision_tensors
+from .gguf_tokenizers import Vocabulary, sentencepiece_bytes, tekken_bytes
+from .header import DECODED, DTYPES, FileStamp, TensorEntry, file_stamp, opening
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
 SUFFIX = ".gguf"
-PLAIN: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I8": torch.int8,
-        "I16": torch.int16,
-        "I32": torch.int32,
-        "I64": torch.int64,
-    }
-)
-"""Types that are stored as torch holds them."""
 
 _SHAPE = "comfy.gguf.orig_shape."
-_TOKENIZED = frozenset({"t5", "t5encoder"})
+_TOKENIZER = "tokenizer.ggml."
+_UNIGRAM = frozenset({"t5", "t5encoder"})
+_SENTENCEPIECE = _UNIGRAM | {"gemma2", "gemma3"}
 _UNIGRAM_VOCABULARY = 256_384
 """UMT5's, whose tokenizer ComfyUI takes from the file; other T5 encoders have one of its own."""
 
 
-def open_gguf(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], tuple[FileStamp, ...]]:
+Opened = tuple[Mapping[str, TensorEntry], Mapping[str, str], tuple[FileStamp, ...]]
+
+
+def open_gguf(path: Path) -> Opened:
     """Tensors by ComfyUI's name, text entries, and the state of each file that was read.
 
     A text encoder's vision tower is read from the `mmproj` file beside it, where there is one.
@@ -52,37 +46,61 @@ def open_gguf(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str], tuple
         CapabilityError: the `gguf` package is not installed.
         CheckpointError: the file is missing, damaged, or of an architecture that is not known.
     """
+    with opening(path):
+        return _opened(tuple(file_stamp(file) for file in (path, *_vision_files(path))))
+
+
+@functools.lru_cache(maxsize=4)
+def _opened(states: tuple[FileStamp, ...]) -> Opened:
+    """`open_gguf` of the first of these files: the package takes seconds for a large vocabulary."""
+    path = states[0].path
     reader, stamp = _read(path)
     stored = {tensor.name: _entry(path, tensor, reader, stamp.size) for tensor in reader.tensors}
     name = _text(reader, "general.architecture")
     architecture = TEXT_ARCHITECTURES.get(name)
     if architecture is None:
-        if name in LANGUAGE_MODELS:
+        if name == VISION_ARCHITECTURE:
+            raise CheckpointError(
+                f"{path.name} is the vision tower of a text encoder, which is read along with it: choose the text encoder's own "
+                "file, and leave this one beside it."
+            )
+        if EMBEDDING in stored:
             known = ", ".join(TEXT_ARCHITECTURES)
             raise CheckpointError(
                 f"{path.name} is a language model of the architecture '{name}', whose tensors are not known here (only of "
                 f"{known}): use its safetensors file."
             )
-        return stored, {}, (stamp,)
+        return MappingProxyType(stored), MappingProxyType({}), (stamp,)
     entries = dict(_text_encoder(stored, architecture, reader, name))
     stamps = [stamp]
     embedding = entries.get("shared.weight")
-    if name in _TOKENIZED and embedding is not None and embedding.shape[0] == _UNIGRAM_VOCABULARY:
-        entries["spiece_model"] = _tokenizer(path, reader)
-    if name == "qwen2vl" and (beside := vision_file(path)) is not None:
-        vision_reader, vision_stamp = _read(beside)
-        parts = {
-            tensor.name: _entry(beside, tensor, vision_reader, vision_stamp.size) for tensor in vision_reader.tensors
-        }
-        entries |= {ours: _joined(ours, made, parts) for ours, made in vision_tensors(frozenset(parts)).items()}
-        stamps.append(vision_stamp)
-    return entries, {}, tuple(stamps)
+    tokenizer = _tokenizer(path, reader, name, 0 if embedding is None else embedding.shape[0])
+    if tokenizer is not None:
+        entries[tokenizer.name] = tokenizer
+    if name == "qwen2vl":
+        tower, beside = _vision_tower(path, entries.get("model.embed_tokens.weight"))
+        entries |= tower
+        stamps += beside
+    return MappingProxyType(entries), MappingProxyType({}), tuple(stamps)
 
 
-def vision_file(path: Path) -> Path | None:
-    """The `mmproj` file of a text encoder: beside it, the one whose name shares most of its beginning."""
-    others = [other for other in path.parent.glob(f"*{SUFFIX}") if "mmproj" in other.name.lower()]
-    return max(others, key=lambda other: len(os.path.commonprefix((_bare(other), _bare(path)))), default=None)
+def _vision_tower(path: Path, embedding: TensorEntry | None) -> tuple[dict[str, TensorEntry], list[FileStamp]]:
+    """The tensors of the `mmproj` file beside a text encoder, and its state; of several that whose name is most like its.
+
+    One that makes embeddings of another width than the encoder's is another model's.
+    """
+    for other in sorted(_vision_files(path), key=lambda other: -len(os.path.commonprefix((_bare(other), _bare(path))))):
+        reader, stamp = _read(other)
+        parts = {tensor.name: _entry(other, tensor, reader, stamp.size) for tensor in reader.tensors}
+        made = vision_tensors(frozenset(parts))
+        last = parts.get("mm.2.weight")
+        if made and (embedding is None or last is None or last.shape[0] == embedding.shape[1]):
+            return {ours: _joined(ours, joined, parts) for ours, joined in made.items()}, [stamp]
+    return {}, []
+
+
+def _vision_files(path: Path) -> list[Path]:
+    return [other for other in path.parent.glob(f"*{SUFFIX}") if "mmproj" in other.name.lower()]
 
 
 def _bare(path: Path) -> str:
@@ -100,7 +118,14 @@ def _read(path: Path) -> tuple[GGUFReader, FileStamp]:
     try:
         with opening(path):
             stamp = file_stamp(path)
-            return gguf.GGUFReader(path), stamp
+            reader = gguf.GGUFReader(path)
+        parts = _number(reader, "split.count")
+        if parts > 1:
+            raise CheckpointError(
+                f"{path.name} is one of {parts} files of a model: join them with llama.cpp's 'llama-gguf-split --merge', or use "
+                "the model in one file."
+            )
+        return reader, stamp
     except CheckpointError:
         raise
     except Exception as error:
@@ -118,7 +143,8 @@ def _entry(path: Path, tensor: ReaderTensor, reader: GGUFReader, size: int) -> T
     shape = _shape(reader, tensor)
     if torch.Size(shape).numel() != int(tensor.n_elements):
         raise CheckpointError(f"{path.name}: tensor '{tensor.name}' has another shape than numbers: download it again.")
-    dtype = PLAIN.get(kind)
+    # Types that torch holds have the names that safetensors gives them.
+    dtype = DTYPES.get(kind)
     return TensorEntry(tensor.name, dtype or DECODED, shape, path, offset, nbytes, "" if dtype else kind)
 
 
@@ -157,38 +183,50 @@ def _joined(ours: str, made: Joined, parts: Mapping[str, TensorEntry]) -> Tensor
     return TensorEntry(ours, entries[0].dtype, tuple(shape), entries[0].path, 0, nbytes, "", entries, made.join)
 
 
-def _tokenizer(path: Path, reader: GGUFReader) -> TensorEntry:
-    """The SentencePiece model that the file's tokens were taken from, as the bytes that ComfyUI reads.
+def _tokenizer(path: Path, reader: GGUFReader, name: str, vocabulary_size: int) -> TensorEntry | None:
+    """The tokenizer that ComfyUI reads from the file of this architecture, made anew, or None where it has one of its own.
 
     Raises:
-        CapabilityError: there is no sentencepiece.
+        CheckpointError: the file's is of another kind.
     """
+    if name in _UNIGRAM and vocabulary_size != _UNIGRAM_VOCABULARY:
+        return None
+    if name in _SENTENCEPIECE:
+        tensor, make = "spiece_model", sentencepiece_bytes
+    elif _text(reader, f"{_TOKENIZER}pre") == "tekken":
+        tensor, make = "tekken_model", tekken_bytes
+    else:
+        return None
+    vocabulary = _vocabulary(reader)
+    if not vocabulary.tokens:
+        return None
     try:
-        from sentencepiece import sentencepiece_model_pb2
-    except ImportError:
-        raise CapabilityError(
-            f"{path.name} holds a tokenizer, which is made anew with 'sentencepiece' and 'protobuf': install both."
+        content = torch.frombuffer(bytearray(make(vocabulary)), dtype=torch.uint8)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path.name} has {error}, of which ComfyUI's cannot be made: use its safetensors file."
         ) from None
-    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    tokens = (_list(reader, f"tokenizer.ggml.{part}") for part in ("tokens", "scores", "token_type"))
-    for token, score, kind in zip(*tokens, strict=True):
-        model.pieces.add(piece=bytes(token).decode("utf-8"), score=float(score[0]), type=int(kind[0]))
-    model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
-    model.trainer_spec.byte_fallback = any(piece.type == piece.BYTE for piece in model.pieces)
-    model.trainer_spec.vocab_size = len(model.pieces)
-    model.trainer_spec.eos_id = _number(reader, "tokenizer.ggml.eos_token_id")
-    model.trainer_spec.pad_id = _number(reader, "tokenizer.ggml.padding_token_id")
-    model.normalizer_spec.add_dummy_prefix = bool(_number(reader, "tokenizer.ggml.add_space_prefix"))
-    model.normalizer_spec.remove_extra_whitespaces = bool(_number(reader, "tokenizer.ggml.remove_extra_whitespaces"))
-    charsmap = reader.get_field("tokenizer.ggml.precompiled_charsmap")
-    if charsmap is not None:
-        model.normalizer_spec.precompiled_charsmap = bytes(
-            int(charsmap.parts[index][0]) & 255 for index in charsmap.data
-        )
-    content = torch.frombuffer(bytearray(model.SerializeToString()), dtype=torch.uint8)
     return TensorEntry(
-        "spiece_model", torch.uint8, tuple(content.shape), path, 0, content.numel(), "", (), lambda parts: content
+        tensor, torch.uint8, tuple(content.shape), path, 0, content.numel(), "", (), lambda parts: content
     )
+
+
+def _vocabulary(reader: GGUFReader) -> Vocabulary:
+    roles = ("bos", "eos", "unknown", "padding")
+    return Vocabulary(
+        _text(reader, f"{_TOKENIZER}model"),
+        [bytes(token).decode("utf-8", "replace") for token in _list(reader, f"{_TOKENIZER}tokens")],
+        [float(score[0]) for score in _list(reader, f"{_TOKENIZER}scores")],
+        [int(kind[0]) for kind in _list(reader, f"{_TOKENIZER}token_type")],
+        {role: _number(reader, f"{_TOKENIZER}{role}_token_id") for role in roles if _has(reader, f"{role}_token_id")},
+        bool(_number(reader, f"{_TOKENIZER}add_space_prefix")),
+        bool(_number(reader, f"{_TOKENIZER}remove_extra_whitespaces")),
+        bytes(int(part[0]) & 255 for part in _list(reader, f"{_TOKENIZER}precompiled_charsmap")),
+    )
+
+
+def _has(reader: GGUFReader, name: str) -> bool:
+    return reader.get_field(f"{_TOKENIZER}{name}") is not None
 
 
 def _list(reader: GGUFReader, name: str) -> list[Any]:

@@ -117,10 +117,11 @@ TEXT_ARCHITECTURES: Mapping[str, TextArchitecture] = MappingProxyType(
 )
 """`general.architecture` -> names. A diffusion model's file has ComfyUI's names already."""
 
-LANGUAGE_MODELS = frozenset(
-    {"qwen3vl", "qwen35", "gemma", "gemma3n", "gemma4", "phi3", "gpt2", "clip", "bert", "gpt-oss"}
-)
-"""Architectures of language models that are known, and not read."""
+EMBEDDING = "token_embd.weight"
+"""A tensor that every language model of llama.cpp's has, and no diffusion model."""
+
+VISION_ARCHITECTURE = "clip"
+"""Of an `mmproj` file."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import FormatError
 from .formats import FORMATS
@@ -97,6 +97,7 @@ def _in_block(segments: Sequence[str]) -> bool:
 _NORMS = (Rule("norm*", reason="normalization"), Rule("*_norm", reason="normalization"))
 _CONDITIONING = "time, text and image conditioning: small, and every block depends on it"
 _INPUT_OUTPUT = "first or last projection: small, and its error is the picture's"
+_GATEWAY = "all of a group of blocks goes through it: small, and nothing scales it down"
 _MODULATION = "modulation: few bytes in this model, and every block depends on it"
 _LARGE_MODULATION = "modulation: every block depends on it, and in 16 bits it would be a large part of the model"
 _AUDIO = "audio conditioning: small, and lip movement depends on it"
@@ -119,7 +120,10 @@ _ADDED = (
     Rule("add_conv_in", reason="an added input: small"),
     Rule("add_proj", reason="an added input: small"),
 )
-_VACE = (Rule("vace_patch_embedding", reason=_INPUT_OUTPUT, expected=True),)
+_VACE = (
+    Rule("vace_patch_embedding", reason=_INPUT_OUTPUT, expected=True),
+    Rule("before_proj|after_proj", reason=_GATEWAY, expected=True),
+)
 _ANIMATE = (
     Rule("pose_patch_embedding", reason=_INPUT_OUTPUT, expected=True),
     Rule("motion_encoder", reason=_FACE, structural=True),
@@ -146,6 +150,12 @@ _QWEN_IMAGE = (
     Rule("img_mod|txt_mod", EIGHT_BITS, reason=_LARGE_MODULATION, expected=True),
 )
 _TEXT_ENCODER = (*_NORMS, Rule("*layernorm", reason="normalization"))
+
+_LANGUAGE_MODEL = "model.layers.*.self_attn.q_proj|model.language_model.layers.*.self_attn.q_proj"
+_TOWER = Rule(
+    "visual|vision_model|multi_modal_projector|audio_model|audio_projector",
+    reason="the tower that sees or hears: small, and edits depend on it",
+)
 
 # Core renames its weight alone, and not the scale.
 _OUTPUT_HEAD = Rule("lm_head", reason=_INPUT_OUTPUT, structural=True)
@@ -192,12 +202,12 @@ FAMILIES: tuple[ModelFamily, ...] = (
     ),
     ModelFamily("UMT5", "text_encoder", ("shared", "encoder.block.*.layer.0.SelfAttention.q"), _TEXT_ENCODER),
     ModelFamily(
-        "Qwen2.5-VL",
+        "Qwen-VL",
         "text_encoder",
-        ("model.layers.*.self_attn.q_proj", "visual.blocks.*"),
-        (*_TEXT_ENCODER, Rule("visual", reason="the vision tower: small, and edits depend on it", expected=True)),
+        (_LANGUAGE_MODEL, "visual.blocks.*"),
+        (*_TEXT_ENCODER, replace(_TOWER, expected=True)),
     ),
-    ModelFamily("text model", "text_encoder", ("model.layers.*.self_attn.q_proj",), (*_TEXT_ENCODER, _OUTPUT_HEAD)),
+    ModelFamily("text model", "text_encoder", (_LANGUAGE_MODEL,), (*_TEXT_ENCODER, _OUTPUT_HEAD, _TOWER)),
 )
 
 MODULATION_LAYERS = "modulation|*_modulation*|adaln_*|*_mod|mod[A-Z]*|mod_*|*norm*.linear|emb_layers|param_generator"
@@ -207,13 +217,16 @@ MODULATION_LAYERS = "modulation|*_modulation*|adaln_*|*_mod|mod[A-Z]*|mod_*|*nor
 # in a 4-bit model 8 bits do as well (benchmarks/families.py).
 _WORTH_ITS_BYTES = 0.125
 
+# PixelDiT's last blocks, which make the picture out of what the others made; their modulation is as large as any.
+_PIXEL_DECODER = "pixel_blocks.*.attn|pixel_blocks.*.mlp|compress_to_attn|expand_from_attn"
+
 GENERIC = ModelFamily(
     "unknown",
     "diffusion_model",
     (),
     (
         _OUTPUT_HEAD,
-        Rule("distilled_guidance_layer", reason=_CONDITIONING),
+        Rule("distilled_guidance_layer|t_embedder", reason=_CONDITIONING),
         Rule("txtfusion", reason=_CONDITIONING, most_added=_WORTH_ITS_BYTES),
         Rule("tokenizer", reason="ends in discrete codes, which an error changes whole", always=True),
         Rule(
@@ -224,6 +237,8 @@ GENERIC = ModelFamily(
         ),
         Rule(MODULATION_LAYERS, reason=_MODULATION, most_added=_WORTH_ITS_BYTES),
         Rule(MODULATION_LAYERS, EIGHT_BITS, reason=_LARGE_MODULATION),
+        Rule("proj_in|proj_out", reason=_GATEWAY, most_added=_WORTH_ITS_BYTES),
+        Rule(_PIXEL_DECODER, reason=_INPUT_OUTPUT, most_added=_WORTH_ITS_BYTES),
     ),
 )
 

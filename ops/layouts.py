@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from comfy_kitchen.tensor import QuantizedTensor, TensorCoreFP8Layout, register_layout_class
+from comfy_kitchen.tensor import TensorCoreFP8Layout, register_layout_class
 from comfy_kitchen.tensor.base import LAYOUTS
-
-__all__ = ["QuantizedTensor", "register_layouts"]
-
-
-class Float8E4M3Layout(TensorCoreFP8Layout):
-    """E4M3 weights under the layout name that ComfyUI uses for them."""
 
 
 class Float8E5M2Layout(TensorCoreFP8Layout):
@@ -36,7 +30,7 @@ def register_layouts() -> None:
     ComfyUI registers its own subclasses (with stochastic rounding) under the same names; those are left as they are.
     """
     for name, layout in (
-        ("TensorCoreFP8E4M3Layout", Float8E4M3Layout),
+        ("TensorCoreFP8E4M3Layout", TensorCoreFP8Layout),
         ("TensorCoreFP8E5M2Layout", Float8E5M2Layout),
     ):
         if name not in LAYOUTS:

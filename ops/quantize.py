@@ -205,7 +205,7 @@ def _quantize_by_layout(weight: torch.Tensor, storage: Storage) -> QuantizedPart
 def _quantize_chunks(weight: torch.Tensor, storage: Storage) -> QuantizedParts:
     register_layouts()
     layout = get_layout_class(storage.layout)
-    options = dict(storage.quantize_options)
+    options = {**storage.core_config, **storage.quantize_options}
     if storage.core_format == "asym_w4a8_int8":
         options.update(_codebook_options(weight, layout, options))
     pieces = []

@@ -17,6 +17,7 @@ from ...attention.environment import Environment, detect
 from ...attention.planning import TIMINGS_FILE, check_named
 from ...attention.schedule import Schedule
 from ...kernels.measured import MeasuredNumbers
+from ..in_front import set_wrappers
 from .override import OVERRIDE, AttentionOverride
 from .sampling_hooks import KEY, AttentionHooks
 
@@ -75,15 +76,14 @@ def install_override(
     override.device = model.load_device
     options[OVERRIDE] = override
     hooks = AttentionHooks(override)
-    for kind, wrapper in (
-        (WrappersMP.OUTER_SAMPLE, hooks.outer_sample),
-        (WrappersMP.SAMPLER_SAMPLE, hooks.sampler_sample),
-        (WrappersMP.PREDICT_NOISE, hooks.predict_noise),
-        (WrappersMP.APPLY_MODEL, hooks.apply_model),
-        (WrappersMP.DIFFUSION_MODEL, hooks.diffusion_model),
-    ):
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
+        WrappersMP.SAMPLER_SAMPLE: hooks.sampler_sample,
+        WrappersMP.PREDICT_NOISE: hooks.predict_noise,
+        WrappersMP.APPLY_MODEL: hooks.apply_model,
+        WrappersMP.DIFFUSION_MODEL: hooks.diffusion_model,
+    }
+    set_wrappers(clone, KEY, wrappers)
     if remark is not None:
         override.dispatcher.report.note(remark)
     return clone, remark

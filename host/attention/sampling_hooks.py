@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable
@@ -96,8 +95,7 @@ class AttentionHooks:
         """
         if torch.compiler.is_compiling():
             return executor(*args, **kwargs)
-        names = _parameters(getattr(executor.original, "__func__", executor.original))
-        with ROUTES.open(_argument(names, args, kwargs, "transformer_options")):
+        with ROUTES.open(_argument(_bound(executor, args, kwargs), "transformer_options")):
             return executor(*args, **kwargs)
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,10 +104,11 @@ class AttentionHooks:
         A result with NaN or Inf in it that lossy backends had a part in is thrown away: they are struck off and the
         call is made again, with what the first one used up put back. The look waits for the GPU once a model call.
         """
-        names = _parameters(getattr(executor.original, "__func__", executor.original))
-        options = _argument(names, args, kwargs, "transformer_options")
+        options = _argument(_bound(executor, args, kwargs), "transformer_options")
         self._drop_idle_text_mask(executor.class_obj, kwargs, options)
-        control = _copied_lists(_argument(names, args, kwargs, "control"))
+        again = _bound(executor, args, kwargs)
+        if "control" in again.arguments:
+            again.arguments["control"] = _copied_lists(again.arguments["control"])
         restore = restorer(options)
         dispatcher = self.override.dispatcher
         dispatcher.begin_model_call()
@@ -122,7 +121,7 @@ class AttentionHooks:
             log.warning("The model's output was not finite; doing the step again without %s.", ", ".join(barred))
             dispatcher.report.model_calls_repeated += 1
             restore()
-            out = executor(*_with(names, args, kwargs, "control", control), **kwargs)
+            out = executor(*again.args, **again.kwargs)
             if not _finite(out):
                 dispatcher.unbar(barred)
                 self._check_outputs = False
@@ -142,28 +141,14 @@ class AttentionHooks:
         self.override.dispatcher.report.text_masks_dropped += 1
 
 
-@functools.cache
-def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of a function's parameters, without self."""
-    names = tuple(inspect.signature(function).parameters)
-    return names[1:] if names[:1] == ("self",) else names
+def _bound(executor: Any, args: Any, kwargs: dict[str, Any]) -> inspect.BoundArguments:
+    """The arguments of a call by the names of the function that core's executor runs."""
+    return inspect.signature(executor.original).bind_partial(*args, **kwargs)
 
 
-def _argument(names: tuple[str, ...], args: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """The argument `name` of a call, by keyword or by position; None when it is not there."""
-    if name in kwargs:
-        return kwargs[name]
-    index = names.index(name) if name in names else len(args)
-    return args[index] if index < len(args) else None
-
-
-def _with(names: tuple[str, ...], args: Any, kwargs: dict[str, Any], name: str, value: Any) -> tuple[Any, ...]:
-    """The positional arguments with another value for `name`; a keyword is changed in place."""
-    if name in kwargs:
-        kwargs[name] = value
-        return tuple(args)
-    index = names.index(name) if name in names else len(args)
-    return tuple(value if number == index else arg for number, arg in enumerate(args))
+def _argument(bound: inspect.BoundArguments, name: str) -> Any:
+    """One of them, whether or not the function names it; None when it is not there."""
+    return bound.arguments.get(name, bound.kwargs.get(name))
 
 
 def _copied_lists(control: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from ...errors import MemoryBudgetError
 from ...memory.decisions import VaeTiles, plan_tiles, smaller
 from ...memory.policies import Settings
-from .encoding import managed_class
+from ..in_front import class_in_front
 from .pages import keep_streams_free
 from .release import manage_prompt
 from .room import again_after_oom, raise_other, reachable_room, release_all_but, release_for
@@ -167,6 +167,6 @@ class ManagedVAE:
 def manage_vae(vae: Any, settings: Settings, node_id: str | None) -> Any:
     """A managed VAE that shares the model and patcher of this one."""
     managed = copy.copy(vae)
-    managed.__class__ = managed_class(type(vae), ManagedVAE)
+    managed.__class__ = class_in_front(type(vae), ManagedVAE)
     setattr(managed, _SETTINGS, (settings, node_id))
     return managed

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...memory.policies import Settings
+from ..in_front import class_in_front
 from .pages import part_limit
 from .release import manage_prompt
 from .room import again_after_oom, release_all_but, release_for
@@ -54,18 +55,6 @@ class ManagedClip:
 
 def manage_clip(clip: Any, settings: Settings, node_id: str | None) -> Any:
     """Make this CLIP (a clone of the user's) a managed one."""
-    clip.__class__ = managed_class(type(clip), ManagedClip)
+    clip.__class__ = class_in_front(type(clip), ManagedClip)
     setattr(clip, _SETTINGS, (settings, node_id))
     return clip
-
-
-def managed_class(core_class: type, mixin: type) -> type:
-    """Core's class with `mixin` in front; one for each class, kept on it, so that both go together."""
-    if issubclass(core_class, mixin):
-        return core_class
-    name = f"_lowbit_{mixin.__name__}"
-    managed = core_class.__dict__.get(name)
-    if managed is None:
-        managed = type(core_class.__name__, (mixin, core_class), {"__module__": core_class.__module__})
-        setattr(core_class, name, managed)
-    return managed

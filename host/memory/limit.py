@@ -55,8 +55,8 @@ class VramLimit:
                 return
             self.nbytes = nbytes
             try:
-                self._hook("get_free_memory", self._free_memory)
-                self._hook("get_total_memory", self._total_memory)
+                self._hook("get_free_memory", self._room_for_models)
+                self._hook("get_total_memory", lambda limit: limit)
                 if self.device.torch_device.type == "cuda":
                     self._cap_allocator()
                     self._cap_dynamic_vram(nbytes)
@@ -111,9 +111,16 @@ class VramLimit:
             except Exception as error:  # noqa: BLE001
                 log.warning("A part of the VRAM limit could not be removed: %s", error)
 
-    def _hook(self, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    def _hook(self, name: str, most: Callable[[int], int]) -> None:
+        """Has core's function `name` of a device answer no number, or none of several, over `most` of the limit."""
         original = getattr(comfy.model_management, name)
-        hook = make(original)
+
+        def hook(*arguments: Any, **options: Any) -> Any:
+            answer, limit = original(*arguments, **options), self.nbytes
+            if limit is None or not self._applies_to(arguments[0] if arguments else options.get("dev")):
+                return answer
+            bound = most(limit)
+            return tuple(min(number, bound) for number in answer) if isinstance(answer, tuple) else min(answer, bound)
 
         def restore() -> None:
             # Whoever wrapped it since calls this hook, which only passes on once there is no limit.
@@ -124,38 +131,15 @@ class VramLimit:
         self._undo.append(restore)
 
     def _applies_to(self, device: torch.device | None) -> bool:
-        if self.nbytes is None or not self._holds():
+        if not self._holds():
             return False
         if device is None:
             return True
         asked, ours = torch.device(device), self.device.torch_device
         return asked.type == ours.type and asked.index in (None, ours.index)
 
-    def _free_memory(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_free_memory(*arguments: Any, **options: Any) -> Any:
-            return self._limited(original(*arguments, **options), arguments, options, self._room_for_models)
-
-        return get_free_memory
-
-    def _total_memory(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_total_memory(*arguments: Any, **options: Any) -> Any:
-            return self._limited(original(*arguments, **options), arguments, options, lambda limit: limit)
-
-        return get_total_memory
-
     def _room_for_models(self, limit: int) -> int:
         return max(0, limit - self.kept_free - self.device.read().allocated)
-
-    def _limited(
-        self, answer: Any, arguments: tuple[Any, ...], options: dict[str, Any], most: Callable[[int], int]
-    ) -> Any:
-        """Core's answer for its first argument `dev`, one number or several, none of them over `most` of the limit."""
-        limit = self.nbytes
-        device = arguments[0] if arguments else options.get("dev")
-        if limit is None or not self._applies_to(device):
-            return answer
-        bound = most(limit)
-        return tuple(min(number, bound) for number in answer) if isinstance(answer, tuple) else min(answer, bound)
 
     def _cap_allocator(self) -> None:
         index = self.device.torch_device.index or 0
@@ -186,8 +170,7 @@ class VramLimit:
 
 def _allocator_fraction(index: int) -> float:
     """The allocator's cap now, as it can be set again: cudaMallocAsync says some hundred millions for none."""
-    get = getattr(torch.cuda, "get_per_process_memory_fraction", None)
-    return 1.0 if get is None else min(1.0, float(get(index)))
+    return min(1.0, float(torch.cuda.get_per_process_memory_fraction(index)))
 
 
 def _headroom(library: Any) -> int | None:

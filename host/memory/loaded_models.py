@@ -96,14 +96,10 @@ def outside_bytes(device: torch.device) -> int:
     if not comfy.memory_management.aimdo_enabled:
         return 0
     ranges = [getattr(patcher.model, "dynamic_vbars", {}).get(device) for patcher in loaded_patchers()]
-    buffers = [buffer for buffer in list(_cast_buffers().values()) if buffer.device == device.index]
+    buffers = getattr(comfy.model_management, "STREAM_AIMDO_CAST_BUFFERS", {}).values()
     return sum(int(found.loaded_size()) for found in ranges if found is not None) + sum(
-        int(buffer.size()) for buffer in buffers
+        int(buffer.size()) for buffer in list(buffers) if buffer.device == device.index
     )
-
-
-def _cast_buffers() -> dict[Any, Any]:
-    return getattr(comfy.model_management, "STREAM_AIMDO_CAST_BUFFERS", {})
 
 
 def pinned_bytes() -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...memory.policies import Settings
+from ..in_front import set_wrappers
 from .decoding import manage_vae
 from .encoding import manage_clip
 from .release import manage_prompt
@@ -28,6 +29,7 @@ def manage(
     """
     manage_prompt(node_id, settings.limit_bytes)
     managed, hooks = model.clone(), MemoryHooks(settings, node_id)
+    # A manager further up the chain gives way to this one.
     wrappers: dict[str, Callable[..., Any]] = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
         WrappersMP.PREPARE_SAMPLING: hooks.prepare_sampling,
@@ -35,10 +37,7 @@ def manage(
         WrappersMP.CALC_COND_BATCH: hooks.calc_cond_batch,
         WrappersMP.DIFFUSION_MODEL: hooks.fetcher,
     }
-    for kind, wrapper in wrappers.items():
-        # A manager further up the chain gives way to this one.
-        managed.remove_wrappers_with_key(kind, KEY)
-        managed.add_wrapper_with_key(kind, KEY, wrapper)
+    set_wrappers(managed, KEY, wrappers)
     managed.remove_callbacks_with_key(CallbacksMP.ON_LOAD, KEY)
     managed.add_callback_with_key(CallbacksMP.ON_LOAD, KEY, hooks.loaded)
     return (

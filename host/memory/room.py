@@ -80,16 +80,20 @@ def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: s
     Raises:
         MemoryBudgetError: it ran out of memory again.
     """
-    first = _attempt(call)
-    if first.error is None:
-        return first.value
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001
+        # Not kept, here or below: it would keep all tensors of the call alive.
+        raise_other(error)
     said = make_room()
     session().say(f"Out of memory in {what}. It was done again after this: {said}.")
-    second = _attempt(call)
-    if second.error is None:
-        return second.value
+    try:
+        return call()
+    except Exception as error:  # noqa: BLE001
+        raise_other(error)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     release_all_but((), what, running=True)
-    raise MemoryBudgetError(give_up_text(session(), what, said, second.error))
+    raise MemoryBudgetError(give_up_text(session(), what, said, reason))
 
 
 def give_up_text(current: Session, what: str, said: str, error: str) -> str:
@@ -106,19 +110,3 @@ def raise_other(error: Exception) -> None:
     """Raise an error again unless it means that GPU memory ran out."""
     if not (isinstance(error, RuntimeError) and str(error).startswith(_DYNAMIC_VRAM_ERRORS)):
         comfy.model_management.raise_non_oom(error)
-
-
-class _Outcome:
-    """A call's value, or the first line of its out-of-memory error. The error itself would keep all tensors alive."""
-
-    def __init__(self, value: Any = None, error: str | None = None):
-        self.value = value
-        self.error = error
-
-
-def _attempt(call: Callable[[], Any]) -> _Outcome:
-    try:
-        return _Outcome(call())
-    except Exception as error:  # noqa: BLE001
-        raise_other(error)
-        return _Outcome(error=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)

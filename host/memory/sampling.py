@@ -11,7 +11,7 @@ import comfy.model_management
 import comfy.sampler_helpers
 
 from ...errors import MemoryBudgetError
-from ...memory.decisions import PassDemand, clears_now, runs_one_at_a_time
+from ...memory.decisions import clears_now, runs_one_at_a_time
 from ...memory.policies import AUTO, EVERY, OFF, ON, Settings
 from ..sampling_state import restorer
 from .fetching import BlockFetcher, blocks_of
@@ -205,16 +205,16 @@ class MemoryHooks:
         if key not in self._one_at_a_time:
             shape = list(x_in.shape)
             choice = self.settings.sequential
-            demand = PassDemand(
+            # Without a GPU there is nothing to save; what was asked for is done all the same.
+            idle = choice == AUTO and not session().device.holds_models
+            self._one_at_a_time[key] = not idle and runs_one_at_a_time(
+                choice,
+                prompts,
                 weights=int(model.current_patcher.model_size()) if choice == AUTO else 0,
                 single=int(model.memory_required(shape)),
                 batched=int(model.memory_required([shape[0] * prompts, *shape[1:]])),
                 budget=session().limit.budget - session().limit.kept_free,
-                prompts=prompts,
             )
-            # Without a GPU there is nothing to save; what was asked for is done all the same.
-            idle = choice == AUTO and not session().device.holds_models
-            self._one_at_a_time[key] = False if idle else runs_one_at_a_time(choice, demand)
             if self._one_at_a_time[key]:
                 session().ledger.note("Prompts ran one at a time (sequential CFG).")
         return self._one_at_a_time[key]

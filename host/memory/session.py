@@ -15,7 +15,7 @@ from ...memory.devices import CudaDevice, Device, HostDevice
 from ...memory.growth import Sentinel
 from ...memory.holders import BYTES, HOLDERS, Holder, Snapshot, find_growth, take_snapshot
 from ...memory.ledger import Ledger, Sample
-from ...memory.report import RunReport, make_report
+from ...memory.report import RunReport
 from ...ops.scratch import release_scratch, scratch_nbytes
 from .limit import VramLimit
 from .loaded_models import component_bytes, outside_bytes, pinned_bytes, unnamed_bytes, weight_tensors
@@ -94,7 +94,7 @@ class Session(ProgressHandler):
         """The running prompt's, with a reading of now."""
         ledger = self.begin()
         ledger.sample("report")
-        return make_report(ledger.run, ledger.device)
+        return RunReport(ledger.run, self.device.name, self.device.total())
 
     def say(self, text: str) -> None:
         """A remark for the report, and for the log the first time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,43 +41,25 @@ class TextGeneration:
     cache: CachePolicy = field(default_factory=CachePolicy)
 
 
-@dataclass(frozen=True)
-class GenerateArguments:
-    """One call of core's `BaseGenerate.generate`, by its names."""
+def read_arguments(owner: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of core's `BaseGenerate.generate`, by core's names and with its defaults."""
+    bound = inspect.signature(BaseGenerate.generate).bind(owner, *args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
-    embeds: torch.Tensor
-    do_sample: bool = True
-    max_length: int = 256
-    temperature: float = 1.0
-    top_k: int = 50
-    top_p: float = 0.9
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = 42
-    stop_tokens: Sequence[int] | None = None
-    initial_tokens: Sequence[int] = ()
-    execution_dtype: torch.dtype | None = None
-    min_tokens: int = 0
-    presence_penalty: float | None = 0.0
-    initial_input_ids: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
-    deepstack_embeds: Any = None
-    visual_pos_masks: Any = None
-    embeds_info: Any = None
 
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are drawn."""
-        return Sampling(
-            bool(self.do_sample),
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.repetition_penalty,
-            self.presence_penalty or 0.0,
-            0 if self.seed is None else self.seed,
-        )
+def read_sampling(asked: dict[str, Any]) -> Sampling:
+    """How tokens are drawn."""
+    return Sampling(
+        bool(asked["do_sample"]),
+        asked["temperature"],
+        asked["top_k"],
+        asked["top_p"],
+        asked["min_p"],
+        asked["repetition_penalty"],
+        asked["presence_penalty"] or 0.0,
+        asked["seed"] or 0,
+    )
 
 
 def generate_text(owner: Any, settings: TextGeneration, *args: Any, **kwargs: Any) -> list[int]:
@@ -89,38 +72,38 @@ def generate_text(owner: Any, settings: TextGeneration, *args: Any, **kwargs: An
     Raises:
         CapabilityError: it is a Qwen2.5-VL without its output head.
     """
-    asked = GenerateArguments(*args, **kwargs)
+    asked = read_arguments(owner, *args, **kwargs)
     check_head(owner)
     family = find_family(owner)
     reason = _unfit(family, asked)
     if family is None or reason is not None:
         logger.warning("Text generation runs through core's own loop: %s.", reason)
         return BaseGenerate.generate(owner, *args, **kwargs)
-    embeds = asked.embeds if asked.embeds.ndim == 3 else asked.embeds.unsqueeze(0)
+    embeds = asked["embeds"] if asked["embeds"].ndim == 3 else asked["embeds"].unsqueeze(0)
     device = embeds.device
-    dtype = asked.execution_dtype or (
+    dtype = asked["execution_dtype"] or (
         torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
     )
     settings = _fitting(settings, family, owner)
     prompt, logits = _run_prompt(owner, family, asked, embeds.to(dtype), settings)
-    sampler = Sampler(asked.sampling, logits.shape[-1], device, asked.initial_tokens)
+    sampler = Sampler(read_sampling(asked), logits.shape[-1], device, asked["initial_tokens"])
     first = sampler.draw(logits)
-    bar = comfy.utils.ProgressBar(asked.max_length)
+    bar = comfy.utils.ProgressBar(asked["max_length"])
 
     def seen(count: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update(count)
 
-    stops = stop_tokens(owner, asked.stop_tokens)
+    stops = stop_tokens(owner, asked["stop_tokens"])
     made = [int(first)]
     seen(1)
-    if made[0] in stops or asked.max_length == 1:
+    if made[0] in stops or asked["max_length"] == 1:
         return made
     weights, model = _read_model(owner, family, device, dtype, prompt, settings)
     # Core's caches and the prompt's own tensors are the decoder's now, or nobody's.
     del prompt, logits
     try:
-        decoder = Decoder(model, sampler, first, asked.max_length)
+        decoder = Decoder(model, sampler, first, asked["max_length"])
         graph = settings.cuda_graph and isinstance(weights, HeldWeights)
         return generate(decoder, stops, graph=graph, seen=seen)
     finally:
@@ -148,10 +131,10 @@ def stop_tokens(owner: Any, given: Sequence[int] | None) -> set[int]:
     return set(owner.model.config.stop_tokens if known is None else known)
 
 
-def _unfit(family: Family | None, asked: GenerateArguments) -> str | None:
+def _unfit(family: Family | None, asked: dict[str, Any]) -> str | None:
     if family is None:
         return "this model is of a family that the Text Generation node does not know"
-    if asked.embeds.ndim == 3 and asked.embeds.shape[0] != 1:
+    if asked["embeds"].ndim == 3 and asked["embeds"].shape[0] != 1:
         return "there is more than one prompt at a time"
     return None
 
@@ -168,16 +151,16 @@ def _fitting(settings: TextGeneration, family: Family, owner: Any) -> TextGenera
 
 
 def _run_prompt(
-    owner: Any, family: Family, asked: GenerateArguments, embeds: torch.Tensor, settings: TextGeneration
+    owner: Any, family: Family, asked: dict[str, Any], embeds: torch.Tensor, settings: TextGeneration
 ) -> tuple[Prompt, torch.Tensor]:
     """The prompt through core's forward; its caches, and (1, V) logits of what follows it."""
     count, device = embeds.shape[1], embeds.device
     keeps_all = settings.cache.kind == FULL
-    room = count + asked.max_length
+    room = count + asked["max_length"]
     caches = owner.init_kv_cache(1, room if keeps_all else count, device, embeds.dtype)
     options: dict[str, Any] = {}
-    if asked.deepstack_embeds is not None:
-        options = {"deepstack_embeds": asked.deepstack_embeds, "visual_pos_masks": asked.visual_pos_masks}
+    if asked.get("deepstack_embeds") is not None:
+        options = {name: asked[name] for name in ("deepstack_embeds", "visual_pos_masks")}
     gathered = Gathered()
     watched = [] if keeps_all else owner.model.layers
     with gathered.watch(watched):
@@ -186,13 +169,13 @@ def _run_prompt(
             embeds=embeds,
             attention_mask=None,
             past_key_values=caches,
-            input_ids=asked.initial_input_ids,
-            position_ids=asked.position_ids,
-            embeds_info=asked.embeds_info,
+            input_ids=asked["initial_input_ids"],
+            position_ids=asked["position_ids"],
+            embeds_info=asked["embeds_info"],
             **options,
         )
-    start = count if asked.position_ids is None else int(asked.position_ids[:, -1].max()) + 1
-    positions = torch.arange(start, start + asked.max_length, device=device).unsqueeze(0)
+    start = count if asked["position_ids"] is None else int(asked["position_ids"][:, -1].max()) + 1
+    positions = torch.arange(start, start + asked["max_length"], device=device).unsqueeze(0)
     return Prompt(caches, count, room, positions, settings.cache, gathered.by_layer), prompt_logits(owner, x)
 
 

@@ -123,7 +123,6 @@ def _is_plain(module: Any) -> bool:
         and not module._forward_pre_hooks
         and not module._forward_hooks
         and getattr(module, "side_product", None) is None
-        and not any(
-            getattr(module, f"{name}{suffix}", None) for name in ("weight", "bias") for suffix in ("_function",)
-        )
+        and not getattr(module, "weight_function", None)
+        and not getattr(module, "bias_function", None)
     )

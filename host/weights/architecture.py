@@ -13,18 +13,12 @@ from ...ops.formats import STORAGES
 from ...ops.keep_rules import QUANTIZE
 from ...ops.plan import QuantizationPlan
 from ...versions import find
-from .core_build import OPEN_CLIP, incomplete, on_meta, refuse_foreign
+from .core_build import CONVERT, DETECT_U_NET, OPEN_CLIP, core_function, detected, incomplete, on_meta, refuse_foreign
 
 logger = logging.getLogger("lowbit.host")
 
 MODEL_PATCH_SIGNATURE = "audio_proj.proj1.weight"
 """A tensor that every InfiniteTalk and MultiTalk patch has."""
-
-_DETECTION = (
-    "comfy.model_detection.model_config_from_unet",
-    "comfy.model_detection.convert_diffusers_mmdit",
-    "comfy.model_detection.model_config_from_diffusers_unet",
-)
 
 
 def check_diffusion_model(checkpoint: Checkpoint) -> None:
@@ -96,15 +90,12 @@ def check_formats(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
 
 
 def _known_diffusion_model(checkpoint: Checkpoint) -> bool:
-    find_config, convert, find_diffusers_config = (find(name) for name in _DETECTION)
-    if None in (find_config, convert, find_diffusers_config):
-        return True
     tensors = on_meta(checkpoint)
     tensors = {name: tensors[source] for name, source in diffusion_names(tensors)[1].items()}
     try:
-        if find_config(tensors, "", metadata=dict(checkpoint.metadata)) is not None:
+        if detected(tensors, checkpoint.metadata) is not None:
             return True
-        return convert(dict(tensors), "") is not None or find_diffusers_config(tensors) is not None
+        return core_function(CONVERT)(dict(tensors), "") is not None or core_function(DETECT_U_NET)(tensors) is not None
     except KeyError as error:
         raise incomplete(checkpoint, error) from None
     except (NotImplementedError, RuntimeError) as error:

@@ -28,8 +28,8 @@ Look = Callable[[Tensors], Any]
 """What core finds in a state dict."""
 
 _DETECT = "comfy.model_detection.model_config_from_unet"
-_DETECT_U_NET = "comfy.model_detection.model_config_from_diffusers_unet"
-_CONVERT = "comfy.model_detection.convert_diffusers_mmdit"
+DETECT_U_NET = "comfy.model_detection.model_config_from_diffusers_unet"
+CONVERT = "comfy.model_detection.convert_diffusers_mmdit"
 _U_NET_NAMES = "comfy.utils.unet_to_diffusers"
 
 OPEN_CLIP = "transformer.resblocks.0.ln_1.weight"
@@ -38,7 +38,7 @@ OPEN_CLIP = "transformer.resblocks.0.ln_1.weight"
 _TAKEN_APART = "ComfyUI takes it apart, or names it anew, when it loads it"
 
 
-def _core(name: str) -> Any:
+def core_function(name: str) -> Any:
     """A function of core's; a missing one tells as little as one that needs numbers."""
     found = find(name)
     if found is None:
@@ -59,7 +59,7 @@ def detected(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -
     Raises:
         NotImplementedError, RuntimeError: core looks at a tensor's numbers, which a header does not have.
     """
-    return _core(_DETECT)(tensors, "", metadata=dict(metadata))
+    return core_function(_DETECT)(tensors, "", metadata=dict(metadata))
 
 
 def under_core_names(checkpoint: Checkpoint) -> Checkpoint:
@@ -187,7 +187,7 @@ def _converted(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, TensorEntr
     """The entries that core's conversion of transformers makes, or None where it has none for these names."""
     recorder = _Recorder(tensors)
     with recorder:
-        made = _core(_CONVERT)(dict(tensors), "")
+        made = core_function(CONVERT)(dict(tensors), "")
     if made is None or detected(made, {}) is None:
         return None
     entries = {}
@@ -214,15 +214,15 @@ def _joined(
 def _convert(every: Tensors, name: str, names: tuple[str, ...], parts: list[torch.Tensor]) -> torch.Tensor:
     """One tensor of core's, made of those of the file by core's own conversion."""
     taken = _Selected(every, dict(zip(names, parts, strict=True)))
-    return _core(_CONVERT)(taken, "")[name]
+    return core_function(CONVERT)(taken, "")[name]
 
 
 def _renamed(checkpoint: Checkpoint, tensors: Tensors) -> dict[str, TensorEntry] | None:
     """The entries of a U-Net with diffusers' names, which core only names anew."""
-    config = _core(_DETECT_U_NET)(tensors)
+    config = core_function(DETECT_U_NET)(tensors)
     if config is None:
         return None
-    ours = _core(_U_NET_NAMES)(config.unet_config)
+    ours = core_function(_U_NET_NAMES)(config.unet_config)
     return {ours[name]: replace(entry, name=ours[name]) for name, entry in checkpoint.entries.items() if name in ours}
 
 

@@ -19,8 +19,8 @@ NEEDED = dotted(
         "comfy_execution.graph": "ExecutionBlocker",
         "comfy_kitchen.tensor.base": "LAYOUTS",
         "folder_paths": (
-            "filename_list_cache get_filename_list get_filename_list_ get_folder_paths get_full_path "
-            "get_output_directory get_save_image_path models_dir"
+            "filename_list_cache folder_names_and_paths get_filename_list get_filename_list_ get_folder_paths "
+            "get_full_path get_output_directory get_save_image_path models_dir"
         ),
         "nodes": "VAELoader",
     }
@@ -38,7 +38,7 @@ PATCHING = dotted(
 )
 """Without one of these LoRAs go into the weights: half of the others would apply them twice."""
 
-_FUSION = "feed-forward blocks of {} run without their fused activation, a little slower"
+_MLP = "the MLPs of Wan and of some text encoders multiply 8-bit weights as ComfyUI does"
 _DETECTION = "a file of a kind that ComfyUI does not know is noticed only when it is loaded"
 _HEAD = "Qwen2.5-VL is loaded without its output head, so it cannot write text"
 OPTIONAL = {
@@ -51,10 +51,9 @@ OPTIONAL = {
         "dynamic VRAM is asked for weights that are on the GPU already, a little slower",
     ),
     "comfy.memory_management.aimdo_enabled": "a load that main memory cannot hold is not refused beforehand",
-    "comfy.ldm.wan.model.WanFeedForward": _FUSION.format("Wan"),
-    "comfy.ldm.qwen_image.model.FeedForward": _FUSION.format("Qwen-Image"),
-    "comfy.ops.linear_input_act": "8-bit weights of some text encoders are multiplied by ComfyUI itself",
-    "comfy.ops.INPUT_ACT_EAGER": "8-bit weights of some text encoders are multiplied by ComfyUI itself",
+    "comfy.ldm.qwen_image.model.FeedForward": "Qwen-Image's MLPs run without their fused activation, a little slower",
+    "comfy.ops.linear_input_act": _MLP,
+    "comfy.ops.INPUT_ACT_EAGER": _MLP,
     "comfy.ops.run_every_op": "a run can be interrupted between its steps only",
     "comfy.quant_ops.QUANT_ALGOS": "a format that ComfyUI does not have is noticed only when it is loaded",
     "comfy.sd.detect_te_model": _DETECTION,

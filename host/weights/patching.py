@@ -14,6 +14,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...ops.side_product import LowRankUpdate, SideProduct
 from ...versions import find, missing
+from ..in_front import class_in_front
 from .core_names import PATCHING
 from .operations import QuantizedLinear
 
@@ -262,7 +263,7 @@ def patch_beside_weights(patcher: comfy.model_patcher.ModelPatcher) -> comfy.mod
     if isinstance(patcher, QuantizedModelPatcher) or not quantized_linears(patcher.model):
         return patcher
     if not missing(PATCHING):
-        patcher.__class__ = _subclass_beside_weights(type(patcher))
+        patcher.__class__ = class_in_front(type(patcher), QuantizedModelPatcher)
     return patcher
 
 
@@ -275,15 +276,6 @@ def _updates(modules: Mapping[str, QuantizedLinear], key: str, patches: Sequence
     """The low-rank updates that `patches` are, or None where core has to apply them to the weight."""
     module = modules.get(key.removesuffix(_WEIGHT)) if key.endswith(_WEIGHT) else None
     return low_rank_updates(patches, module.weight.shape) if module is not None else None
-
-
-def _subclass_beside_weights(core_class: Any) -> type:
-    """One subclass for each class of core's, kept on that class."""
-    subclass = core_class.__dict__.get("_lowbit_subclass")
-    if subclass is None:
-        subclass = type(core_class.__name__, (QuantizedModelPatcher, core_class), {"__module__": __name__})
-        core_class._lowbit_subclass = subclass
-    return subclass
 
 
 def low_rank_updates(patches: Sequence[Any], shape: Sequence[int]) -> list[LowRankUpdate] | None:

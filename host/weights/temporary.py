@@ -5,9 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import os
+import secrets
 import shutil
-import tempfile
-import time
 from pathlib import Path
 
 from ...errors import StorageError
@@ -15,10 +15,8 @@ from ...ops.lock_file import LockFile, abandoned
 from ...ops.writer import remove_half_written
 from .folders import CACHE_VARIABLE, cache_folder
 
-_PREFIX = "temporary-"
-_LOCK = "in-use"
-_UNLOCKED_SECONDS = 3600
-"""A folder without a lock file may belong to a process that is just making it; after this long it does not."""
+_PREFIX, _LOCK = "temporary-", ".lock"
+"""Of a folder's name, and of the lock file's beside it."""
 
 
 def temporary_folder() -> Path:
@@ -32,15 +30,16 @@ def temporary_folder() -> Path:
 
 def is_temporary(path: Path) -> bool:
     """Whether `path` lies in such a folder."""
-    return path.parent.name.startswith(_PREFIX) and (path.parent / _LOCK).exists()
+    return path.parent.name.startswith(_PREFIX) and path.parent.with_suffix(_LOCK).exists()
 
 
 def remove_abandoned(parent: Path) -> None:
     """Remove what processes that are gone left in `parent`: their temporary folders, and files half-written."""
     remove_half_written(parent)
-    for folder in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            _remove_if_abandoned(folder)
+    for lock in parent.glob(f"{_PREFIX}*{_LOCK}"):
+        with contextlib.suppress(OSError), abandoned(lock) as dead:
+            if dead:
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
 
 
 @functools.lru_cache(maxsize=4)
@@ -49,10 +48,10 @@ def _claimed(parent: Path) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(parent)
         while True:
-            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-            # Another process may take the folder for an abandoned one before the lock is ours.
-            with contextlib.suppress(FileExistsError, FileNotFoundError):
-                lock = LockFile(folder / _LOCK)
+            folder = parent / f"{_PREFIX}{secrets.token_hex(4)}"
+            with contextlib.suppress(FileExistsError):
+                lock = LockFile(folder.with_suffix(_LOCK))
+                folder.mkdir()
                 break
     except OSError as error:
         raise StorageError(
@@ -62,19 +61,8 @@ def _claimed(parent: Path) -> Path:
     return folder
 
 
-def _remove_if_abandoned(folder: Path) -> None:
-    try:
-        with abandoned(folder / _LOCK) as dead:
-            if dead:
-                shutil.rmtree(folder, ignore_errors=True)
-    except FileNotFoundError:
-        dead = time.time() - folder.stat().st_mtime > _UNLOCKED_SECONDS
-    if dead:
-        # Windows has kept the lock file until now.
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _release(folder: Path, lock: LockFile) -> None:
-    lock.release()
-    # Windows keeps files that are mapped: the next process removes those.
     shutil.rmtree(folder, ignore_errors=True)
+    # Windows keeps files that are mapped: the next process finds those by the lock file.
+    if not os.path.exists(folder):
+        lock.release()

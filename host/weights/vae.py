@@ -14,7 +14,6 @@ import folder_paths
 import torch
 
 from ...errors import CheckpointError
-from ...ops.checkpoint import open_checkpoint
 from .checked import settle, watched
 from .loading import read_stored_file
 
@@ -44,12 +43,10 @@ def load_vae(name: str, precision: str) -> comfy.sd.VAE:
     dtype = VAE_PRECISIONS[precision]
     path = folder_paths.get_full_path("vae", name)
     if path is not None:
-        open_checkpoint(path)
-    if dtype is None and path is None:
+        return _load(path, dtype)
+    if dtype is None:
         return _core_loader()().load_vae(name)[0]
-    if path is None:
-        raise CheckpointError(f"The VAE {name} is built into ComfyUI: choose the precision 'auto'.")
-    return _load(path, dtype)
+    raise CheckpointError(f"The VAE {name} is built into ComfyUI: choose the precision 'auto'.")
 
 
 def _load(path: str, dtype: torch.dtype | None) -> comfy.sd.VAE:
@@ -60,7 +57,7 @@ def _load(path: str, dtype: torch.dtype | None) -> comfy.sd.VAE:
     if vae.first_stage_model is None:
         raise CheckpointError(f"{name} is no VAE that this ComfyUI knows: check the file or update ComfyUI.")
     settle(arrivals, name, optional_parts=True)
-    numbers.begin(vae.patcher)
+    numbers.settle(vae.patcher)
     vae.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     return vae
 

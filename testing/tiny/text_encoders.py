@@ -12,7 +12,7 @@ from .tensors import linear, norm
 QWEN_VOCABULARY = 152064
 QWEN_HEAD_DIM = 128
 
-_SENTENCES = (
+SENTENCES = (
     "a cat walks over the quiet roof in the morning light",
     "two people talk by the window while rain falls",
     "wide shot of a red train crossing a bridge, film grain, soft colors",
@@ -114,7 +114,7 @@ def sentencepiece_model(vocabulary: int) -> torch.Tensor:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_SENTENCES),
+        sentence_iterator=iter(SENTENCES),
         model_writer=model,
         vocab_size=vocabulary,
         pad_id=0,

@@ -48,6 +48,29 @@ def test_a_text_encoder_with_its_vision_tower_gives_what_its_decoded_numbers_giv
     assert relative_error(encoded[0], encoded[1]) < 1e-3
 
 
+def test_the_dry_run_says_what_is_decoded_of_files_in_unet_and_clip(bench):
+    """The older names of core's folders."""
+    folders = [bench.models / name for name in ("unet", "clip")]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+    tensors = tiny.qwen25_tensors()
+    theirs = gguf_files.llama_names("qwen2vl", tensors)
+    gguf_files.write(folders[0] / "dry.gguf", "wan", tiny.wan_tensors(tiny.WAN_PLAIN), "Q4_0")
+    gguf_files.write(folders[1] / "dry_vl.gguf", "qwen2vl", {theirs[name]: tensors[name] for name in theirs})
+    bench.server.free()
+    loaders = {
+        "Q4_0": graphs.load_diffusion_model("dry.gguf", "int8", dry_run=True),
+        "Q8_0": graphs.load_text_encoder("dry_vl.gguf", "qwen_image", "int8", dry_run=True),
+    }
+    for kind, loader in loaders.items():
+        preview = graphs.node("PreviewAny", source=["loader", 1])
+        (report,) = bench.server.run({"loader": loader, "preview": preview}).outputs["preview"]["text"]
+        assert f"{kind} of GGUF, which ComfyUI cannot multiply with: they are decoded and stored anew." in report
+        assert "  quantized int8" in report
+    for path in (folders[0] / "dry.gguf", folders[1] / "dry_vl.gguf"):
+        path.unlink()
+
+
 def test_gguf_files_are_offered_and_their_vision_towers_are_not(bench):
     folder = bench.models / "text_encoders"
     for name in ("offered.gguf", "offered-mmproj.gguf"):

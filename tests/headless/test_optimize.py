@@ -121,7 +121,7 @@ def test_the_node_says_in_three_lines_what_it_did(bench):
     assert facts["optimize"] < 0.7 * facts["model"]
     before, after = (float(weights.split(part)[1].split(" MiB")[0]) for part in ("Weights: ", "-> "))
     size = (bench.models / "diffusion_models" / NAME).stat().st_size / 2**20
-    assert before == pytest.approx(size, rel=0.01)
+    assert before == pytest.approx(size, abs=0.06)  # as written, to a tenth
     assert after < 0.7 * before
     assert "int8_convrot_fast" in weights
     assert "no GPU" in attention

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from lowbit.memory.decisions import (
     LEAST_CLEARED,
-    PassDemand,
     VaeTiles,
     clears_now,
     plan_tiles,
@@ -57,28 +56,27 @@ gib = st.floats(0, 64).map(lambda value: int(value * GIB))
 def test_one_at_a_time_is_chosen_exactly_when_it_streams_less_or_the_batch_does_not_fit(
     weights, single, more, budget, prompts, choice
 ):
-    demand = PassDemand(weights, single, single + more, budget, prompts)
-    streamed_in_a_batch = weights - max(0, min(weights, budget - demand.batched))
+    streamed_in_a_batch = weights - max(0, min(weights, budget - single - more))
     streamed_apart = prompts * (weights - max(0, min(weights, budget - single)))
-    answer = runs_one_at_a_time(choice, demand)
+    answer = runs_one_at_a_time(choice, prompts, weights, single, single + more, budget)
     if prompts == 1 or choice == OFF:
         assert not answer
-    elif choice == ON or demand.batched > budget:
+    elif choice == ON or single + more > budget:
         assert answer
     else:
         assert answer is (streamed_apart < streamed_in_a_batch)
 
 
 def test_with_plenty_of_memory_auto_is_cores_choice():
-    assert not runs_one_at_a_time(AUTO, PassDemand(20 * GIB, 2 * GIB, 4 * GIB, 80 * GIB, 2))
+    assert not runs_one_at_a_time(AUTO, 2, 20 * GIB, 2 * GIB, 4 * GIB, 80 * GIB)
 
 
 def test_a_model_that_just_fits_beside_one_prompt_runs_them_apart():
-    assert runs_one_at_a_time(AUTO, PassDemand(12 * GIB, 4 * GIB, 8 * GIB, 16 * GIB, 2))
+    assert runs_one_at_a_time(AUTO, 2, 12 * GIB, 4 * GIB, 8 * GIB, 16 * GIB)
 
 
 def test_a_model_that_streams_most_of_itself_runs_them_together():
-    assert not runs_one_at_a_time(AUTO, PassDemand(40 * GIB, 4 * GIB, 8 * GIB, 16 * GIB, 2))
+    assert not runs_one_at_a_time(AUTO, 2, 40 * GIB, 4 * GIB, 8 * GIB, 16 * GIB)
 
 
 @given(
@@ -141,7 +139,6 @@ def test_every_policy_is_a_whole_row_and_settings_find_it():
         settings = Settings(name, clearing, 1, None, choice)
         row = settings.row
         assert row.name == name
-        assert row.summary
         assert 0 < row.clearing_fraction <= 1
         assert 0 < row.resident_fraction <= 1
         assert settings.sequential == (row.sequential if choice == AUTO else choice)

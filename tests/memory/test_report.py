@@ -21,19 +21,19 @@ def sample(seconds, node="3", step=0, steps=0, peak=None, reserved=None, **compo
     sizes = {name.replace("_", " "): int(value * GIB) for name, value in components.items()}
     allocated = sum(sizes.values())
     return Sample(
-        seconds,
-        "sampling" if steps else "node",
-        node,
-        step,
-        steps,
-        allocated,
-        int((reserved or allocated / GIB) * GIB),
-        int((peak or allocated / GIB) * GIB),
-        2 * GIB,
-        3 * GIB if node == "3" else 0,
-        20 * GIB,
-        GIB,
-        sizes,
+        seconds=seconds,
+        phase="sampling" if steps else "node",
+        node=node,
+        step=step,
+        steps=steps,
+        allocated=allocated,
+        reserved=int((reserved or allocated / GIB) * GIB),
+        peak=int((peak or allocated / GIB) * GIB),
+        free=2 * GIB,
+        outside=3 * GIB if node == "3" else 0,
+        host_resident=20 * GIB,
+        host_pinned=GIB,
+        components=sizes,
     )
 
 

@@ -26,9 +26,19 @@ def test_auto_and_the_recommended_formats_come_first_and_none_is_lost(nodes):
     assert len(with_format) == 4
     for node in with_format:
         assert node.options["format"] == FORMAT_CHOICES
-        tooltip = node.inputs["format"]
-        for name, purpose in RECOMMENDED.items():
-            assert f"{name}, for {purpose}" in tooltip
+        recommended, rest = node.inputs["format"].split("Recommended: ")[1].split("The rest: ")
+        for name, row in FORMATS.items():
+            assert f": {row.summary}." in (recommended if name in RECOMMENDED else rest)
+        places = [recommended.index(f"{name}, for ") for name in RECOMMENDED]
+        assert places == sorted(places)
+        assert all(f"{name}: " in rest for name in (AS_STORED, *FORMATS) if name not in RECOMMENDED)
+
+
+@pytest.mark.parametrize(("name", "key"), [("LowbitMemoryManager", "policy"), ("LowbitOptimize", "preset")])
+def test_a_tooltip_explains_every_choice_in_order(nodes, name, key):
+    node = nodes[name]
+    places = [node.inputs[key].index(f". {choice}: ") for choice in node.options[key]]
+    assert places == sorted(places)
 
 
 def test_formats_without_an_advantage_are_not_recommended():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -57,12 +55,17 @@ def test_every_node_input_and_output_has_a_text(nodes):
     assert not missing
 
 
-def test_english_is_what_the_schemas_say(nodes, locale):
-    """LOWBIT_WRITE_LOCALES=1 writes the file anew."""
-    if os.environ.get("LOWBIT_WRITE_LOCALES"):
-        text = json.dumps(english(nodes), indent=2, ensure_ascii=False) + "\n"
-        (LOCALES / "en" / "nodeDefs.json").write_text(text, encoding="utf-8")
+def test_the_schemas_say_what_the_english_file_does(nodes, locale):
     assert locale("en", "nodeDefs.json") == english(nodes)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nodes_that_share_an_input_say_the_same_of_it(language, locale):
+    texts = locale(language, "nodeDefs.json")
+    for name in ("format", "keep_rules", "dry_run", "keep_quantized_file"):
+        said = [node["inputs"][name]["tooltip"] for node in texts.values() if name in node["inputs"]]
+        assert len(said) == 4
+        assert len(set(said)) == 1, name
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lowbit.errors import CheckpointError
-from lowbit.ops.checkpoint import DTYPES, open_checkpoint
+from lowbit.ops.checkpoint import open_checkpoint
+from lowbit.ops.header import DTYPES
 
 
 def raw_file(header: object, data: bytes = b"") -> bytes:

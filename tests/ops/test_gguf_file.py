@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 
 from lowbit.errors import CheckpointError
 from lowbit.ops.checkpoint import open_checkpoint
+from lowbit.ops.device_info import DeviceInfo
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.gguf_names import TEXT_ARCHITECTURES, halves_from_pairs
 from lowbit.ops.plan import make_plan
+from lowbit.ops.plan_report import plan_report
 from lowbit.ops.stream import quantize_checkpoint
 
 gguf = pytest.importorskip("gguf")
@@ -158,9 +160,19 @@ def test_a_vision_tower_comes_from_the_file_beside(tmp_path):
     assert len(checkpoint.stamps) == 2, "a change of either file is a change"
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "arch"])
-def test_a_damaged_or_unknown_file_is_refused_in_one_sentence(tmp_path, damage):
-    path = write(tmp_path / "model.gguf", "qwen3vl" if damage == "arch" else "wan", {"a.weight": numbers(64, 64)})
+def test_a_vision_tower_of_another_width_is_another_models(tmp_path):
+    for name, width in (("Qwen2.5-VL-7B-mmproj", 48), ("mmproj-F16", 64)):
+        tower = {"v.blk.0.ln1.weight": numbers(1, 32)[0], "mm.2.weight": numbers(width, 32)}
+        write(tmp_path / f"{name}.gguf", "clip", tower)
+    path = write(tmp_path / "Qwen2.5-VL-7B.gguf", "qwen2vl", {"token_embd.weight": numbers(96, 64)})
+    assert open_checkpoint(path).entries["visual.merger.mlp.2.weight"].path.name == "mmproj-F16.gguf"
+    (tmp_path / "mmproj-F16.gguf").unlink()
+    assert set(open_checkpoint(path).entries) == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("damage", ["cut", "header"])
+def test_a_damaged_file_is_refused_in_one_sentence(tmp_path, damage):
+    path = write(tmp_path / "model.gguf", "wan", {"a.weight": numbers(64, 64)})
     raw = path.read_bytes()
     if damage == "cut":
         path.write_bytes(raw[:-100])
@@ -168,6 +180,28 @@ def test_a_damaged_or_unknown_file_is_refused_in_one_sentence(tmp_path, damage):
         path.write_bytes(raw[:8] + b"\xff" * 16 + raw[24:])
     with pytest.raises(CheckpointError, match=r"model\.gguf"):
         open_checkpoint(path)
+
+
+def test_a_file_is_read_again_only_when_it_or_a_tower_beside_it_changes(tmp_path, monkeypatch):
+    path = write(tmp_path / "vl.gguf", "qwen2vl", {"token_embd.weight": numbers(96, 64)})
+    read, real = [], gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: read.append(path.name) or real(path))
+    for _ in range(3):
+        assert set(open_checkpoint(path).entries) == {"model.embed_tokens.weight"}
+    assert read == ["vl.gguf"]
+    write(tmp_path / "vl-mmproj.gguf", "clip", {"mm.2.weight": numbers(64, 32)})
+    assert "visual.merger.mlp.2.weight" in open_checkpoint(path).entries
+    write(path, "qwen2vl", {"token_embd.weight": numbers(128, 64)})
+    assert open_checkpoint(path).entries["model.embed_tokens.weight"].shape == (128, 64)
+
+
+def test_a_part_of_a_split_file_is_refused(tmp_path):
+    tensors = {"blk.0.attn_q.weight": numbers(32, 32)}
+    path = write(tmp_path / "m-00001-of-00003.gguf", "qwen3", tensors, {"split.count": 3, "split.no": 0})
+    with pytest.raises(CheckpointError, match=r"^m-00001-of-00003.gguf is one of 3 files of a model: join them"):
+        open_checkpoint(path)
+    path = write(tmp_path / "whole.gguf", "qwen3", tensors, {"split.count": 1})
+    assert set(open_checkpoint(path).entries) == {"model.layers.0.self_attn.q_proj.weight"}
 
 
 def test_every_architecture_names_what_comfyui_tells_it_by():
@@ -179,31 +213,31 @@ def test_every_architecture_names_what_comfyui_tells_it_by():
     assert TEXT_ARCHITECTURES["qwen2vl"].name("blk.0.attn_k.bias") == "model.layers.0.self_attn.k_proj.bias"
 
 
-def test_the_tokenizer_that_is_made_anew_cuts_words_as_the_old_one(tmp_path, monkeypatch):
-    sentencepiece = pytest.importorskip("sentencepiece")
-    pytest.importorskip("google.protobuf")
-    from lowbit.ops import gguf_file
-    from testing.tiny.text_encoders import sentencepiece_model
+@pytest.mark.parametrize(
+    ("architecture", "tensor", "sentence"),
+    [
+        (
+            "deepseek2",
+            "token_embd.weight",
+            "is a language model of the architecture 'deepseek2', whose tensors are not",
+        ),
+        ("qwen3vl", "token_embd.weight", "is a language model of the architecture 'qwen3vl'"),
+        ("clip", "v.blk.0.attn_q.weight", "is the vision tower of a text encoder, which is read along with it"),
+    ],
+)
+def test_what_is_no_model_of_its_own_is_refused_by_what_it_is(tmp_path, architecture, tensor, sentence):
+    path = write(tmp_path / "file.gguf", architecture, {tensor: numbers(64, 64)})
+    with pytest.raises(CheckpointError, match=f"^file.gguf {sentence}"):
+        open_checkpoint(path)
 
-    content = sentencepiece_model(128).numpy().tobytes()
-    old = sentencepiece.SentencePieceProcessor(model_proto=content)
-    count = old.get_piece_size()
-    monkeypatch.setattr(gguf_file, "_UNIGRAM_VOCABULARY", count)
-    writer = gguf.GGUFWriter(tmp_path / "umt5.gguf", "t5encoder")
-    writer.add_token_list([old.id_to_piece(index) for index in range(count)])
-    writer.add_token_scores([old.get_score(index) for index in range(count)])
-    kinds = [3 if old.is_control(index) else 2 if old.is_unknown(index) else 1 for index in range(count)]
-    writer.add_token_types(kinds)
-    for name, number in (("eos_token_id", 1), ("padding_token_id", 0)):
-        writer.add_uint32(f"tokenizer.ggml.{name}", number)
-    writer.add_bool("tokenizer.ggml.add_space_prefix", True)
-    writer.add_bool("tokenizer.ggml.remove_extra_whitespaces", True)
-    writer.add_tensor("token_embd.weight", numbers(count, 32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    made = open_checkpoint(tmp_path / "umt5.gguf").read("spiece_model")
-    new = sentencepiece.SentencePieceProcessor(model_proto=made.numpy().tobytes())
-    for text in ("a red train", "a  cat on   a wall", "Zürich"):
-        assert new.encode(text) == old.encode(text)
+
+def test_the_report_says_what_is_decoded(tmp_path):
+    q4 = gguf.GGMLQuantizationType.Q4_0
+    tensors = {f"blocks.{block}.ffn.0.weight": (numbers(64, 256), Q8) for block in range(2)}
+    tensors |= {"blocks.0.ffn.2.weight": (numbers(64, 256), q4), "head.head.weight": numbers(64, 256)}
+    checkpoint = open_checkpoint(write(tmp_path / "wan.gguf", "wan", tensors))
+    plan = make_plan(checkpoint, FORMATS["int8"], None)
+    lines = plan_report(checkpoint, plan, DeviceInfo("NVIDIA H200", (9, 0), 140 << 30), "int8").splitlines()
+    assert "2 layers are Q8_0 of GGUF, which ComfyUI cannot multiply with: they are decoded and stored anew." in lines
+    assert "1 layer is Q4_0 of GGUF, which ComfyUI cannot multiply with: it is decoded and stored anew." in lines
+    assert sum("of GGUF" in line for line in lines) == 2

@@ -41,7 +41,7 @@ QWEN = {
 }
 SIGNATURES = {
     "Wan": WAN,
-    "Wan VACE": WAN | {"vace_blocks.0.self_attn.q", "vace_patch_embedding"},
+    "Wan VACE": WAN | {"vace_blocks.0.self_attn.q", "vace_blocks.0.before_proj", "vace_patch_embedding"},
     "Wan Animate": WAN | {"face_adapter.fuser_blocks.0.linear1_q", "pose_patch_embedding"},
     "Wan HuMo": WAN | {"blocks.0.audio_cross_attn_wrapper.audio_cross_attn.q", "audio_proj.proj1_glob"},
     "Wan S2V": WAN | {"casual_audio_encoder.encoder.conv1_local", "audio_injector.injector.0.q"},
@@ -57,7 +57,7 @@ SIGNATURES = {
     "Qwen-Image": QWEN,
     "InfiniteTalk / MultiTalk patch": {"audio_proj.proj1", "blocks.0.audio_cross_attn.q_linear"},
     "UMT5": {"shared", "encoder.block.0.layer.0.SelfAttention.q"},
-    "Qwen2.5-VL": {"model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv", "model.embed_tokens"},
+    "Qwen-VL": {"model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv", "model.embed_tokens"},
     "text model": {"model.layers.0.self_attn.q_proj", "model.embed_tokens"},
 }
 
@@ -112,6 +112,26 @@ def test_qwen_image_attention_is_not_kept_by_an_adapter_rule():
     rules = detect_family(QWEN).rules
     assert first_match(rules, "transformer_blocks.0.attn.add_q_proj") is None
     assert first_match(rules, "img_in").action == KEEP
+
+
+@pytest.mark.parametrize(
+    ("file", "tower"),
+    [
+        (
+            {"model.language_model.layers.0.self_attn.q_proj", "model.visual.blocks.0.attn.qkv"},
+            "model.visual.merger.fc1",
+        ),
+        ({"model.layers.0.self_attn.q_proj", "visual.blocks.0.attn.qkv"}, "visual.blocks.0.attn.qkv"),
+        ({"model.layers.0.self_attn.q_proj"}, "vision_model.encoder.layers.0.mlp.fc1"),
+        ({"model.layers.0.self_attn.q_proj"}, "audio_model.layers.0.self_attn.post.linear"),
+    ],
+)
+def test_what_a_language_model_sees_and_hears_by_stays_whatever_its_file_calls_it(file, tower):
+    """Qwen3-VL's and Qwen 3.5's as published, Qwen2.5-VL's, Gemma 3's and Gemma 4's."""
+    family = detect_family({*file, tower})
+    assert family.kind == "text_encoder"
+    assert first_match(family.rules, tower).action == KEEP
+    assert first_match(family.rules, next(name for name in file if "q_proj" in name)) is None
 
 
 def test_infinitetalk_keeps_its_audio_projection_and_quantizes_its_attention():

@@ -16,6 +16,8 @@ from lowbit.ops.formats import FORMATS
 from lowbit.ops.plan import make_plan
 from lowbit.ops.sampled_errors import sampled_errors
 from lowbit.ops.trade import TOKENS, Product, product_of, trade_table
+from testing.tiny.tensors import draw
+from testing.tiny.text_encoders import Umt5Config, umt5_shapes
 
 from .conftest import wan_like
 
@@ -49,6 +51,14 @@ def test_where_memory_is_short_balanced_is_the_mix_that_auto_makes(save):
     rows = rows_of(trade_table(checkpoint, SHORT, None, MEASURE))
     assert rows["balanced"] == rows["smallest"]
     assert rows["balanced"][3:] == ["int4_asym_fast", "and", "int8_convrot_fast"]
+
+
+def test_a_text_encoder_is_balanced_in_its_own_8_bits(save):
+    tensors = draw(umt5_shapes(Umt5Config()))
+    for device in (SHORT, DeviceInfo("CPU", None, 0), DeviceInfo("NVIDIA B200", (10, 0), 180 << 30)):
+        rows = rows_of(trade_table(open_checkpoint(save(tensors)), device, None, MEASURE))
+        assert rows["balanced"][3:] == ["int8"]
+        assert float(rows["smallest"][2].rstrip("%")) > float(rows["balanced"][2].rstrip("%")) > 0
 
 
 def test_layers_are_measured_once_for_the_whole_table(save, wan_tensors):

@@ -441,7 +441,7 @@ def test_a_managed_class_is_made_once_and_is_still_cores(host):
     class Core:
         pass
 
-    first = host.encoding.managed_class(Core, host.encoding.ManagedClip)
+    first = host.encoding.class_in_front(Core, host.encoding.ManagedClip)
     assert issubclass(first, Core)
-    assert host.encoding.managed_class(Core, host.encoding.ManagedClip) is first
-    assert host.encoding.managed_class(first, host.encoding.ManagedClip) is first
+    assert host.encoding.class_in_front(Core, host.encoding.ManagedClip) is first
+    assert host.encoding.class_in_front(first, host.encoding.ManagedClip) is first

@@ -63,7 +63,7 @@ def test_what_cannot_be_measured_ends_no_prompt(host, device, prompt, monkeypatc
 def test_a_node_that_came_from_the_cache_has_no_peak(host, device, prompt):
     from comfy_execution.progress import get_progress_state
 
-    from lowbit.memory.report import make_report
+    from lowbit.memory.report import RunReport
 
     current = host.session.session()
     with prompt("a"):
@@ -73,7 +73,7 @@ def test_a_node_that_came_from_the_cache_has_no_peak(host, device, prompt):
         get_progress_state().start_progress("run")
         get_progress_state().finish_progress("run")
         get_progress_state().finish_progress("3")
-        report = make_report(current.ledger.run, device)
+        report = RunReport(current.ledger.run, device.name, device.total())
     assert [entry["id"] for entry in report.data["nodes"]] == ["3", "run"]
 
 

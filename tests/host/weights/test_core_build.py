@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -333,6 +334,38 @@ def test_every_embedding_of_core_is_known_by_its_name(host):
     assert found == set(tables(found))
     linears = ("self_attn.q_proj", "ffn.0", "time_embedding.0", "text_embedding.2", "proj", "x_embedder", "to_out.0")
     assert not tables(f"blocks.0.{name}" for name in linears)
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        "t5.T5",
+        "qwen3vl.Qwen3VL",
+        "qwen35.Qwen35",
+        "gemma4.Gemma4_E2B",
+        "llama.Gemma3_4B_Vision",
+        "jina_clip_2.XLMRobertaModel",
+    ],
+)
+def test_a_text_encoders_names_say_of_each_matrix_what_its_modules_say(host, encoder):
+    """Core builds an encoder only as it loads it, so that plans of text encoders go by names."""
+    import comfy.ops
+
+    from lowbit.host.weights.core_build import Numberless
+
+    module, name = encoder.split(".")
+    kind = getattr(importlib.import_module(f"comfy.text_encoders.{module}"), name)
+    operations = comfy.ops.mixed_precision_ops({}, torch.bfloat16)
+    # T5's sizes come with its file, a tokenizer's way.
+    config = {"num_layers": 2, "d_model": 64, "d_kv": 64, "d_ff": 64, "num_heads": 1, "vocab_size": 99}
+    config |= {"dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True, "model_type": "umt5"}
+    with Numberless():
+        model = kind(config if module == "t5" else {}, torch.bfloat16, torch.device("meta"), operations)
+    linears = {layer for layer, found in model.named_modules() if isinstance(found, operations.Linear)}
+    weights = {key: tensor for key, tensor in model.state_dict().items() if key.endswith(".weight")}
+    matrices = {key.removesuffix(".weight") for key, tensor in weights.items() if tensor.dim() == 2}
+    assert len(linears) > 10
+    assert set(tables(matrices | linears)) == matrices - linears
 
 
 def test_dimensions_that_core_reads_are_not_packed(host, tmp_path):

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 import types
 
 import pytest
@@ -40,6 +39,21 @@ def test_sharded_sets_are_offered_by_their_index_through_links_too(models):
         "link/c.safetensors",
         "sub/a.safetensors.index.json",
     ]
+
+
+def test_gguf_files_of_comfyui_ggufs_folder_are_offered_and_found(models, host, monkeypatch):
+    """As ComfyUI-GGUF registers it, and as an extra_model_paths.yaml does, without endings."""
+    import folder_paths
+
+    (models.elsewhere / "sub").mkdir()
+    for name in ("sub/a.gguf", "a-mmproj.gguf", "notes.txt"):
+        (models.elsewhere / name).write_bytes(b"")
+    for endings in ({".gguf"}, set()):
+        registered = ([str(models.elsewhere)], endings)
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, "unet_gguf", registered)
+        monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+        assert models.names() == ["sub/a.gguf"]
+        assert host.folders.model_path("diffusion_models", "sub/a.gguf") == models.elsewhere / "sub/a.gguf"
 
 
 def test_the_list_is_read_again_only_when_a_folder_changes(models, monkeypatch):
@@ -99,19 +113,18 @@ def test_a_temporary_folder_lives_as_long_as_its_process_whatever_its_number(hos
 
 def test_a_temporary_folder_goes_when_its_process_ends(host, tmp_path):
     ending = process(tmp_path, "end")
-    folder = tmp_path / ending.stdout.readline().strip()
+    assert (tmp_path / ending.stdout.readline().strip()).parent == tmp_path
     assert ending.wait(300) == 0
-    assert not folder.exists()
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_just_being_made_is_left_alone(host, tmp_path):
+def test_only_what_a_lock_file_stands_for_is_removed(host, tmp_path):
     from lowbit.host.weights.temporary import remove_abandoned
 
-    new, old = tmp_path / "temporary-new", tmp_path / "temporary-old"
-    for folder in (new, old):
+    dead, users = tmp_path / "temporary-dead", tmp_path / "temporary-users-own"
+    for folder in (dead, users):
         folder.mkdir()
-    day = time.time() - 24 * 3600
-    os.utime(old, (day, day))
+    for name in ("temporary-dead.lock", "temporary-folder-never-made.lock"):
+        (tmp_path / name).touch()
     remove_abandoned(tmp_path)
-    assert new.exists()
-    assert not old.exists()
+    assert list(tmp_path.iterdir()) == [users]

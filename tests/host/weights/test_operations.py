@@ -124,12 +124,20 @@ def test_an_unquantized_model_is_left_to_core(host):
 
 
 @pytest.mark.parametrize("name", ["int8_convrot_fast", "fp8_e4m3fn_scaled", "fp4_scaled"])
-def test_the_fused_feed_forward_is_the_plain_one(host, name):
-    feed_forward = block(load(host, name)).ffn
-    assert isinstance(feed_forward, host.feed_forward.FusedWanFeedForward)
+def test_the_fused_feed_forward_is_the_plain_one(host, monkeypatch, name):
+    feed_forward, activations = block(load(host, name)).ffn, []
+    plain = host.operations.quantized_linear
+
+    def multiply(*args, activation, **options):
+        activations.append(activation)
+        return plain(*args, activation=activation, **options)
+
     x = torch.randn(7, 256)
     hidden = torch.nn.functional.gelu(feed_forward[0](x), approximate="tanh")
-    assert torch.allclose(feed_forward(x), feed_forward[2](hidden), rtol=1e-3, atol=1e-3)
+    expected = feed_forward[2](hidden)
+    monkeypatch.setattr(host.operations, "quantized_linear", multiply)
+    assert torch.allclose(feed_forward(x), expected, rtol=1e-3, atol=1e-3)
+    assert activations == [None, "gelu_tanh"]
 
 
 def test_clones_for_other_gpus_are_loaded_the_same_way(host):
