@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Any
 
 import torch
 
-_CHUNK = 4 << 20
+_CHUNK = 8 << 20
+"""Bytes looked at in one call, twice: the second look finds them in the processor's cache, and between calls a thread waits for
+Python's lock, for which the thread that loads has to wait in turn."""
 _PIECE = 64 << 20
 _MOST_THREADS = 8
 
@@ -52,7 +55,7 @@ FLOAT_BITS: Mapping[torch.dtype, FloatBits] = MappingProxyType(
 
 
 class FiniteCheck:
-    """Looks at tensors on threads of its own, beside whatever the caller does in the meantime.
+    """Looks at tensors on threads of its own, beside whatever the caller does in the meantime; none is left of one that is dropped.
 
     Args:
         tensors: names and tensors in host memory; those of other dtypes than `FLOAT_BITS` are passed over.
@@ -64,6 +67,7 @@ class FiniteCheck:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
         self._looks = [self._pool.submit(_look, piece) for piece in _pieces(tensors)]
         self._pool.shutdown(wait=False)
+        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def first(self) -> str | None:
         """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers. No thread is left."""
@@ -91,6 +95,5 @@ def _pieces(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, 
 
 def _look(piece: tuple[str, FloatBits, Any]) -> tuple[str, bool]:
     name, bits, data = piece
-    # In parts that stay in the processor's cache for the second look.
     parts = (data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK))
     return name, any(bits.any_not_finite(part) for part in parts)

@@ -31,7 +31,7 @@ _CONFIG = ".comfy_quant"
 _SMALL_FILE = 64 << 20
 _SMALL_TENSOR = 16 << 20
 _loading = threading.RLock()
-_finite: set[tuple[FileStamp, ...]] = set()
+known_finite: set[tuple[FileStamp, ...]] = set()
 """States of files whose weights are known to be numbers, for clones on other GPUs and models loaded again."""
 
 
@@ -109,12 +109,11 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
 
 
 class NumbersCheck:
-    """Whether a file holds nothing but numbers.
+    """Whether a file holds nothing but numbers: looked at from now on, beside core's building of the model.
 
-    A small file is looked at when it has been loaded. Loading a large one reads only its header, and reading it all would
-    make that take several times as long: it is looked at beside what comes next, and said when the model is put on its
-    device, before anything is computed with it. Where main memory cannot hold the file, which would then be read from the
-    disk twice, only scales and other small tensors are looked at.
+    A small file is judged when it has been loaded. Loading a large one reads only its header, and may be done before it has been
+    looked at: it is judged when the model is put on its device, before anything is computed with it. Where main memory cannot
+    hold the file, which would then be read from the disk twice, only scales and other small tensors are looked at.
 
     Args:
         file: its name.
@@ -133,30 +132,30 @@ class NumbersCheck:
         normalized: StateDict,
     ) -> None:
         self._file, self._key = file, stamps
-        known = stamps in _finite or RECIPE_KEY in metadata
-        self._numbers = [] if known else _numbers(stored, normalized)
+        known = stamps in known_finite or RECIPE_KEY in metadata
+        numbers = [] if known else _numbers(stored, normalized)
+        nbytes = sum(tensor.nbytes for _, tensor in numbers)
+        self._small = nbytes <= _SMALL_FILE
+        if nbytes > psutil.virtual_memory().available:
+            numbers = [(name, tensor) for name, tensor in numbers if tensor.nbytes <= _SMALL_TENSOR]
+        self._check = FiniteCheck(numbers)
 
-    def begin(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
-        """Look at the file that `patcher` was loaded from.
+    def settle(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
+        """Judge the file that `patcher` was loaded from.
 
         Raises:
             CheckpointError: a weight or a scale is NaN or Inf; for a large file, from `patcher`'s own loading later on.
         """
-        numbers, self._numbers = self._numbers, []
-        nbytes = sum(tensor.nbytes for _, tensor in numbers)
-        if nbytes > psutil.virtual_memory().available:
-            numbers = [(name, tensor) for name, tensor in numbers if tensor.nbytes <= _SMALL_TENSOR]
-        check = FiniteCheck(numbers)
-        if nbytes <= _SMALL_FILE:
-            self._finish(check)
+        if self._small:
+            self._judge()
         else:
-            patcher.add_callback(CallbacksMP.ON_LOAD, lambda *arguments, **options: self._finish(check))
+            patcher.add_callback(CallbacksMP.ON_LOAD, lambda *arguments, **options: self._judge())
 
-    def _finish(self, check: FiniteCheck) -> None:
-        name = check.first()
+    def _judge(self) -> None:
+        name = self._check.first()
         if name is not None:
             raise not_finite(f"{self._file}: {name}")
-        _finite.add(self._key)
+        known_finite.add(self._key)
 
 
 def _numbers(stored: StateDict, normalized: StateDict) -> list[tuple[str, torch.Tensor]]:

@@ -65,7 +65,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
     if patcher is None:
         raise CheckpointError(f"{name} is no diffusion model that this ComfyUI can build: update ComfyUI.")
     settle(arrivals, name)
-    numbers.begin(patcher)
+    numbers.settle(patcher)
     take_over(patcher.model)
     remove_with(patcher.model, path)
     patcher.cached_patcher_init = (load_diffusion_model, (path,))
@@ -103,7 +103,7 @@ def load_text_encoder(
     settle(arrivals, names, optional_parts=True)
     attach_output_head(clip, heads)
     for numbers in checks:
-        numbers.begin(clip.patcher)
+        numbers.settle(clip.patcher)
     take_over(clip.cond_stage_model)
     for path in paths:
         remove_with(clip.cond_stage_model, path)
@@ -147,7 +147,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         raise CheckpointError(
             f"{Path(path).name} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
         ) from None
-    numbers.begin(patcher)
+    numbers.settle(patcher)
     take_over(model)
     remove_with(model, path)
     patcher.cached_patcher_init = (load_model_patch, (path,))
@@ -202,7 +202,8 @@ def _of_model_patches(name: str) -> Any:
 def read_stored_file(path: str, *, diffusion_model: bool = False) -> tuple[StateDict, dict[str, str], NumbersCheck]:
     """The file through core's loader (memory-mapped under dynamic VRAM), in core's names for quantized weights.
 
-    The check that it holds numbers is still to begin; of a diffusion model's file, the diffusion model alone is read.
+    Whether it holds numbers is being looked at, and still to be judged; of a diffusion model's file, the diffusion model alone is
+    read.
     """
     name, stamps = Path(path).name, open_checkpoint(path).stamps
     stored, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)

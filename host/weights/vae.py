@@ -60,7 +60,7 @@ def _load(path: str, dtype: torch.dtype | None) -> comfy.sd.VAE:
     if vae.first_stage_model is None:
         raise CheckpointError(f"{name} is no VAE that this ComfyUI knows: check the file or update ComfyUI.")
     settle(arrivals, name, optional_parts=True)
-    numbers.begin(vae.patcher)
+    numbers.settle(vae.patcher)
     vae.patcher.cached_patcher_init = (_load_patcher, (path, dtype))
     return vae
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def test_any_bits_at_any_place(dtype, data):
     assert (first_not_finite([("a", tensor)]) is None) == bool(is_finite(tensor).all())
 
 
-@pytest.mark.parametrize("place", [0, (4 << 20) - 1, 4 << 20, (64 << 20) - 1, 64 << 20, (64 << 20) + 4])
+@pytest.mark.parametrize("place", [0, (8 << 20) - 1, 8 << 20, (64 << 20) - 1, 64 << 20, (64 << 20) + 4])
 def test_at_the_edges_of_the_parts_that_are_looked_at(place):
     codes = torch.zeros((64 << 20) + 5, dtype=torch.uint8)
     assert first_not_finite([("a", codes.view(torch.float8_e4m3fn))]) is None
@@ -56,3 +58,23 @@ def test_the_first_of_a_file_is_named_and_integers_and_masks_are_none():
     assert first_not_finite(tensors[:-2]) is None
     check = FiniteCheck(tensors)
     assert check.first() == "b"
+
+
+def test_a_check_that_is_dropped_looks_no_further(monkeypatch):
+    begun, go_on, looked = threading.Event(), threading.Event(), []
+
+    def look(piece):
+        looked.append(piece[0])
+        begun.set()
+        go_on.wait(10)
+        return piece[0], False
+
+    monkeypatch.setattr("lowbit.ops.finite._look", look)
+    before = set(threading.enumerate())
+    check = FiniteCheck([(str(index), torch.ones(2)) for index in range(100)])
+    begun.wait(10)
+    del check
+    go_on.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+    assert 0 < len(looked) < 100

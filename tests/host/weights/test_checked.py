@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 
 import pytest
@@ -129,6 +130,18 @@ def test_a_large_file_is_looked_at_after_loading_and_said_before_anything_is_com
     planned = host.preparing.plan_diffusion_model(path, host.preparing.Request("none"))
     with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
         comfy.model_management.load_models_gpu([host.quantizing.quantize_model(good, planned)])
+
+
+def test_a_file_is_looked_at_while_core_builds_the_model(host, tmp_path, monkeypatch):
+    import comfy.sd
+
+    looked, build = threading.Event(), comfy.sd.load_diffusion_model_state_dict
+    monkeypatch.setattr("lowbit.ops.finite._look", lambda piece: (looked.set(), (piece[0], False))[1])
+    monkeypatch.setattr(
+        comfy.sd, "load_diffusion_model_state_dict", lambda *args, **kwargs: looked.wait(10) and build(*args, **kwargs)
+    )
+    built(host, save(tiny.wan_tensors(), tmp_path / "wan.safetensors"))
+    assert looked.is_set()
 
 
 def test_of_a_file_that_main_memory_cannot_hold_the_scales_are_looked_at(host, tmp_path, monkeypatch):
