@@ -13,7 +13,7 @@ import torch.distributed as distributed
 from comfy.patcher_extension import WrappersMP
 
 from ..errors import CapabilityError
-from .model_copy import describe, is_exact_now, version
+from .model_copy import describe, file_of, is_exact_now, version
 from .several_gpus.hooks import AUTO, CFG, KEY, SPLITS, Describing, DividingHooks
 from .several_gpus.team import Team
 
@@ -23,7 +23,7 @@ __all__ = ["AUTO", "SPLITS", "devices_of", "divide"]
 
 _TEAMS: dict[tuple[torch.device, ...], Team] = {}
 """The workers of each set of GPUs, the first of which is ComfyUI's own."""
-_DESCRIBING = Describing(version, describe, is_exact_now)
+_DESCRIBING = Describing(version, describe, file_of, is_exact_now)
 
 
 @atexit.register
@@ -91,7 +91,13 @@ def divide(
     ):
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
+    hooks.start(clone)
     return clone
+
+
+def start_stages(devices: Sequence[torch.device]) -> dict[str, dict[str, float]]:
+    """Seconds from the start of each worker of `devices` to the stages that it has reached, by its name."""
+    return _TEAMS[tuple(devices)].stages()
 
 
 def why_not(devices: Sequence[torch.device]) -> str | None:
