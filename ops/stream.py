@@ -37,7 +37,7 @@ RECIPE_KEY = "lowbit_recipe"
 _OF_ONE_FILE = frozenset({"_quantization_metadata", "quantization_config", RECIPE_KEY, METADATA_KEY})
 
 Progress = Callable[[int, int, str], None]
-"""Called with bytes done (written, then verified), bytes in all and the tensor just done; may raise to cancel."""
+"""Called with bytes done, bytes in all and the tensor just done; may raise to cancel."""
 
 _SUFFIX_BYTES = len(".weight_s_channel")
 _PARTS = 6
@@ -81,7 +81,6 @@ def quantize_checkpoint(
         name_bytes=_PARTS * (names_nbytes(checkpoint.entries) + len(checkpoint.entries) * _SUFFIX_BYTES),
         name_count=_PARTS * len(checkpoint.entries),
         metadata=header,
-        verified=report.verified,
         behind=_overlaps(device),
     )
     with writer, contextlib.closing(_tensors(checkpoint, plan, device)) as tensors:
@@ -122,20 +121,16 @@ def _is_quantized(plan: QuantizationPlan, name: str) -> bool:
 
 
 class _Report:
-    """Progress over both passes: verifying only reads what was just written, about a fifth of the time."""
+    """Progress over the source's bytes."""
 
     def __init__(self, nbytes: int, progress: Progress | None) -> None:
-        self._nbytes, self._total, self._done = nbytes, nbytes + nbytes // 4, 0
+        self._total, self._done = nbytes, 0
         self._progress = progress
 
     def written(self, entry: TensorEntry) -> None:
         self._done += entry.nbytes
         if self._progress is not None:
             self._progress(self._done, self._total, entry.name)
-
-    def verified(self, done: int, nbytes: int, name: str) -> None:
-        if self._progress is not None:
-            self._progress(self._nbytes + self._nbytes // 4 * done // max(nbytes, 1), self._total, name)
 
 
 def carried_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

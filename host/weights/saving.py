@@ -64,19 +64,8 @@ def source_checkpoint(patcher: comfy.model_patcher.ModelPatcher) -> Checkpoint |
 
 def _write(tensors: dict[str, torch.Tensor], target: Path, origin: Checkpoint | None, metadata: dict[str, str]) -> None:
     count = len(tensors)
-    bar = comfy.utils.ProgressBar(2 * count)
-
-    def verified(done: int, nbytes: int, name: str) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(count + count * done // max(nbytes, 1))
-
-    with CheckpointWriter(
-        target,
-        name_bytes=names_nbytes(tensors),
-        name_count=count,
-        metadata=metadata,
-        verified=verified,
-    ) as writer:
+    bar = comfy.utils.ProgressBar(count)
+    with CheckpointWriter(target, name_bytes=names_nbytes(tensors), name_count=count, metadata=metadata) as writer:
         while tensors:
             comfy.model_management.throw_exception_if_processing_interrupted()
             name = next(iter(tensors))

@@ -125,27 +125,14 @@ def test_a_cancelled_run_leaves_nothing(overlaps, save, wan_tensors, tmp_path):
     assert list((tmp_path / "made").iterdir()) == []
 
 
-def test_progress_reaches_the_end_with_the_last_tensor_verified(save, wan_tensors, tmp_path):
+def test_progress_reaches_the_end_with_the_last_tensor(save, wan_tensors, tmp_path):
     seen = []
     target = tmp_path / "out.safetensors"
     quantize(save(wan_tensors), target, progress=lambda *step: seen.append((*step, target.exists())))
     assert [done for done, _, _, _ in seen] == sorted(done for done, _, _, _ in seen)
     assert seen[-1][0] == seen[-1][1]
     assert not any(exists for *_, exists in seen)
-    assert len(seen) == len(wan_tensors) + len(load_file(target))
-
-
-def test_verifying_can_be_cancelled_and_leaves_nothing(save, wan_tensors, tmp_path):
-    seen = []
-
-    def cancel(done, total, name):
-        seen.append(name)
-        if len(seen) > len(wan_tensors) + 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(save(wan_tensors), tmp_path / "made" / "out.safetensors", progress=cancel)
-    assert list((tmp_path / "made").iterdir()) == []
+    assert len(seen) == len(wan_tensors)
 
 
 @pytest.mark.parametrize("change", ["before", "meanwhile"])

@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import stat
+import time
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lowbit.errors import StorageError
+from lowbit.ops import writer
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.writer import CheckpointWriter, check_free_space, names_nbytes
 
@@ -22,9 +24,9 @@ from lowbit.ops.writer import CheckpointWriter, check_free_space, names_nbytes
 def write(path, tensors, metadata=None, **options):
     with CheckpointWriter(
         path, name_bytes=names_nbytes(tensors), name_count=len(tensors), metadata=metadata or {}, **options
-    ) as writer:
+    ) as file:
         for name, tensor in tensors.items():
-            writer.add(name, tensor)
+            file.add(name, tensor)
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -120,30 +122,81 @@ def test_a_disk_that_is_full_when_it_gets_what_was_written_is_named(tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_shrinks_while_it_is_verified_is_refused(tmp_path):
-    def shrink(done, nbytes, name):
-        (partial,) = tmp_path.glob("*.partial")
-        os.truncate(partial, partial.stat().st_size - 64)
+@pytest.fixture
+def damaging(monkeypatch):
+    """Has `damage` done to the half-written file after each piece of it."""
+    monkeypatch.setattr("lowbit.ops.writer._CHUNK", 64)
+    monkeypatch.setattr("lowbit.ops.writer._LOOK", 24)
 
-    tensors = {"a": torch.ones(8), "b": torch.ones(16)}
-    with pytest.raises(StorageError, match="became shorter while it was verified"):
-        write(tmp_path / "a.safetensors", tensors, verified=shrink)
+    def damaging(damage):
+        write_all = CheckpointWriter._write_all
+
+        def write(writer, piece):
+            write_all(writer, piece)
+            damage(writer._temporary)
+
+        monkeypatch.setattr(CheckpointWriter, "_write_all", write)
+
+    return damaging
+
+
+def test_a_file_that_shrinks_while_it_is_verified_is_refused(tmp_path, damaging):
+    damaging(lambda path: os.truncate(path, path.stat().st_size - 1))
+    with pytest.raises(StorageError, match="'a' reads back differently"):
+        write(tmp_path / "a.safetensors", {"a": torch.ones(8), "b": torch.ones(16)})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
-    real = CheckpointWriter._verify
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("from_end", [1, 24, 25, 48, 63])
+def test_a_file_that_reads_back_differently_is_refused(tmp_path, damaging, from_end, behind):
+    """In whichever part of the last of several pieces."""
 
-    def flip(writer):
-        with writer._temporary.open("r+b") as file:
-            file.seek(-1, os.SEEK_END)
-            file.write(b"\xff")
-        real(writer)
+    def flip(path):
+        with path.open("r+b") as file:
+            file.seek(-from_end, os.SEEK_END)
+            byte = file.read(1)
+            file.seek(-from_end, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 16]))
 
-    monkeypatch.setattr(CheckpointWriter, "_verify", flip)
+    damaging(flip)
     with pytest.raises(StorageError, match="'a' reads back differently"):
+        write(tmp_path / "a.safetensors", {"a": torch.randn(16 * 5 + 15)}, behind=behind)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_that_reads_back_differently_is_refused(tmp_path, monkeypatch):
+    write_header = CheckpointWriter._write_header
+
+    def damaged(writer):
+        write_header(writer)
+        data = writer._temporary.read_bytes()
+        writer._temporary.write_bytes(data.replace(b"F32", b"I32"))
+
+    monkeypatch.setattr(CheckpointWriter, "_write_header", damaged)
+    with pytest.raises(StorageError, match="header of a.safetensors reads back differently"):
         write(tmp_path / "a.safetensors", {"a": torch.ones(8)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_piece_is_compared_before_its_memory_is_used_again(tmp_path, monkeypatch):
+    """What comes from a GPU goes through one small piece of the host's."""
+    staged, reads_back = torch.empty(64, dtype=torch.uint8), writer._reads_back
+
+    def blocks(data):
+        for block in data.split(64):
+            yield block, staged[: block.numel()]
+
+    def late(*piece):
+        time.sleep(0.005)
+        return reads_back(*piece)
+
+    monkeypatch.setattr(writer, "host_blocks", blocks)
+    monkeypatch.setattr(writer, "_CHUNK", 16)
+    monkeypatch.setattr(writer, "_reads_back", late)
+    tensor = torch.randn(100)
+    write(tmp_path / "a.safetensors", {"a": tensor}, behind=True)
+    assert load_file(tmp_path / "a.safetensors")["a"].equal(tensor)
 
 
 def test_the_room_on_a_disk_is_asked_of_the_nearest_folder_that_can_be_looked_at(tmp_path, monkeypatch):
