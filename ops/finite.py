@@ -16,7 +16,7 @@ _CHUNK = 8 << 20
 """Bytes looked at in one call, twice: the second look finds them in the processor's cache, and between calls a thread waits for
 Python's lock, for which the thread that loads has to wait in turn."""
 _PIECE = 64 << 20
-_MOST_THREADS = 8
+_MOST_THREADS = 16
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import os
 import stat
 import time
+import types
 
 import pytest
 import torch
@@ -138,6 +139,23 @@ def damaging(monkeypatch):
         monkeypatch.setattr(CheckpointWriter, "_write_all", write)
 
     return damaging
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_where_linux_cannot_begin_to_write_it_writes(monkeypatch, begins):
+    sent = []
+    system = types.SimpleNamespace(sync_file_range=lambda *arguments: 0 if begins else -1)
+    monkeypatch.setattr(writer.ctypes, "CDLL", lambda name: system)
+    monkeypatch.setattr(writer.sys, "platform", "linux")
+    monkeypatch.setattr(writer.os, "fdatasync", sent.append, raising=False)
+    writer._send_to_disk(7)
+    assert sent == ([] if begins else [7])
+
+
+def test_what_was_written_is_sent_to_a_real_disk(tmp_path):
+    with (tmp_path / "a").open("wb", buffering=0) as file:
+        file.write(b"a" * 100)
+        writer._send_to_disk(file.fileno())
 
 
 def test_a_file_that_shrinks_while_it_is_verified_is_refused(tmp_path, damaging):
