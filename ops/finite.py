@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ _CHUNK = 8 << 20
 """Bytes looked at in one call, twice: the second look finds them in the processor's cache, and between calls a thread waits for
 Python's lock, for which the thread that loads has to wait in turn."""
 _PIECE = 64 << 20
+_SMALL = 64 << 10
+"""Bytes of a tensor up to which it is looked at with others: a model has hundreds of biases and scales."""
 _MOST_THREADS = 16
 
 
@@ -54,46 +57,104 @@ FLOAT_BITS: Mapping[torch.dtype, FloatBits] = MappingProxyType(
 )
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Part of a large tensor, or many small ones.
+
+    Attributes:
+        bits: of their dtype.
+        members: the place among all tensors and the name of each.
+        data: each one's bytes, (N,) uint8.
+    """
+
+    bits: FloatBits
+    members: tuple[tuple[int, str], ...]
+    data: tuple[torch.Tensor, ...]
+
+
 class FiniteCheck:
-    """Looks at tensors on threads of its own, beside whatever the caller does in the meantime; none is left of one that is dropped.
+    """Looks at tensors on threads of its own, beside whatever the caller does in the meantime; one that is dropped looks no further.
 
     Args:
-        tensors: names and tensors in host memory; those of other dtypes than `FLOAT_BITS` are passed over.
+        tensors: names and tensors in host memory, asked for on those threads; other dtypes than `FLOAT_BITS` are passed over.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         # Half of them: loading and what comes after it work at the same time.
         threads = min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
+        pieces = _Shared(_pieces(tensors))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
-        self._looks = [self._pool.submit(_look, piece) for piece in _pieces(tensors)]
+        self._looks = [self._pool.submit(_look_at_all, pieces) for _ in range(threads)]
         self._pool.shutdown(wait=False)
-        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
+        self._drop = weakref.finalize(self, pieces.stop)
 
     def first(self) -> str | None:
         """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers. No thread is left."""
         try:
-            return next((look.result()[0] for look in self._looks if look.result()[1]), None)
+            return min((found for look in self._looks for found in look.result()), default=(0, None))[1]
         finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._drop()
+            self._pool.shutdown(wait=True)
+
+
+class _Shared:
+    """Pieces that several threads take from."""
+
+    def __init__(self, pieces: Iterator[_Piece]) -> None:
+        self._pieces = pieces
+        self._taking = threading.Lock()
+        self._stopped = False
+
+    def __iter__(self) -> Iterator[_Piece]:
+        while (piece := self._take()) is not None:
+            yield piece
+
+    def stop(self) -> None:
+        """No further piece is given."""
+        self._stopped = True
+
+    def _take(self) -> _Piece | None:
+        with self._taking:
+            return None if self._stopped else next(self._pieces, None)
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The name of the first of `tensors` that holds NaN or Inf; None where all are numbers."""
-    return FiniteCheck(tensors).first()
+    tensors = list(tensors)
+    if sum(tensor.nbytes for _, tensor in tensors) > _PIECE:
+        return FiniteCheck(tensors).first()
+    return min(_look_at_all(_pieces(tensors)), default=(0, None))[1]
 
 
-def _pieces(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, FloatBits, Any]]:
-    for name, tensor in tensors:
+def _pieces(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[_Piece]:
+    small: dict[FloatBits, list[tuple[tuple[int, str], torch.Tensor]]] = {}
+    for place, (name, tensor) in enumerate(tensors):
         bits = FLOAT_BITS.get(tensor.dtype)
         # Text encoders store their causal mask, which is -Inf where a token must not look.
         if bits is None or tensor.numel() == 0 or "mask" in name.rpartition(".")[2]:
             continue
-        data = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, data.size, _PIECE):
-            yield name, bits, data[start : start + _PIECE]
+        data = tensor.detach().reshape(-1).view(torch.uint8)
+        if data.numel() <= _SMALL:
+            small.setdefault(bits, []).append(((place, name), data))
+        else:
+            yield from (_Piece(bits, ((place, name),), (part,)) for part in data.split(_PIECE))
+    for bits, listed in small.items():
+        members, datas = zip(*listed, strict=True)
+        yield _Piece(bits, members, datas)
 
 
-def _look(piece: tuple[str, FloatBits, Any]) -> tuple[str, bool]:
-    name, bits, data = piece
-    parts = (data[start : start + _CHUNK] for start in range(0, data.size, _CHUNK))
-    return name, any(bits.any_not_finite(part) for part in parts)
+def _look_at_all(pieces: Iterable[_Piece]) -> list[tuple[int, str]]:
+    """The place and the name of the first in each piece that is no number."""
+    return [found for piece in pieces if (found := _look(piece)) is not None]
+
+
+def _look(piece: _Piece) -> tuple[int, str] | None:
+    together = piece.data[0] if len(piece.data) == 1 else torch.cat(piece.data)
+    if not _any_not_finite(piece.bits, together):
+        return None
+    each = zip(piece.members, piece.data, strict=True)
+    return next(member for member, data in each if _any_not_finite(piece.bits, data))
+
+
+def _any_not_finite(bits: FloatBits, data: torch.Tensor) -> bool:
+    return any(bits.any_not_finite(part.numpy()) for part in data.split(_CHUNK))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,13 +132,17 @@ class NumbersCheck:
         normalized: StateDict,
     ) -> None:
         self._file, self._key = file, stamps
-        known = stamps in known_finite or RECIPE_KEY in metadata
-        numbers = [] if known else _numbers(stored, normalized)
-        nbytes = sum(tensor.nbytes for _, tensor in numbers)
+        self._check: FiniteCheck | None = None
+        if stamps in known_finite or RECIPE_KEY in metadata:
+            return
+        nbytes = sum(tensor.nbytes for tensor in stored.values())
         self._small = nbytes <= _SMALL_FILE
+        looked_at = list(stored.items())
         if nbytes > psutil.virtual_memory().available:
-            numbers = [(name, tensor) for name, tensor in numbers if tensor.nbytes <= _SMALL_TENSOR]
-        self._check = FiniteCheck(numbers)
+            looked_at = [(name, tensor) for name, tensor in looked_at if tensor.nbytes <= _SMALL_TENSOR]
+        # Core takes what is built out of `normalized`.
+        configs = {name: tensor for name, tensor in normalized.items() if name.endswith(_CONFIG)}
+        self._check = FiniteCheck(_numbers(looked_at, configs))
 
     def settle(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         """Judge the file that `patcher` was loaded from.
@@ -146,26 +150,29 @@ class NumbersCheck:
         Raises:
             CheckpointError: a weight or a scale is NaN or Inf; for a large file, from `patcher`'s own loading later on.
         """
+        check = self._check
+        if check is None:
+            return
         if self._small:
-            self._judge()
+            self._judge(check)
         else:
-            patcher.add_callback(CallbacksMP.ON_LOAD, lambda *arguments, **options: self._judge())
+            patcher.add_callback(CallbacksMP.ON_LOAD, lambda *arguments, **options: self._judge(check))
 
-    def _judge(self) -> None:
-        name = self._check.first()
+    def _judge(self, check: FiniteCheck) -> None:
+        name = check.first()
         if name is not None:
             raise not_finite(f"{self._file}: {name}")
         known_finite.add(self._key)
 
 
-def _numbers(stored: StateDict, normalized: StateDict) -> list[tuple[str, torch.Tensor]]:
-    numbers = []
-    for name, tensor in stored.items():
+def _numbers(
+    stored: Iterable[tuple[str, torch.Tensor]], configs: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in stored:
         layer, _, suffix = name.rpartition(".")
-        config = normalized.get(layer + _CONFIG) if tensor.dtype == torch.uint8 else None
+        config = configs.get(layer + _CONFIG) if tensor.dtype == torch.uint8 and not name.endswith(_CONFIG) else None
         core_format = None if config is None else json.loads(config.numpy().tobytes())["format"]
-        numbers.append((name, as_numbers(suffix, tensor, core_format)))
-    return numbers
+        yield name, as_numbers(suffix, tensor, core_format)
 
 
 def _check_linears(

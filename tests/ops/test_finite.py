@@ -64,17 +64,39 @@ def test_a_check_that_is_dropped_looks_no_further(monkeypatch):
     begun, go_on, looked = threading.Event(), threading.Event(), []
 
     def look(piece):
-        looked.append(piece[0])
+        looked.append(piece)
         begun.set()
         go_on.wait(10)
-        return piece[0], False
 
     monkeypatch.setattr("lowbit.ops.finite._look", look)
     before = set(threading.enumerate())
-    check = FiniteCheck([(str(index), torch.ones(2)) for index in range(100)])
+    check = FiniteCheck((str(index), torch.ones(1 << 15)) for index in range(100))
     begun.wait(10)
     del check
     go_on.set()
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
     assert 0 < len(looked) < 100
+
+
+@pytest.mark.parametrize("bad", [["scale 30"], ["large", "scale 30"], ["scale 0", "large"], ["scale 39"], []])
+def test_small_tensors_are_looked_at_together_and_named_alone(bad):
+    """Scales and weights in turns, as they lie in a file."""
+    tensors = [(f"scale {index}", torch.rand(index % 4 + 1).to(DTYPES[index % 3])) for index in range(40)]
+    tensors.insert(20, ("large", torch.rand(1 << 16)))
+    for name, tensor in tensors:
+        if name in bad:
+            tensor[-1] = torch.nan
+    order = [name for name, _ in tensors if name in bad]
+    expected = order[0] if order else None
+    assert FiniteCheck(tensors).first() == expected
+    assert first_not_finite(tensors) == expected
+
+
+def test_what_goes_wrong_while_looking_is_said():
+    def tensors():
+        yield "a", torch.ones(2)
+        raise KeyError("b")
+
+    with pytest.raises(KeyError, match="b"):
+        FiniteCheck(tensors()).first()
