@@ -1,6 +1,6 @@
 """What it costs a load to look whether a file holds nothing but numbers: the same load with and without, in turns.
 
-python -m benchmarks.load_check --out benchmarks/results/load_check.json [--blocks 8] [--rounds 7]
+python -m benchmarks.load_check --out benchmarks/results/load_check.json [--blocks 8] [--rounds 7] [--legacy]
 
 Files are random at the scale of a trained model's, none of them of this pack's cache, which is not looked at. A load goes from the
 file's name to weights that were used once: on a GPU to the end of the first small sample, on a CPU to the model being placed.
@@ -114,13 +114,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--blocks", type=int, default=8, help="of Wan 14B")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--legacy", action="store_true", help="without dynamic VRAM")
     parser.add_argument("--work", type=Path, help="folder for the files")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     config = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=arguments.blocks, text=4096)
     case = Case(f"Wan 14B, {arguments.blocks} of 40 blocks", wan.shapes(config), config.metadata(), SMALL, (512, 4096))
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        start_core(["--base-directory", folder, *([] if DEVICE == "cuda" else ["--cpu"])])
+        options = [] if DEVICE == "cuda" else ["--cpu"]
+        start_core(["--base-directory", folder, *options, *(["--disable-dynamic-vram"] if arguments.legacy else [])])
         with torch.inference_mode():
             files = write_files(Path(folder), case)
             rows = []
@@ -128,7 +130,8 @@ def main() -> None:
                 rows.append(measure(kind, files[kind], case, arguments.rounds))
                 print(rows[-1], flush=True)
     goal = Goal("looking for NaN and Inf in a file, of its load", LARGEST_SHARE, "%", at_most=True)
-    header = environment() | {"processors": str(os.cpu_count()), "device": DEVICE}
+    memory = "legacy" if arguments.legacy else "dynamic VRAM where the GPU has it"
+    header = environment() | {"processors": str(os.cpu_count()), "device": DEVICE, "memory": memory}
     goals = [goal.judged(row["share_of_load"] for row in rows)]
     write(out, {"environment": header, "model": case.title, "rows": rows, "goals": goals})
 
