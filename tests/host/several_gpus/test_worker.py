@@ -78,3 +78,4 @@ def test_processes_meet_while_a_model_is_loaded(host, monkeypatch):
     go_on.set()
     assert [told.get(timeout=SOON) for _ in range(2)] == ["model", "settle"]
     assert done == ["a", "end"], "a run begins, or ends, with the model"
+    one._loader.shutdown()
