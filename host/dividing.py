@@ -65,7 +65,7 @@ def divide(
     speeds: Sequence[float] | None = None,
     eight_bits: bool = False,
 ) -> Any:
-    """A clone of the model that samples on all of `devices`; on one device, a clone that nothing is changed on.
+    """A clone of the model that samples on all of `devices`, whose workers start now; on one device, a clone that nothing is changed on.
 
     Args:
         model: a ModelPatcher.

@@ -1,4 +1,4 @@
-"""The workers of a set of GPUs: started when first needed, given models and forwards, stopped together, ended with the last model."""
+"""The workers of a set of GPUs: started with the node or the run, given models and forwards, stopped together, ended with the last model."""
 
 from __future__ import annotations
 
