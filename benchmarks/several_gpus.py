@@ -4,7 +4,9 @@
         [--gpus 2 4] [--only NAME ...]
 
 Weights are random at the scale of a trained model's, with fewer blocks, as in benchmarks/steps.py. Workers start once and stay for
-the other ways and cases; how long that takes is measured with a small sample, for which attention has nothing to compile.
+the other ways and cases; how long that takes is measured with a small sample, for which attention has nothing to compile. They
+start with the node: what comes before "model's file" among a worker's stages costs nothing where ComfyUI has as long to do with
+other nodes. Here it has nothing else to do.
 `--devices cpu cpu` tries it without a GPU, on the tiny case.
 """
 
@@ -100,7 +102,7 @@ def run(
         alone: what one GPU made of the same, by case and weights; filled when it is its turn.
         kept: the last model of each number of GPUs, with which its workers stay; filled as well.
     """
-    from lowbit.host.dividing import divide
+    from lowbit.host.dividing import divide, start_stages
 
     contender = Contender(way.name, way.weights, False, "exact")
     small = replace(case, latent=SMALL)
@@ -123,6 +125,9 @@ def run(
         sample(model, small, 1)
         if len(devices) not in kept:
             row["start_seconds"] = time.perf_counter() - began
+            row["start_stages"] = start_stages(devices)
+            for worker, stages in row["start_stages"].items():
+                print(worker, {stage: round(seconds, 2) for stage, seconds in stages.items()}, flush=True)
         kept[len(devices)] = model
     latent, times = sample(model, case, STEPS)
     row |= {"seconds": statistics.median(times[FIRST_TIMED:]), "steps": times, "said": said}

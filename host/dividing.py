@@ -14,7 +14,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..errors import CapabilityError
 from .in_front import set_wrappers
-from .model_copy import describe, is_exact_now, version
+from .model_copy import describe, file_of, is_exact_now, version
 from .several_gpus.hooks import AUTO, CFG, KEY, Describing, DividingHooks
 from .several_gpus.team import Team
 
@@ -22,7 +22,7 @@ log = logging.getLogger("lowbit.several_gpus")
 
 _TEAMS: dict[tuple[torch.device, ...], Team] = {}
 """The workers of each set of GPUs, the first of which is ComfyUI's own."""
-_DESCRIBING = Describing(version, describe, is_exact_now)
+_DESCRIBING = Describing(version, describe, file_of, is_exact_now)
 
 
 @atexit.register
@@ -64,7 +64,7 @@ def divide(
     speeds: Sequence[float] | None = None,
     eight_bits: bool = False,
 ) -> Any:
-    """A clone of the model that samples on all of `devices`; on one device, a clone that nothing is changed on.
+    """A clone of the model that samples on all of `devices`, whose workers start now; on one device, a clone that nothing is changed on.
 
     Args:
         model: a ModelPatcher.
@@ -89,7 +89,13 @@ def divide(
         WrappersMP.DIFFUSION_MODEL: hooks.diffusion_model,
     }
     set_wrappers(clone, KEY, wrappers)
+    hooks.start(clone)
     return clone
+
+
+def start_stages(devices: Sequence[torch.device]) -> dict[str, dict[str, float]]:
+    """Seconds from the start of each worker of `devices` to the stages that it has reached, by its name."""
+    return _TEAMS[tuple(devices)].stages()
 
 
 def why_not(devices: Sequence[torch.device]) -> str | None:

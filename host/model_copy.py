@@ -21,6 +21,7 @@ from comfy.ldm.wan.model_multitalk import MultiTalkCrossAttnPatch
 from ..attention.candidates import Policy
 from ..attention.schedule import Schedule
 from ..attention.sequence_split import Exchange
+from ..ops.checkpoint import open_checkpoint
 from ..versions import find
 from .attention.installing import install_override
 from .attention.override import OVERRIDE, AttentionOverride, chosen_kernel
@@ -31,6 +32,7 @@ from .several_gpus.forward import CoreForward
 from .several_gpus.sending import NotSentError, full_name
 from .several_gpus.split_families import family_of
 from .several_gpus.worker import Worker
+from .weights.checked import known_finite
 from .weights.folders import cache_folder
 from .weights.loading import load_diffusion_model, load_model_patch
 
@@ -63,7 +65,7 @@ def describe(patcher: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         NotSentError: names what cannot be sent.
     """
     return {
-        "model": _origin(patcher),
+        "model": file_of(patcher),
         "patches": {key: [_patch(key, patch) for patch in patches] for key, patches in patcher.patches.items()},
         "attention": _attention(options.get(OVERRIDE)),
         "model_patches": [_model_patch(name, patch) for name, patch in _listed(options.get("patches", {}))],
@@ -74,7 +76,7 @@ def describe(patcher: Any, options: Mapping[str, Any]) -> dict[str, Any]:
 
 def version(patcher: Any, options: Mapping[str, Any]) -> tuple[Any, ...]:
     """What `describe` depends on: equal as long as nothing has changed."""
-    origin = tuple(map(str, _origin(patcher)))
+    origin = tuple(map(str, file_of(patcher)))
     patches = tuple(_Same(patch) for _, patch in _listed(options.get("patches", {})))
     override = options.get(OVERRIDE)
     attention = None if override is None else _Same(override)
@@ -89,9 +91,9 @@ def is_exact_now(options: Mapping[str, Any]) -> bool:
     return override.exact_model_call or bool(override.dispatcher.planner.barred)
 
 
-def serve(connection: Connection) -> None:
-    """A worker's work, from its first message to its end."""
-    Worker(Channel(connection), Copies()).serve()
+def serve(connection: Connection, reached: dict[str, float]) -> None:
+    """A worker's work, from its first message to its end; `reached`: when its start came how far."""
+    Worker(Channel(connection), Copies(), reached).serve()
 
 
 class Copies:
@@ -103,12 +105,20 @@ class Copies:
         self._loaded: str | None = None
         self._limit = VramLimit(session().device)
 
+    def load_file(self, file: Sequence[Any]) -> str:
+        """What copies are made of; returns its name."""
+        origin = json.dumps([str(part) for part in file])
+        if origin not in self._files:
+            loader, *arguments = file
+            if LOADERS[loader] is load_diffusion_model:
+                # ComfyUI's own process looks at the numbers, and computes nothing before.
+                known_finite.add(open_checkpoint(arguments[0]).stamps)
+            self._files[origin] = LOADERS[loader](*arguments)
+        return origin
+
     def take(self, model: str, description: Any) -> None:
         """Builds the copy of a model, of the one from the same file if there is one."""
-        origin = json.dumps([str(part) for part in description["model"]])
-        if origin not in self._files:
-            loader, *arguments = description["model"]
-            self._files[origin] = LOADERS[loader](*arguments)
+        origin = self.load_file(description["model"])
         copy = self._files[origin].clone()
         copy.patches = {key: [_unpacked(patch) for patch in patches] for key, patches in description["patches"].items()}
         copy.patches_uuid = uuid4()
@@ -188,7 +198,8 @@ class _Same:
         return hash(self._thing)
 
 
-def _origin(patcher: Any) -> list[Any]:
+def file_of(patcher: Any) -> list[Any]:
+    """Its loader's name and the loader's arguments. Raises NotSentError for a model that none of `LOADERS` has loaded."""
     function, *rest = patcher.cached_patcher_init or (None, ())
     name = next((name for name, loader in LOADERS.items() if loader is function), None)
     if name is None or len(rest) != 1:

@@ -13,6 +13,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...attention.sequence_split import shares
+from ...errors import WorkerError
 from .sending import NotSentError, call_inputs, call_options, check_model, encoded
 from .split_families import CoreFamily
 from .team import ALL, FIRST, LINK, SECOND, Part, Team
@@ -31,6 +32,7 @@ class Describing:
 
     version: Callable[[Any, Mapping[str, Any]], Any]
     describe: Callable[[Any, Mapping[str, Any]], Any]
+    file_of: Callable[[Any], Any]
     is_exact_now: Callable[[Mapping[str, Any]], bool]
 
 
@@ -70,6 +72,17 @@ class DividingHooks:
     def __deepcopy__(self, memo: dict) -> DividingHooks:
         """Clones of the model share the workers."""
         return self
+
+    def start(self, patcher: Any) -> None:
+        """The workers start while ComfyUI is at other nodes, unless what is on the model by now keeps it on one GPU."""
+        # As ComfyUI puts them together for a run.
+        own = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
+        try:
+            check_model(patcher, {**patcher.model_options, "transformer_options": own})
+            encoded([self._describing.describe(patcher, own), call_options(own, own.get("patches", {}))])
+            self._team.start(patcher.model, encoded(self._describing.file_of(patcher)))
+        except (NotSentError, WorkerError, OSError) as error:
+            log.debug("No worker starts before the run: %s", error)
 
     def outer_sample(self, executor: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One sampling run; one that cannot go to other GPUs runs on this one."""

@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -43,6 +44,8 @@ class WorkerProcess:
         self.name = name
         self.has_model: dict[str, Any] = {}
         self.pending: list[str] = []
+        self.began = time.time()
+        self._started = False
         # Asked while another thread waits for the process, Popen does not know whether it runs.
         self._hung_up = False
         self._on_trouble = on_trouble
@@ -56,7 +59,7 @@ class WorkerProcess:
                 env=os.environ | environment,
             )
         threading.Thread(target=self._listen, daemon=True).start()
-        self.send(_first_message(name))
+        self.send(_first_message(name, "CUDA_VISIBLE_DEVICES" in environment))
 
     @property
     def alive(self) -> bool:
@@ -90,10 +93,16 @@ class WorkerProcess:
                 self.has_model.pop(message["model"], None)
                 self._done_with(message["model"])
                 raise WorkerError(self.sentence(message))
+            self._started |= message["reply"] == "started"
             if message["reply"] == "model":
                 self._done_with(message["model"])
             if message["reply"] == reply and all(message.get(name) == value for name, value in values.items()):
                 return message
+
+    def await_start(self) -> None:
+        """Waits until the worker listens. Raises as `expect`."""
+        while not self._started:
+            self.expect("started")
 
     def await_models(self) -> None:
         """Waits until the worker has every model that it was sent. Raises as `expect`."""
@@ -145,8 +154,8 @@ class WorkerProcess:
             self._on_trouble({"reply": "gone", "worker": self})
 
 
-def _first_message(name: str) -> Message:
-    """What start_worker.py needs to become a ComfyUI without nodes."""
+def _first_message(name: str, cuda: bool) -> Message:
+    """What start_worker.py needs to become a ComfyUI without nodes; `cuda`: on a GPU."""
     settings: dict[str, Any] = {key: value for key, value in vars(args).items() if isinstance(value, _PLAIN)}
     fast = [feature.value for feature in vars(args).get("fast") or () if isinstance(feature, Enum)]
     return {
@@ -154,6 +163,7 @@ def _first_message(name: str) -> Message:
         "comfyui": str(Path(inspect.getfile(comfy.model_management)).resolve().parents[1]),
         "pack": str(_PACK),
         "settings": settings,
+        "cuda": cuda,
         "dynamic_vram": comfy.memory_management.aimdo_enabled,
         "fast": fast,
     }

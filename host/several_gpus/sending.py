@@ -90,7 +90,7 @@ def call_options(options: Mapping[str, Any], patches: Mapping[str, list[Any]]) -
     return {name: value for name, value in options.items() if name not in STAY_HERE}
 
 
-def encoded(call: Mapping[str, Any]) -> tuple[Any, list[torch.Tensor]]:
+def encoded(call: Any) -> tuple[Any, list[torch.Tensor]]:
     """The call as plain data and tensors. Raises NotSentError for what is neither."""
     try:
         return plain_data.take_apart(call)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import importlib
 import importlib.util
 import json
@@ -9,15 +12,26 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 PACK = "lowbit_worker"
+_DRIVER = "libcuda.so.1"
 
 
-def start_core(told: dict[str, Any]) -> None:
-    """Core with the settings of ComfyUI's command line, dynamic VRAM included where ComfyUI has it."""
+def make_context() -> None:
+    """The context of the first GPU that this process sees: it takes seconds, in which Python imports, and PyTorch finds it there."""
+    with contextlib.suppress(OSError):  # no driver: PyTorch will say so
+        driver, context = ctypes.CDLL(_DRIVER), ctypes.c_void_p()
+        if driver.cuInit(0) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0)
+
+
+def start_core(told: dict[str, Any], context: threading.Thread | None = None) -> None:
+    """Core with the settings of ComfyUI's command line, dynamic VRAM included where ComfyUI has it, once there is a context."""
     from comfy.cli_args import PerformanceFeature, args, enables_dynamic_vram
 
     vars(args).update(told["settings"])
@@ -34,6 +48,8 @@ def start_core(told: dict[str, Any]) -> None:
     import comfy.model_management
     import comfy.model_patcher
 
+    if context is not None:
+        context.join()
     if told["dynamic_vram"]:
         index = comfy.model_management.get_torch_device().index
         try:
@@ -58,17 +74,29 @@ def import_pack(folder: Path, name: str) -> None:
 
 def main() -> None:
     """Takes the number of its socket from the command line, and everything else from there."""
+    reached = {"Python": time.time()}
+    # What imports make stays: to look through it for garbage again and again is a fifth of their time.
+    gc.disable()
     sys.path.pop(0)  # this folder, whose files would hide others
     # Ctrl-C reaches every process of a terminal; ComfyUI decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
     told = json.loads(connection.recv_bytes())[0]
+    context = threading.Thread(target=make_context, daemon=True) if told["cuda"] else None
+    if context is not None:
+        context.start()
     logging.basicConfig(level=logging.WARNING, format=f"[{told['name']}] %(message)s")
     sys.path.insert(0, told["comfyui"])
     os.chdir(told["comfyui"])
-    start_core(told)
+    importlib.import_module("torch")
+    reached["PyTorch"] = time.time()
+    start_core(told, context)
+    reached["ComfyUI"] = time.time()
     import_pack(Path(told["pack"]), PACK)
-    importlib.import_module(f"{PACK}.host.model_copy").serve(connection)
+    model_copy = importlib.import_module(f"{PACK}.host.model_copy")
+    gc.freeze()
+    gc.enable()
+    model_copy.serve(connection, reached)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The workers of a set of GPUs: started when first needed, given models and forwards, stopped together, ended with the last model."""
+"""The workers of a set of GPUs: started with the node or the run, given models and forwards, stopped together, ended with the last model."""
 
 from __future__ import annotations
 
@@ -92,6 +92,30 @@ class Team:
             groups |= {FIRST: every[:half], SECOND: every[half:], LINK: [0, *every[half:]]}
         return groups
 
+    def start(self, owner: object, file: tuple[Any, list[torch.Tensor]]) -> None:
+        """Starts the workers that are missing, and has them load the file of a model that they will be sent, without waiting.
+
+        Args:
+            owner: what the model lives and dies with.
+            file: its loader and the loader's arguments, encoded.
+
+        Raises:
+            WorkerError, OSError: a worker is gone, or the system starts none.
+        """
+        with self._lock:
+            self._name_of(owner)
+            self._start()
+            for worker in self.workers:
+                worker.send({"do": "file", "file": file[0]}, file[1])
+
+    def stages(self) -> dict[str, dict[str, float]]:
+        """Seconds from a worker's start to each stage that it has reached, by its name. Raises as `forward`."""
+        with self._lock:
+            for worker in self.workers:
+                worker.send({"do": "stages"})
+            found = {worker.name: (worker.expect("stages")["reached"], worker.began) for worker in self.workers}
+        return {name: {stage: at - began for stage, at in reached.items()} for name, (reached, began) in found.items()}
+
     def prepare(self, owner: object, version: Any, describe: Callable[[], tuple[Any, list[torch.Tensor]]]) -> str:
         """Starts the workers that are missing and sends them a model, without waiting for them; returns its name there.
 
@@ -139,6 +163,7 @@ class Team:
         """
         with self._lock:
             self._join({name for part in parts for name in (part.inputs, part.split)})
+            self._await_models()
             try:
                 out = run()
                 self._check()
@@ -186,8 +211,7 @@ class Team:
     def settle(self) -> None:
         """Waits for every worker to be done with what it was given. Raises as `forward`."""
         with self._lock:
-            for worker in self.workers:
-                worker.await_models()
+            self._await_models()
             try:
                 for worker in self.workers:
                     worker.send({"do": "settle", "generation": self._generation})
@@ -252,9 +276,9 @@ class Team:
         self._troubled.clear()
 
     def _join(self, needed: set[str]) -> None:
-        """Waits for the workers to have their models, and meets them in the groups that nobody is in yet."""
+        """Meets the workers, which may be loading models, in the groups that nobody is in yet."""
         for worker in self.workers:
-            worker.await_models()
+            worker.await_start()
         self._check()
         ranks = {name: members for name, members in self.ranks.items() if name in needed - self._joined}
         if not ranks:
@@ -292,6 +316,10 @@ class Team:
         except BaseException:
             self._stop()
             raise
+
+    def _await_models(self) -> None:
+        for worker in self.workers:
+            worker.await_models()
 
     def _stop(self) -> None:
         """Has everyone leave the group, whatever they are at; what they say to it is of no account."""

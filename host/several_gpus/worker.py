@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
+import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +24,19 @@ from .forward import CoreForward, NotSplitError
 
 log = logging.getLogger("lowbit.several_gpus")
 
+_BY_LOADER = frozenset({"file", "model", "begin", "forget"})
+"""What has to do with models, in its order."""
+_BESIDE_LOADER = frozenset({"join", "stages"})
+"""What waits for no model."""
 _LOOK_FOR_PARENT = 2.0
 """Seconds; a process that ComfyUI has forked may hold the socket open after its death."""
 
 
 class ModelCopies(Protocol):
     """What knows how to build models here."""
+
+    def load_file(self, file: Sequence[Any]) -> Any:
+        """Loads a model's file, which copies will be made of."""
 
     def take(self, model: str, description: Any) -> None:
         """Builds or changes the copy of a model."""
@@ -48,11 +58,22 @@ class ModelCopies(Protocol):
 
 
 class Worker:
-    """One process; see `team.Team` for what it is told."""
+    """One process; see `team.Team` for what it is told.
 
-    def __init__(self, channel: Channel, copies: ModelCopies):
+    Models are loaded on a thread of their own: meanwhile the processes meet.
+
+    Args:
+        channel: to ComfyUI.
+        copies: the models.
+        reached: when the process came how far; what is reached from now on is added.
+    """
+
+    def __init__(self, channel: Channel, copies: ModelCopies, reached: dict[str, float]):
         self._channel = channel
         self._copies = copies
+        self._reached = reached
+        self._loader = ThreadPoolExecutor(1, "lowbit-loader")
+        self._loading: Future[None] | None = None
         self._device = comfy.model_management.get_torch_device()
         self._messages: queue.SimpleQueue[tuple[Message, list[torch.Tensor]]] = queue.SimpleQueue()
         self._groups: dict[str, process_group.ProcessGroup] = {}
@@ -64,15 +85,29 @@ class Worker:
         """Does what it is told until ComfyUI is gone."""
         threading.Thread(target=self._listen, daemon=True).start()
         threading.Thread(target=self._watch, daemon=True).start()
-        with torch.inference_mode():
-            while True:
-                message, tensors = self._messages.get()
-                # What an earlier forward was stopped with.
-                comfy.model_management.interrupt_current_processing(False)
-                try:
-                    getattr(self, f"_do_{message['do']}")(message, tensors)
-                except BaseException as error:  # noqa: BLE001  # whatever it is, ComfyUI has to hear of it
-                    self._fail(message, error)
+        self._reach("pack")
+        self._channel.send({"reply": "started"})
+        while True:
+            message, tensors = self._messages.get()
+            # What an earlier forward was stopped with.
+            comfy.model_management.interrupt_current_processing(False)
+            if message["do"] in _BY_LOADER:
+                self._loading = self._loader.submit(self._do, message, tensors)
+                continue
+            if message["do"] not in _BESIDE_LOADER and self._loading is not None:
+                self._loading.result()
+            self._do(message, tensors)
+
+    def _do(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        try:
+            with torch.inference_mode():
+                getattr(self, f"_do_{message['do']}")(message, tensors)
+        except BaseException as error:  # noqa: BLE001  # whatever it is, ComfyUI has to hear of it
+            self._fail(message, error)
+
+    def _reach(self, stage: str) -> None:
+        """For the first time."""
+        self._reached.setdefault(stage, time.time())
 
     def _listen(self) -> None:
         try:
@@ -124,12 +159,22 @@ class Worker:
         self._groups = {}
         self._generation = -1
 
+    def _do_file(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        # What goes wrong is said when the model is sent.
+        with contextlib.suppress(Exception):
+            self._copies.load_file(plain_data.put_together(message["file"], tensors))
+            self._reach("model's file")
+
     def _do_model(self, message: Message, tensors: list[torch.Tensor]) -> None:
         self._copies.take(message["model"], plain_data.put_together(message["description"], tensors))
+        self._reach("model")
         self._channel.send({"reply": "model", "model": message["model"]})
 
     def _do_forget(self, message: Message, tensors: list[torch.Tensor]) -> None:
         self._copies.forget(message["model"])
+
+    def _do_stages(self, message: Message, tensors: list[torch.Tensor]) -> None:
+        self._channel.send({"reply": "stages", "reached": self._reached})
 
     def _do_speed(self, message: Message, tensors: list[torch.Tensor]) -> None:
         self._channel.send({"reply": "speed", "speed": process_group.speed(self._device)})
@@ -149,6 +194,7 @@ class Worker:
         self._channel.send({"reply": "join", "generation": message["generation"]})
         for group in groups.values():
             group.meet()
+        self._reach("group")
         self._channel.send({"reply": "met", "generation": message["generation"]})
 
     def _do_begin(self, message: Message, tensors: list[torch.Tensor]) -> None:
@@ -175,4 +221,5 @@ class Worker:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._copies.end()
+        self._reach("first run")
         self._channel.send({"reply": "settle", "generation": message["generation"]})

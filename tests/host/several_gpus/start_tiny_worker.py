@@ -16,8 +16,8 @@ spec.loader.exec_module(start_worker)
 start_core = start_worker.start_core
 
 
-def start_tiny_core(told) -> None:
-    start_core(told)
+def start_tiny_core(told, context) -> None:
+    start_core(told, context)
     sys.path.append(str(ROOT))
     from testing.shims import detection
 

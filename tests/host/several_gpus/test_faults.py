@@ -178,9 +178,14 @@ def test_workers_go_with_the_last_model(host, run):
         host.dividing.divide(host.loading.load_diffusion_model(str(host.folder / "wan.safetensors")), devices, "auto")
         for _ in range(2)
     ]
+    team = host.dividing._TEAMS[devices]
+    assert team.workers[0].alive, "it starts with the node"
     for model in divided:
         run.sample(model)
-    team = host.dividing._TEAMS[devices]
+    stages = team.stages()["cpu:0:1"]
+    assert stages["Python"] < stages["PyTorch"] < stages["ComfyUI"] < stages["pack"]
+    assert stages["pack"] < stages["model's file"] < stages["model"] < stages["first run"]
+    assert stages["pack"] < stages["group"] < stages["first run"]
     pid, meeting = team.workers[0].process.pid, Path(team._meeting.name)
     assert meeting.is_dir(), "NCCL's processes meet there when they first send something"
     assert meeting.stat().st_mode & 0o077 == 0
@@ -191,6 +196,18 @@ def test_workers_go_with_the_last_model(host, run):
         gc.collect()
         assert psutil.pid_exists(pid) == bool(left) or gone(pid)
     assert not meeting.exists()
+
+
+def test_a_worker_that_was_started_for_nothing_goes_too(host):
+    """Its model is dropped before anything is sampled."""
+    devices = (torch.device("cpu"), torch.device("cpu:1"))
+    model = host.loading.load_diffusion_model(str(host.folder / "wan.safetensors"))
+    divided = host.dividing.divide(model, devices, "auto")
+    pid = host.dividing._TEAMS[devices].workers[0].process.pid
+    assert psutil.pid_exists(pid)
+    del model, divided
+    gc.collect()
+    assert gone(pid)
 
 
 PARENT = """

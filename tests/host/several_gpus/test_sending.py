@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -71,6 +72,15 @@ def test_what_cannot_be_sent_says_so_by_name_and_runs_here(load, divide, parts, 
     assert re.search(f"Several GPUs: .*{words}.* cannot be sent to other GPUs", sentence)
 
 
+@pytest.mark.parametrize("named", FOREIGN)
+def test_no_worker_starts_for_it(host, load, named):
+    devices = (torch.device("cpu:0"), torch.device("cpu"))
+    model = load("wan")
+    FOREIGN[named](model)
+    host.dividing.divide(model, devices, "sequence")
+    assert host.dividing._TEAMS[devices].workers == []
+
+
 def test_a_model_of_another_kind_runs_here(host, load, divide, parts):
     model = load("wan")
 
@@ -122,6 +132,17 @@ def _noting(send, described):
         send(message, tensors)
 
     return noting
+
+
+def test_a_worker_does_not_look_for_nan_where_comfyui_does(host, monkeypatch, tmp_path):
+    looked = []
+    monkeypatch.setattr("lowbit.ops.finite._look", looked.append)
+    path = shutil.copy(host.folder / "wan.safetensors", tmp_path / "a.safetensors")
+    host.model_copy.Copies().load_file(["lowbit", str(path)])
+    assert looked == []
+    path = shutil.copy(host.folder / "wan.safetensors", tmp_path / "b.safetensors")
+    host.loading.load_diffusion_model(str(path))
+    assert looked
 
 
 def test_a_memory_limit_goes_along(host, load, monkeypatch):
