@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.cells import (
     Row,
+    by_kernel,
     by_modulation_bits,
     gib,
     key_percent,
@@ -206,6 +207,21 @@ SHOWN: dict[str, Shown] = {
             "error against bf16": key_percent("error"),
         },
         STEPS_NOTE,
+    ),
+    "kernels": Shown(
+        "steps.json",
+        by_kernel,
+        {
+            "model": "model",
+            "contender": "contender",
+            "ms of the GPU a step": "all",
+            "attention": "attention",
+            "products": "products",
+            "quantizing": "quantizing",
+            "norms, rope, elementwise, copies": "rest",
+        },
+        "Of the runs above, by the profiler; of each the twelve longest kernels are told apart.",
+        goals=False,
     ),
     "several_gpus": Shown(
         "several_gpus.json",
