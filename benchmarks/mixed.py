@@ -120,7 +120,7 @@ def sensitivities() -> dict[str, dict[str, float]]:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     tensors = {name: tensor.float() for name, tensor in load_file(FOLDER / TRANSFORMER).items()}
-    model, encode = shapes_in_diffusers.transformer().eval(), shapes_in_diffusers.text_encoder()
+    model, encode = shapes_in_diffusers.wan_transformer().eval(), shapes_in_diffusers.text_encoder()
 
     def output(changed: dict[str, torch.Tensor]) -> torch.Tensor:
         model.load_state_dict(convert_wan_transformer_to_diffusers({**tensors, **changed}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from demo.shapes_in_diffusers import TEXT_SIZES
 from testing.tiny import text_encoders, wan
 from testing.tiny import vae as tiny_vae
 from testing.tiny.tensors import draw
@@ -37,7 +38,9 @@ def test_the_vae_is_comfyuis(frames):
     latent = vae.encode(parameters, video)
     assert latent.shape == (2, (frames + 3) // 4, 16, 3, 5)
     assert near(latent.transpose(1, 2), module.encode(video.transpose(1, 2)))
-    assert near(vae.decode(parameters, latent).transpose(1, 2), module.decode(latent.transpose(1, 2)))
+    decoded = vae.decode(parameters, latent).transpose(1, 2)
+    assert decoded.abs().median() < 1
+    assert near(decoded, module.decode(latent.transpose(1, 2)).clamp(-1, 1))
 
 
 @torch.no_grad()
@@ -84,7 +87,7 @@ def test_the_text_encoder_and_its_tokens_are_comfyuis():
         assert set(tokens[kept.sum() :]) == {text_encoder.PAD}
     assert text_encoder.UNKNOWN not in ids
 
-    config = text_encoder.CONFIG
+    config = TEXT_SIZES
     parameters = draw(text_encoders.umt5_shapes(config), dtype=torch.float32)
     settings = {
         "d_model": config.width,
