@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from benchmarks.goals import Goal, Record, write
 from benchmarks.quality import OTHERS, entry
 from demo import shapes_in_comfyui, shapes_in_diffusers
-from demo.clips import REFERENCE, SHOWN, Quality, judge
+from demo.bundled_prompt import BundledPrompt
+from demo.clips import MODEL, SHOWN, Quality, judge
+from demo.report import REFERENCE, Row
 from demo.shapes import Scene
 from demo.trained_files import FOLDER, TRANSFORMER
 from lowbit.kernels.measured import Numbers
@@ -82,16 +84,15 @@ def write_files(folder: Path) -> dict[str, tuple[str, QuantizationPlan, float]]:
     return files
 
 
-def clips_of(server: Server, file: str, name: str, scenes: Sequence[Scene]) -> tuple[list[torch.Tensor], float]:
-    """The clips of a transformer's file as it is, and the seconds they took."""
-    clips, started = [], time.monotonic()
-    for seed, scene in enumerate(scenes):
-        where = f"{name}/{seed}"
-        graph = shapes_in_comfyui.graph(scene, REFERENCE, seed, where)
-        graph["model"]["inputs"]["unet_name"] = file
-        server.run(graph)
-        clips.append(load_file(server.base / "output" / where / "clip.safetensors")["tensor"])
-    return clips, time.monotonic() - started
+def clips_of(prompt: BundledPrompt, file: str, scenes: Sequence[Scene]) -> tuple[list[torch.Tensor], Row]:
+    """The clips of a transformer's file as it is."""
+    started, stem = time.monotonic(), Path(file).stem
+    clips = [
+        prompt.run(REFERENCE, seed, f"{stem}/{seed}", text=scene.prompt(), file=file)[0]
+        for seed, scene in enumerate(scenes)
+    ]
+    size = (prompt.server.base / "models" / "diffusion_models" / file).stat().st_size
+    return clips, Row(MODEL, stem, size, size, first_seconds=time.monotonic() - started)
 
 
 def qualities(scenes: Sequence[Scene]) -> Iterator[tuple[str, Quality, QuantizationPlan | None, float | None]]:
@@ -102,17 +103,16 @@ def qualities(scenes: Sequence[Scene]) -> Iterator[tuple[str, Quality, Quantizat
         shapes_in_comfyui.place_files(base / "models")
         files = write_files(base / "models" / "diffusion_models")
         with Server(base, path, cpu=True, environment={"LOWBIT_CACHE_DIR": str(base / "cache")}) as server:
-            reference, seconds = clips_of(server, TRANSFORMER, "bf16", scenes)
-            size = (FOLDER / TRANSFORMER).stat().st_size
-            yield "bf16", judge(reference, [], scenes, seconds, size, size), None, None
-            made: dict[tuple[str, ...], tuple[list[torch.Tensor], float]] = {}
+            prompt = shapes_in_comfyui.trained_prompt(server, base / "cache")
+            reference, row = clips_of(prompt, TRANSFORMER, scenes)
+            yield "bf16", judge(row, reference, (), scenes), None, None
+            made: dict[tuple[str, ...], tuple[list[torch.Tensor], Row]] = {}
             for name, (file, plan, told) in files.items():
                 formats = tuple(layer.weight_format for layer in plan.layers.values())
                 if formats not in made:
-                    made[formats] = clips_of(server, file, Path(file).stem, scenes)
-                clips, seconds = made[formats]
-                size = (base / "models" / "diffusion_models" / file).stat().st_size
-                yield name, judge(clips, reference, scenes, seconds, size, size), plan, told
+                    made[formats] = clips_of(prompt, file, scenes)
+                clips, row = made[formats]
+                yield name, judge(row, clips, reference, scenes), plan, told
 
 
 def sensitivities() -> dict[str, dict[str, float]]:

@@ -7,7 +7,6 @@ Runs ComfyUI (COMFYUI_PATH); the contact sheet and the animation go beside the J
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from benchmarks.goals import write
 from demo import clips, shapes_in_comfyui
 from demo.clips import SHOWN, Quality
+from demo.report import title
 from demo.shapes import SCENES
 from lowbit.ops.formats import FORMATS
 from testing import comfyui
@@ -28,15 +28,15 @@ OTHERS = [scene for scene in SCENES if scene not in SHOWN][::3]
 
 def entry(quality: Quality) -> dict[str, Any]:
     """One format's numbers."""
-    near = quality.psnr
+    near, row = quality.psnr, quality.row
     return {
-        "problem": quality.problem,
+        "problem": row.problem,
         "clips": len(quality.clips),
         "as_asked": quality.recognised,
-        "psnr_mean_db": statistics.fmean(near) if near else None,
+        "psnr_mean_db": row.psnr,
         "psnr_worst_db": min(near) if near else None,
-        "transformer_bytes": quality.disk_bytes,
-        "seconds": quality.seconds,
+        "transformer_bytes": row.disk_bytes,
+        "seconds": row.first_seconds,
     }
 
 
@@ -54,9 +54,9 @@ def main() -> None:
         shapes_in_comfyui.place_files(base / "models")
         variables = {"LOWBIT_CACHE_DIR": str(cache)}
         with Server(base, path, cpu=not torch.cuda.is_available(), environment=variables) as server:
-            found = dict(shapes_in_comfyui.measure(server, cache, options.formats.split(","), scenes))
+            found = list(shapes_in_comfyui.measure(server, cache, options.formats.split(","), scenes))
     facts = environment(f"ComfyUI {comfyui.version(path)}")
-    rows = {clips.title(name): entry(quality) for name, quality in found.items()}
+    rows = {title(quality.row.format): entry(quality) for quality in found}
     result = {"environment": facts, "prompts": [scene.prompt() for scene in scenes], "rows": rows}
     write(options.out, result)
     clips.draw(options.out.parent, found, scenes)

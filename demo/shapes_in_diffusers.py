@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit.errors import LowbitError
 from testing.measure import held_bytes
 from testing.tiny.text_encoders import Umt5Config
 from testing.tiny.wan import WanConfig
 
-from .clips import MODEL, REFERENCE, SHOWN, Quality, judge, title
+from .clips import MODEL, SHOWN, Quality, qualities
 from .progress import ProgressLine
 from .quantized_modules import DEVICE, DTYPE, load
+from .report import Row
 from .shapes import FRAMES, SIZE, Scene
 from .trained_files import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
 
@@ -31,26 +31,19 @@ Encode = Callable[[str], torch.Tensor]
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
-def measure(folder: Path, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN) -> Iterator[tuple[str, Quality]]:
+def measure(folder: Path, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN) -> Iterator[Quality]:
     """Makes the clips of `scenes` in bf16 and in every format; files of the transformer go to `folder`."""
     encode, decode = text_encoder(), decoder()
     source = transformer_file(folder)
-    reference: list[torch.Tensor] = []
-    for name in (REFERENCE, *formats):
-        progress = ProgressLine(f"{MODEL}, {title(name)}")
+
+    def make(name: str, progress: ProgressLine) -> tuple[list[torch.Tensor], Row]:
         started = time.monotonic()
-        try:
-            path, model = load(source, wan_transformer, name, folder, progress)
-            clips = [decode(_sample(model, encode, scene, seed, progress)) for seed, scene in enumerate(scenes)]
-        except LowbitError as error:
-            progress.finish(f"failed: {error}")
-            yield name, Quality([], [], 0, time.monotonic() - started, problem=str(error))
-            continue
+        path, model = load(source, wan_transformer, name, folder, progress)
+        clips = [decode(_sample(model, encode, scene, seed, progress)) for seed, scene in enumerate(scenes)]
         seconds = time.monotonic() - started
-        quality = judge(clips, reference, scenes, seconds, path.stat().st_size, held_bytes(model))
-        reference = reference or clips
-        progress.finish(quality.text)
-        yield name, quality
+        return clips, Row(MODEL, name, path.stat().st_size, held_bytes(model), first_seconds=seconds)
+
+    return qualities(formats, make, scenes)
 
 
 def wan_transformer(sizes: WanConfig = TRANSFORMER_SIZES) -> torch.nn.Module:
