@@ -29,12 +29,12 @@ import aiohttp
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.checkpoints import drop_from_page_cache
 from benchmarks.goals import write
 from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, Case, Contender, Scale, qwen_graph
-from benchmarks.memory_files import drop_from_page_cache
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
-from benchmarks.timing import environment
 from testing import comfyui, graphs
+from testing.measure import environment
 from testing.server import Server, ServerDiedError, prepare_base
 
 SAMPLERS = ("sample", "sample_high")

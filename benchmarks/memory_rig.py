@@ -11,7 +11,7 @@ from types import TracebackType
 import psutil
 import torch
 
-from benchmarks.memory_files import GIB
+from benchmarks.checkpoints import GIB
 from benchmarks.memory_group import MemoryGroup, create_group, launcher
 
 _BLOCK = 1 << 28

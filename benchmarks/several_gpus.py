@@ -1,6 +1,6 @@
 """One sample over several GPUs of one host, beside one GPU of the same: seconds a step, the same picture, the workers' start.
 
-    NCCL_NVLS_ENABLE=0 python benchmarks/several_gpus.py --out benchmarks/results/several_gpus.json [--model wan480 wan720 qwen] \
+    NCCL_NVLS_ENABLE=0 python -m benchmarks.several_gpus --out benchmarks/results/several_gpus.json [--model wan480 wan720 qwen] \
         [--gpus 2 4] [--only NAME ...]
 
 Weights are random at the scale of a trained model's, with fewer blocks, as in benchmarks/steps.py. Workers start once and stay for
@@ -15,7 +15,6 @@ import gc
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -24,14 +23,12 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from benchmarks.goals import Goal, write  # noqa: E402
-from benchmarks.steps import CASES, INT8, Case, Contender, load, sample, write_random  # noqa: E402
-from benchmarks.timing import environment  # noqa: E402
-from testing.core import start_core  # noqa: E402
-from testing.tiny import wan  # noqa: E402
+from benchmarks.checkpoints import write_checkpoint
+from benchmarks.goals import Goal, write
+from benchmarks.steps import CASES, INT8, Case, Contender, load, sample
+from testing.core import start_core
+from testing.measure import environment
+from testing.tiny import wan
 
 STEPS = 6
 SMALL = (1, 16, 1, 16, 16)
@@ -176,7 +173,7 @@ def main() -> None:
         with torch.inference_mode():
             for name in arguments.model:
                 case = ALL_CASES[name]()
-                path = write_random(Path(folder) / f"{name}.safetensors", case)
+                path = write_checkpoint(Path(folder) / f"{name}.safetensors", case.shapes, case.metadata)
                 for way in WAYS:
                     if (arguments.only and way.name not in arguments.only) or (way.cases and name not in way.cases):
                         continue

@@ -20,7 +20,6 @@ import torch
 
 from benchmarks import goals, textgen_rivals
 from benchmarks.goals import Goal
-from benchmarks.timing import environment
 from lowbit.ops.formats import find_format
 from lowbit.text.architecture import Architecture
 from lowbit.text.caches import FULL, HEAVY_HITTERS, CachePolicy
@@ -28,6 +27,7 @@ from lowbit.text.layers import LayerAttention
 from lowbit.text.reading import Reader
 from lowbit.text.sampling import Sampling
 from lowbit.text.writer import Stopwatch, Writer, load_tokenizer
+from testing.measure import environment
 
 VOCABULARY = 152064
 HEAD_DIM = 128

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+PACKAGES = ("torch", "triton", "comfy-kitchen", "comfy-aimdo", "torchao", "gemlite", "diffusers", "lowbit")
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -37,20 +41,20 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from _plain_tensors(getattr(tensor, name))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def environment(host: str) -> dict[str, Any]:
-    """Where and with what the numbers were made."""
-    cuda = torch.cuda.is_available()
-    return {
+def environment(host: str = "") -> dict[str, Any]:
+    """Where and with what the numbers were made: the header of every results file. host: what ran the pack, if anything did."""
+    found = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "host": host,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU ({platform.machine()})",
+        "device": f"CPU ({platform.machine()})",
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "comfy-kitchen", "lowbit", "diffusers")},
+        "cuda": str(torch.version.cuda),
     }
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0]
+    return found

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import memory, memory_cases, memory_files, memory_rig
+from benchmarks import checkpoints, memory, memory_cases, memory_rig
+from benchmarks.checkpoints import drop_from_page_cache, second_name, write_checkpoint
 from benchmarks.memory_cases import CASES, COMPLETE, STOCK, STOCK_COPIES, Scale
-from benchmarks.memory_files import drop_from_page_cache, second_name, write_checkpoint
 from benchmarks.memory_group import create_group
 from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch
 from testing.server import ServerDiedError
@@ -59,7 +59,7 @@ def test_the_quantized_copies_made_beforehand_are_those_that_the_loaders_look_fo
     rows = {row["contender"]: row for row in results["rows"]}
     assert rows[STOCK_COPIES.name]["quantize_seconds"] > 0, "the first that needs them makes them"
     assert rows[COMPLETE.name]["quantize_seconds"] is None
-    copies = [path.name.split(".")[0] for path in (work / "models" / memory_files.CACHE).glob("*.safetensors")]
+    copies = [path.name.split(".")[0] for path in (work / "models" / checkpoints.CACHE).glob("*.safetensors")]
     assert sorted(copies) == ["qwen25_vl", "qwen_image"]
     logs = "".join(log.read_text() for log in work.glob("base-*/benchmark-memory-manager-*.log"))
     assert logs.count("Using the quantized file") == 2
@@ -111,7 +111,7 @@ def test_checkpoints_are_read_back_as_they_were_meant(tmp_path):
 
 
 def test_many_tensors_and_large_ones_are_drawn_from_the_pool(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_files, "_POOL", 1009)
+    monkeypatch.setattr(checkpoints, "_POOL", 1009)
     shapes = {"a.weight": (64, 64), "b.weight": (64, 64), "a.bias": (64,), "c.weight": (3, 1009)}
     with safe_open(write_checkpoint(tmp_path / "a.safetensors", shapes), "pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in shapes}
