@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import re
 import signal
@@ -25,21 +24,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import torch
 from safetensors.torch import load_file
 
 from benchmarks.checkpoints import drop_from_page_cache
 from benchmarks.goals import write
 from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, Case, Contender, Scale, qwen_graph
-from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
+from benchmarks.memory_rig import GIB, SmallerMachine, Usage, smaller_machine, vram_used, wait_for_gpu, watched
 from testing import comfyui, graphs
 from testing.measure import environment
 from testing.server import Server, ServerDiedError, prepare_base
 
 SAMPLERS = ("sample", "sample_high")
-FAILURES = (RuntimeError, TimeoutError, aiohttp.ClientError)
-"""What a graph on too small a machine may end with (the server's errors are RuntimeErrors), and its row says."""
+FAILURES = (RuntimeError, OSError)
+"""What a graph on too small a machine may end with (the server's errors are RuntimeErrors, and OSErrors where it is gone), and its row says."""
 
 
 @dataclass
@@ -176,11 +174,10 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
     with contextlib.ExitStack() as stack:
         try:
             wait_for_gpu(vram)
-            machine = stack.enter_context(SmallerMachine(vram, host))
+            machine = stack.enter_context(smaller_machine(vram, host))
             baseline = vram_used()
             server = stack.enter_context(run_server(site, contender, scale, machine, synchronized=True))
-            watch = Watch(server.process.pid, baseline, usage, machine.group)
-            stack.callback(watch.close)
+            stack.enter_context(watched(server.process.pid, baseline, usage, machine.group))
             steps.started = time.monotonic()
             result = server.run(graph, timeout=scale.seconds, on_event=steps)
             report = json.loads(result.outputs["json"]["text"][0]) if contender.managed else None
@@ -219,7 +216,7 @@ def measure_growth(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     error = None
     deadline = time.monotonic() + scale.seconds
     try:
-        with SmallerMachine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
+        with smaller_machine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
             for seed in range(scale.prompts if case.name == "50_generations" else 1):
                 graph["sample"]["inputs"]["seed"] = seed
                 result = server.run(graph, timeout=max(1.0, deadline - time.monotonic()))
@@ -256,7 +253,7 @@ def measure_overhead(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     error = None
     deadline = time.monotonic() + scale.seconds
     try:
-        with SmallerMachine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
+        with smaller_machine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
             for turn in range(1 + scale.pick(4, 2)):
                 for name, contender in names.items():
                     graph = qwen_graph(scale, contender)
@@ -272,35 +269,19 @@ def measure_overhead(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     return {"case": case.name, "error": error, "seconds_per_step": found, "slower_by": slower}
 
 
-def versions() -> dict[str, str]:
-    """Of what the results depend on beside the GPU and PyTorch."""
-    return {
-        "comfyui": comfyui.version(comfyui.find()),
-        "comfy-aimdo": importlib.metadata.version("comfy-aimdo"),
-    }
+def keep(options: argparse.Namespace, kind: str, entry: dict[str, Any]) -> None:
+    """Adds a row, growth run or overhead measurement to the JSON file, and tells it on stdout without what is long."""
+    empty: dict[str, Any] = {"rows": [], "growth": [], "overhead": []}
+    results = json.loads(options.out.read_text()) if options.out.exists() else empty
+    results["environment"] = environment() | {"comfyui": comfyui.version(comfyui.find()), "tiny": options.tiny}
+    results[kind].append(entry)
+    partial = options.out.with_suffix(".partial")
+    write(partial, results)
+    partial.replace(options.out)  # a call that is ended while it writes keeps the rows before
+    print(json.dumps({key: value for key, value in entry.items() if key not in ("report", "marks")}), flush=True)
 
 
-@dataclass(frozen=True)
-class Results:
-    """The JSON file, written after every entry, and told on stdout without what is long."""
-
-    path: Path
-    tiny: bool
-
-    def keep(self, kind: str, entry: dict[str, Any]) -> None:
-        """Adds one row, growth run or overhead measurement."""
-        empty: dict[str, Any] = {"rows": [], "growth": [], "overhead": []}
-        results = json.loads(self.path.read_text()) if self.path.exists() else empty
-        results["environment"] = environment() | versions() | {"tiny": self.tiny}
-        results[kind].append(entry)
-        partial = self.path.with_suffix(".partial")
-        write(partial, results)
-        partial.replace(self.path)  # a call that is ended while it writes keeps the rows before
-        shown = {key: value for key, value in entry.items() if key not in ("report", "marks")}
-        print(json.dumps(shown), flush=True)
-
-
-def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale, results: Results) -> None:
+def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale) -> None:
     """Every cap and contender of a case that was asked for."""
     case.write(site.models, scale)
     chosen = [cap for cap in case.vram if cap in (options.caps or case.vram)]
@@ -310,7 +291,7 @@ def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale, 
             if options.contenders and contender.name not in options.contenders:
                 continue
             row = measure(case, contender, cap, site, scale)
-            results.keep("rows", asdict(row))
+            keep(options, "rows", asdict(row))
             if not row.completed:
                 show_logs(site)
 
@@ -356,16 +337,15 @@ def main(arguments: list[str] | None = None) -> int:
         options.seconds,
     )
     site = make_site(options.work, not options.no_dynamic_vram, options.files)
-    results = Results(options.out, options.tiny)
     for name in options.only:
         if name in CASES:
-            run_case(CASES[name], options, site, scale, results)
+            run_case(CASES[name], options, site, scale)
             continue
         LONG[name].write(site.models, scale)
         if name == "overhead":
-            results.keep("overhead", measure_overhead(LONG[name], site, scale))
+            keep(options, "overhead", measure_overhead(LONG[name], site, scale))
         else:
-            results.keep("growth", measure_growth(LONG[name], site, scale))
+            keep(options, "growth", measure_growth(LONG[name], site, scale))
     return 0
 
 

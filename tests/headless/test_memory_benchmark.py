@@ -13,7 +13,7 @@ from benchmarks import checkpoints, memory, memory_cases, memory_rig
 from benchmarks.checkpoints import drop_from_page_cache, second_name, write_checkpoint
 from benchmarks.memory_cases import CASES, COMPLETE, STOCK, STOCK_COPIES, Scale
 from benchmarks.memory_group import create_group
-from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch
+from benchmarks.memory_rig import GIB, Usage, smaller_machine, watched
 from testing.server import ServerDiedError
 from testing.tiny import infinitetalk, qwen_image, text_encoders, wan
 
@@ -145,8 +145,8 @@ def test_the_real_dimensions_are_the_real_ones():
 
 def test_without_cgroups_a_cap_on_main_memory_is_refused(monkeypatch):
     monkeypatch.setattr(memory_rig, "create_group", lambda nbytes: None)
-    with pytest.raises(RuntimeError, match="no cgroup"):
-        SmallerMachine(None, GIB)
+    with pytest.raises(RuntimeError, match="no cgroup"), smaller_machine(None, GIB):
+        pass
 
 
 @pytest.fixture
@@ -160,12 +160,13 @@ def cgroups():
 
 def test_a_capped_server_takes_the_cap_for_the_machine_and_is_measured_in_it(cgroups, results, work):
     site, scale, usage = memory.make_site(work, True, "disk"), Scale(True, None, 1, 1), Usage()
-    with SmallerMachine(None, 3 * GIB) as machine:
-        with memory.run_server(site, STOCK, scale, machine) as server:
-            watch = Watch(server.process.pid, None, usage, machine.group)
+    with smaller_machine(None, 3 * GIB) as machine:
+        with (
+            memory.run_server(site, STOCK, scale, machine) as server,
+            watched(server.process.pid, None, usage, machine.group),
+        ):
             server.run(CASES["qwen_image"].graph(scale, STOCK))
             system = server.get_json("/system_stats")["system"]
-            watch.close()
         folder = machine.group.folder
     assert system["ram_total"] == 3 * GIB
     assert 0 < system["ram_free"] < 3 * GIB - (100 << 20)
@@ -176,7 +177,7 @@ def test_a_capped_server_takes_the_cap_for_the_machine_and_is_measured_in_it(cgr
 
 def test_a_server_that_the_kernel_kills_is_a_row_that_says_so(cgroups, results, monkeypatch, work):
     site, scale = memory.make_site(work, True, "disk"), Scale(True, None, 1, 1)
-    monkeypatch.setattr(memory, "SmallerMachine", lambda vram, host: SmallerMachine(None, 300 << 20))
+    monkeypatch.setattr(memory, "smaller_machine", lambda vram, host: smaller_machine(None, 300 << 20))
     row = memory.measure(CASES["qwen_image"], STOCK, None, site, scale)
     assert not row.completed
     assert row.error == "killed by the kernel: out of main memory"
