@@ -158,20 +158,14 @@ def through(dispatcher: Dispatcher, shape: Shape, tensors: list[torch.Tensor], m
 
 def sampled_reference(shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None):
     """Float32 attention of a random sample of query rows, and which rows: (batch, rows, heads * head_dim)."""
-    q, k, v = heads_first(shape, tensors)
+    q, k, v = (x.float() for x in heads_first(shape, tensors))
     rows = torch.randperm(shape.q_len, device=DEVICE)[:SAMPLED_ROWS].sort().values
-    repeats = shape.heads // k.shape[1]
-    out = []
-    for b in range(shape.batch):
-        per_head = []
-        for h in range(shape.heads):
-            scores = q[b, h, rows].float() @ k[b, h // repeats].float().T * shape.head_dim**-0.5
-            if mask is not None:
-                row_mask = mask[b].reshape(1, -1)
-                scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask
-            per_head.append(scores.softmax(-1) @ v[b, h // repeats].float())
-        out.append(torch.stack(per_head, dim=1).flatten(1))
-    return torch.stack(out), rows
+    if mask is not None:
+        mask = mask.reshape(shape.batch, 1, 1, -1)
+        mask = mask if mask.dtype == torch.bool else mask.float()
+    with sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask, enable_gqa=bool(shape.kv_heads))
+    return out.transpose(1, 2).flatten(2), rows
 
 
 def error_of(out: torch.Tensor, reference: tuple[torch.Tensor, torch.Tensor]) -> float:

@@ -30,7 +30,16 @@ from safetensors.torch import load_file
 from benchmarks.checkpoints import drop_from_page_cache
 from benchmarks.goals import write
 from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, Case, Contender, Scale, qwen_graph
-from benchmarks.memory_rig import GIB, SmallerMachine, Usage, smaller_machine, vram_used, wait_for_gpu, watched
+from benchmarks.memory_rig import (
+    GIB,
+    WHOLE_MACHINE,
+    SmallerMachine,
+    Usage,
+    smaller_machine,
+    vram_used,
+    wait_for_gpu,
+    watched,
+)
 from testing import comfyui, graphs
 from testing.measure import environment
 from testing.server import Server, ServerDiedError, prepare_base
@@ -54,7 +63,6 @@ class Row:
 
     case: str
     contender: str
-    dynamic_vram: bool
     steps: int
     vram_cap: int | None
     host_cap: int | None
@@ -78,17 +86,16 @@ class Site:
 
     base: Path
     models: Path
-    dynamic: bool = True
     files: str = "disk"
 
 
-def make_site(work: Path, dynamic: bool, files: str) -> Site:
+def make_site(work: Path, files: str) -> Site:
     """A fresh base directory in `work` on the models folder that every call shares."""
     work.mkdir(parents=True, exist_ok=True)
     models = work / "models"
     models.mkdir(exist_ok=True)
     base = Path(tempfile.mkdtemp(prefix="base-", dir=work))
-    return Site(prepare_base(base, models=models), models, dynamic, files)
+    return Site(prepare_base(base, models=models), models, files)
 
 
 class Steps:
@@ -129,7 +136,11 @@ class Steps:
 
 
 def run_server(
-    site: Site, contender: Contender, scale: Scale, machine: SmallerMachine, synchronized: bool = False
+    site: Site,
+    contender: Contender,
+    scale: Scale,
+    machine: SmallerMachine = WHOLE_MACHINE,
+    synchronized: bool = False,
 ) -> Server:
     """A fresh ComfyUI with its own defaults; stock has no pack in it. synchronized: see testing/shims/steps.py."""
     return Server(
@@ -137,7 +148,6 @@ def run_server(
         comfyui.find(),
         cpu=scale.tiny,
         only_shims=not contender.has_pack,
-        dynamic_vram=site.dynamic,
         launcher=machine.launcher,
         cache=(),
         environment={"LOWBIT_SYNCHRONIZE_STEPS": "1"} if synchronized else None,
@@ -189,7 +199,6 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
     return Row(
         case=case.name,
         contender=contender.name,
-        dynamic_vram=site.dynamic,
         steps=graph["sample"]["inputs"]["steps"],
         vram_cap=vram,
         host_cap=host,
@@ -216,7 +225,7 @@ def measure_growth(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     error = None
     deadline = time.monotonic() + scale.seconds
     try:
-        with smaller_machine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
+        with run_server(site, MANAGED, scale) as server:
             for seed in range(scale.prompts if case.name == "50_generations" else 1):
                 graph["sample"]["inputs"]["seed"] = seed
                 result = server.run(graph, timeout=max(1.0, deadline - time.monotonic()))
@@ -253,7 +262,7 @@ def measure_overhead(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     error = None
     deadline = time.monotonic() + scale.seconds
     try:
-        with smaller_machine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
+        with run_server(site, MANAGED, scale) as server:
             for turn in range(1 + scale.pick(4, 2)):
                 for name, contender in names.items():
                     graph = qwen_graph(scale, contender)
@@ -310,9 +319,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=ALL, default=list(ALL))
     parser.add_argument("--caps", nargs="*", type=int, help="only these GPU sizes, in GiB")
     parser.add_argument("--contenders", nargs="*", choices=[c.name for c in CONTENDERS])
-    parser.add_argument("--no-dynamic-vram", action="store_true")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--prompts", type=int, help="of 50_generations")
     parser.add_argument("--windows", type=int, help="of infinitetalk")
     parser.add_argument("--seconds", type=float, default=Scale.seconds, help="the most a graph or growth run may take")
     parser.add_argument("--files", choices=("disk", "cache"), default="disk", help="drop files from the page cache?")
@@ -332,11 +339,11 @@ def main(arguments: list[str] | None = None) -> int:
     scale = Scale(
         options.tiny,
         options.steps,
-        options.prompts or (5 if options.tiny else 50),
+        5 if options.tiny else 50,
         options.windows or (3 if options.tiny else 20),
         options.seconds,
     )
-    site = make_site(options.work, not options.no_dynamic_vram, options.files)
+    site = make_site(options.work, options.files)
     for name in options.only:
         if name in CASES:
             run_case(CASES[name], options, site, scale)

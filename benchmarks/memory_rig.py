@@ -26,6 +26,9 @@ class SmallerMachine:
     launcher: Sequence[str] = ()
 
 
+WHOLE_MACHINE = SmallerMachine()
+
+
 @contextlib.contextmanager
 def smaller_machine(vram: int | None, host: int | None) -> Iterator[SmallerMachine]:
     """Leaves `vram` bytes of the GPU free, the server's CUDA context to come out of them, and caps its main memory.

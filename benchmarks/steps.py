@@ -8,13 +8,14 @@ Everything runs in one process, without the server. Weights are random at the sc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,30 @@ def sample(model: Any, case: Case, steps: int) -> tuple[torch.Tensor, list[float
     return latent.float().cpu(), [after - before for before, after in zip(ends, ends[1:], strict=False)]
 
 
+@contextlib.contextmanager
+def core_in_memory(device: str) -> Iterator[Path]:
+    """ComfyUI's core in this process, and a folder for it, in main memory where the system has one there."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
+        start_core(["--base-directory", folder, *([] if device == "cuda" else ["--cpu"])])
+        with torch.inference_mode():
+            yield Path(folder)
+
+
+def clean() -> None:
+    """No model stays in this process's GPU."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
 def run(
     name: str, case: Case, contender: Contender, path: Path, folder: Path, exact: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """One row of the results. exact: the latent of stock bf16 by case, filled when it is that one's turn."""
-    import comfy.model_management
-
     from lowbit.host.attention.installing import find_override
 
     started = time.perf_counter()
@@ -187,9 +206,7 @@ def run(
         row["attention"] = override.report()["calls"]
     row["whole"] = time.perf_counter() - started
     del model, override
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    comfy.model_management.soft_empty_cache()
+    clean()
     return row
 
 
@@ -204,27 +221,23 @@ def main() -> None:
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     rows: list[dict[str, Any]] = [row for row in before if row["case"] not in arguments.model]
     exact: dict[str, torch.Tensor] = {}
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
-        start_core(["--base-directory", folder, *([] if DEVICE == "cuda" else ["--cpu"])])
-        with torch.inference_mode():
-            for name in arguments.model:
-                case = CASES[name]()
-                path = write_checkpoint(Path(folder) / f"{name}.safetensors", case.shapes, case.metadata)
-                for contender in CONTENDERS:
-                    if arguments.only and contender.name not in arguments.only:
-                        continue
-                    try:
-                        row = run(name, case, contender, path, Path(folder), exact)
-                    except Exception as error:
-                        row = {"case": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                    rows = with_speedups(rows)
-                    record = {"environment": environment(), "rows": rows, "goals": goals(rows)}
-                    write(out, record)
-                path.unlink()
+    with core_in_memory(DEVICE) as folder:
+        for name in arguments.model:
+            case = CASES[name]()
+            path = write_checkpoint(folder / f"{name}.safetensors", case.shapes, case.metadata)
+            for contender in CONTENDERS:
+                if arguments.only and contender.name not in arguments.only:
+                    continue
+                try:
+                    row = run(name, case, contender, path, folder, exact)
+                except Exception as error:
+                    row = {"case": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                rows = with_speedups(rows)
+                record = {"environment": environment(), "rows": rows, "goals": goals(rows)}
+                write(out, record)
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import queue
-import shutil
 import socket
 import subprocess
 import sys
@@ -81,27 +80,19 @@ class Result:
     seconds: float = 0.0
 
 
-def prepare_base(
-    base: Path, pack: Path | None = comfyui.CHECKOUT, copy: bool = False, models: Path | None = None
-) -> Path:
-    """Makes a ComfyUI base directory with the pack (linked, or copied on request) and the shims as custom nodes.
+def prepare_base(base: Path, models: Path | None = None) -> Path:
+    """Makes a ComfyUI base directory with the pack and the shims as custom nodes, linked.
 
     models: a folder of models that several base directories share, linked; None makes one.
     """
+    base.mkdir(parents=True, exist_ok=True)
     if models is not None:
-        base.mkdir(parents=True, exist_ok=True)
         (base / "models").symlink_to(models, target_is_directory=True)
-    custom_nodes = base / "custom_nodes"
-    for folder in (custom_nodes, base / "models", base / "input", base / "output", base / "temp", base / "user"):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, source in (("lowbit", pack), (SHIMS_NAME, comfyui.CHECKOUT / "testing" / "shims")):
-        target = custom_nodes / name
-        if source is None or target.exists():
-            continue
-        if copy and source == pack:
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "__pycache__", "demo-output"))
-        else:
-            target.symlink_to(source, target_is_directory=True)
+    for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+        (base / name).mkdir(exist_ok=True)
+    for name, source in (("lowbit", comfyui.CHECKOUT), (SHIMS_NAME, comfyui.CHECKOUT / "testing" / "shims")):
+        if not (base / "custom_nodes" / name).exists():
+            (base / "custom_nodes" / name).symlink_to(source, target_is_directory=True)
     return base
 
 
@@ -155,7 +146,6 @@ class Server:
         base: Path,
         comfyui_path: Path,
         *,
-        arguments: Iterable[str] = (),
         cpu: bool = True,
         only_shims: bool = False,
         dynamic_vram: bool = True,
@@ -186,7 +176,7 @@ class Server:
             variables["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread waits more than it works
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, *arguments],
+                command,
                 cwd=comfyui_path,
                 env=os.environ | variables | dict(environment or {}),
                 stdout=log,

@@ -159,7 +159,7 @@ def cgroups():
 
 
 def test_a_capped_server_takes_the_cap_for_the_machine_and_is_measured_in_it(cgroups, results, work):
-    site, scale, usage = memory.make_site(work, True, "disk"), Scale(True, None, 1, 1), Usage()
+    site, scale, usage = memory.make_site(work, "disk"), Scale(True, None, 1, 1), Usage()
     with smaller_machine(None, 3 * GIB) as machine:
         with (
             memory.run_server(site, STOCK, scale, machine) as server,
@@ -176,7 +176,7 @@ def test_a_capped_server_takes_the_cap_for_the_machine_and_is_measured_in_it(cgr
 
 
 def test_a_server_that_the_kernel_kills_is_a_row_that_says_so(cgroups, results, monkeypatch, work):
-    site, scale = memory.make_site(work, True, "disk"), Scale(True, None, 1, 1)
+    site, scale = memory.make_site(work, "disk"), Scale(True, None, 1, 1)
     monkeypatch.setattr(memory, "smaller_machine", lambda vram, host: smaller_machine(None, 300 << 20))
     row = memory.measure(CASES["qwen_image"], STOCK, None, site, scale)
     assert not row.completed
@@ -190,7 +190,7 @@ def test_a_server_that_does_not_come_up_is_a_row_with_the_reason(monkeypatch, tm
         raise ServerDiedError("ComfyUI did not come up; the end of its log:\nTotal VRAM 16384 MB\nMemoryError: no room")
 
     monkeypatch.setattr(memory, "Server", dies)
-    site = memory.make_site(tmp_path, True, "disk")
+    site = memory.make_site(tmp_path, "disk")
     row = memory.measure(CASES["qwen_image"], STOCK, None, site, Scale(True, None, 1, 1))
     assert not row.completed
     assert row.error == "ServerDiedError: MemoryError: no room"
@@ -219,7 +219,7 @@ def test_a_growth_run_that_is_cut_short_keeps_what_it_measured(monkeypatch, tmp_
             return types.SimpleNamespace(outputs={"json": {"text": [json.dumps({"notes": [], "samples": [sample]})]}})
 
     monkeypatch.setattr(memory, "Server", Server)
-    site = memory.make_site(tmp_path, True, "disk")
+    site = memory.make_site(tmp_path, "disk")
     found = memory.measure_growth(memory_cases.LONG["50_generations"], site, Scale(True, None, 50, 1))
     assert found["runs"] == 5
     assert found["growth_over_third"]["allocated"] == pytest.approx(105 / 103 - 1)
