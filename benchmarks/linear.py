@@ -123,6 +123,13 @@ def kitchen_call(x: torch.Tensor, weight: QuantizedTensor, fast: bool) -> Callab
     return lambda: F.linear(x, weight.dequantize())
 
 
+def plain_linear(weight: torch.Tensor) -> torch.nn.Linear:
+    """What the peers quantize."""
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda", dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    return linear
+
+
 def torchao_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
     """The same kind of linear by torchao, compiled as its users run it; None where it has none.
 
@@ -138,9 +145,7 @@ def torchao_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
     }
     if name not in configs:
         return None
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda", dtype=weight.dtype)
-    linear.weight.data.copy_(weight)
-    holder = torch.nn.Sequential(linear)
+    holder = torch.nn.Sequential(plain_linear(weight))
     quantization.quantize_(holder, configs[name]())
     return torch.compile(holder, fullgraph=False)
 
@@ -156,9 +161,7 @@ def gemlite_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
     }
     if name not in processors:
         return None
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda", dtype=weight.dtype)
-    linear.weight.data.copy_(weight)
-    return processors[name](device="cuda:0", dtype=weight.dtype).from_linear(linear, del_orig=False)
+    return processors[name](device="cuda:0", dtype=weight.dtype).from_linear(plain_linear(weight), del_orig=False)
 
 
 def relative_error(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -40,7 +39,6 @@ from lowbit.ops.stream import quantize_checkpoint
 from testing import comfyui
 from testing.core import start_core
 from testing.measure import environment, relative_error
-from testing.server import Server, prepare_base
 
 GAINS = {"fp4_scaled": 3.0, "int8_convrot_fast": 0.0}
 """Format -> dB that a mix of no more bytes shall be nearer to bf16's clips."""
@@ -97,22 +95,17 @@ def clips_of(prompt: BundledPrompt, file: str, scenes: Sequence[Scene]) -> tuple
 
 def qualities(scenes: Sequence[Scene]) -> Iterator[tuple[str, Quality, QuantizationPlan | None, float | None]]:
     """bf16's clips, and those of every file of `write_files`."""
-    path = comfyui.find()
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        base = prepare_base(Path(folder))
-        shapes_in_comfyui.place_files(base / "models")
-        files = write_files(base / "models" / "diffusion_models")
-        with Server(base, path, cpu=True, environment={"LOWBIT_CACHE_DIR": str(base / "cache")}) as server:
-            prompt = shapes_in_comfyui.trained_prompt(server, base / "cache")
-            reference, row = clips_of(prompt, TRANSFORMER, scenes)
-            yield "bf16", judge(row, reference, (), scenes), None, None
-            made: dict[tuple[str, ...], tuple[list[torch.Tensor], Row]] = {}
-            for name, (file, plan, told) in files.items():
-                formats = tuple(layer.weight_format for layer in plan.layers.values())
-                if formats not in made:
-                    made[formats] = clips_of(prompt, file, scenes)
-                clips, row = made[formats]
-                yield name, judge(row, clips, reference, scenes), plan, told
+    with shapes_in_comfyui.server_with_files(comfyui.find(), cpu=True) as prompt:
+        files = write_files(prompt.server.base / "models" / "diffusion_models")
+        reference, row = clips_of(prompt, TRANSFORMER, scenes)
+        yield "bf16", judge(row, reference, (), scenes), None, None
+        made: dict[tuple[str, ...], tuple[list[torch.Tensor], Row]] = {}
+        for name, (file, plan, told) in files.items():
+            formats = tuple(layer.weight_format for layer in plan.layers.values())
+            if formats not in made:
+                made[formats] = clips_of(prompt, file, scenes)
+            clips, row = made[formats]
+            yield name, judge(row, clips, reference, scenes), plan, told
 
 
 def sensitivities() -> dict[str, dict[str, float]]:

@@ -7,7 +7,6 @@ Runs ComfyUI (COMFYUI_PATH); the contact sheet and the animation go beside the J
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from demo.shapes import SCENES
 from lowbit.ops.formats import FORMATS
 from testing import comfyui
 from testing.measure import environment
-from testing.server import Server, prepare_base
 
 OTHERS = [scene for scene in SCENES if scene not in SHOWN][::3]
 
@@ -46,16 +44,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     parser.add_argument("--formats", default=",".join(FORMATS), help="comma-separated format names (default: all)")
     options = parser.parse_args()
-    path = comfyui.find()
     scenes = (*SHOWN, *OTHERS)
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        base = prepare_base(Path(folder))
-        cache = base / "cache"
-        shapes_in_comfyui.place_files(base / "models")
-        variables = {"LOWBIT_CACHE_DIR": str(cache)}
-        with Server(base, path, cpu=not torch.cuda.is_available(), environment=variables) as server:
-            found = list(shapes_in_comfyui.measure(server, cache, options.formats.split(","), scenes))
-    facts = environment(f"ComfyUI {comfyui.version(path)}")
+    with shapes_in_comfyui.server_with_files(comfyui.find(), cpu=not torch.cuda.is_available()) as prompt:
+        found = list(shapes_in_comfyui.measure(prompt, options.formats.split(","), scenes))
+    facts = environment(f"ComfyUI {comfyui.version(comfyui.find())}")
     rows = {title(quality.row.format): entry(quality) for quality in found}
     result = {"environment": facts, "prompts": [scene.prompt() for scene in scenes], "rows": rows}
     write(options.out, result)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from testing import tiny
-from testing.server import Server, prepare_base
 
-from . import shapes_in_comfyui
 from .bundled_prompt import BundledPrompt
 from .clips import Quality
 from .progress import ProgressLine
 from .report import Make, Row, latent_rows
+from .shapes_in_comfyui import measure, server_with_files
 
 MODELS = {
     "Wan t2v": ("wan_t2v", "diffusion_models/wan_t2v.safetensors"),
@@ -29,30 +28,23 @@ FILES = [
 
 
 def run(comfyui_path: Path, out: Path, formats: Sequence[str]) -> Iterator[Quality | Row]:
-    """Runs every bundled prompt in bfloat16 and in `formats`; the tiny models' pictures go to `out`.
+    """Runs every bundled prompt in bfloat16 and in `formats`; the tiny models' pictures and the server's log go to `out`.
 
     Yields each format's clips of the trained model, then the tiny models' rows, as they are made.
     """
-    base = Path(tempfile.mkdtemp(prefix="lowbit-demo-"))
-    cache = base / "cache"
-    try:
-        prepare_base(base)
-        tiny.write_all(base / "models", [*FILES, *(file for _, file in MODELS.values())])
-        shapes_in_comfyui.place_files(base / "models")
-        print(f"Starting ComfyUI ({comfyui_path}) ...", flush=True)
-        started = time.monotonic()
-        with Server(
-            base, comfyui_path, cpu=not torch.cuda.is_available(), environment={"LOWBIT_CACHE_DIR": str(cache)}
-        ) as server:
-            print(f"ComfyUI is up after {time.monotonic() - started:.0f} s.", flush=True)
-            yield from shapes_in_comfyui.measure(server, cache, formats)
+    print(f"Starting ComfyUI ({comfyui_path}) ...", flush=True)
+    started = time.monotonic()
+    with server_with_files(comfyui_path, cpu=not torch.cuda.is_available()) as prompt:
+        print(f"ComfyUI is up after {time.monotonic() - started:.0f} s.", flush=True)
+        models = prompt.server.base / "models"
+        tiny.write_all(models, [*FILES, *(file for _, file in MODELS.values())])
+        try:
+            yield from measure(prompt, formats)
             for model, (name, file) in MODELS.items():
-                prompt = BundledPrompt(server, cache, name, base / "models" / file, ["sample", 0])
-                yield from latent_rows(model, formats, _maker(model, prompt, out))
-    finally:
-        if (base / "server.log").exists():
-            shutil.copy(base / "server.log", out / "comfyui.log")
-        shutil.rmtree(base, ignore_errors=True)
+                other = replace(prompt, name=name, source=models / file, value=["sample", 0])
+                yield from latent_rows(model, formats, _maker(model, other, out))
+        finally:
+            shutil.copy(prompt.server.log_path, out / "comfyui.log")
 
 
 def _maker(model: str, prompt: BundledPrompt, out: Path) -> Make:

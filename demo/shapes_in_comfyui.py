@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from testing.server import Server
+from testing.server import Server, prepare_base
 
 from .bundled_prompt import BundledPrompt
 from .clips import MODEL, SHOWN, Quality, qualities
@@ -25,14 +27,19 @@ def place_files(models: Path) -> None:
         shutil.copy(FOLDER / name, models / folder / name)
 
 
-def trained_prompt(server: Server, cache: Path) -> BundledPrompt:
-    """The prompt of the trained model, whose files must be in place; `cache` is the server's for quantized files."""
-    return BundledPrompt(server, cache, "shapes_t2v", FOLDER / TRANSFORMER, ["images", 0])
+@contextlib.contextmanager
+def server_with_files(comfyui_path: Path, cpu: bool) -> Iterator[BundledPrompt]:
+    """The trained model's prompt on a ComfyUI of its own, its files in place."""
+    with tempfile.TemporaryDirectory(prefix="lowbit-demo-") as folder:
+        base = prepare_base(Path(folder))
+        place_files(base / "models")
+        cache = base / "cache"
+        with Server(base, comfyui_path, cpu=cpu, environment={"LOWBIT_CACHE_DIR": str(cache)}) as server:
+            yield BundledPrompt(server, cache, "shapes_t2v", FOLDER / TRANSFORMER, ["images", 0])
 
 
-def measure(server: Server, cache: Path, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN) -> Iterator[Quality]:
+def measure(prompt: BundledPrompt, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN) -> Iterator[Quality]:
     """Makes the clips of `scenes` in bf16 and in every format."""
-    prompt = trained_prompt(server, cache)
 
     def make(name: str, progress: ProgressLine) -> tuple[list[torch.Tensor], Row]:
         before, clips, seconds = prompt.quantized_files(), [], 0.0
