@@ -27,7 +27,7 @@ def run_demo(monkeypatch, tmp_path):
 
 
 def test_demo_on_diffusers_models_leaves_pictures_and_a_table(run_demo, monkeypatch, tmp_path):
-    """Two of the four clips: tests/headless/test_demo.py makes them all."""
+    """Two of the four clips: tests/headless/test_demo.py makes the others."""
     monkeypatch.setattr(shapes_in_diffusers, "measure", partial(shapes_in_diffusers.measure, scenes=SHOWN[:2]))
     assert run_demo("--formats", "bf16,fp4_scaled") == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
