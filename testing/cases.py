@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lowbit.ops.formats import FORMATS
+
 from . import graphs
 from .graphs import Graph, Link
+
+_PLAIN_LAST = sorted(FORMATS, key=lambda name: not FORMATS[name].fast)
+EACH_STORAGE = tuple({FORMATS[name].storage: name for name in _PLAIN_LAST}.values())
+"""One format of each way to store weights: for a second model of a kind, where the first has them all."""
 
 UMT5 = graphs.conditioning_from_text(graphs.load_text_encoder("umt5.safetensors", "wan"))
 QWEN25 = graphs.conditioning_from_text(graphs.load_text_encoder("qwen25_vl.safetensors", "qwen_image"))

@@ -116,7 +116,7 @@ def test_standard_latents_are_wans_and_decode_the_same(monkeypatch):
     assert core.latents_std.flatten().equal(DEVIATION)
     plain = start_vae(torch.Generator().manual_seed(1))
     draw_clips = training.batch
-    monkeypatch.setattr(training, "batch", lambda count, generator: draw_clips(20, generator))
+    monkeypatch.setattr(training, "batch", lambda count, generator: draw_clips(4, generator))
     made = standardized(plain, 2)
     clip = torch.rand(1, 5, 3, 64, 64)
     first, second = vae.encode(plain, clip), vae.encode(made, clip)
