@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "comfy-kitchen", "comfy-aimdo", "torchao", "gemlite", "diffusers", "lowbit")
+PACKAGES = (
+    "torch",
+    "triton",
+    "comfy-kitchen",
+    "comfy-aimdo",
+    "sageattention",
+    "torchao",
+    "gemlite",
+    "diffusers",
+    "lowbit",
+)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
