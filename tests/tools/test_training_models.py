@@ -84,8 +84,8 @@ def test_the_text_encoder_and_its_tokens_are_comfyuis():
         tokens = [token for token, _ in theirs.tokenize_with_weights(prompt)["umt5xxl"][0]]
         assert tokens[: kept.sum()] == row[kept].tolist()
         assert len(tokens) == dit.TEXT_TOKENS
-        assert set(tokens[kept.sum() :]) == {text_encoder.PAD}
-    assert text_encoder.UNKNOWN not in ids
+        assert set(tokens[kept.sum() :]) == {text_encoders.PAD}
+    assert text_encoders.UNKNOWN not in ids
 
     config = TEXT_SIZES
     parameters = draw(text_encoders.umt5_shapes(config), dtype=torch.float32)
