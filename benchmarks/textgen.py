@@ -1,7 +1,7 @@
 """Measures writing text without ComfyUI in three modes: 16-bit, INT8, and INT8 with a cache of heavy hitters.
 
 python -m benchmarks.textgen WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS --name NAME [--out benchmarks/results/textgen.json]
-Weights are drawn; what formats and caches cost is benchmarks/text_quality.py's. --rivals measures transformers and torchao too.
+Weights are drawn; what formats and caches cost is benchmarks/text_quality.py's. --rivals measures transformers too.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=252)
     parser.add_argument("--heavy-hitters", type=int, default=252)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--rivals", action="store_true", help="transformers and torchao too, for drawn weights")
+    parser.add_argument("--rivals", action="store_true", help="transformers too")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -186,10 +186,10 @@ def main() -> None:
     found = judged(rows, model)
     keep(options.out, model, rows, found)
     if options.rivals:
-        for row in textgen_rivals.rows(options.sizes, VOCABULARY, prompt, options.decode, options.runs, device):
-            rows.append({"model": model, **row})
-            print(rows[-1], flush=True)
-            keep(options.out, model, rows, found)
+        row = textgen_rivals.row(options.sizes, VOCABULARY, prompt, options.decode, options.runs, device)
+        rows.append({"model": model, **row})
+        print(rows[-1], flush=True)
+        keep(options.out, model, rows, found)
 
 
 if __name__ == "__main__":
