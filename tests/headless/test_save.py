@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lowbit.ops.formats import FORMATS, SMALLEST
+from lowbit.ops.formats import SMALLEST
 from testing import graphs, tiny
-from testing.cases import CASES, EACH_STORAGE
+from testing.cases import CASES, in_formats
 from testing.measure import relative_error
 
 SEED = 1
@@ -39,10 +39,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize(
     ("name", "format"),
-    [
-        *(("wan_t2v", format) for format in (*FORMATS, SMALLEST)),
-        *(("qwen_image", format) for format in (*EACH_STORAGE, SMALLEST)),
-    ],
+    [*in_formats("wan_t2v", others=["qwen_image"]), ("wan_t2v", SMALLEST), ("qwen_image", SMALLEST)],
 )
 def test_saved_model_holds_the_quantized_bits_and_runs_in_stock_comfyui(bench, stock, name, format):
     folder = bench.models / "diffusion_models"
