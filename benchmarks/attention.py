@@ -1,7 +1,6 @@
 """Times and checks every attention backend on the shapes of Wan, Qwen-Image and InfiniteTalk; writes one JSON file.
 
-    python benchmarks/attention.py --output benchmarks/results/attention.json [--only NAME]
-    python benchmarks/attention.py --output benchmarks/results/attention.json --rejudge
+    python -m benchmarks.attention --output benchmarks/results/attention.json [--only NAME]
 
 Needs an NVIDIA GPU. SageAttention and comfy-kitchen take part when they can be imported; the file says which did.
 """
@@ -9,11 +8,7 @@ Needs an NVIDIA GPU. SageAttention and comfy-kitchen take part when they can be 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,23 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from benchmarks.attention_timing import interleaved_ms  # noqa: E402
-from benchmarks.goals import Goal, write  # noqa: E402
-from lowbit.attention.backends import (  # noqa: E402
+from benchmarks.goals import Goal, write
+from benchmarks.timing import interleaved, settled
+from lowbit.attention.backends import (
     BACKENDS,
     BUDGETS,
     CORE,
     ERROR_LIMITS,
     AttentionCall,
 )
-from lowbit.attention.candidates import AttentionInputs, Policy  # noqa: E402
-from lowbit.attention.dispatch import Dispatcher  # noqa: E402
-from lowbit.attention.environment import detect  # noqa: E402
-from lowbit.attention.planning import TIMINGS_FILE  # noqa: E402
-from lowbit.kernels.measured import MeasuredNumbers  # noqa: E402
+from lowbit.attention.candidates import AttentionInputs, Policy
+from lowbit.attention.dispatch import Dispatcher
+from lowbit.attention.environment import detect
+from lowbit.attention.planning import TIMINGS_FILE
+from lowbit.kernels.measured import MeasuredNumbers
+from testing.measure import environment
 
 DEVICE = torch.device("cuda", 0)
 TIMINGS = MeasuredNumbers(None, TIMINGS_FILE)
@@ -165,20 +158,14 @@ def through(dispatcher: Dispatcher, shape: Shape, tensors: list[torch.Tensor], m
 
 def sampled_reference(shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None):
     """Float32 attention of a random sample of query rows, and which rows: (batch, rows, heads * head_dim)."""
-    q, k, v = heads_first(shape, tensors)
+    q, k, v = (x.float() for x in heads_first(shape, tensors))
     rows = torch.randperm(shape.q_len, device=DEVICE)[:SAMPLED_ROWS].sort().values
-    repeats = shape.heads // k.shape[1]
-    out = []
-    for b in range(shape.batch):
-        per_head = []
-        for h in range(shape.heads):
-            scores = q[b, h, rows].float() @ k[b, h // repeats].float().T * shape.head_dim**-0.5
-            if mask is not None:
-                row_mask = mask[b].reshape(1, -1)
-                scores = scores.masked_fill(~row_mask, -torch.inf) if mask.dtype == torch.bool else scores + row_mask
-            per_head.append(scores.softmax(-1) @ v[b, h // repeats].float())
-        out.append(torch.stack(per_head, dim=1).flatten(1))
-    return torch.stack(out), rows
+    if mask is not None:
+        mask = mask.reshape(shape.batch, 1, 1, -1)
+        mask = mask if mask.dtype == torch.bool else mask.float()
+    with sdpa_kernel(SDPBackend.MATH):
+        out = F.scaled_dot_product_attention(q[:, :, rows], k, v, attn_mask=mask, enable_gqa=bool(shape.kv_heads))
+    return out.transpose(1, 2).flatten(2), rows
 
 
 def error_of(out: torch.Tensor, reference: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -206,7 +193,6 @@ def bench_shape(shape: Shape, rounds: int) -> dict:
     row, named = time_shape(shape, make(shape, "gaussian"), mask, rounds)
     for data in DATA:
         add_errors(row, shape, data, mask, named)
-    judge(row)
     return row
 
 
@@ -214,13 +200,13 @@ def time_shape(
     shape: Shape, tensors: list[torch.Tensor], mask: torch.Tensor | None, rounds: int
 ) -> tuple[dict, dict[str, Dispatcher]]:
     """The row of one shape with its times and choices, and the dispatcher of each backend that ran."""
-    environment = detect(DEVICE)
+    here = detect(DEVICE)
     q, k, v = heads_first(shape, tensors)
     call = AttentionCall.of(q, k, v, mask, None)
     row = asdict(shape) | {"flop": shape.flop, "backends": {}, "budgets": {}}
     named, calls = {}, {CORE: lambda: core(shape, tensors, mask)}
     for backend in BACKENDS:
-        reason = backend.why_not_here(environment) or backend.why_not(call, environment)
+        reason = backend.why_not_here(here) or backend.why_not(call, here)
         dispatcher = Dispatcher(Policy(backend.name))
         if reason is None:
             settle(lambda d=dispatcher: through(d, shape, tensors, mask))
@@ -237,69 +223,31 @@ def time_shape(
     for budget, dispatcher in budgets.items():
         settle(lambda d=dispatcher: through(d, shape, tensors, mask))
         calls[f"auto {budget}"] = lambda d=dispatcher: through(d, shape, tensors, mask)
-    times = interleaved_ms(calls, rounds)
+    microseconds = interleaved({name: settled(call) for name, call in calls.items()}, rounds)
+    times = {name: value / 1e3 for name, value in microseconds.items()}
     row["core_ms"] = times[CORE]
     row["core_tflops"] = shape.flop / times[CORE] / 1e9
-    row["core_error"] = {}
     for name in named:
         row["backends"][name] |= {"ms": times[name], "tflops": shape.flop / times[name] / 1e9}
     for budget, dispatcher in budgets.items():
         row["budgets"][budget] = {
             "chosen": chosen(dispatcher),
             "auto_ms": times[f"auto {budget}"],
+            "speedup_over_core": times[CORE] / times[f"auto {budget}"],
             "errors": {},
-            "picks": {},
         }
     return row, named
-
-
-def kernel_ms(row: dict) -> dict[str, float]:
-    """Milliseconds per backend, with those that are one kernel pooled.
-
-    Backends whose errors agree to the last digit on all data run the same kernel (on Hopper, sdpa is cudnn and sageattn
-    is sageattn_3_fp8): they and the `auto` timings that chose them are samples of one time, and get their median.
-    """
-    ran = {name: entry for name, entry in row["backends"].items() if "ms" in entry}
-    pooled = {}
-    for name, entry in ran.items():
-        twins = [other for other, its in ran.items() if its["error"] == entry["error"]]
-        samples = [ran[twin]["ms"] for twin in twins]
-        samples += [budget["auto_ms"] for budget in row["budgets"].values() if budget["chosen"] in twins]
-        pooled[name] = statistics.median(samples)
-    return pooled
-
-
-def judge(row: dict) -> None:
-    """What `auto` chose under each budget, against the best backend present under it and against core.
-
-    over_best: the chosen kernel's time over the best kernel's, samples of one kernel pooled: whether the choice was right.
-    auto_over_best: the time of `auto` itself over the best time of a backend called by name: what the user gets.
-    """
-    pooled = kernel_ms(row) | {CORE: row["core_ms"]}
-    for budget, entry in row["budgets"].items():
-        limit = ERROR_LIMITS[budget]
-        allowed = [
-            name for name in pooled if name == CORE or ERROR_LIMITS[row["backends"][name]["error_class"]] <= limit
-        ]
-        best = min(allowed, key=pooled.__getitem__)
-        entry["best"], entry["best_ms"] = best, pooled[best]
-        entry["over_best"] = pooled[entry["chosen"]] / pooled[best]
-        alone = [row["core_ms"] if name == CORE else row["backends"][name]["ms"] for name in allowed]
-        entry["auto_over_best"] = entry["auto_ms"] / min(alone)
-        entry["speedup_over_core"] = row["core_ms"] / entry["auto_ms"]
 
 
 def add_errors(row: dict, shape: Shape, data: str, mask: torch.Tensor | None, named: dict[str, Dispatcher]) -> None:
     """Errors against float32 on one kind of data: of each backend, and of each budget with a dispatcher that is new to it."""
     tensors = make(shape, data, seed=1)
     reference = sampled_reference(shape, tensors, mask)
-    row["core_error"][data] = error_of(core(shape, tensors, mask), reference)
     for name, dispatcher in named.items():
         row["backends"][name]["error"][data] = error_of(through(dispatcher, shape, tensors, mask), reference)
     for budget in BUDGETS:
         dispatcher = Dispatcher(Policy("auto", budget), TIMINGS)
         row["budgets"][budget]["errors"][data] = error_of(through(dispatcher, shape, tensors, mask), reference)
-        row["budgets"][budget]["picks"][data] = chosen(dispatcher)
 
 
 QWEN_1328 = "Qwen-Image 1328 x 1328, 13 text tokens"
@@ -343,62 +291,25 @@ def goals(rows: list[dict]) -> list[dict]:
     return entries
 
 
-def finish(result: dict, path: Path) -> None:
-    """Judges every shape, and writes and prints the goals."""
-    for row in result["shapes"]:
-        judge(row)
-    write(path, result | {"goals": goals(result["shapes"])})
-    for item in json.loads(path.read_text())["goals"]:
-        print(
-            f"{'met   ' if item['met'] else 'MISSED'} {item['name']}: {item['measured']:.4g} {item['unit']} of {item['target']}"
-        )
-
-
 def main() -> None:
     """Runs the benchmark and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="only shapes whose names contain one of these")
     parser.add_argument("--rounds", type=int, default=7, help="samples per backend and shape")
-    parser.add_argument("--rejudge", action="store_true", help="only compute the verdicts of the file anew")
     options = parser.parse_args()
-    if options.rejudge:
-        finish(json.loads(options.output.read_text()), options.output)
-        return
     torch.backends.cuda.matmul.allow_tf32 = False
-    environment = detect(DEVICE)
-    result = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "gpu": environment.gpu,
-        "compute_capability": environment.compute_capability,
-        "driver": environment.driver,
-        "python": platform.python_version(),
-        "torch": environment.torch,
-        "cuda": ".".join(map(str, environment.cuda)),
-        "cudnn": torch.backends.cudnn.version(),
-        "packages": dict(environment.packages),
-        "core": "ComfyUI 0.33's attention_pytorch: SDPA, flash before cuDNN",
-        "shapes": [],
-    }
+    here = detect(DEVICE)
+    facts = environment("ComfyUI 0.33's attention_pytorch: SDPA, flash before cuDNN")
+    facts |= {"compute_capability": here.compute_capability, "cudnn": torch.backends.cudnn.version()}
+    rows: list[dict] = []
     for shape in SHAPES:
         if options.only and not any(part in shape.name for part in options.only):
             continue
-        row = bench_shape(shape, options.rounds)
-        result["shapes"].append(row)
+        rows.append(bench_shape(shape, options.rounds))
         torch.cuda.empty_cache()
-        finish(result, options.output)
-        print(
-            f"{shape.name}: core {row['core_ms']:.3f} ms {row['core_tflops']:.0f} TFLOP/s err {row['core_error']['gaussian']:.1e}"
-        )
-        for name, entry in row["backends"].items():
-            if "ms" in entry:
-                errors = " ".join(f"{e:.1e}" for e in entry["error"].values())
-                print(f"    {name:20s} {entry['ms']:9.3f} ms {entry['tflops']:6.0f} TFLOP/s  error {errors}")
-        for name, entry in row["budgets"].items():
-            print(
-                f"  {name}: {entry['chosen']} {entry['speedup_over_core']:.2f} x core, {entry['over_best']:.3f} x best ({entry['best']}); picks {entry['picks']}",
-                flush=True,
-            )
+        write(options.output, {"environment": facts, "shapes": rows, "goals": goals(rows)})
+        print(json.dumps(rows[-1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,27 +6,19 @@ python -m benchmarks.formats [--out benchmarks/results/formats.json]
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import statistics
 from pathlib import Path
 
 import torch
 
 from benchmarks.goals import write
-from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.linear import quantized_linear
 from lowbit.ops.quantize import quantize_to_tensor
+from testing.measure import environment, plain_tensors, relative_error
 
 SIZE, ROWS, OUTLIER_COLUMNS, OUTLIER_FACTOR = 2048, 256, 16, 60
 SEEDS = (0, 1, 2)
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Frobenius norm of the difference over that of the expected, in float64."""
-    expected = expected.double()
-    return (torch.linalg.vector_norm(actual.double() - expected) / torch.linalg.vector_norm(expected)).item()
 
 
 def measure(name: str, seed: int, device: str) -> dict[str, float]:
@@ -38,14 +30,12 @@ def measure(name: str, seed: int, device: str) -> dict[str, float]:
     outliers = x.clone()
     outliers[:, torch.randperm(SIZE)[:OUTLIER_COLUMNS]] *= OUTLIER_FACTOR
     quantized = quantize_to_tensor(weight, row)
-    nbytes = quantized._qdata.nbytes + sum(
-        value.nbytes for value in vars(quantized._params).values() if isinstance(value, torch.Tensor)
-    )
+    nbytes = sum(part.nbytes for part in plain_tensors(quantized))
     return {
         "bits_per_weight": 8 * nbytes / weight.numel(),
-        "weight_error": relative(quantized.dequantize(), weight),
-        "product_error": relative(quantized_linear(x, quantized, fast=row.fast), x.double() @ weight.double().T),
-        "product_error_with_outliers": relative(
+        "weight_error": relative_error(quantized.dequantize(), weight),
+        "product_error": relative_error(quantized_linear(x, quantized, fast=row.fast), x.double() @ weight.double().T),
+        "product_error_with_outliers": relative_error(
             quantized_linear(outliers, quantized, fast=row.fast), outliers.double() @ weight.double().T
         ),
     }
@@ -65,9 +55,7 @@ def main() -> None:
         "what": f"relative Frobenius error, {SIZE}x{SIZE} Gaussian weights, median of {len(SEEDS)} seeds; products of "
         f"{ROWS} rows in bfloat16, the outliers {OUTLIER_FACTOR} times larger in "
         f"{OUTLIER_COLUMNS} columns",
-        "date": datetime.date.today().isoformat(),
-        "device": device_info(options.device).label,
-        "versions": {"torch": torch.__version__, "comfy_kitchen": importlib.metadata.version("comfy-kitchen")},
+        "environment": environment(),
         "rows": rows,
     }
     write(options.out, result)

@@ -21,7 +21,7 @@ import gguf
 import torch
 
 from benchmarks.goals import Goal, write
-from benchmarks.timing import environment
+from benchmarks.timing import event_times
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.gguf_decode import decode
@@ -29,6 +29,7 @@ from lowbit.ops.linear import quantized_linear
 from lowbit.ops.plan import make_plan
 from lowbit.ops.quantize import quantize_to_tensor
 from lowbit.ops.stream import quantize_checkpoint
+from testing.measure import environment
 
 KINDS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
 TARGET = "int8_convrot_fast"
@@ -130,19 +131,10 @@ def peer_decoder(folder: Path | None) -> Callable[[torch.Tensor, str, tuple[int,
     return dequantize
 
 
-def milliseconds(call: Callable[[], torch.Tensor], rounds: int = 15) -> float:
+def milliseconds(call: Callable[[], torch.Tensor]) -> float:
     """Median on the GPU."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(rounds):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+    event_times([call], 3)
+    return statistics.median(event_times([call], 15)) / 1e3
 
 
 def multiply(kind: str, rows: int, peer: Callable[..., torch.Tensor]) -> dict[str, float | str | int]:

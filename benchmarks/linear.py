@@ -1,6 +1,6 @@
 """Quantized linears side by side: ours, F.linear, comfy-kitchen, torchao and gemlite, on the shapes of real models.
 
-python benchmarks/linear.py --out benchmarks/results/linear.json [--only TEXT] [--seconds N]
+python -m benchmarks.linear --out benchmarks/results/linear.json [--only TEXT]
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib
 import logging
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,18 +19,13 @@ import torch
 import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import timing  # noqa: E402
-from goals import write  # noqa: E402
-
-from lowbit.ops.layouts import register_layouts  # noqa: E402
-from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes  # noqa: E402
+from benchmarks import timing
+from benchmarks.goals import write
+from lowbit.ops.layouts import register_layouts
+from lowbit.ops.linear import quantized_linear, release_scratch
+from testing.measure import environment
 
 register_layouts()
-
-BANDWIDTH = 4.3e12
-"""Bytes a second a device-to-device copy moves on an H200: the limit drawn for small M."""
 
 # format name: layout, options of its quantize, whether our fast product is measured
 CONVROT = {"per_channel": True, "convrot": True}
@@ -92,25 +86,21 @@ class Result:
     format: str
     contender: str
     us: float | None = None
-    host_us: float | None = None
     tflops: float | None = None
     weight_bytes_per_second: float | None = None
     ratio_to_bf16: float | None = None
     extra_peak_mib: float | None = None
     relative_error: float | None = None
-    relative_error_scattered: float | None = None
     note: str = ""
 
 
-def activations(m: int, k: int, scattered: bool = False) -> torch.Tensor:
+def activations(m: int, k: int) -> torch.Tensor:
     """bfloat16 Gaussians with one channel in 128 thirty times as large, as diffusion transformers have them.
 
-    Evenly spread, on which comfy-kitchen shows DESIGN.md's errors (INT8 rows 5.8e-2, convrot 1.2e-2); `scattered`: as
-    many channels at random, of which some rotation groups get several and some none.
+    Evenly spread, on which comfy-kitchen shows DESIGN.md's errors (INT8 rows 5.8e-2, convrot 1.2e-2).
     """
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    spread = slice(random.randrange(128), None, 128)
-    x[:, torch.randperm(k, device="cuda")[: max(1, k // 128)] if scattered else spread] *= 30
+    x[:, random.randrange(128) :: 128] *= 30
     return x
 
 
@@ -130,6 +120,13 @@ def kitchen_call(x: torch.Tensor, weight: QuantizedTensor, fast: bool) -> Callab
     return lambda: F.linear(x, weight.dequantize())
 
 
+def plain_linear(weight: torch.Tensor) -> torch.nn.Linear:
+    """What the peers quantize."""
+    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda", dtype=weight.dtype)
+    linear.weight.data.copy_(weight)
+    return linear
+
+
 def torchao_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
     """The same kind of linear by torchao, compiled as its users run it; None where it has none.
 
@@ -145,9 +142,7 @@ def torchao_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
     }
     if name not in configs:
         return None
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda", dtype=weight.dtype)
-    linear.weight.data.copy_(weight)
-    holder = torch.nn.Sequential(linear)
+    holder = torch.nn.Sequential(plain_linear(weight))
     quantization.quantize_(holder, configs[name]())
     return torch.compile(holder, fullgraph=False)
 
@@ -163,9 +158,7 @@ def gemlite_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
     }
     if name not in processors:
         return None
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda", dtype=weight.dtype)
-    linear.weight.data.copy_(weight)
-    return processors[name](device="cuda:0", dtype=weight.dtype).from_linear(linear, del_orig=False)
+    return processors[name](device="cuda:0", dtype=weight.dtype).from_linear(plain_linear(weight), del_orig=False)
 
 
 def relative_error(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
@@ -217,10 +210,6 @@ class Bench:
             with torch.no_grad():
                 result.relative_error = relative_error(calls[0](), x, plain[0])
                 result.extra_peak_mib = timing.extra_peak(calls[0]) / 2**20
-                kept = x[:128].clone()
-                x[:128] = activations(min(case.m, 128), case.k, scattered=True)
-                result.relative_error_scattered = relative_error(calls[0](), x, plain[0])
-                x[:128] = kept
         except Exception as error:
             result.note = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
         return result
@@ -234,7 +223,6 @@ class Bench:
                         count = max(12, int(1e5 / max(timing.event_times(call, 3))))
                         measures[key] = lambda call=call, count=count: timing.event_times(call, count)[count // 2 :]
                     else:
-                        results[key].host_us = timing.host_time(call[0])
                         graph, count = timing.capture(call)
                         measures[key] = lambda graph=graph, count=count: timing.replay_times(graph, count, 5)
             except Exception as error:
@@ -268,44 +256,19 @@ def _bits(name: str) -> float:
     return 16 if name == "bf16" else 4.5 if name.startswith("fp4") else 4 if name.startswith("int4") else 8
 
 
-def show(results: list[Result]) -> None:
-    """A table per case, fastest first."""
-    cases = dict.fromkeys((r.case, r.m, r.k, r.n) for r in results)
-    for case in cases:
-        print("\n{} M {} K {} N {}".format(*case))
-        rows = [r for r in results if (r.case, r.m, r.k, r.n) == case]
-        for r in sorted(rows, key=lambda r: (r.format, r.us or 1e9)):
-            numbers = (
-                f"{r.us:10.1f} us {r.tflops:7.0f} TFLOP/s {r.weight_bytes_per_second / 1e12:5.2f} TB/s" if r.us else ""
-            )
-            host = f" host {r.host_us:6.1f} us" if r.host_us else ""
-            ratio = f" {r.ratio_to_bf16:5.3f} x bf16" if r.ratio_to_bf16 else ""
-            error = f" error {r.relative_error:.1e}" if r.relative_error is not None else ""
-            if r.relative_error_scattered is not None:
-                error += f" / {r.relative_error_scattered:.1e}"
-            peak = f" peak {r.extra_peak_mib:7.1f} MiB" if r.extra_peak_mib is not None else ""
-            print(f"  {r.format:24s} {r.contender:14s} {numbers}{ratio}{host}{peak}{error} {r.note}")
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="cases whose name or M contains this text")
     parser.add_argument("--peers", default="torchao,gemlite", help="peers beside comfy-kitchen, by comma; '' for none")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # comfy-kitchen reports a cuBLAS error for every MXFP8 and NVFP4 product
     torch.manual_seed(0)
     random.seed(0)
     bench = Bench(tuple(filter(None, arguments.peers.split(","))))
-    started = time.monotonic()
-    skipped = []
     for case in CASES:
         if arguments.only not in f"{case.name} {case.m}":
-            continue
-        if time.monotonic() - started > arguments.seconds:
-            skipped.append(f"{case.name} {case.m}")
             continue
         began = time.monotonic()
         bench.run(case)
@@ -313,15 +276,11 @@ def main() -> None:
         release_scratch()
         torch.cuda.empty_cache()
         record = {
-            "environment": timing.environment(),
-            "bandwidth_limit_bytes_per_second": BANDWIDTH,
-            "skipped_for_time": skipped,
+            "environment": environment(),
             "refused_peers": bench.refused,
-            "scratch_mib_at_end": scratch_nbytes() / 2**20,
             "results": [asdict(r) for r in bench.results],
         }
         write(arguments.out, record)
-    show(bench.results)
 
 
 if __name__ == "__main__":

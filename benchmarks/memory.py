@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import re
 import signal
@@ -25,21 +24,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.checkpoints import drop_from_page_cache
 from benchmarks.goals import write
 from benchmarks.memory_cases import ALL, CASES, CONTENDERS, LONG, MANAGED, Case, Contender, Scale, qwen_graph
-from benchmarks.memory_files import drop_from_page_cache
-from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch, vram_used, wait_for_gpu
-from benchmarks.timing import environment
+from benchmarks.memory_rig import (
+    GIB,
+    WHOLE_MACHINE,
+    SmallerMachine,
+    Usage,
+    smaller_machine,
+    vram_used,
+    wait_for_gpu,
+    watched,
+)
 from testing import comfyui, graphs
+from testing.measure import environment
 from testing.server import Server, ServerDiedError, prepare_base
 
 SAMPLERS = ("sample", "sample_high")
-FAILURES = (RuntimeError, TimeoutError, aiohttp.ClientError)
-"""What a graph on too small a machine may end with (the server's errors are RuntimeErrors), and its row says."""
+FAILURES = (RuntimeError, OSError)
+"""What a graph on too small a machine may end with (the server's errors are RuntimeErrors, and OSErrors where it is gone), and its row says."""
 
 
 @dataclass
@@ -56,7 +63,6 @@ class Row:
 
     case: str
     contender: str
-    dynamic_vram: bool
     steps: int
     vram_cap: int | None
     host_cap: int | None
@@ -80,17 +86,16 @@ class Site:
 
     base: Path
     models: Path
-    dynamic: bool = True
     files: str = "disk"
 
 
-def make_site(work: Path, dynamic: bool, files: str) -> Site:
+def make_site(work: Path, files: str) -> Site:
     """A fresh base directory in `work` on the models folder that every call shares."""
     work.mkdir(parents=True, exist_ok=True)
     models = work / "models"
     models.mkdir(exist_ok=True)
     base = Path(tempfile.mkdtemp(prefix="base-", dir=work))
-    return Site(prepare_base(base, models=models), models, dynamic, files)
+    return Site(prepare_base(base, models=models), models, files)
 
 
 class Steps:
@@ -131,7 +136,11 @@ class Steps:
 
 
 def run_server(
-    site: Site, contender: Contender, scale: Scale, machine: SmallerMachine, synchronized: bool = False
+    site: Site,
+    contender: Contender,
+    scale: Scale,
+    machine: SmallerMachine = WHOLE_MACHINE,
+    synchronized: bool = False,
 ) -> Server:
     """A fresh ComfyUI with its own defaults; stock has no pack in it. synchronized: see testing/shims/steps.py."""
     return Server(
@@ -139,7 +148,6 @@ def run_server(
         comfyui.find(),
         cpu=scale.tiny,
         only_shims=not contender.has_pack,
-        dynamic_vram=site.dynamic,
         launcher=machine.launcher,
         cache=(),
         environment={"LOWBIT_SYNCHRONIZE_STEPS": "1"} if synchronized else None,
@@ -176,11 +184,10 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
     with contextlib.ExitStack() as stack:
         try:
             wait_for_gpu(vram)
-            machine = stack.enter_context(SmallerMachine(vram, host))
+            machine = stack.enter_context(smaller_machine(vram, host))
             baseline = vram_used()
             server = stack.enter_context(run_server(site, contender, scale, machine, synchronized=True))
-            watch = Watch(server.process.pid, baseline, usage, machine.group)
-            stack.callback(watch.close)
+            stack.enter_context(watched(server.process.pid, baseline, usage, machine.group))
             steps.started = time.monotonic()
             result = server.run(graph, timeout=scale.seconds, on_event=steps)
             report = json.loads(result.outputs["json"]["text"][0]) if contender.managed else None
@@ -192,7 +199,6 @@ def measure(case: Case, contender: Contender, cap: int | None, site: Site, scale
     return Row(
         case=case.name,
         contender=contender.name,
-        dynamic_vram=site.dynamic,
         steps=graph["sample"]["inputs"]["steps"],
         vram_cap=vram,
         host_cap=host,
@@ -219,7 +225,7 @@ def measure_growth(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     error = None
     deadline = time.monotonic() + scale.seconds
     try:
-        with SmallerMachine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
+        with run_server(site, MANAGED, scale) as server:
             for seed in range(scale.prompts if case.name == "50_generations" else 1):
                 graph["sample"]["inputs"]["seed"] = seed
                 result = server.run(graph, timeout=max(1.0, deadline - time.monotonic()))
@@ -256,7 +262,7 @@ def measure_overhead(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     error = None
     deadline = time.monotonic() + scale.seconds
     try:
-        with SmallerMachine(None, None) as machine, run_server(site, MANAGED, scale, machine) as server:
+        with run_server(site, MANAGED, scale) as server:
             for turn in range(1 + scale.pick(4, 2)):
                 for name, contender in names.items():
                     graph = qwen_graph(scale, contender)
@@ -272,35 +278,19 @@ def measure_overhead(case: Case, site: Site, scale: Scale) -> dict[str, Any]:
     return {"case": case.name, "error": error, "seconds_per_step": found, "slower_by": slower}
 
 
-def versions() -> dict[str, str]:
-    """Of what the results depend on beside the GPU and PyTorch."""
-    return {
-        "comfyui": comfyui.version(comfyui.find()),
-        "comfy-aimdo": importlib.metadata.version("comfy-aimdo"),
-    }
+def keep(options: argparse.Namespace, kind: str, entry: dict[str, Any]) -> None:
+    """Adds a row, growth run or overhead measurement to the JSON file, and tells it on stdout without what is long."""
+    empty: dict[str, Any] = {"rows": [], "growth": [], "overhead": []}
+    results = json.loads(options.out.read_text()) if options.out.exists() else empty
+    results["environment"] = environment() | {"comfyui": comfyui.version(comfyui.find()), "tiny": options.tiny}
+    results[kind].append(entry)
+    partial = options.out.with_suffix(".partial")
+    write(partial, results)
+    partial.replace(options.out)  # a call that is ended while it writes keeps the rows before
+    print(json.dumps({key: value for key, value in entry.items() if key not in ("report", "marks")}), flush=True)
 
 
-@dataclass(frozen=True)
-class Results:
-    """The JSON file, written after every entry, and told on stdout without what is long."""
-
-    path: Path
-    tiny: bool
-
-    def keep(self, kind: str, entry: dict[str, Any]) -> None:
-        """Adds one row, growth run or overhead measurement."""
-        empty: dict[str, Any] = {"rows": [], "growth": [], "overhead": []}
-        results = json.loads(self.path.read_text()) if self.path.exists() else empty
-        results["environment"] = environment() | versions() | {"tiny": self.tiny}
-        results[kind].append(entry)
-        partial = self.path.with_suffix(".partial")
-        write(partial, results)
-        partial.replace(self.path)  # a call that is ended while it writes keeps the rows before
-        shown = {key: value for key, value in entry.items() if key not in ("report", "marks")}
-        print(json.dumps(shown), flush=True)
-
-
-def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale, results: Results) -> None:
+def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale) -> None:
     """Every cap and contender of a case that was asked for."""
     case.write(site.models, scale)
     chosen = [cap for cap in case.vram if cap in (options.caps or case.vram)]
@@ -310,7 +300,7 @@ def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale, 
             if options.contenders and contender.name not in options.contenders:
                 continue
             row = measure(case, contender, cap, site, scale)
-            results.keep("rows", asdict(row))
+            keep(options, "rows", asdict(row))
             if not row.completed:
                 show_logs(site)
 
@@ -329,9 +319,7 @@ def read_options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=ALL, default=list(ALL))
     parser.add_argument("--caps", nargs="*", type=int, help="only these GPU sizes, in GiB")
     parser.add_argument("--contenders", nargs="*", choices=[c.name for c in CONTENDERS])
-    parser.add_argument("--no-dynamic-vram", action="store_true")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--prompts", type=int, help="of 50_generations")
     parser.add_argument("--windows", type=int, help="of infinitetalk")
     parser.add_argument("--seconds", type=float, default=Scale.seconds, help="the most a graph or growth run may take")
     parser.add_argument("--files", choices=("disk", "cache"), default="disk", help="drop files from the page cache?")
@@ -351,21 +339,20 @@ def main(arguments: list[str] | None = None) -> int:
     scale = Scale(
         options.tiny,
         options.steps,
-        options.prompts or (5 if options.tiny else 50),
+        5 if options.tiny else 50,
         options.windows or (3 if options.tiny else 20),
         options.seconds,
     )
-    site = make_site(options.work, not options.no_dynamic_vram, options.files)
-    results = Results(options.out, options.tiny)
+    site = make_site(options.work, options.files)
     for name in options.only:
         if name in CASES:
-            run_case(CASES[name], options, site, scale, results)
+            run_case(CASES[name], options, site, scale)
             continue
         LONG[name].write(site.models, scale)
         if name == "overhead":
-            results.keep("overhead", measure_overhead(LONG[name], site, scale))
+            keep(options, "overhead", measure_overhead(LONG[name], site, scale))
         else:
-            results.keep("growth", measure_growth(LONG[name], site, scale))
+            keep(options, "growth", measure_growth(LONG[name], site, scale))
     return 0
 
 

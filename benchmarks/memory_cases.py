@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.memory_files import CACHE, quantize, second_name, write_checkpoint
+from benchmarks.checkpoints import CACHE, quantize, second_name, write_checkpoint
 from testing import graphs, tiny
 from testing.tiny import infinitetalk, qwen_image, text_encoders, vae, wan
 

@@ -2,68 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import psutil
 import torch
 
-from benchmarks.memory_files import GIB
+from benchmarks.checkpoints import GIB
 from benchmarks.memory_group import MemoryGroup, create_group, launcher
 
 _BLOCK = 1 << 28
 
 
+@dataclass(frozen=True)
 class SmallerMachine:
+    """What a server is started in. group: its cgroup; launcher: what enters it and tells the server of it."""
+
+    group: MemoryGroup | None = None
+    launcher: Sequence[str] = ()
+
+
+WHOLE_MACHINE = SmallerMachine()
+
+
+@contextlib.contextmanager
+def smaller_machine(vram: int | None, host: int | None) -> Iterator[SmallerMachine]:
     """Leaves `vram` bytes of the GPU free, the server's CUDA context to come out of them, and caps its main memory.
 
     The GPU: this process holds the rest, so that the driver has no more to give. Main memory: a cgroup that the server is
-    started in and told of (`launcher`). No allocator and no accounting of ComfyUI's or the pack's is told anything else.
+    started in and told of. No allocator and no accounting of ComfyUI's or the pack's is told anything else.
     None leaves a side alone. Raises RuntimeError where no cgroup can cap main memory.
     """
-
-    def __init__(self, vram: int | None, host: int | None):
-        self._held: list[torch.Tensor] = []
-        self.group: MemoryGroup | None = None
-        self.launcher: list[str] = []
-        try:
-            if vram is not None:
-                self._hold_gpu(vram)
-            if host is not None:
-                self._cap_host(host)
-        except BaseException:
-            self.close()
-            raise
-
-    def _hold_gpu(self, vram: int) -> None:
-        """The allocator takes up to 20 MiB at once: that much less may be left."""
-        while (over := torch.cuda.mem_get_info()[0] - vram) > 0:
-            self._held.append(torch.empty(min(_BLOCK, over), dtype=torch.uint8, device="cuda"))
-
-    def _cap_host(self, host: int) -> None:
-        self.group = create_group(host)
-        if self.group is None:
+    with contextlib.ExitStack() as stack:
+        if vram is not None:
+            stack.enter_context(_held_gpu(vram))
+        if host is None:
+            yield SmallerMachine()
+            return
+        group = create_group(host)
+        if group is None:
             raise RuntimeError("no cgroup can cap main memory here")
-        self.launcher = launcher(self.group, host)
+        stack.callback(group.close)
+        yield SmallerMachine(group, launcher(group, host))
 
-    def close(self) -> None:
-        """Gives everything back; what still runs in the cgroup is ended."""
-        if self._held:
-            self._held.clear()
-            torch.cuda.empty_cache()
-        if self.group is not None:
-            self.group.close()
 
-    def __enter__(self) -> SmallerMachine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+@contextlib.contextmanager
+def _held_gpu(vram: int) -> Iterator[None]:
+    """The allocator takes up to 20 MiB at once: that much less than `vram` may be left."""
+    held = []
+    try:
+        while (over := torch.cuda.mem_get_info()[0] - vram) > 0:
+            held.append(torch.empty(min(_BLOCK, over), dtype=torch.uint8, device="cuda"))
+        yield
+    finally:
+        held.clear()
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -87,47 +84,38 @@ class Usage:
     kills: int = 0
 
 
-@dataclass
-class Watch:
-    """Looks at a server from outside, ten times a second, until it is closed.
+@contextlib.contextmanager
+def watched(process: int, baseline: int | None, usage: Usage, group: MemoryGroup | None = None) -> Iterator[None]:
+    """Looks at a server from outside, ten times a second, and keeps the most it took in `usage`.
 
     baseline: `vram_used()` before the server was started, so that its CUDA context counts as its own.
     """
+    done = threading.Event()
 
-    process: int
-    baseline: int | None
-    usage: Usage = field(default_factory=Usage)
-    group: MemoryGroup | None = None
+    def look() -> None:
+        while not done.wait(0.1):
+            _note(process, baseline, usage, group)
 
-    def __post_init__(self) -> None:
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        _note(process, baseline, usage, group)
 
-    def _look(self) -> None:
-        while not self._stop.wait(0.1):
-            self._note()
 
-    def _note(self) -> None:
-        usage = self.usage
-        used = vram_used()
-        if used is not None and self.baseline is not None:
-            usage.vram = max(usage.vram or 0, used - self.baseline)
-        try:
-            if self.group is not None:
-                usage.unreclaimable = max(usage.unreclaimable or 0, self.group.unreclaimable())
-                usage.charged, usage.kills = self.group.peak(), self.group.kills()
-            usage.resident = max(usage.resident, psutil.Process(self.process).memory_info().rss)
-            usage.anonymous = max(usage.anonymous, _anonymous(self.process))
-        except (psutil.Error, OSError):
-            return
-
-    def close(self) -> Usage:
-        """Ends it; returns the most there was."""
-        self._stop.set()
-        self._thread.join()
-        self._note()
-        return self.usage
+def _note(process: int, baseline: int | None, usage: Usage, group: MemoryGroup | None) -> None:
+    used = vram_used()
+    if used is not None and baseline is not None:
+        usage.vram = max(usage.vram or 0, used - baseline)
+    with contextlib.suppress(psutil.Error, OSError):
+        if group is not None:
+            usage.unreclaimable = max(usage.unreclaimable or 0, group.unreclaimable())
+            usage.charged, usage.kills = group.peak(), group.kills()
+        usage.resident = max(usage.resident, psutil.Process(process).memory_info().rss)
+        usage.anonymous = max(usage.anonymous, _anonymous(process))
 
 
 def vram_used() -> int | None:

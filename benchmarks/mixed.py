@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,7 +21,9 @@ from safetensors.torch import load_file
 from benchmarks.goals import Goal, Record, write
 from benchmarks.quality import OTHERS, entry
 from demo import shapes_in_comfyui, shapes_in_diffusers
-from demo.clips import REFERENCE, SHOWN, Quality, judge
+from demo.bundled_prompt import BundledPrompt
+from demo.clips import MODEL, SHOWN, Quality, judge
+from demo.report import REFERENCE, Row
 from demo.shapes import Scene
 from demo.trained_files import FOLDER, TRANSFORMER
 from lowbit.kernels.measured import Numbers
@@ -38,7 +39,6 @@ from lowbit.ops.stream import quantize_checkpoint
 from testing import comfyui
 from testing.core import start_core
 from testing.measure import environment, relative_error
-from testing.server import Server, prepare_base
 
 GAINS = {"fp4_scaled": 3.0, "int8_convrot_fast": 0.0}
 """Format -> dB that a mix of no more bytes shall be nearer to bf16's clips."""
@@ -82,37 +82,30 @@ def write_files(folder: Path) -> dict[str, tuple[str, QuantizationPlan, float]]:
     return files
 
 
-def clips_of(server: Server, file: str, name: str, scenes: Sequence[Scene]) -> tuple[list[torch.Tensor], float]:
-    """The clips of a transformer's file as it is, and the seconds they took."""
-    clips, started = [], time.monotonic()
-    for seed, scene in enumerate(scenes):
-        where = f"{name}/{seed}"
-        graph = shapes_in_comfyui.graph(scene, REFERENCE, seed, where)
-        graph["model"]["inputs"]["unet_name"] = file
-        server.run(graph)
-        clips.append(load_file(server.base / "output" / where / "clip.safetensors")["tensor"])
-    return clips, time.monotonic() - started
+def clips_of(prompt: BundledPrompt, file: str, scenes: Sequence[Scene]) -> tuple[list[torch.Tensor], Row]:
+    """The clips of a transformer's file as it is."""
+    started, stem = time.monotonic(), Path(file).stem
+    clips = [
+        prompt.run(REFERENCE, seed, f"{stem}/{seed}", text=scene.prompt(), file=file)[0]
+        for seed, scene in enumerate(scenes)
+    ]
+    size = (prompt.server.base / "models" / "diffusion_models" / file).stat().st_size
+    return clips, Row(MODEL, stem, size, size, first_seconds=time.monotonic() - started)
 
 
 def qualities(scenes: Sequence[Scene]) -> Iterator[tuple[str, Quality, QuantizationPlan | None, float | None]]:
     """bf16's clips, and those of every file of `write_files`."""
-    path = comfyui.find()
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        base = prepare_base(Path(folder))
-        shapes_in_comfyui.place_files(base / "models")
-        files = write_files(base / "models" / "diffusion_models")
-        with Server(base, path, cpu=True, environment={"LOWBIT_CACHE_DIR": str(base / "cache")}) as server:
-            reference, seconds = clips_of(server, TRANSFORMER, "bf16", scenes)
-            size = (FOLDER / TRANSFORMER).stat().st_size
-            yield "bf16", judge(reference, [], scenes, seconds, size, size), None, None
-            made: dict[tuple[str, ...], tuple[list[torch.Tensor], float]] = {}
-            for name, (file, plan, told) in files.items():
-                formats = tuple(layer.weight_format for layer in plan.layers.values())
-                if formats not in made:
-                    made[formats] = clips_of(server, file, Path(file).stem, scenes)
-                clips, seconds = made[formats]
-                size = (base / "models" / "diffusion_models" / file).stat().st_size
-                yield name, judge(clips, reference, scenes, seconds, size, size), plan, told
+    with shapes_in_comfyui.server_with_files(comfyui.find(), cpu=True) as prompt:
+        files = write_files(prompt.server.base / "models" / "diffusion_models")
+        reference, row = clips_of(prompt, TRANSFORMER, scenes)
+        yield "bf16", judge(row, reference, (), scenes), None, None
+        made: dict[tuple[str, ...], tuple[list[torch.Tensor], Row]] = {}
+        for name, (file, plan, told) in files.items():
+            formats = tuple(layer.weight_format for layer in plan.layers.values())
+            if formats not in made:
+                made[formats] = clips_of(prompt, file, scenes)
+            clips, row = made[formats]
+            yield name, judge(row, clips, reference, scenes), plan, told
 
 
 def sensitivities() -> dict[str, dict[str, float]]:
@@ -120,7 +113,7 @@ def sensitivities() -> dict[str, dict[str, float]]:
     from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
     tensors = {name: tensor.float() for name, tensor in load_file(FOLDER / TRANSFORMER).items()}
-    model, encode = shapes_in_diffusers.transformer().eval(), shapes_in_diffusers.text_encoder()
+    model, encode = shapes_in_diffusers.wan_transformer().eval(), shapes_in_diffusers.text_encoder()
 
     def output(changed: dict[str, torch.Tensor]) -> torch.Tensor:
         model.load_state_dict(convert_wan_transformer_to_diffusers({**tensors, **changed}))

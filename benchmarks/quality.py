@@ -7,8 +7,6 @@ Runs ComfyUI (COMFYUI_PATH); the contact sheet and the animation go beside the J
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +15,26 @@ import torch
 from benchmarks.goals import write
 from demo import clips, shapes_in_comfyui
 from demo.clips import SHOWN, Quality
+from demo.report import title
 from demo.shapes import SCENES
 from lowbit.ops.formats import FORMATS
 from testing import comfyui
 from testing.measure import environment
-from testing.server import Server, prepare_base
 
 OTHERS = [scene for scene in SCENES if scene not in SHOWN][::3]
 
 
 def entry(quality: Quality) -> dict[str, Any]:
     """One format's numbers."""
-    near = quality.psnr
+    near, row = quality.psnr, quality.row
     return {
-        "problem": quality.problem,
+        "problem": row.problem,
         "clips": len(quality.clips),
         "as_asked": quality.recognised,
-        "psnr_mean_db": statistics.fmean(near) if near else None,
+        "psnr_mean_db": row.psnr,
         "psnr_worst_db": min(near) if near else None,
-        "transformer_bytes": quality.disk_bytes,
-        "seconds": quality.seconds,
+        "transformer_bytes": row.disk_bytes,
+        "seconds": row.first_seconds,
     }
 
 
@@ -46,17 +44,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
     parser.add_argument("--formats", default=",".join(FORMATS), help="comma-separated format names (default: all)")
     options = parser.parse_args()
-    path = comfyui.find()
     scenes = (*SHOWN, *OTHERS)
-    with tempfile.TemporaryDirectory(prefix="lowbit-") as folder:
-        base = prepare_base(Path(folder))
-        cache = base / "cache"
-        shapes_in_comfyui.place_files(base / "models")
-        variables = {"LOWBIT_CACHE_DIR": str(cache)}
-        with Server(base, path, cpu=not torch.cuda.is_available(), environment=variables) as server:
-            found = dict(shapes_in_comfyui.measure(server, cache, options.formats.split(","), scenes))
-    facts = environment(f"ComfyUI {comfyui.version(path)}")
-    rows = {clips.title(name): entry(quality) for name, quality in found.items()}
+    with shapes_in_comfyui.server_with_files(comfyui.find(), cpu=not torch.cuda.is_available()) as prompt:
+        found = list(shapes_in_comfyui.measure(prompt, options.formats.split(","), scenes))
+    facts = environment(f"ComfyUI {comfyui.version(comfyui.find())}")
+    rows = {title(quality.row.format): entry(quality) for quality in found}
     result = {"environment": facts, "prompts": [scene.prompt() for scene in scenes], "rows": rows}
     write(options.out, result)
     clips.draw(options.out.parent, found, scenes)

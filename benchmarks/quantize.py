@@ -8,13 +8,8 @@ Each row runs in a process of its own; peak memory is that process's growth over
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import platform
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,15 +17,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.checkpoints import write_checkpoint
 from benchmarks.goals import write
 from lowbit.ops.checkpoint import open_checkpoint
-from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.layouts import register_layouts
 from lowbit.ops.plan import make_plan
 from lowbit.ops.quantize import quantize_to_tensor
 from lowbit.ops.stream import quantize_checkpoint
-from lowbit.ops.writer import CheckpointWriter
+from testing.measure import environment
 
 DIM, FFN = 3072, 12288
 """Qwen-Image's sizes."""
@@ -39,16 +34,14 @@ FORMAT_NAMES = ("fp8_e4m3fn_scaled", "mxfp8", "int8", "int8_convrot_fast", "fp4_
 COPY, WHOLE = "plain copy", "whole state dict, then fp8_e4m3fn_scaled"
 
 
-def write_source(path: Path, gib: float) -> int:
-    """Write a checkpoint of MLP matrices with random weights; returns its size in bytes."""
+def source_shapes(gib: float) -> dict[str, tuple[int, ...]]:
+    """MLP matrices of so many GiB in 16 bits."""
     block_bytes = 2 * 2 * DIM * FFN
-    blocks = max(1, round(gib * 2**30 / block_bytes))
-    with CheckpointWriter(path, name_bytes=blocks * 120, name_count=2 * blocks, metadata={}) as writer:
-        for block in range(blocks):
-            for name, shape in (("net.0.proj", (FFN, DIM)), ("net.2", (DIM, FFN))):
-                weight = (torch.randn(shape) * 0.02).bfloat16()
-                writer.add(f"transformer_blocks.{block}.img_mlp.{name}.weight", weight)
-    return path.stat().st_size
+    return {
+        f"transformer_blocks.{block}.img_mlp.{name}.weight": shape
+        for block in range(max(1, round(gib * 2**30 / block_bytes)))
+        for name, shape in (("net.0.proj", (FFN, DIM)), ("net.2", (DIM, FFN)))
+    }
 
 
 def measure(what: str, source: Path, target: Path, device: str) -> dict[str, float]:
@@ -91,35 +84,21 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--folder", type=Path, default=None, help="where the files go (default: a temporary folder)")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--row", nargs=3, metavar=("WHAT", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.row:
-        print(json.dumps(measure(options.row[0], Path(options.row[1]), Path(options.row[2]), options.device)))
-        return
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, target = Path(folder) / "source.safetensors", Path(folder) / "target.safetensors"
-        source_bytes = write_source(source, options.gib)
-        rows = {}
+        write_checkpoint(source, source_shapes(options.gib))
+        source_bytes, rows = source.stat().st_size, {}
         for what in (COPY, WHOLE, *FORMAT_NAMES):
-            command = [sys.executable, "-m", "benchmarks.quantize", "--device", options.device, "--row"]
-            output = subprocess.run(
-                [*command, what, str(source), str(target)], capture_output=True, text=True, check=True
-            )
-            row = json.loads(output.stdout.splitlines()[-1])
+            with multiprocessing.get_context("spawn").Pool(1) as process:
+                row = process.apply(measure, (what, source, target, options.device))
             row["source_mb_per_second"] = source_bytes / 1e6 / row["seconds"]
             rows[what] = {key: round(value, 1) for key, value in row.items()}
             print(f"{what:42} {row['source_mb_per_second']:8.0f} MB/s  peak +{row['peak_mib']:7.0f} MiB", flush=True)
             target.unlink()
     result = {
         "what": "streaming quantizer, verified by reading back; MB/s of the bf16 source, peak growth of resident memory",
-        "date": datetime.date.today().isoformat(),
-        "device": device_info(options.device).label,
-        "processor_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "comfy_kitchen": importlib.metadata.version("comfy-kitchen"),
-        },
+        "environment": environment() | {"processor_threads": torch.get_num_threads()},
         "source_mib": round(source_bytes / 2**20, 1),
         "largest_tensor_mib": 2 * DIM * FFN / 2**20,
         "rows": rows,

@@ -1,6 +1,6 @@
 """One sample over several GPUs of one host, beside one GPU of the same: seconds a step, the same picture, the workers' start.
 
-    NCCL_NVLS_ENABLE=0 python benchmarks/several_gpus.py --out benchmarks/results/several_gpus.json [--model wan480 wan720 qwen] \
+    NCCL_NVLS_ENABLE=0 python -m benchmarks.several_gpus --out benchmarks/results/several_gpus.json [--model wan480 wan720 qwen] \
         [--gpus 2 4] [--only NAME ...]
 
 Weights are random at the scale of a trained model's, with fewer blocks, as in benchmarks/steps.py. Workers start once and stay for
@@ -11,12 +11,8 @@ the other ways and cases; how long that takes is measured with a small sample, f
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import os
 import statistics
-import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,14 +20,11 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from benchmarks.goals import Goal, write  # noqa: E402
-from benchmarks.steps import CASES, INT8, Case, Contender, load, sample, write_random  # noqa: E402
-from benchmarks.timing import environment  # noqa: E402
-from testing.core import start_core  # noqa: E402
-from testing.tiny import wan  # noqa: E402
+from benchmarks.checkpoints import write_checkpoint
+from benchmarks.goals import Goal, write
+from benchmarks.steps import CASES, INT8, Case, Contender, clean, core_in_memory, load, sample
+from testing.measure import environment
+from testing.tiny import wan
 
 STEPS = 6
 SMALL = (1, 16, 1, 16, 16)
@@ -142,15 +135,6 @@ def run(
     return row
 
 
-def clean() -> None:
-    """No model stays in this process's GPU."""
-    import comfy.model_management
-
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    comfy.model_management.soft_empty_cache()
-
-
 def main() -> None:
     """Every case, with one GPU first and then with each number of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -169,30 +153,26 @@ def main() -> None:
     rows = [row for row in before if row["case"] not in arguments.model or row["gpus"] not in (1, *counts)]
     alone: dict[str, Any] = {}
     kept: dict[int, Any] = {}
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
-        start_core(["--base-directory", folder, *([] if devices[0].type == "cuda" else ["--cpu"])])
-        with torch.inference_mode():
-            for name in arguments.model:
-                case = ALL_CASES[name]()
-                path = write_random(Path(folder) / f"{name}.safetensors", case)
-                for way in WAYS:
-                    if (arguments.only and way.name not in arguments.only) or (way.cases and name not in way.cases):
+    with core_in_memory(devices[0].type) as folder:
+        for name in arguments.model:
+            case = ALL_CASES[name]()
+            path = write_checkpoint(folder / f"{name}.safetensors", case.shapes, case.metadata)
+            for way in WAYS:
+                if (arguments.only and way.name not in arguments.only) or (way.cases and name not in way.cases):
+                    continue
+                for count in (1, *counts):
+                    if count == 1 and f"{name} {way.weights}" in alone:
                         continue
-                    for count in (1, *counts):
-                        if count == 1 and f"{name} {way.weights}" in alone:
-                            continue
-                        try:
-                            row = run(name, case, way, path, Path(folder), devices[:count], alone, kept)
-                        except Exception as error:
-                            text = f"{type(error).__name__}: {error}"
-                            row = {"case": name, "way": way.name, "gpus": count, "failed": text}
-                        rows.append(row)
-                        print(json.dumps(row), flush=True)
-                        write(out, {"environment": environment(), "rows": rows, "goals": goals(rows)})
-                clean()
-                path.unlink()
+                    try:
+                        row = run(name, case, way, path, folder, devices[:count], alone, kept)
+                    except Exception as error:
+                        text = f"{type(error).__name__}: {error}"
+                        row = {"case": name, "way": way.name, "gpus": count, "failed": text}
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
+                    write(out, {"environment": environment(), "rows": rows, "goals": goals(rows)})
+            clean()
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whole steps of ComfyUI itself at real dimensions with fewer blocks: stock, stock with quantized files, and this pack.
 
-    python benchmarks/steps.py --out benchmarks/results/steps.json [--model wan480 wan720 qwen] [--only NAME ...]
+    python -m benchmarks.steps --out benchmarks/results/steps.json [--model wan480 wan720 qwen] [--only NAME ...]
 
 Everything runs in one process, without the server. Weights are random at the scale of a trained model's.
 """
@@ -8,34 +8,30 @@ Everything runs in one process, without the server. Weights are random at the sc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
-
-from benchmarks.goals import Goal, write  # noqa: E402
-from benchmarks.timing import environment  # noqa: E402
-from testing.core import start_core  # noqa: E402
-from testing.tiny import qwen_image, wan  # noqa: E402
+from benchmarks.checkpoints import write_checkpoint
+from benchmarks.goals import Goal, write
+from testing.core import start_core
+from testing.measure import environment
+from testing.tiny import qwen_image, wan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 5
 FIRST_TIMED = 2
 CFG = 5.0
-KERNELS_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -69,26 +65,25 @@ CASES: dict[str, Callable[[], Case]] = {
 @dataclass(frozen=True)
 class Contender:
     """weights: a format of the loaders, None for the bf16 file. stock: ComfyUI's own loader. attention: the error budget
-    of Attention (Lowbit), None without it. profiled: list its kernels."""
+    of Attention (Lowbit), None without it."""
 
     name: str
     weights: str | None
     stock: bool
     attention: str | None = None
-    profiled: bool = False
 
 
 FP8, INT8 = "fp8_e4m3fn_scaled_fast", "int8_convrot_fast"
 STOCK, STOCK_FP8 = "stock, bf16", "stock, our FP8 file"
 CONTENDERS = (
-    Contender(STOCK, None, True, profiled=True),
+    Contender(STOCK, None, True),
     Contender(STOCK_FP8, FP8, True),
     Contender("stock, our INT8 file", INT8, True),
     Contender("bf16, attention fast", None, True, "fast"),
     Contender("auto", "auto", False),
     Contender("auto, attention exact", "auto", False, "exact"),
-    Contender("auto, attention fast", "auto", False, "fast", profiled=True),
-    Contender("FP8, attention fast", FP8, False, "fast", profiled=True),
+    Contender("auto, attention fast", "auto", False, "fast"),
+    Contender("FP8, attention fast", FP8, False, "fast"),
 )
 # model, contender, beside, times as fast
 GOALS = (
@@ -111,25 +106,6 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if ours and theirs:
             entries.append(Goal(f"{model}, {contender}, beside {beside}", factor, "x").judged([theirs / ours]))
     return entries
-
-
-def write_random(path: Path, case: Case) -> Path:
-    """A bf16 checkpoint of Gaussian weights, drawn on the GPU: matrices of variance 1 / fan-in."""
-    from safetensors.torch import save_file
-
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    tensors = {}
-    for name, shape in case.shapes.items():
-        tensor = torch.randn(shape, generator=generator, device=DEVICE, dtype=torch.float32)
-        if name.endswith("bias"):
-            tensor *= 0.02
-        elif len(shape) == 1 or name.endswith("gamma"):
-            tensor = 1 + 0.1 * tensor
-        else:
-            tensor *= tensor[0].numel() ** -0.5
-        tensors[name] = tensor.bfloat16().cpu()
-    save_file(tensors, path, metadata=case.metadata)
-    return path
 
 
 def load(contender: Contender, path: Path, timings: Path) -> Any:
@@ -185,26 +161,30 @@ def sample(model: Any, case: Case, steps: int) -> tuple[torch.Tensor, list[float
     return latent.float().cpu(), [after - before for before, after in zip(ends, ends[1:], strict=False)]
 
 
-def kernels(model: Any, case: Case) -> dict[str, float]:
-    """Milliseconds of GPU time by kernel in two steps, the longest first."""
-    from torch.profiler import ProfilerActivity, profile
+@contextlib.contextmanager
+def core_in_memory(device: str) -> Iterator[Path]:
+    """ComfyUI's core in this process, and a folder for it, in main memory where the system has one there."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
+        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
+        start_core(["--base-directory", folder, *([] if device == "cuda" else ["--cpu"])])
+        with torch.inference_mode():
+            yield Path(folder)
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        sample(model, case, 2)
-    spent: dict[str, float] = defaultdict(float)
-    for event in profiler.key_averages():
-        spent[event.key] += event.self_device_time_total / 1e3
-    ordered = sorted(((name, ms) for name, ms in spent.items() if ms), key=lambda item: -item[1])
-    table = {name[:100]: round(ms, 2) for name, ms in ordered[:KERNELS_LISTED]}
-    return {"all": round(sum(ms for _, ms in ordered), 2)} | table
+
+def clean() -> None:
+    """No model stays in this process's GPU."""
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
 
 
 def run(
     name: str, case: Case, contender: Contender, path: Path, folder: Path, exact: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """One row of the results. exact: the latent of stock bf16 by case, filled when it is that one's turn."""
-    import comfy.model_management
-
     from lowbit.host.attention.installing import find_override
 
     started = time.perf_counter()
@@ -224,13 +204,9 @@ def run(
     override = find_override(model)
     if override is not None:
         row["attention"] = override.report()["calls"]
-    if contender.profiled and DEVICE == "cuda":
-        row["kernels_of_two_steps_ms"] = kernels(model, case)
     row["whole"] = time.perf_counter() - started
     del model, override
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    comfy.model_management.soft_empty_cache()
+    clean()
     return row
 
 
@@ -245,27 +221,23 @@ def main() -> None:
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     rows: list[dict[str, Any]] = [row for row in before if row["case"] not in arguments.model]
     exact: dict[str, torch.Tensor] = {}
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        os.environ["LOWBIT_CACHE_DIR"] = str(Path(folder) / "cache")
-        start_core(["--base-directory", folder, *([] if DEVICE == "cuda" else ["--cpu"])])
-        with torch.inference_mode():
-            for name in arguments.model:
-                case = CASES[name]()
-                path = write_random(Path(folder) / f"{name}.safetensors", case)
-                for contender in CONTENDERS:
-                    if arguments.only and contender.name not in arguments.only:
-                        continue
-                    try:
-                        row = run(name, case, contender, path, Path(folder), exact)
-                    except Exception as error:
-                        row = {"case": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                    rows = with_speedups(rows)
-                    record = {"environment": environment(), "rows": rows, "goals": goals(rows)}
-                    write(out, record)
-                path.unlink()
+    with core_in_memory(DEVICE) as folder:
+        for name in arguments.model:
+            case = CASES[name]()
+            path = write_checkpoint(folder / f"{name}.safetensors", case.shapes, case.metadata)
+            for contender in CONTENDERS:
+                if arguments.only and contender.name not in arguments.only:
+                    continue
+                try:
+                    row = run(name, case, contender, path, folder, exact)
+                except Exception as error:
+                    row = {"case": name, "contender": contender.name, "failed": f"{type(error).__name__}: {error}"}
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+                rows = with_speedups(rows)
+                record = {"environment": environment(), "rows": rows, "goals": goals(rows)}
+                write(out, record)
+            path.unlink()
 
 
 if __name__ == "__main__":

@@ -1,36 +1,16 @@
-"""Measuring on a GPU: time without launch gaps, time with them, extra peak memory, and what it was measured on."""
+"""Measuring on a GPU: time without launch gaps, time with them, and extra peak memory."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import random
 import statistics
-import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 Call = Callable[[], object]
-PACKAGES = ("torch", "triton", "comfy-kitchen", "torchao", "gemlite")
-
-
-def environment() -> dict[str, str]:
-    """Versions, GPU, driver and date: the header of every results file."""
-    found = {"date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    found["cuda"] = str(torch.version.cuda)
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
-        found["driver"] = answer[0] if answer else "unknown"
-    return found
+WINDOW = 40_000
+"""Microseconds that a sample of `settled` lasts at least."""
 
 
 def event_times(calls: Sequence[Call], count: int) -> list[float]:
@@ -42,6 +22,31 @@ def event_times(calls: Sequence[Call], count: int) -> list[float]:
         stop.record()
     torch.cuda.synchronize()
     return [1e3 * start.elapsed_time(stop) for start, stop in events]
+
+
+def settled(call: Call) -> Callable[[], list[float]]:
+    """Measures the microseconds of a call over WINDOW, after calling it unmeasured for as long.
+
+    A big kernel is limited by power, and what ran before it would decide its clock; many calls between two events drown theirs.
+    """
+    call()
+    count = max(1, int(WINDOW / max(_batch_time(call, 2), 1)))
+
+    def measure() -> list[float]:
+        _batch_time(call, count)
+        return [_batch_time(call, count)]
+
+    return measure
+
+
+def _batch_time(call: Call, count: int) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(count):
+        call()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * start.elapsed_time(stop) / count
 
 
 def capture(calls: Sequence[Call], least: int = 20) -> tuple[torch.cuda.CUDAGraph, int]:
@@ -72,19 +77,6 @@ def interleaved(contenders: Mapping[str, Callable[[], list[float]]], rounds: int
         for name in order.sample(list(contenders), len(contenders)):
             times[name] += contenders[name]()
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-def host_time(call: Call, count: int = 50) -> float:
-    """Microseconds of host time to issue one call, GPU work not awaited."""
-    for _ in range(5):
-        call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    issued = 1e6 * (time.perf_counter() - start) / count
-    torch.cuda.synchronize()
-    return issued
 
 
 def extra_peak(call: Call) -> int:

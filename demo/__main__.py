@@ -34,7 +34,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(arguments: argparse.Namespace, formats: list[str]) -> tuple[Iterator[tuple[str, Quality] | Row], str]:
+def _run(arguments: argparse.Namespace, formats: list[str]) -> tuple[Iterator[Quality | Row], str]:
     """What is made, as it is made, and what runs it."""
     try:
         path = None if arguments.without_comfyui else comfyui.find()
@@ -50,9 +50,9 @@ def _run(arguments: argparse.Namespace, formats: list[str]) -> tuple[Iterator[tu
     return in_diffusers.run(arguments.out, formats), "diffusers"
 
 
-def collect(results: Iterator[tuple[str, Quality] | Row], out: Path) -> list[Row]:
+def collect(results: Iterator[Quality | Row], out: Path) -> list[Row]:
     """The table's rows; the contact sheet is drawn anew with every format, and opened when it is whole."""
-    found: dict[str, Quality] = {}
+    found: list[Quality] = []
     rows: list[Row] = []
     started = time.monotonic()
     opened = False
@@ -61,9 +61,8 @@ def collect(results: Iterator[tuple[str, Quality] | Row], out: Path) -> list[Row
             opened = opened or bool(found) and open_picture(out / clips.SHEET)
             rows.append(result)
             continue
-        name, quality = result
-        found[name] = quality
-        rows.append(quality.row(name))
+        found.append(result)
+        rows.append(result.row)
         clips.draw(out, found)
         if len(found) == 1:
             print(f"The first clips are in {out / clips.SHEET} after {time.monotonic() - started:.0f} s.", flush=True)
@@ -74,7 +73,7 @@ def main() -> int:
     """Runs the demo; returns the exit code: 0 when every format gave a finite result, 2 on a bad format name."""
     arguments = _arguments()
     asked = list(FORMATS) if arguments.all else [name.strip() for name in arguments.formats.split(",") if name.strip()]
-    formats = [name for name in dict.fromkeys(asked) if name not in (BF16, clips.REFERENCE)]
+    formats = [name for name in dict.fromkeys(asked) if name not in (BF16, report.REFERENCE)]
     known = (BF16, AUTO, *FORMATS)
     unknown = [name for name in formats if name not in known]
     if unknown:

@@ -8,31 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKLWan, QwenImageTransformer2DModel
 from PIL import Image
 
-from lowbit.errors import LowbitError
-from testing.measure import held_bytes, relative_error
+from testing.measure import held_bytes
 from testing.tiny.tensors import draw, write
+from testing.tiny.wan import WanConfig
 
 from . import shapes_in_diffusers
-from .clips import REFERENCE, Quality, title
+from .clips import Quality
 from .progress import ProgressLine
 from .quantized_modules import DEVICE, DTYPE, load
-from .report import Row
+from .report import Make, Row, latent_rows
 
 STEPS = 4
 TEXT_TOKENS = 16
-WAN_TEXT, QWEN_TEXT = 256, 64
+QWEN_TEXT = 64
 
 Denoise = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _wan() -> torch.nn.Module:
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=128, text_dim=WAN_TEXT, ffn_dim=512, num_layers=2
-    )
+    return shapes_in_diffusers.wan_transformer(WanConfig())
 
 
 def _denoise_wan(model, latent, sigma, text):
@@ -40,8 +37,6 @@ def _denoise_wan(model, latent, sigma, text):
 
 
 def _qwen_image() -> torch.nn.Module:
-    from diffusers import QwenImageTransformer2DModel
-
     return QwenImageTransformer2DModel(num_layers=2, num_attention_heads=2, joint_attention_dim=QWEN_TEXT)
 
 
@@ -63,12 +58,12 @@ def _denoise_qwen_image(model, latent, sigma, text):
 
 
 MODELS: dict[str, tuple[str, Callable[[], torch.nn.Module], Denoise, tuple[int, ...], int]] = {
-    "Wan t2v": ("wan_t2v", _wan, _denoise_wan, (1, 16, 3, 16, 16), WAN_TEXT),
+    "Wan t2v": ("wan_t2v", _wan, _denoise_wan, (1, 16, 3, 16, 16), WanConfig().text),
     "Qwen-Image": ("qwen_image", _qwen_image, _denoise_qwen_image, (1, 16, 1, 32, 32), QWEN_TEXT),
 }
 
 
-def run(out: Path, formats: Sequence[str]) -> Iterator[tuple[str, Quality] | Row]:
+def run(out: Path, formats: Sequence[str]) -> Iterator[Quality | Row]:
     """Runs the models in bfloat16 and in `formats`; the tiny models' pictures go to `out`.
 
     Yields each format's clips of the trained model, then the tiny models' rows, as they are made.
@@ -76,35 +71,27 @@ def run(out: Path, formats: Sequence[str]) -> Iterator[tuple[str, Quality] | Row
     with tempfile.TemporaryDirectory(prefix="lowbit-demo-") as folder, torch.inference_mode():
         yield from shapes_in_diffusers.measure(Path(folder), formats)
         for model in MODELS:
-            yield from _rows(model, Path(folder), out, formats)
+            yield from latent_rows(model, formats, _maker(model, Path(folder), out))
 
 
-def _rows(model_title: str, folder: Path, out: Path, formats: Sequence[str]) -> Iterator[Row]:
-    stem, make, denoise, shape, width = MODELS[model_title]
+def _maker(model_title: str, folder: Path, out: Path) -> Make:
+    stem, build, denoise, shape, width = MODELS[model_title]
     torch.manual_seed(0)
-    decoder = _decoder()
-    shapes = {key: tuple(value.shape) for key, value in make().state_dict().items()}
+    decoder = AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1).eval()
+    shapes = {key: tuple(value.shape) for key, value in build().state_dict().items()}
     source = write(folder / f"{stem}.safetensors", draw(shapes))
-    reference = None
-    for name in (REFERENCE, *formats):
-        progress = ProgressLine(f"{model_title}, {title(name)}")
+
+    def make(name: str, progress: ProgressLine) -> tuple[list[torch.Tensor], Row]:
         started = time.monotonic()
-        try:
-            path, model = load(source, make, name, folder, progress)
-            latent = _sample(model, denoise, shape, width, 1, progress)
-        except LowbitError as error:
-            progress.finish(f"failed: {error}")
-            yield Row(model_title, name, problem=str(error))
-            continue
-        first = time.monotonic() - started
-        started = time.monotonic()
+        path, model = load(source, build, name, folder, progress)
+        latent = _sample(model, denoise, shape, width, 1, progress)
+        loaded = time.monotonic()
         _sample(model, denoise, shape, width, 2, progress)
-        again = time.monotonic() - started
-        reference = latent if reference is None else reference
-        error = None if name == REFERENCE else relative_error(latent, reference)
+        times = {"first_seconds": loaded - started, "again_seconds": time.monotonic() - loaded}
         _save_pictures(decoder, latent, out / f"{stem}.{name}")
-        progress.finish(f"{'reference' if error is None else f'error {error:.2e}'}, {first:.1f} s")
-        yield Row(model_title, name, path.stat().st_size, held_bytes(model), error, first, again)
+        return [latent], Row(model_title, name, path.stat().st_size, held_bytes(model), **times)
+
+    return make
 
 
 def _sample(
@@ -120,12 +107,6 @@ def _sample(
         latent = latent + velocity * (after - sigma).item()
         progress.step("sampling", step + 1, STEPS)
     return latent.float().cpu()
-
-
-def _decoder() -> torch.nn.Module:
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1).eval()
 
 
 def _save_pictures(decoder: torch.nn.Module, latent: torch.Tensor, stem: Path) -> None:

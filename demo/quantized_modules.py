@@ -19,8 +19,8 @@ from lowbit.ops.quantize import assemble
 from lowbit.ops.sampled_errors import sampled_errors
 from lowbit.ops.stream import quantize_checkpoint
 
-from .clips import REFERENCE
 from .progress import ProgressLine
+from .report import REFERENCE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -55,11 +55,10 @@ def load(
     Raises:
         LowbitError: the format cannot be made.
     """
-    with torch.device("meta"):
-        model = make()
+    model = make()
     if name == REFERENCE:
         model.load_state_dict(_moved(load_file(source)), assign=True)
-        return source, _with_computed_buffers(model, make)
+        return source, model.to(DEVICE).eval()
     checkpoint = open_checkpoint(source)
     measure = partial(sampled_errors, device=DEVICE, folder=None)
     plan = plan_format(checkpoint, name, device_info(DEVICE), None, measure).plan
@@ -70,7 +69,7 @@ def load(
     tensors = load_file(target)
     _replace_linears(model, plan, tensors)
     model.load_state_dict(_moved(tensors), assign=True, strict=False)
-    return target, _with_computed_buffers(model, make)
+    return target, model.to(DEVICE).eval()
 
 
 def _moved(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,17 +90,3 @@ def _replace_linears(model: torch.nn.Module, plan: QuantizationPlan, tensors: di
         module = QuantizedLinear(weight, None if bias is None else bias.to(DTYPE), FORMATS[layer.weight_format].fast)
         parent, _, child = layer.name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
-
-
-def _with_computed_buffers(model: torch.nn.Module, make: Callable[[], torch.nn.Module]) -> torch.nn.Module:
-    """Rotary tables are computed by the constructor, and a model made on `meta` has none: take them from another."""
-    made = make()
-    for name, module in model.named_modules():
-        other = made.get_submodule(name) if not isinstance(module, QuantizedLinear) else None
-        for key, value in vars(other).items() if other is not None else ():
-            if isinstance(value, torch.Tensor):
-                setattr(module, key, value.to(DEVICE))
-        for key, buffer in other._buffers.items() if other is not None else ():
-            if buffer is not None:
-                module._buffers[key] = buffer.to(DEVICE)
-    return model.eval()

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from testing.measure import environment
+import torch
+
+from lowbit.errors import LowbitError
+from testing.measure import environment, relative_error
+
+from .progress import ProgressLine
+
+REFERENCE = "none"
+"""The format of a file as it is: bf16."""
+
+
+def title(name: str) -> str:
+    """What to call a format."""
+    return "bf16" if name == REFERENCE else name
 
 
 @dataclass(frozen=True)
@@ -20,7 +33,7 @@ class Row:
         disk_bytes: the file that was loaded.
         resident_bytes: what the loaded model's tensors hold; with a GPU, what ComfyUI counts as loaded there.
         error: relative Frobenius error of the latent against the reference with the same seed; None for itself.
-        first_seconds: quantizing, loading and sampling.
+        first_seconds: quantizing, loading and sampling; of the trained model, all its clips and their decoding.
         again_seconds: sampling once more, another seed, everything loaded.
         psnr: of the trained model's clips against bf16's, dB, mean.
         recognised: how many of the trained model's clips show what was asked.
@@ -37,6 +50,35 @@ class Row:
     psnr: float | None = None
     recognised: str = ""
     problem: str = ""
+
+
+Make = Callable[[str, ProgressLine], tuple[Sequence[torch.Tensor], Row]]
+"""Makes clips or a latent in the format of a name; the row has the sizes and times. Raises LowbitError."""
+
+
+def in_each_format(
+    model: str, formats: Sequence[str], make: Make
+) -> Iterator[tuple[Sequence[torch.Tensor], Row, ProgressLine]]:
+    """What is made in bf16 and in every format, and the line to end with what came of it; where one fails, a row that says so."""
+    for name in (REFERENCE, *formats):
+        progress = ProgressLine(f"{model}, {title(name)}")
+        try:
+            yield *make(name, progress), progress
+        except LowbitError as error:
+            progress.finish(f"failed: {error}")
+            yield (), Row(model, name, problem=str(error).splitlines()[0]), progress
+
+
+def latent_rows(model: str, formats: Sequence[str], make: Make) -> Iterator[Row]:
+    """A tiny model's rows, of the latents that `make` makes."""
+    reference = None
+    for latents, row, progress in in_each_format(model, formats, make):
+        for latent in latents:
+            error = None if reference is None else relative_error(latent, reference)
+            reference = latent if reference is None else reference
+            row = replace(row, error=error)
+            progress.finish(f"{'reference' if error is None else f'error {error:.2e}'}, {row.first_seconds:.1f} s")
+        yield row
 
 
 _HEAD = (

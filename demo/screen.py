@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import sys
+import webbrowser
 from pathlib import Path
 
 
-def opener() -> list[str] | None:
-    """The command that opens a file in its own program; None without a terminal or a screen."""
+def has_screen() -> bool:
+    """Whether this runs in a terminal on a screen."""
     if not sys.stdout.isatty() or "SSH_CONNECTION" in os.environ or "CI" in os.environ:
-        return None
-    if sys.platform == "darwin":
-        return ["open"]
-    if sys.platform == "win32":
-        return ["cmd", "/c", "start", ""]
-    has_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    return ["xdg-open"] if has_screen and shutil.which("xdg-open") else None
+        return False
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def open_picture(path: Path) -> bool:
-    """Opens a picture without waiting for its program; returns whether it was tried."""
-    command = opener()
-    if command is None or not path.exists():
-        return False
-    try:
-        quiet = subprocess.DEVNULL
-        subprocess.Popen([*command, str(path)], stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
-    except OSError as error:
-        print(f"{path} could not be opened ({error}).", file=sys.stderr)
-    return True
+    """Opens a picture in the program that the system has for it, without waiting; returns whether it could be."""
+    return has_screen() and path.exists() and webbrowser.open(path.resolve().as_uri())

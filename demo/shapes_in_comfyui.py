@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import json
+import contextlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from testing.graphs import Graph, dump, node
-from testing.server import GraphFailedError, Server
+from testing.server import Server, prepare_base
 
-from .clips import MODEL, REFERENCE, SHOWN, Quality, judge, title
+from .bundled_prompt import BundledPrompt
+from .clips import MODEL, SHOWN, Quality, qualities
 from .progress import ProgressLine
+from .report import Row
 from .shapes import Scene
 from .trained_files import FOLDER, PLACES, TRANSFORMER
-
-PROMPT = Path(__file__).parent / "prompts" / "shapes_t2v.json"
 
 
 def place_files(models: Path) -> None:
@@ -29,42 +27,26 @@ def place_files(models: Path) -> None:
         shutil.copy(FOLDER / name, models / folder / name)
 
 
-def graph(scene: Scene, format: str, seed: int, name: str) -> Graph:
-    """The bundled prompt for a scene; the clip goes to output/{name}/clip.safetensors, the model's size to {name}.json."""
-    prompt = copy.deepcopy(json.loads(PROMPT.read_text()))
-    prompt["model"]["inputs"]["format"] = format
-    prompt["positive"]["inputs"]["text"] = scene.prompt()
-    prompt["sample"]["inputs"]["seed"] = seed
-    prompt["facts"] = node("TinyFacts", value=["model", 0], name=name, after=["sample", 0])
-    return dump(prompt, name, clip=["images", 0])
+@contextlib.contextmanager
+def server_with_files(comfyui_path: Path, cpu: bool) -> Iterator[BundledPrompt]:
+    """The trained model's prompt on a ComfyUI of its own, its files in place."""
+    with tempfile.TemporaryDirectory(prefix="lowbit-demo-") as folder:
+        base = prepare_base(Path(folder))
+        place_files(base / "models")
+        cache = base / "cache"
+        with Server(base, comfyui_path, cpu=cpu, environment={"LOWBIT_CACHE_DIR": str(cache)}) as server:
+            yield BundledPrompt(server, cache, "shapes_t2v", FOLDER / TRANSFORMER, ["images", 0])
 
 
-def measure(
-    server: Server, cache: Path, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN
-) -> Iterator[tuple[str, Quality]]:
-    """Makes the clips of `scenes` in bf16 and in every format.
+def measure(prompt: BundledPrompt, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN) -> Iterator[Quality]:
+    """Makes the clips of `scenes` in bf16 and in every format."""
 
-    The trained files must be in place; `cache` is where the server keeps quantized files.
-    """
-    reference: list[torch.Tensor] = []
-    for name in (REFERENCE, *formats):
-        progress = ProgressLine(f"{MODEL}, {title(name)}")
-        before = set(cache.glob("*.safetensors"))
-        clips, seconds = [], 0.0
-        try:
-            for seed, scene in enumerate(scenes):
-                where = f"shapes/{name}/{seed}"
-                seconds += server.run(graph(scene, name, seed, where), on_event=progress).seconds
-                clips.append(load_file(server.base / "output" / where / "clip.safetensors")["tensor"])
-        except GraphFailedError as error:
-            progress.finish(f"failed: {error.exception_message}")
-            yield name, Quality([], [], 0, seconds, problem=error.exception_message.splitlines()[0])
-            continue
-        made = set(cache.glob("*.safetensors")) - before
-        disk = (made.pop() if made else FOLDER / TRANSFORMER).stat().st_size
-        facts = json.loads((server.base / "output" / f"{where}.json").read_text())
-        resident = facts["loaded" if torch.cuda.is_available() else "bytes"]
-        quality = judge(clips, reference, scenes, seconds, disk, resident)
-        reference = reference or clips
-        progress.finish(quality.text)
-        yield name, quality
+    def make(name: str, progress: ProgressLine) -> tuple[list[torch.Tensor], Row]:
+        before, clips, seconds = prompt.quantized_files(), [], 0.0
+        for seed, scene in enumerate(scenes):
+            clip, result = prompt.run(name, seed, f"shapes/{name}/{seed}", progress, text=scene.prompt())
+            clips.append(clip)
+            seconds += result.seconds
+        return clips, Row(MODEL, name, *prompt.sizes(before, f"shapes/{name}/0"), first_seconds=seconds)
+
+    return qualities(formats, make, scenes)

@@ -9,54 +9,77 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit.errors import LowbitError
 from testing.measure import held_bytes
+from testing.tiny.text_encoders import Umt5Config
+from testing.tiny.wan import WanConfig
 
-from .clips import MODEL, REFERENCE, SHOWN, Quality, judge, title
+from .clips import MODEL, SHOWN, Quality, qualities
 from .progress import ProgressLine
 from .quantized_modules import DEVICE, DTYPE, load
+from .report import Row
 from .shapes import FRAMES, SIZE, Scene
 from .trained_files import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
 
 STEPS, CFG, SHIFT = 20, 2.0, 3.0
 """As demo/prompts/shapes_t2v.json has them."""
-TEXT_TOKENS = 512
-WIDTH, CHANNELS = 256, 16
+TEXT_TOKENS, CHANNELS = 512, 16
+TRANSFORMER_SIZES = WanConfig(layers=4)
+TEXT_SIZES = Umt5Config(ffn=256, vocabulary=32)
 _LATENT = (1, CHANNELS, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)
 
 Encode = Callable[[str], torch.Tensor]
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
-def measure(folder: Path, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN) -> Iterator[tuple[str, Quality]]:
+def measure(folder: Path, formats: Sequence[str], scenes: Sequence[Scene] = SHOWN) -> Iterator[Quality]:
     """Makes the clips of `scenes` in bf16 and in every format; files of the transformer go to `folder`."""
     encode, decode = text_encoder(), decoder()
     source = transformer_file(folder)
-    reference: list[torch.Tensor] = []
-    for name in (REFERENCE, *formats):
-        progress = ProgressLine(f"{MODEL}, {title(name)}")
+
+    def make(name: str, progress: ProgressLine) -> tuple[list[torch.Tensor], Row]:
         started = time.monotonic()
-        try:
-            path, model = load(source, transformer, name, folder, progress)
-            clips = [decode(_sample(model, encode, scene, seed, progress)) for seed, scene in enumerate(scenes)]
-        except LowbitError as error:
-            progress.finish(f"failed: {error}")
-            yield name, Quality([], [], 0, time.monotonic() - started, problem=str(error))
-            continue
+        path, model = load(source, wan_transformer, name, folder, progress)
+        clips = [decode(_sample(model, encode, scene, seed, progress)) for seed, scene in enumerate(scenes)]
         seconds = time.monotonic() - started
-        quality = judge(clips, reference, scenes, seconds, path.stat().st_size, held_bytes(model))
-        reference = reference or clips
-        progress.finish(quality.text)
-        yield name, quality
+        return clips, Row(MODEL, name, path.stat().st_size, held_bytes(model), first_seconds=seconds)
+
+    return qualities(formats, make, scenes)
 
 
-def transformer() -> torch.nn.Module:
-    """diffusers' Wan transformer in the trained one's sizes."""
+def wan_transformer(sizes: WanConfig = TRANSFORMER_SIZES) -> torch.nn.Module:
+    """diffusers' Wan transformer."""
     from diffusers import WanTransformer3DModel
 
     return WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=128, text_dim=WIDTH, ffn_dim=512, num_layers=4
+        num_attention_heads=sizes.heads,
+        attention_head_dim=sizes.dim // sizes.heads,
+        text_dim=sizes.text,
+        ffn_dim=sizes.ffn,
+        num_layers=sizes.layers,
     )
+
+
+def umt5_encoder(sizes: Umt5Config = TEXT_SIZES) -> torch.nn.Module:
+    """transformers' UMT5."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=sizes.vocabulary,
+            d_model=sizes.width,
+            d_kv=sizes.head_dim,
+            d_ff=sizes.ffn,
+            num_layers=sizes.layers,
+            num_heads=sizes.heads,
+        )
+    )
+
+
+def wan_vae(dim: int = 8) -> torch.nn.Module:
+    """diffusers' Wan 2.1 VAE; `dim` is the width of its first convolution."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(base_dim=dim, z_dim=CHANNELS)
 
 
 def transformer_file(folder: Path) -> Path:
@@ -69,18 +92,14 @@ def transformer_file(folder: Path) -> Path:
 
 
 def text_encoder() -> Encode:
-    """The trained UMT5 in transformers: a prompt to embeddings (1, TEXT_TOKENS, WIDTH), zero behind its end."""
+    """The trained UMT5 in transformers: a prompt to embeddings (1, TEXT_TOKENS, width), zero behind its end."""
     import sentencepiece
-    from transformers import UMT5Config, UMT5EncoderModel
 
     tensors = load_file(FOLDER / TEXT_ENCODER)
     words = sentencepiece.SentencePieceProcessor(
         model_proto=tensors.pop("spiece_model").numpy().tobytes(), add_eos=True
     )
-    config = UMT5Config(
-        vocab_size=len(tensors["shared.weight"]), d_model=WIDTH, d_kv=64, d_ff=WIDTH, num_layers=2, num_heads=4
-    )
-    model = UMT5EncoderModel(config).to(DEVICE).eval()
+    model = umt5_encoder().to(DEVICE).eval()
     tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
     model.load_state_dict(tensors)
 
@@ -94,10 +113,9 @@ def text_encoder() -> Encode:
 
 def decoder() -> Decode:
     """The trained VAE in diffusers: a latent (1, 16, t, h, w) to a clip (frames, height, width, 3) in [0, 1]."""
-    from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    vae = AutoencoderKLWan(base_dim=8, z_dim=CHANNELS).to(DEVICE).eval()
+    vae = wan_vae().to(DEVICE).eval()
     vae.load_state_dict(convert_wan_vae_to_diffusers(load_file(FOLDER / VAE)))
     mean, deviation = (
         torch.tensor(numbers, device=DEVICE).view(1, -1, 1, 1, 1)

@@ -138,13 +138,23 @@ def decode(vae: dict[str, Any] | None = None) -> Graph:
     return {"vae": loader, "images": node("VAEDecode", samples=["sample", 0], vae=["vae", 0])}
 
 
+def _from_noise(model: dict[str, Any], conditioning: Graph, latent: dict[str, Any], seed: int, steps: int) -> Graph:
+    sample = _sample(["model", 0], ["positive", 0], ["negative", 0], ["latent", 0], seed, steps)
+    return {"model": model, **conditioning, "latent": latent, "sample": sample}
+
+
 def wan_t2v(
     model: dict[str, Any], conditioning: Graph, *, size: int = 64, frames: int = 5, seed: int = 1, steps: int = 2
 ) -> Graph:
     """Wan text-to-video: nodes model, latent, sample (add `decode()` for images)."""
     latent = node("EmptyHunyuanLatentVideo", width=size, height=size, length=frames, batch_size=1)
-    sample = _sample(["model", 0], ["positive", 0], ["negative", 0], ["latent", 0], seed, steps)
-    return {"model": model, **conditioning, "latent": latent, "sample": sample}
+    return _from_noise(model, conditioning, latent, seed, steps)
+
+
+def qwen_image(model: dict[str, Any], conditioning: Graph, *, size: int = 64, seed: int = 1, steps: int = 2) -> Graph:
+    """Qwen-Image text-to-image: nodes model, latent, sample (add `decode()` for images)."""
+    latent = node("EmptySD3LatentImage", width=size, height=size, batch_size=1)
+    return _from_noise(model, conditioning, latent, seed, steps)
 
 
 def wan_i2v(
@@ -180,13 +190,6 @@ def wan_i2v(
         graph["vision"] = node("TinyClipVision", seed=6)
         graph["latent"]["inputs"]["clip_vision_output"] = ["vision", 0]
     return graph
-
-
-def qwen_image(model: dict[str, Any], conditioning: Graph, *, size: int = 64, seed: int = 1, steps: int = 2) -> Graph:
-    """Qwen-Image text-to-image: nodes model, latent, sample (add `decode()` for images)."""
-    latent = node("EmptySD3LatentImage", width=size, height=size, batch_size=1)
-    sample = _sample(["model", 0], ["positive", 0], ["negative", 0], ["latent", 0], seed, steps)
-    return {"model": model, **conditioning, "latent": latent, "sample": sample}
 
 
 def infinitetalk(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
+import http.client
 import importlib.util
 import json
 import math
 import os
 import queue
-import shutil
 import socket
 import subprocess
 import sys
@@ -79,27 +80,19 @@ class Result:
     seconds: float = 0.0
 
 
-def prepare_base(
-    base: Path, pack: Path | None = comfyui.CHECKOUT, copy: bool = False, models: Path | None = None
-) -> Path:
-    """Makes a ComfyUI base directory with the pack (linked, or copied on request) and the shims as custom nodes.
+def prepare_base(base: Path, models: Path | None = None) -> Path:
+    """Makes a ComfyUI base directory with the pack and the shims as custom nodes, linked.
 
     models: a folder of models that several base directories share, linked; None makes one.
     """
+    base.mkdir(parents=True, exist_ok=True)
     if models is not None:
-        base.mkdir(parents=True, exist_ok=True)
         (base / "models").symlink_to(models, target_is_directory=True)
-    custom_nodes = base / "custom_nodes"
-    for folder in (custom_nodes, base / "models", base / "input", base / "output", base / "temp", base / "user"):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, source in (("lowbit", pack), (SHIMS_NAME, comfyui.CHECKOUT / "testing" / "shims")):
-        target = custom_nodes / name
-        if source is None or target.exists():
-            continue
-        if copy and source == pack:
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "__pycache__", "demo-output"))
-        else:
-            target.symlink_to(source, target_is_directory=True)
+    for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+        (base / name).mkdir(exist_ok=True)
+    for name, source in (("lowbit", comfyui.CHECKOUT), (SHIMS_NAME, comfyui.CHECKOUT / "testing" / "shims")):
+        if not (base / "custom_nodes" / name).exists():
+            (base / "custom_nodes" / name).symlink_to(source, target_is_directory=True)
     return base
 
 
@@ -153,7 +146,6 @@ class Server:
         base: Path,
         comfyui_path: Path,
         *,
-        arguments: Iterable[str] = (),
         cpu: bool = True,
         only_shims: bool = False,
         dynamic_vram: bool = True,
@@ -184,7 +176,7 @@ class Server:
             variables["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread waits more than it works
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, *arguments],
+                command,
                 cwd=comfyui_path,
                 env=os.environ | variables | dict(environment or {}),
                 stdout=log,
@@ -194,11 +186,10 @@ class Server:
         atexit.register(self.close)
         self._queues: dict[str, queue.Queue[Event]] = {}
         self._lock = threading.Lock()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name=f"{name}-client", daemon=True)
-        self._thread.start()
+        self._listening = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._listen()), name=f"{name}-client", daemon=True)
         try:
-            self._call(self._connect())
+            self._connect()
         except BaseException:
             self.close()
             raise
@@ -219,9 +210,7 @@ class Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        if self._loop.is_running():
-            self._call(self._disconnect())
-            self._loop.call_soon_threadsafe(self._loop.stop)
+        if self._thread.is_alive():
             self._thread.join(5)
 
     @property
@@ -245,7 +234,7 @@ class Server:
         with self._lock:
             self._queues[prompt_id] = queue.Queue()
         body = {"prompt": graph, "client_id": self._client_id, "prompt_id": prompt_id}
-        status, answer = self._call(self._post("/prompt", body))
+        status, answer = self._request("/prompt", body)
         if status != 200:
             raise GraphRejectedError(json.loads(answer))
         return prompt_id
@@ -284,11 +273,11 @@ class Server:
 
     def interrupt(self) -> None:
         """Interrupts the running prompt."""
-        self._call(self._post("/interrupt", {}))
+        self._request("/interrupt", {})
 
     def free(self) -> None:
         """Asks the server to unload its models and drop its caches."""
-        self._call(self._post("/free", {"unload_models": True, "free_memory": True}))
+        self._request("/free", {"unload_models": True, "free_memory": True})
         time.sleep(0.2)  # the server's worker does it when it next wakes, and nothing tells when it has
 
     def history(self, prompt_id: str) -> dict[str, Any]:
@@ -306,55 +295,47 @@ class Server:
 
     def get_json(self, path: str) -> Any:
         """GET `path`, decoded."""
-        return json.loads(self._call(self._get(path)))
+        return json.loads(self._request(path)[1])
 
     def fetch(self, output: Mapping[str, str]) -> bytes:
         """The bytes of one file of a prompt's outputs (an entry with filename, subfolder and type)."""
         query = "&".join(f"{key}={output.get(key, '')}" for key in ("filename", "subfolder", "type"))
-        return self._call(self._get(f"/view?{query}"))
+        return self._request(f"/view?{query}")[1]
 
-    def _call(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+    def _request(self, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
+        """Status and content of a GET, or of a POST where there is a body."""
+        with contextlib.closing(http.client.HTTPConnection(self.address)) as connection:
+            if body is None:
+                connection.request("GET", path)
+            else:
+                connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
 
-    async def _connect(self) -> None:
-        self._session = aiohttp.ClientSession(f"http://{self.address}")
+    def _connect(self) -> None:
         progress = Progress(self.process.pid)
-        while True:
+        while not self._listening.wait(0.1):
             if not self.alive:
                 raise ServerDiedError(f"ComfyUI did not come up; the end of {self.log_path}:\n{self.log()[-4000:]}")
-            try:
-                async with self._session.get("/system_stats") as answer:
-                    if answer.status == 200:
-                        break
-                    if answer.status >= 500:
-                        raise ServerDiedError(f"ComfyUI answers HTTP {answer.status}:\n{self.log()[-4000:]}")
-            except aiohttp.ClientError:
-                pass
             progress.check("ComfyUI's start")
-            await asyncio.sleep(0.1)
-        self._socket = await self._session.ws_connect(f"/ws?clientId={self._client_id}", max_msg_size=0)
-        self._reader = asyncio.ensure_future(self._read())
-
-    async def _disconnect(self) -> None:
-        if hasattr(self, "_reader"):
-            self._reader.cancel()
-        if hasattr(self, "_session"):
-            await self._session.close()
-
-    async def _read(self) -> None:
-        async for message in self._socket:
-            if message.type != aiohttp.WSMsgType.TEXT:
+            if self._thread.is_alive():
                 continue
-            event = json.loads(message.data)
-            with self._lock:
-                waiting = self._queues.get((event.get("data") or {}).get("prompt_id", ""))
-            if waiting is not None:
-                waiting.put(event)
+            with contextlib.suppress(OSError):  # it does not answer yet
+                status, _ = self._request("/system_stats")
+                if status >= 500:
+                    raise ServerDiedError(f"ComfyUI answers HTTP {status}:\n{self.log()[-4000:]}")
+                self._thread.start()
 
-    async def _get(self, path: str) -> bytes:
-        async with self._session.get(path) as answer:
-            return await answer.read()
-
-    async def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, bytes]:
-        async with self._session.post(path, json=body) as answer:
-            return answer.status, await answer.read()
+    async def _listen(self) -> None:
+        """Hands every message about a prompt to those who wait for it, until the server ends."""
+        where = f"http://{self.address}/ws?clientId={self._client_id}"
+        async with aiohttp.ClientSession() as session, session.ws_connect(where, max_msg_size=0) as socket:
+            self._listening.set()
+            async for message in socket:
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    continue
+                event = json.loads(message.data)
+                with self._lock:
+                    waiting = self._queues.get((event.get("data") or {}).get("prompt_id", ""))
+                if waiting is not None:
+                    waiting.put(event)

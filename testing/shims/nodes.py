@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import comfy.clip_vision
 import folder_paths
@@ -21,8 +23,6 @@ _spec = importlib.util.spec_from_file_location(
 measure = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(measure)
 
-CATEGORY = "lowbit/test"
-
 
 class AnyType(str):
     """A socket type that connects to everything."""
@@ -31,77 +31,70 @@ class AnyType(str):
         return False
 
 
-ANY = AnyType("*")
+ANY, WHOLE, TEXT = (AnyType("*"),), ("INT", {"min": 0, "max": 2**31}), ("STRING", {})
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
+
+
+def node(
+    title: str, output: str | None, optional: dict[str, tuple] | None = None, /, **inputs: tuple
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a node of a function of its inputs, which returns its one output, or what an output node shows."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(self: Any, **values: Any) -> Any:
+            return {"ui": function(**values)} if output is None else (function(**values),)
+
+        NODE_CLASS_MAPPINGS[title] = type(
+            title,
+            (),
+            {
+                "CATEGORY": "lowbit/test",
+                "FUNCTION": "run",
+                "RETURN_TYPES": () if output is None else (output,),
+                "OUTPUT_NODE": output is None,
+                "INPUT_TYPES": classmethod(lambda cls: {"required": inputs, "optional": optional or {}}),
+                "run": run,
+            },
+        )
+        return function
+
+    return register
 
 
 def _randn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-class TinyConditioning:
+@node("TinyConditioning", "CONDITIONING", tokens=WHOLE, width=WHOLE, seed=WHOLE)
+def conditioning(tokens: int, width: int, seed: int) -> list[Any]:
     """Gaussian text conditioning of shape (1, tokens, width)."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "make", ("CONDITIONING",)
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {key: ("INT", {"min": 0, "max": 2**31}) for key in ("tokens", "width", "seed")}}
-
-    def make(self, tokens, width, seed):
-        return ([[_randn(seed, 1, tokens, width), {"pooled_output": None}]],)
+    return [[_randn(seed, 1, tokens, width), {"pooled_output": None}]]
 
 
-class TinyClipVision:
+@node("TinyClipVision", "CLIP_VISION_OUTPUT", seed=WHOLE)
+def clip_vision(seed: int) -> comfy.clip_vision.Output:
     """Gaussian CLIP vision output: penultimate hidden states of shape (1, 257, 1280)."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "make", ("CLIP_VISION_OUTPUT",)
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"seed": ("INT", {})}}
-
-    def make(self, seed):
-        output = comfy.clip_vision.Output()
-        output["penultimate_hidden_states"] = _randn(seed, 1, 257, 1280)
-        return (output,)
+    output = comfy.clip_vision.Output()
+    output["penultimate_hidden_states"] = _randn(seed, 1, 257, 1280)
+    return output
 
 
-class TinyAudio:
+@node("TinyAudio", "AUDIO_ENCODER_OUTPUT", frames=WHOLE, seed=WHOLE)
+def audio(frames: int, seed: int) -> dict[str, Any]:
     """Gaussian wav2vec2 output: 13 layers of (1, frames at 50 Hz, 768)."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "make", ("AUDIO_ENCODER_OUTPUT",)
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {key: ("INT", {"min": 0, "max": 2**31}) for key in ("frames", "seed")}}
-
-    def make(self, frames, seed):
-        layers = [_randn(seed + index, 1, frames, 768) for index in range(13)]
-        return (
-            {
-                "encoded_audio": layers[-1],
-                "encoded_audio_all_layers": layers,
-                "audio_samples": frames * 320,
-            },
-        )
+    layers = [_randn(seed + index, 1, frames, 768) for index in range(13)]
+    return {"encoded_audio": layers[-1], "encoded_audio_all_layers": layers, "audio_samples": frames * 320}
 
 
-class TinyImage:
+@node("TinyImage", "IMAGE", frames=WHOLE, height=WHOLE, width=WHOLE, seed=WHOLE)
+def image(frames: int, height: int, width: int, seed: int) -> torch.Tensor:
     """Smooth seeded test images of shape (frames, height, width, 3) in 0..1."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "make", ("IMAGE",)
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {key: ("INT", {"min": 0, "max": 2**31}) for key in ("frames", "height", "width", "seed")}}
-
-    def make(self, frames, height, width, seed):
-        coarse = _randn(seed, frames, 3, 4, 4)
-        image = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic")
-        return (image.movedim(1, -1).sigmoid(),)
+    coarse = _randn(seed, frames, 3, 4, 4)
+    return torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").movedim(1, -1).sigmoid()
 
 
-def _tensors(value) -> dict[str, torch.Tensor]:
+def _tensors(value: Any) -> dict[str, torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return {"tensor": value}
     if isinstance(value, dict) and "samples" in value:
@@ -111,26 +104,18 @@ def _tensors(value) -> dict[str, torch.Tensor]:
     raise TypeError(f"TinyDump cannot write a {type(value).__name__}")
 
 
-class TinyDump:
+def _output_file(name: str) -> Path:
+    path = Path(folder_paths.get_output_directory()) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@node("TinyDump", None, value=ANY, name=TEXT)
+def dump(value: Any, name: str) -> dict[str, list[str]]:
     """Writes a LATENT, IMAGE or CONDITIONING into output/{name}.safetensors in the dtype it has."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = CATEGORY, "dump", (), True
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"value": (ANY,), "name": ("STRING", {})}}
-
-    def dump(self, value, name):
-        path = Path(folder_paths.get_output_directory()) / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(value).items()}, path)
-        return {"ui": {"tensors": [str(path)]}}
-
-
-def _module(value) -> torch.nn.Module:
-    """The torch module inside a MODEL, CLIP, VAE or MODEL_PATCH."""
-    patcher = getattr(value, "patcher", value)
-    return patcher.model
+    path = _output_file(f"{name}.safetensors")
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(value).items()}, path)
+    return {"tensors": [str(path)]}
 
 
 def _facts(module: torch.nn.Module) -> dict:
@@ -147,57 +132,31 @@ def _facts(module: torch.nn.Module) -> dict:
     return {"bytes": measure.held_bytes(module), "layers": layers}
 
 
-def _loaded(value) -> int:
-    """Bytes that ComfyUI counts as loaded on the model's device: under dynamic VRAM they are not the module's own."""
-    return getattr(value, "patcher", value).loaded_size()
-
-
-class TinyFacts:
+@node("TinyFacts", None, {"after": ANY}, value=ANY, name=TEXT)
+def facts(value: Any, name: str, after: Any = None) -> dict[str, list[str]]:
     """Writes output/{name}.json about a MODEL, CLIP, VAE or MODEL_PATCH: bytes its tensors hold, class and format of each Linear.
 
+    `loaded` is what ComfyUI counts as loaded on its device: under dynamic VRAM these bytes are not the module's own.
     `after` orders it behind another node, so that it sees the model loaded.
     """
-
-    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = CATEGORY, "write", (), True
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"value": (ANY,), "name": ("STRING", {})}, "optional": {"after": (ANY,)}}
-
-    def write(self, value, name, after=None):
-        path = Path(folder_paths.get_output_directory()) / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_facts(_module(value)) | {"loaded": _loaded(value)}, indent=1))
-        return {"ui": {"facts": [str(path)]}}
+    path, patcher = _output_file(f"{name}.json"), getattr(value, "patcher", value)
+    path.write_text(json.dumps(_facts(patcher.model) | {"loaded": patcher.loaded_size()}, indent=1))
+    return {"facts": [str(path)]}
 
 
-class TinyTwoCPUs:
+@node("TinyTwoCPUs", "MODEL", model=("MODEL",))
+def two_cpus(model: Any) -> Any:
     """Passes a model on; from then on Several GPUs (Lowbit) knows the `gpus` "cpus", two processes, and the log tells of them."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "take", ("MODEL",)
-    DIVIDED = "a forward was divided"
-
-    @classmethod
-    def INPUT_TYPES(cls):  # noqa: N802
-        return {"required": {"model": ("MODEL",)}}
-
-    def take(self, model):
-        node, process, team = (
-            next(module for key, module in sys.modules.items() if key.endswith(f"lowbit.{name}"))
-            for name in ("nodes.several_gpus", "host.several_gpus.process", "host.several_gpus.team")
-        )
-        tests = Path(__file__).resolve().parents[2] / "tests"
-        process._START = tests / "host" / "several_gpus" / "start_tiny_worker.py"
-        os.environ.setdefault("LOWBIT_TEST_FAULT", str(tests / "none"))
-        devices_of, send = node.devices_of, team.Team.send
-        if not hasattr(team.Team, "told"):
-            team.Team.told = True
-            node.devices_of = lambda gpus, own: (own, own) if gpus == "cpus" else devices_of(gpus, own)
-            team.Team.send = lambda *arguments: (logging.warning(self.DIVIDED), send(*arguments))[1]
-        return (model,)
-
-
-NODE_CLASS_MAPPINGS = {
-    node.__name__: node
-    for node in (TinyConditioning, TinyClipVision, TinyAudio, TinyImage, TinyDump, TinyFacts, TinyTwoCPUs)
-}
+    divide, process, team = (
+        next(module for key, module in sys.modules.items() if key.endswith(f"lowbit.{name}"))
+        for name in ("nodes.several_gpus", "host.several_gpus.process", "host.several_gpus.team")
+    )
+    tests = Path(__file__).resolve().parents[2] / "tests"
+    process._START = tests / "host" / "several_gpus" / "start_tiny_worker.py"
+    os.environ.setdefault("LOWBIT_TEST_FAULT", str(tests / "none"))
+    devices_of, send = divide.devices_of, team.Team.send
+    if not hasattr(team.Team, "told"):
+        team.Team.told = True
+        divide.devices_of = lambda gpus, own: (own, own) if gpus == "cpus" else devices_of(gpus, own)
+        team.Team.send = lambda *arguments: (logging.warning("a forward was divided"), send(*arguments))[1]
+    return model

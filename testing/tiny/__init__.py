@@ -7,7 +7,7 @@ path below the models folder; `write("diffusion_models/wan_t2v.safetensors", fol
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -66,19 +66,29 @@ def infinitetalk_tensors() -> Tensors:
     return draw(infinitetalk.shapes(INFINITETALK))
 
 
-def _lora_layers(tensors: Tensors) -> list[str]:
+def lora_layers(tensors: Tensors) -> list[str]:
+    """The layers that a LoRA here changes."""
     return [name for name in linear_names(tensors) if name.endswith(LORA_LAYERS)]
 
 
 Writer = Callable[[Path], object]
 
 
-def _wan(config: wan.WanConfig, metadata: bool = True) -> Writer:
-    return lambda path: write_file(path, wan_tensors(config), config.metadata() if metadata else None)
+def file_of(make: Callable[[], Tensors], metadata: Mapping[str, str] | None = None) -> Writer:
+    """What writes a safetensors file of tensors that are made then."""
+    return lambda path: write_file(path, make(), metadata)
+
+
+def _wan(config: wan.WanConfig) -> Writer:
+    return file_of(lambda: wan_tensors(config), config.metadata())
 
 
 def _wan_variant(make: Callable[[Tensors], Tensors]) -> Writer:
-    return lambda path: write_file(path, make(wan_tensors()), WAN.metadata())
+    return file_of(lambda: make(wan_tensors()), WAN.metadata())
+
+
+def _lora(tensors: Callable[[], Tensors]) -> Writer:
+    return file_of(lambda: lora.make(tensors(), lora_layers(tensors())))
 
 
 def _wan_quantization_metadata(path: Path) -> Path:
@@ -91,15 +101,11 @@ def _wan_sharded(path: Path) -> Path:
     return quantized.write_sharded(path.parent, stem, wan_tensors(), WAN.metadata())
 
 
-def _umt5_scaled(path: Path) -> Path:
-    return write_file(path, quantized.scaled_fp8(umt5_tensors(), layers=("SelfAttention", "DenseReluDense.w")))
-
-
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 FILES: dict[str, Writer] = {
     "diffusion_models/wan_t2v.safetensors": _wan(WAN),
-    "diffusion_models/wan_t2v_plain.safetensors": _wan(WAN_PLAIN, metadata=False),
+    "diffusion_models/wan_t2v_plain.safetensors": file_of(lambda: wan_tensors(WAN_PLAIN)),
     "diffusion_models/wan_t2v_small.safetensors": _wan(WAN_SMALL),
     "diffusion_models/wan_i2v_21.safetensors": _wan(WAN_I2V_21),
     "diffusion_models/wan_i2v_22.safetensors": _wan(WAN_I2V_22),
@@ -122,17 +128,17 @@ FILES: dict[str, Writer] = {
     "diffusion_models/wan_t2v_quantization_metadata.safetensors": _wan_quantization_metadata,
     "diffusion_models/wan_t2v_comfy_quant.safetensors": _wan_variant(quantized.comfy_quant),
     "diffusion_models/wan_t2v_sharded.safetensors.index.json": _wan_sharded,
-    "diffusion_models/qwen_image.safetensors": lambda path: write_file(path, qwen_image_tensors()),
-    "text_encoders/umt5.safetensors": lambda path: write_file(path, umt5_tensors()),
-    "text_encoders/umt5_scaled_fp8.safetensors": _umt5_scaled,
-    "text_encoders/qwen25_vl.safetensors": lambda path: write_file(path, qwen25_tensors()),
-    "text_encoders/qwen25_vl_writing.safetensors": lambda path: write_file(path, qwen25_writing_tensors()),
-    "vae/wan_vae.safetensors": lambda path: write_file(path, draw(vae.shapes())),
-    "model_patches/infinitetalk.safetensors": lambda path: write_file(path, infinitetalk_tensors()),
-    "loras/wan.safetensors": lambda path: write_file(path, lora.make(wan_tensors(), _lora_layers(wan_tensors()))),
-    "loras/qwen_image.safetensors": lambda path: write_file(
-        path, lora.make(qwen_image_tensors(), _lora_layers(qwen_image_tensors()))
+    "diffusion_models/qwen_image.safetensors": file_of(qwen_image_tensors),
+    "text_encoders/umt5.safetensors": file_of(umt5_tensors),
+    "text_encoders/umt5_scaled_fp8.safetensors": file_of(
+        lambda: quantized.scaled_fp8(umt5_tensors(), layers=("SelfAttention", "DenseReluDense.w"))
     ),
+    "text_encoders/qwen25_vl.safetensors": file_of(qwen25_tensors),
+    "text_encoders/qwen25_vl_writing.safetensors": file_of(qwen25_writing_tensors),
+    "vae/wan_vae.safetensors": file_of(lambda: draw(vae.shapes())),
+    "model_patches/infinitetalk.safetensors": file_of(infinitetalk_tensors),
+    "loras/wan.safetensors": _lora(wan_tensors),
+    "loras/qwen_image.safetensors": _lora(qwen_image_tensors),
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import struct
 import wave
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,13 +15,15 @@ from PIL import Image
 
 from . import (
     INFINITETALK,
-    LORA_LAYERS,
     QWEN_IMAGE,
     WAN,
     WAN_I2V_22,
+    Writer,
+    file_of,
     infinitetalk,
     infinitetalk_tensors,
     lora,
+    lora_layers,
     qwen25_writing_tensors,
     qwen_image,
     umt5_tensors,
@@ -30,49 +31,37 @@ from . import (
     wan,
     wav2vec2,
 )
-from .tensors import Tensors, draw, linear_names
-from .tensors import write as write_file
+from .tensors import Tensors, draw
 
 _INFINITETALK_WAN = infinitetalk.matching_wan(INFINITETALK)
 
 
-def _wan(config: wan.WanConfig, seed: int) -> Callable[[Path], object]:
-    return lambda path: write_file(path, draw(wan.shapes(config), seed), config.metadata())
+def _wan(config: wan.WanConfig, seed: int) -> Writer:
+    return file_of(lambda: draw(wan.shapes(config), seed), config.metadata())
 
 
-def _qwen_image(seed: int) -> Callable[[Path], object]:
-    return lambda path: write_file(path, draw(qwen_image.shapes(QWEN_IMAGE), seed))
+def _qwen_image(seed: int) -> Writer:
+    return file_of(lambda: draw(qwen_image.shapes(QWEN_IMAGE), seed))
 
 
 def lightning(shapes: dict[str, tuple[int, ...]], prefix: str, seed: int, bias: bool = False) -> Tensors:
     """A step-distillation LoRA as lightx2v writes them: down, up and alpha for each layer, with `bias` a `.diff_b` too."""
     weights = draw(shapes)
-    layers = [name for name in linear_names(weights) if name.endswith(LORA_LAYERS)]
+    layers = lora_layers(weights)
     tensors = lora.make(weights, layers, prefix, seed)
     if bias:
         tensors |= draw({f"{prefix}{name}.diff_b": shapes[f"{name}.bias"] for name in layers}, seed)
     return tensors
 
 
-def _lightning(
-    shapes: dict[str, tuple[int, ...]], prefix: str, seed: int, bias: bool = False
-) -> Callable[[Path], object]:
-    return lambda path: write_file(path, lightning(shapes, prefix, seed, bias))
+def _lightning(shapes: dict[str, tuple[int, ...]], prefix: str, seed: int, bias: bool = False) -> Writer:
+    return file_of(lambda: lightning(shapes, prefix, seed, bias))
 
 
-def _text_encoder(tensors: Callable[[], Tensors]) -> Callable[[Path], object]:
-    return lambda path: write_file(path, tensors())
+_vae = file_of(lambda: draw(vae.shapes()))
 
 
-def _vae(path: Path) -> object:
-    return write_file(path, draw(vae.shapes()))
-
-
-def _audio_encoder(path: Path) -> object:
-    return write_file(path, draw(wav2vec2.shapes(), dtype=torch.float16))
-
-
-def _image(number: int) -> Callable[[Path], object]:
+def _image(number: int) -> Writer:
     """A smooth color gradient with a disc."""
 
     def write(path: Path) -> None:
@@ -86,7 +75,7 @@ def _image(number: int) -> Callable[[Path], object]:
     return write
 
 
-def _mask(left: bool) -> Callable[[Path], object]:
+def _mask(left: bool) -> Writer:
     """What the mask painter leaves: opaque where one speaker is, on the left or the right half."""
 
     def write(path: Path) -> None:
@@ -97,7 +86,7 @@ def _mask(left: bool) -> Callable[[Path], object]:
     return write
 
 
-def _sound(pitch: float) -> Callable[[Path], object]:
+def _sound(pitch: float) -> Writer:
     """Half a second of a swelling tone. The name may say mp3: the content decides."""
 
     def write(path: Path) -> None:
@@ -118,7 +107,7 @@ def _sound(pitch: float) -> Callable[[Path], object]:
 _T2V, _I2V, _QWEN = wan.shapes(WAN), wan.shapes(WAN_I2V_22), qwen_image.shapes(QWEN_IMAGE)
 _TALK = wan.shapes(_INFINITETALK_WAN)
 
-FILES: dict[str, Callable[[Path], object]] = {
+FILES: dict[str, Writer] = {
     "diffusion_models/wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors": _wan(WAN, 1),
     "diffusion_models/wan2.2_t2v_low_noise_14B_fp8_scaled.safetensors": _wan(WAN, 2),
     "diffusion_models/wan2.2_t2v_high_noise_14B_fp16.safetensors": _wan(WAN, 1),
@@ -129,8 +118,8 @@ FILES: dict[str, Callable[[Path], object]] = {
     "diffusion_models/qwen_image_fp8_e4m3fn.safetensors": _qwen_image(1),
     "diffusion_models/qwen_image_bf16.safetensors": _qwen_image(1),
     "diffusion_models/qwen_image_edit_fp8_e4m3fn.safetensors": _qwen_image(2),
-    "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": _text_encoder(umt5_tensors),
-    "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors": _text_encoder(qwen25_writing_tensors),
+    "text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors": file_of(umt5_tensors),
+    "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors": file_of(qwen25_writing_tensors),
     "vae/wan_2.1_vae.safetensors": _vae,
     "vae/Wan2_1_VAE_bf16.safetensors": _vae,
     "vae/qwen_image_vae.safetensors": _vae,
@@ -143,13 +132,15 @@ FILES: dict[str, Callable[[Path], object]] = {
     ),
     "loras/Qwen-Image-Lightning-8steps-V1.0.safetensors": _lightning(_QWEN, "", 16),
     "loras/Qwen-Image-Edit-Lightning-4steps-V1.0-bf16.safetensors": _lightning(_QWEN, "", 17),
-    "model_patches/wan2.1_infiniteTalk_single_fp16.safetensors": _text_encoder(infinitetalk_tensors),
-    "model_patches/wan2.1_infiniteTalk_multi_fp16.safetensors": _text_encoder(infinitetalk_tensors),
-    "audio_encoders/wav2vec2-chinese-base_fp16.safetensors": _audio_encoder,
+    "model_patches/wan2.1_infiniteTalk_single_fp16.safetensors": file_of(infinitetalk_tensors),
+    "model_patches/wan2.1_infiniteTalk_multi_fp16.safetensors": file_of(infinitetalk_tensors),
+    "audio_encoders/wav2vec2-chinese-base_fp16.safetensors": file_of(
+        lambda: draw(wav2vec2.shapes(), dtype=torch.float16)
+    ),
 }
 """Path below the models folder -> what writes it."""
 
-INPUTS: dict[str, Callable[[Path], object]] = {
+INPUTS: dict[str, Writer] = {
     "image_qwen_image_edit_input_image.png": _image(0),
     "video_wan2_2_14B_i2v_input_image.jpg": _image(1),
     "two_character_talking.png": _image(2),

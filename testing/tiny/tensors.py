@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,17 +42,21 @@ def draw(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> 
 
 def _draw_one(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()) * 1009 + seed)
-    values = torch.randn(shape, generator=generator)
+    scale, shift = scale_and_shift(key, shape)
+    return torch.randn(shape, generator=generator) * scale + shift
+
+
+def scale_and_shift(key: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """What a tensor's Gaussian values are multiplied by, and what is added: see `draw`."""
     if key.endswith("modulation"):
-        return values / shape[-1] ** 0.5
+        return shape[-1] ** -0.5, 0.0
     if key.endswith("bias"):
-        return values / 50
+        return 0.02, 0.0
     if key.endswith("gamma") or len(shape) == 1:
-        return 1 + values / 10
+        return 0.1, 1.0
     if key.endswith(("embed_tokens.weight", "shared.weight", "relative_attention_bias.weight")):
-        return values
-    fan_in = values[0].numel()
-    return values / fan_in**0.5
+        return 1.0, 0.0
+    return math.prod(shape[1:]) ** -0.5, 0.0
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:

@@ -16,9 +16,9 @@ from torch.overrides import _get_current_function_mode_stack
 folder = Path(sys.argv[1])
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from demo.clips import REFERENCE  # noqa: E402
 from demo.progress import ProgressLine  # noqa: E402
 from demo.quantized_modules import DEVICE, DTYPE, load  # noqa: E402
+from demo.report import REFERENCE  # noqa: E402
 from lowbit.attention.divided_model import divide_tokens  # noqa: E402
 from testing.measure import relative_error  # noqa: E402
 from testing.tiny.tensors import draw, write  # noqa: E402

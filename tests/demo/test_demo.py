@@ -27,7 +27,7 @@ def run_demo(monkeypatch, tmp_path):
 
 
 def test_demo_on_diffusers_models_leaves_pictures_and_a_table(run_demo, monkeypatch, tmp_path):
-    """Two of the four clips: tests/headless/test_demo.py makes them all."""
+    """Two of the four clips: tests/headless/test_demo.py makes the others."""
     monkeypatch.setattr(shapes_in_diffusers, "measure", partial(shapes_in_diffusers.measure, scenes=SHOWN[:2]))
     assert run_demo("--formats", "bf16,fp4_scaled") == 0
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
@@ -65,9 +65,8 @@ def test_bf16_auto_and_the_best_of_8_and_4_bits_are_made_by_default(monkeypatch,
 
 
 def test_the_sheet_is_opened_on_a_screen_and_nowhere_else(monkeypatch, tmp_path):
-    started = []
-    monkeypatch.setattr(screen.subprocess, "Popen", lambda command, **options: started.append(command))
-    monkeypatch.setattr(screen.shutil, "which", lambda name: name)
+    opened = []
+    monkeypatch.setattr(screen.webbrowser, "open", lambda address: opened.append(address) or True)
     for name in ("SSH_CONNECTION", "CI", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(screen.sys, "platform", "linux")
@@ -79,9 +78,10 @@ def test_the_sheet_is_opened_on_a_screen_and_nowhere_else(monkeypatch, tmp_path)
     monkeypatch.setenv("DISPLAY", ":0")
     assert not screen.open_picture(tmp_path / "missing.png")
     assert screen.open_picture(picture)
+    monkeypatch.delenv("DISPLAY")
     monkeypatch.setattr(screen.sys, "platform", "darwin")
     assert screen.open_picture(picture)
-    assert started == [["xdg-open", str(picture)], ["open", str(picture)]]
+    assert opened == [picture.as_uri()] * 2
     monkeypatch.setenv("SSH_CONNECTION", "somewhere")
     assert not screen.open_picture(picture)
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 from PIL import Image
 
 from demo import in_comfyui, report
 from demo.__main__ import collect
-from demo.clips import MODEL
+from demo.clips import MODEL, SHOWN
 
 
 @pytest.fixture(scope="module")
 def demo(comfyui_path, tmp_path_factory):
+    """Two of the four clips: tests/demo/test_demo.py makes the others."""
     out = tmp_path_factory.mktemp("demo-output")
-    rows = collect(in_comfyui.run(comfyui_path, out, ["fp4_scaled"]), out)
+    few = partial(in_comfyui.measure, scenes=SHOWN[2:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(in_comfyui, "measure", few)
+        rows = collect(in_comfyui.run(comfyui_path, out, ["fp4_scaled"]), out)
     report.write(out, rows, "ComfyUI")
     return out, rows
 
@@ -37,7 +42,7 @@ def test_the_trained_model_shows_what_was_asked_in_four_bits_too(demo):
     out, rows = demo
     plain, fp4 = rows[:2]
     assert plain.model == fp4.model == MODEL
-    assert plain.recognised == fp4.recognised == "4 of 4"
+    assert plain.recognised == fp4.recognised == "2 of 2"
     assert plain.psnr is None
     assert 40 > fp4.psnr > 25
     animation = Image.open(out / "shapes.webp")
@@ -45,6 +50,6 @@ def test_the_trained_model_shows_what_was_asked_in_four_bits_too(demo):
     sheet = Image.open(out / "shapes.png").convert("RGB")
     assert sheet.height > 2 * 64
     colours = [colour for count, colour in sheet.getcolors(1 << 24) for _ in range(count)]
-    for known in ((230, 41, 46), (41, 191, 77), (46, 102, 242), (250, 209, 38)):
+    for known in ((46, 102, 242), (250, 209, 38)):
         close = sum(max(abs(a - b) for a, b in zip(known, colour, strict=True)) < 40 for colour in colours)
         assert close > 2 * 3 * 100, f"{known} fills little of the sheet"

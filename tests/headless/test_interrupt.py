@@ -7,7 +7,7 @@ import pytest
 from testing import graphs, tiny
 from testing.server import GraphInterruptedError
 
-BIG = tiny.wan.WanConfig(dim=512, ffn=2048, heads=4, layers=6)
+BIG = tiny.wan.WanConfig(dim=512, ffn=2048, heads=4, layers=3)
 
 
 @pytest.fixture

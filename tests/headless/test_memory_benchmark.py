@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from benchmarks import memory, memory_cases, memory_files, memory_rig
+from benchmarks import checkpoints, memory, memory_cases, memory_rig
+from benchmarks.checkpoints import drop_from_page_cache, second_name, write_checkpoint
 from benchmarks.memory_cases import CASES, COMPLETE, STOCK, STOCK_COPIES, Scale
-from benchmarks.memory_files import drop_from_page_cache, second_name, write_checkpoint
 from benchmarks.memory_group import create_group
-from benchmarks.memory_rig import GIB, SmallerMachine, Usage, Watch
+from benchmarks.memory_rig import GIB, smaller_machine
 from testing.server import ServerDiedError
 from testing.tiny import infinitetalk, qwen_image, text_encoders, wan
 
@@ -28,12 +28,23 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(work):
+def cap():
+    """Of the servers' main memory, in bytes; None where no memory cgroup can be made."""
+    group = create_group(GIB)
+    if group is not None:
+        group.close()
+    return group and 3 * GIB
+
+
+@pytest.fixture(scope="module")
+def results(work, cap):
     """Contenders with everything that one of them has on one case, and an InfiniteTalk run of four windows."""
     out = work / "memory.json"
     common = ["--tiny", "--out", str(out), "--work", str(work)]
     names = [contender.name for contender in RUN]
-    assert memory.main([*common, "--only", "qwen_image", "--contenders", *names]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "smaller_machine", lambda vram, host: smaller_machine(None, cap))
+        assert memory.main([*common, "--only", "qwen_image", "--contenders", *names]) == 0
     assert memory.main([*common, "--only", "infinitetalk", "--windows", "4"]) == 0
     return json.loads(out.read_text())
 
@@ -59,7 +70,7 @@ def test_the_quantized_copies_made_beforehand_are_those_that_the_loaders_look_fo
     rows = {row["contender"]: row for row in results["rows"]}
     assert rows[STOCK_COPIES.name]["quantize_seconds"] > 0, "the first that needs them makes them"
     assert rows[COMPLETE.name]["quantize_seconds"] is None
-    copies = [path.name.split(".")[0] for path in (work / "models" / memory_files.CACHE).glob("*.safetensors")]
+    copies = [path.name.split(".")[0] for path in (work / "models" / checkpoints.CACHE).glob("*.safetensors")]
     assert sorted(copies) == ["qwen25_vl", "qwen_image"]
     logs = "".join(log.read_text() for log in work.glob("base-*/benchmark-memory-manager-*.log"))
     assert logs.count("Using the quantized file") == 2
@@ -111,7 +122,7 @@ def test_checkpoints_are_read_back_as_they_were_meant(tmp_path):
 
 
 def test_many_tensors_and_large_ones_are_drawn_from_the_pool(tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_files, "_POOL", 1009)
+    monkeypatch.setattr(checkpoints, "_POOL", 1009)
     shapes = {"a.weight": (64, 64), "b.weight": (64, 64), "a.bias": (64,), "c.weight": (3, 1009)}
     with safe_open(write_checkpoint(tmp_path / "a.safetensors", shapes), "pt") as file:
         tensors = {name: file.get_tensor(name).float() for name in shapes}
@@ -145,38 +156,30 @@ def test_the_real_dimensions_are_the_real_ones():
 
 def test_without_cgroups_a_cap_on_main_memory_is_refused(monkeypatch):
     monkeypatch.setattr(memory_rig, "create_group", lambda nbytes: None)
-    with pytest.raises(RuntimeError, match="no cgroup"):
-        SmallerMachine(None, GIB)
+    with pytest.raises(RuntimeError, match="no cgroup"), smaller_machine(None, GIB):
+        pass
 
 
 @pytest.fixture
-def cgroups():
+def capped(cap):
     """Leaves a test out where no memory cgroup can be made."""
-    group = create_group(GIB)
-    if group is None:
+    if cap is None:
         pytest.skip("needs a memory cgroup")
-    group.close()
+    return cap
 
 
-def test_a_capped_server_takes_the_cap_for_the_machine_and_is_measured_in_it(cgroups, results, work):
-    site, scale, usage = memory.make_site(work, True, "disk"), Scale(True, None, 1, 1), Usage()
-    with SmallerMachine(None, 3 * GIB) as machine:
-        with memory.run_server(site, STOCK, scale, machine) as server:
-            watch = Watch(server.process.pid, None, usage, machine.group)
-            server.run(CASES["qwen_image"].graph(scale, STOCK))
-            system = server.get_json("/system_stats")["system"]
-            watch.close()
-        folder = machine.group.folder
-    assert system["ram_total"] == 3 * GIB
-    assert 0 < system["ram_free"] < 3 * GIB - (100 << 20)
-    assert 100 << 20 < usage.unreclaimable <= usage.charged <= 3 * GIB
-    assert usage.kills == 0
-    assert not folder.exists()
+def test_a_capped_server_takes_the_cap_for_the_machine_and_is_measured_in_it(capped, results, work):
+    for row in results["rows"]:
+        assert 100 << 20 < row["usage"]["unreclaimable"] <= row["usage"]["charged"] <= capped
+        assert row["usage"]["kills"] == 0
+    logs = [log.read_text() for log in work.glob("base-*/benchmark-*auto*.log")]
+    assert len(logs) == len(RUN)
+    assert all(f"total RAM {capped >> 20} MB" in log for log in logs)
 
 
-def test_a_server_that_the_kernel_kills_is_a_row_that_says_so(cgroups, results, monkeypatch, work):
-    site, scale = memory.make_site(work, True, "disk"), Scale(True, None, 1, 1)
-    monkeypatch.setattr(memory, "SmallerMachine", lambda vram, host: SmallerMachine(None, 300 << 20))
+def test_a_server_that_the_kernel_kills_is_a_row_that_says_so(capped, results, monkeypatch, work):
+    site, scale = memory.make_site(work, "disk"), Scale(True, None, 1, 1)
+    monkeypatch.setattr(memory, "smaller_machine", lambda vram, host: smaller_machine(None, 300 << 20))
     row = memory.measure(CASES["qwen_image"], STOCK, None, site, scale)
     assert not row.completed
     assert row.error == "killed by the kernel: out of main memory"
@@ -189,7 +192,7 @@ def test_a_server_that_does_not_come_up_is_a_row_with_the_reason(monkeypatch, tm
         raise ServerDiedError("ComfyUI did not come up; the end of its log:\nTotal VRAM 16384 MB\nMemoryError: no room")
 
     monkeypatch.setattr(memory, "Server", dies)
-    site = memory.make_site(tmp_path, True, "disk")
+    site = memory.make_site(tmp_path, "disk")
     row = memory.measure(CASES["qwen_image"], STOCK, None, site, Scale(True, None, 1, 1))
     assert not row.completed
     assert row.error == "ServerDiedError: MemoryError: no room"
@@ -218,7 +221,7 @@ def test_a_growth_run_that_is_cut_short_keeps_what_it_measured(monkeypatch, tmp_
             return types.SimpleNamespace(outputs={"json": {"text": [json.dumps({"notes": [], "samples": [sample]})]}})
 
     monkeypatch.setattr(memory, "Server", Server)
-    site = memory.make_site(tmp_path, True, "disk")
+    site = memory.make_site(tmp_path, "disk")
     found = memory.measure_growth(memory_cases.LONG["50_generations"], site, Scale(True, None, 50, 1))
     assert found["runs"] == 5
     assert found["growth_over_third"]["allocated"] == pytest.approx(105 / 103 - 1)

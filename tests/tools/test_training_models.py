@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from demo.shapes_in_diffusers import TEXT_SIZES
 from testing.tiny import text_encoders, wan
 from testing.tiny import vae as tiny_vae
 from testing.tiny.tensors import draw
@@ -37,7 +38,9 @@ def test_the_vae_is_comfyuis(frames):
     latent = vae.encode(parameters, video)
     assert latent.shape == (2, (frames + 3) // 4, 16, 3, 5)
     assert near(latent.transpose(1, 2), module.encode(video.transpose(1, 2)))
-    assert near(vae.decode(parameters, latent).transpose(1, 2), module.decode(latent.transpose(1, 2)))
+    decoded = vae.decode(parameters, latent).transpose(1, 2)
+    assert decoded.abs().median() < 1
+    assert near(decoded, module.decode(latent.transpose(1, 2)).clamp(-1, 1))
 
 
 @torch.no_grad()
@@ -81,10 +84,10 @@ def test_the_text_encoder_and_its_tokens_are_comfyuis():
         tokens = [token for token, _ in theirs.tokenize_with_weights(prompt)["umt5xxl"][0]]
         assert tokens[: kept.sum()] == row[kept].tolist()
         assert len(tokens) == dit.TEXT_TOKENS
-        assert set(tokens[kept.sum() :]) == {text_encoder.PAD}
-    assert text_encoder.UNKNOWN not in ids
+        assert set(tokens[kept.sum() :]) == {text_encoders.PAD}
+    assert text_encoders.UNKNOWN not in ids
 
-    config = text_encoder.CONFIG
+    config = TEXT_SIZES
     parameters = draw(text_encoders.umt5_shapes(config), dtype=torch.float32)
     settings = {
         "d_model": config.width,
@@ -113,7 +116,7 @@ def test_standard_latents_are_wans_and_decode_the_same(monkeypatch):
     assert core.latents_std.flatten().equal(DEVIATION)
     plain = start_vae(torch.Generator().manual_seed(1))
     draw_clips = training.batch
-    monkeypatch.setattr(training, "batch", lambda count, generator: draw_clips(20, generator))
+    monkeypatch.setattr(training, "batch", lambda count, generator: draw_clips(4, generator))
     made = standardized(plain, 2)
     clip = torch.rand(1, 5, 3, 64, 64)
     first, second = vae.encode(plain, clip), vae.encode(made, clip)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from demo.shapes import SCENES, TEMPLATES, batch
+from demo.shapes_in_diffusers import TEXT_SIZES, TRANSFORMER_SIZES
 from testing.tiny import text_encoders, wan
 
 from . import dit, text_encoder, vae
@@ -70,7 +71,7 @@ def latents(vae_parameters: vae.Parameters, mean: torch.Tensor, deviation: torch
 def start(generator: torch.Generator) -> Tensors:
     """Fresh parameters of both models: Gaussian, small where a residual is added, norms one, biases zero."""
     parameters = {}
-    tables = {**wan.shapes(dit.CONFIG), **text_encoders.umt5_shapes(text_encoder.CONFIG)}
+    tables = {**wan.shapes(TRANSFORMER_SIZES), **text_encoders.umt5_shapes(TEXT_SIZES)}
     for key, shape in tables.items():
         if "norm" in key and key.endswith("weight"):
             value = torch.ones(shape)
@@ -84,9 +85,15 @@ def start(generator: torch.Generator) -> Tensors:
             value = torch.randn(shape, generator=generator) / torch.Size(shape[1:]).numel() ** 0.5
             value *= 0.25 if key.endswith((".o.weight", "ffn.2.weight", "wo.weight", "time_projection.1.weight")) else 1
             if key.endswith("SelfAttention.q.weight"):
-                value *= text_encoder.CONFIG.head_dim**-0.5
+                value *= TEXT_SIZES.head_dim**-0.5
         parameters[key] = value
     return parameters
+
+
+def apart(parameters: Tensors) -> tuple[Tensors, Tensors]:
+    """The transformer's parameters, and the text encoder's."""
+    encoder = {key: value for key, value in parameters.items() if key.startswith(("encoder.", "shared."))}
+    return {key: value for key, value in parameters.items() if key not in encoder}, encoder
 
 
 def fit(data: Latents, tokens: Prompts, seconds: float, seed: int, say: Callable[[str], None]) -> Tensors:
@@ -111,35 +118,12 @@ def _loss(low: Tensors, data: Latents, tokens: Prompts, generator: torch.Generat
     clean = data.values[chosen]
     rows = tokens.rows(data.scenes[chosen], generator)
     real = tokens.real[rows]
-    text = text_encoder.encode(low, tokens.ids[rows], real)
+    transformer, encoder = apart(low)
+    text = text_encoder.encode(encoder, tokens.ids[rows], real)
     even = torch.rand(_BATCH, generator=generator)
     sigma = _SHIFT * even / (1 + (_SHIFT - 1) * even)
     noise = torch.randn(clean.shape, generator=generator)
     share = sigma.view(-1, 1, 1, 1, 1)
     noisy = (1 - share) * clean + share * noise
-    made = dit.velocity(low, noisy.bfloat16(), sigma, text, real)
+    made = dit.velocity(transformer, noisy.bfloat16(), sigma, text, real)
     return (made.float() - (noise - clean)).square().mean()
-
-
-@torch.no_grad()
-def sample(
-    parameters: Tensors,
-    tokens: Prompts,
-    rows: torch.Tensor,
-    shape: tuple[int, ...],
-    seed: int,
-    steps: int = 20,
-    cfg: float = 2.0,
-) -> torch.Tensor:
-    """Latents of prompts by Euler steps with guidance, as ComfyUI's KSampler makes them: to look at while training."""
-    x = torch.randn((len(rows), *shape), generator=torch.Generator().manual_seed(seed))
-    rows = torch.cat([rows, torch.full_like(rows, len(tokens.ids) - 1)])
-    real = tokens.real[rows]
-    text = text_encoder.encode(parameters, tokens.ids[rows], real)
-    even = torch.linspace(1, 0, steps + 1)
-    sigmas = _SHIFT * even / (1 + (_SHIFT - 1) * even)
-    for now, later in zip(sigmas[:-1], sigmas[1:], strict=True):
-        both = dit.velocity(parameters, torch.cat([x, x]), now.expand(len(rows)), text, real)
-        prompted, unprompted = both.chunk(2)
-        x = x + (later - now) * (unprompted + cfg * (prompted - unprompted))
-    return x

@@ -269,7 +269,7 @@ class TestLeak:
 class TestMemoryState:
     """Writes output/{name}.json: what ComfyUI's accounting is set to and what is loaded.
 
-    With `count`, garbage is collected first and the pack's objects that live are counted, which takes half a second.
+    With `count`, garbage is collected first and the pack's objects that live are counted.
     """
 
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "lowbit/test", "write", (), True
@@ -288,8 +288,8 @@ class TestMemoryState:
         management = comfy.model_management
         components = pack_module("host.memory.loaded_models")
         session = pack_module("host.memory.session").session()
-        living = gc.get_objects() if count else ()
-        kinds = Counter(type(item).__name__ for item in living if ".host.memory" in str(type(item).__module__))
+        living = Counter(map(type, gc.get_objects())) if count else {}
+        kinds = {kind.__name__: number for kind, number in living.items() if ".host.memory" in str(kind.__module__)}
         state = {
             "hooked": [
                 n

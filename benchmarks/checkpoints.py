@@ -1,4 +1,4 @@
-"""The memory benchmark's checkpoints: written fast at real dimensions, quantized once, taken out of the page cache."""
+"""Checkpoints of real dimensions with random weights: written fast, quantized once, taken out of the page cache."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import AUTO
 from lowbit.ops.keep_rules import parse_rules
 from lowbit.ops.sampled_errors import sampled_errors
+from testing.tiny.tensors import scale_and_shift
 
 GIB = 1 << 30
 CACHE = "lowbit_cache"
@@ -27,7 +28,6 @@ CACHE = "lowbit_cache"
 _POOL = (1 << 25) - 39
 """Values drawn once for all tensors: a prime number, so that the rows of a larger matrix do not repeat."""
 
-_EMBEDDINGS = ("embed_tokens.weight", "shared.weight", "relative_attention_bias.weight")
 _PIECE = 1 << 26
 
 
@@ -52,7 +52,7 @@ def write_checkpoint(
     with partial.open("wb", buffering=0) as file:
         _write(file, memoryview(_header(shapes, metadata or {}, extra)))
         for index, (name, shape) in enumerate(shapes.items()):
-            for piece in pool.pieces(math.prod(shape), index, *_scale(name, shape)):
+            for piece in pool.pieces(math.prod(shape), index, *scale_and_shift(name, shape)):
                 _write(file, piece)
         for tensor in extra.values():
             _write(file, memoryview(tensor.numpy()))
@@ -99,17 +99,6 @@ class _Pool:
             part = self._bytes[key][2 * start : 2 * (start + count)]
             yield part
             count, start = count - len(part) // 2, 0
-
-
-def _scale(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Factor and offset of a tensor's Gaussian values."""
-    if name.endswith("modulation"):
-        return shape[-1] ** -0.5, 0.0
-    if name.endswith("bias"):
-        return 0.02, 0.0
-    if name.endswith("gamma") or len(shape) == 1:
-        return 0.1, 1.0
-    return (1.0 if name.endswith(_EMBEDDINGS) else math.prod(shape[1:]) ** -0.5), 0.0
 
 
 def second_name(path: Path, other: Path) -> Path:
