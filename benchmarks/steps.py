@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 5
 FIRST_TIMED = 2
 CFG = 5.0
+KERNELS_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -65,25 +67,26 @@ CASES: dict[str, Callable[[], Case]] = {
 @dataclass(frozen=True)
 class Contender:
     """weights: a format of the loaders, None for the bf16 file. stock: ComfyUI's own loader. attention: the error budget
-    of Attention (Lowbit), None without it."""
+    of Attention (Lowbit), None without it. profiled: list its kernels."""
 
     name: str
     weights: str | None
     stock: bool
     attention: str | None = None
+    profiled: bool = False
 
 
 FP8, INT8 = "fp8_e4m3fn_scaled_fast", "int8_convrot_fast"
 STOCK, STOCK_FP8 = "stock, bf16", "stock, our FP8 file"
 CONTENDERS = (
-    Contender(STOCK, None, True),
+    Contender(STOCK, None, True, profiled=True),
     Contender(STOCK_FP8, FP8, True),
     Contender("stock, our INT8 file", INT8, True),
     Contender("bf16, attention fast", None, True, "fast"),
     Contender("auto", "auto", False),
     Contender("auto, attention exact", "auto", False, "exact"),
-    Contender("auto, attention fast", "auto", False, "fast"),
-    Contender("FP8, attention fast", FP8, False, "fast"),
+    Contender("auto, attention fast", "auto", False, "fast", profiled=True),
+    Contender("FP8, attention fast", FP8, False, "fast", profiled=True),
 )
 # model, contender, beside, times as fast
 GOALS = (
@@ -161,6 +164,20 @@ def sample(model: Any, case: Case, steps: int) -> tuple[torch.Tensor, list[float
     return latent.float().cpu(), [after - before for before, after in zip(ends, ends[1:], strict=False)]
 
 
+def kernels(model: Any, case: Case) -> dict[str, float]:
+    """Milliseconds of GPU time by kernel in two steps, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        sample(model, case, 2)
+    spent: dict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        spent[event.key] += event.self_device_time_total / 1e3
+    ordered = sorted(((name, ms) for name, ms in spent.items() if ms), key=lambda item: -item[1])
+    table = {name[:100]: round(ms, 2) for name, ms in ordered[:KERNELS_LISTED]}
+    return {"all": round(sum(ms for _, ms in ordered), 2)} | table
+
+
 @contextlib.contextmanager
 def core_in_memory(device: str) -> Iterator[Path]:
     """ComfyUI's core in this process, and a folder for it, in main memory where the system has one there."""
@@ -204,6 +221,8 @@ def run(
     override = find_override(model)
     if override is not None:
         row["attention"] = override.report()["calls"]
+    if contender.profiled and DEVICE == "cuda":
+        row["kernels_of_two_steps_ms"] = kernels(model, case)
     row["whole"] = time.perf_counter() - started
     del model, override
     clean()

@@ -1,14 +1,16 @@
-"""What others write a text with, at the sizes of a model whose weights are drawn: transformers, compiled."""
+"""What others write a text with, at the sizes of a model whose weights are drawn: transformers, compiled, and torchao's INT8."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 CONTENDER = "transformers, static cache, compiled"
+TORCHAO = "transformers and torchao, static cache, compiled"
 
 
 def transformers_model(sizes: str, vocabulary: int, device: torch.device) -> Any:
@@ -57,7 +59,17 @@ def measure(model: Any, prompt: list[int], length: int, runs: int, device: torch
 
 
 @torch.no_grad()
-def row(sizes: str, vocabulary: int, prompt: list[int], length: int, runs: int, device: torch.device) -> dict[str, Any]:
-    """Of a results file."""
+def rows(
+    sizes: str, vocabulary: int, prompt: list[int], length: int, runs: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """One row of each that imports."""
     model = transformers_model(sizes, vocabulary, device)
-    return {"weights": "bf16", "contender": CONTENDER} | measure(model, prompt, length, runs, device)
+    yield {"weights": "bf16", "contender": CONTENDER} | measure(model, prompt, length, runs, device)
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        print(f"torchao is left out: {error}", flush=True)
+        return
+    torch.compiler.reset()
+    quantize_(model, Int8WeightOnlyConfig())
+    yield {"weights": "int8", "contender": TORCHAO} | measure(model, prompt, length, runs, device)
