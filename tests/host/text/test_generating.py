@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from lowbit.errors import CapabilityError
+from lowbit.kernels.decode import decode_reference
+from lowbit.ops.linear_weight import stored_weight
 
 pytestmark = pytest.mark.headless
 
@@ -200,6 +202,43 @@ def test_streamed_weights_write_the_same(host, built, name, caplog):
     finally:
         handle.remove()
     assert len(calls) == LENGTH  # the prompt's forward, and every token but the last
+
+
+def _embeddings_in_8_bits(host, name: str, table: torch.Tensor, storage: str, dtype: torch.dtype) -> Any:
+    """Core's module for a table stored in 8 bits that a file describes, `dtype` what core says it computes in."""
+    import comfy.ops
+
+    from lowbit.ops.formats import STORAGES
+    from lowbit.ops.quantize import core_config, core_config_tensor, quantize_weight
+
+    operations = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True)
+    if "Gemma" in name:
+        module = host.llama._make_scaled_embedding(operations, *table.shape, 8.0, "cpu", torch.float32)
+    else:
+        module = operations.Embedding(*table.shape, device="cpu", dtype=torch.float32)
+    config = core_config_tensor(core_config(STORAGES[storage], fast=False))
+    module.load_state_dict(quantize_weight(table, storage) | {"comfy_quant": config}, assign=True)
+    return module
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["held", "streamed"])
+@pytest.mark.parametrize(
+    ("storage", "dtype"),
+    [("int8", torch.float32), ("float8_e4m3fn", torch.float32), ("float8_e4m3fn", torch.float8_e4m3fn)],
+    ids=["int8", "fp8", "all fp8"],
+)
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3 8B", "Gemma 3"])
+def test_embeddings_in_8_bits_write_what_their_values_write(host, name, storage, dtype, streamed):
+    """A file whose every tensor is FP8 has core take that for the dtype that it computes in."""
+    model, options = build(host, name)
+    plain = model.model.embed_tokens
+    packed = _embeddings_in_8_bits(host, name, plain.weight.data, storage, dtype)
+    plain.weight.data = decode_reference(stored_weight(packed.weight), torch.float32)
+    wanted = write(host, model, host.full, options, do_sample=False)
+    model.model.embed_tokens = packed
+    if streamed:
+        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    assert write(host, model, host.full, options, do_sample=False) == wanted
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("Gemma 4")])
