@@ -13,7 +13,9 @@ from comfy.sd1_clip import SDClipModel
 from comfy.text_encoders import qwen_vl
 from comfy.text_encoders.llama import BaseGenerate, Qwen25_7BVLI
 
+from ...errors import CapabilityError
 from .generating import TextGeneration, generate_text
+from .tokenizing import tokenize_for_writing
 
 _KEY = "lowbit_text_generation"
 _ROUTED = "_lowbit_routes_text"
@@ -33,29 +35,39 @@ def find_settings(clip: comfy.sd.CLIP) -> TextGeneration | None:
 
 
 def _route() -> None:
-    """Have core's `CLIP.generate` look for our settings, once a process.
+    """Have core's `CLIP.generate` and `CLIP.tokenize` look for our settings, once a process.
 
     They travel with the patcher's options, as a LoRA loader behind our node clones the CLIP into a fresh object.
     """
-    core = comfy.sd.CLIP.generate
-    if getattr(core, _ROUTED, False):
+    generate, tokenize = comfy.sd.CLIP.generate, comfy.sd.CLIP.tokenize
+    if getattr(generate, _ROUTED, False):
         return
 
-    @functools.wraps(core)
-    def routed(self: comfy.sd.CLIP, *args: Any, **kwargs: Any) -> list[int]:
+    @functools.wraps(generate)
+    def generate_routed(self: comfy.sd.CLIP, *args: Any, **kwargs: Any) -> list[int]:
         settings = find_settings(self)
         if settings is None:
-            return core(self, *args, **kwargs)
+            return generate(self, *args, **kwargs)
         with decoding_here(self.cond_stage_model, settings):
-            return core(self, *args, **kwargs)
+            return generate(self, *args, **kwargs)
 
-    setattr(routed, _ROUTED, True)
-    comfy.sd.CLIP.generate = routed
+    @functools.wraps(tokenize)
+    def tokenize_routed(self: comfy.sd.CLIP, text: str, return_word_ids: bool = False, **kwargs: Any) -> Any:
+        if find_settings(self) is None:
+            return tokenize(self, text, return_word_ids, **kwargs)
+        return tokenize_for_writing(self, tokenize, text, return_word_ids, kwargs)
+
+    setattr(generate_routed, _ROUTED, True)
+    comfy.sd.CLIP.generate, comfy.sd.CLIP.tokenize = generate_routed, tokenize_routed
 
 
 @contextlib.contextmanager
 def decoding_here(model: torch.nn.Module, settings: TextGeneration) -> Iterator[None]:
-    """For as long as this lasts, the generating text encoders in `model` decode through this pack."""
+    """For as long as this lasts, the generating text encoders in `model` decode through this pack.
+
+    Raises:
+        CapabilityError: there is none.
+    """
     routed: list[Any] = []
     for module in model.modules():
         if isinstance(module, BaseGenerate):
@@ -65,6 +77,11 @@ def decoding_here(model: torch.nn.Module, settings: TextGeneration) -> Iterator[
         else:
             continue
         routed.append(module)
+    if not routed:
+        raise CapabilityError(
+            f"{type(model).__name__.rstrip('_')} only encodes prompts, so it cannot write text: load a text encoder that "
+            "can, such as a Qwen3, Gemma 3 or Qwen2.5-VL."
+        )
     try:
         yield
     finally:

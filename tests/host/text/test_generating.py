@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lowbit.errors import CapabilityError
+from lowbit.errors import CapabilityError, CheckpointError
 from lowbit.kernels.decode import decode_reference
 from lowbit.ops.linear_weight import stored_weight
 
@@ -334,6 +334,28 @@ def test_qwen25_without_its_head_is_refused(host):
     with pytest.raises(CapabilityError, match="no output head"):
         host.generating.check_head(model)
     assert host.generating.stop_tokens(model, None) == {151643, 151645}
+
+
+def test_a_model_that_ends_before_its_last_layer_is_refused(host):
+    """As core's Qwen3-VL 32B of MiniMax-H3 does: what comes out of it is no next token."""
+    model = _part(host, host.llama.Qwen3VL_32BConfig(**SMALL), *host.llama.Qwen3_8B.__mro__[1:4], torch.nn.Module)
+    with pytest.raises(CapabilityError, match="cut off before its last layer"):
+        host.generating.generate_text(model, host.full, embeddings())
+
+
+def test_an_encoder_that_cannot_write_is_named(host):
+    with (
+        pytest.raises(CapabilityError, match="Linear only encodes prompts"),
+        host.route.decoding_here(torch.nn.Linear(2, 2), host.full),
+    ):
+        pass
+
+
+def test_a_model_that_makes_nan_is_refused(host):
+    model, options = build(host, "Qwen3")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(CheckpointError, match="NaN of this prompt"):
+        write(host, model, host.full, options, do_sample=False)
 
 
 def test_every_argument_of_cores_generate_is_known(host):
