@@ -26,7 +26,7 @@ def embedded(table: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype) -> t
     stored = stored_weight(table)
     if stored is None or stored.kind not in (FP8, INT8):
         return F.embedding(tokens, table.dequantize()).to(dtype)
-    rows = dataclasses.replace(stored, data=F.embedding(tokens, stored.data), rows=tokens.shape[0])
+    found = dataclasses.replace(stored, data=F.embedding(tokens, stored.data), rows=tokens.shape[0])
     if stored.scale is not None and stored.scale.numel() > 1:
-        rows = dataclasses.replace(rows, scale=stored.scale.index_select(0, tokens))
-    return decode_reference(rows, dtype)
+        found = dataclasses.replace(found, scale=stored.scale.index_select(0, tokens))
+    return decode_reference(found, dtype)
