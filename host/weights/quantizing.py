@@ -21,7 +21,7 @@ from .core_build import on_meta, under_core_names
 from .loading import load_diffusion_model
 from .patching import patch_beside_weights
 from .preparing import Planned, Request, diffusion_part, plan_diffusion_checkpoint, prepared_file
-from .rebinding import check_untouched, rebind
+from .rebinding import check_untouched, rebind, use_unpatched
 from .saving import source_checkpoint
 from .temporary_files import removal_put_off
 from .told import told, with_told
@@ -112,7 +112,7 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
     if not plan.changes_weights and (isinstance(planned.checkpoint, LoadedModel) or not plan.stored.layers):
         return patcher.clone()
     check_untouched(patcher)
-    with patcher.use_ejected():
+    with patcher.use_ejected(), use_unpatched(patcher):
         with removal_put_off():
             path = str(prepared_file(planned))
             quantized = load_diffusion_model(path, disable_dynamic=not patcher.is_dynamic())
@@ -169,7 +169,7 @@ def loaded_model(patcher: comfy.model_patcher.ModelPatcher) -> LoadedModel:
 
 def _own_weights(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, torch.Tensor]:
     """The diffusion model's tensors under any patches, in a file's names."""
-    with torch.inference_mode():
+    with torch.inference_mode(), use_unpatched(patcher):
         state = patcher.model.diffusion_model.state_dict()
         for key, backup in patcher.backup.items():
             name = key.removeprefix("diffusion_model.")
