@@ -24,7 +24,7 @@ from .ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, SMALLEST, find_format
 from .ops.keep_rules import parse_rules
 from .ops.layer_errors import layer_errors
 from .ops.plan import make_plan
-from .ops.plan_report import plan_report, plan_summary
+from .ops.plan_report import plan_report, plan_summary, unmatched_sentences
 from .ops.sampled_errors import sampled_errors
 from .ops.stream import quantize_checkpoint, read_origin
 from .ops.trade import trade_table
@@ -160,7 +160,8 @@ def _quantize(options: argparse.Namespace) -> None:
     except torch.OutOfMemoryError:
         logger.warning("Too little free memory on %s to quantize there: it is done on the CPU.", device)
         quantize_checkpoint(checkpoint, plan, options.target, device="cpu", progress=_bar())
-    said = "\n".join((plan_summary(plan), *foreign_sentences(checkpoint.entries.values())))
+    further = (*foreign_sentences(checkpoint.entries.values()), *unmatched_sentences(plan))
+    said = "\n".join((plan_summary(plan), *further))
     print(f"\n{said}\nFormat {chosen}\nWritten and verified: {options.target}")
 
 

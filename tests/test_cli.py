@@ -40,6 +40,14 @@ def test_quantize_then_inspect_against_the_original(model, tmp_path, capsys):
     assert 1e-3 < float(errors[0].split()[0]) < 1.3e-2
 
 
+def test_a_rule_that_decides_nothing_is_named(model, tmp_path, capsys):
+    target = tmp_path / "out.safetensors"
+    assert main(["quantize", str(model), str(target), "--format", "int8", "--keep", "haed, blocks.0"]) == 0
+    out = capsys.readouterr().out
+    assert "The rule 'haed' matches no layer" in out
+    assert "'blocks.0' matches" not in out
+
+
 def test_a_dry_run_writes_nothing(model, tmp_path, capsys):
     assert main(["quantize", str(model), str(tmp_path / "out.safetensors"), "--format", "fp4", "--dry-run"]) == 0
     assert "quantized nvfp4" in capsys.readouterr().out
