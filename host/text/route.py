@@ -105,9 +105,8 @@ def _generate_from_images(
     """Core's `SDClipModel.generate` for Qwen2.5-VL, with the positions of images that core gives its encoding only."""
     if isinstance(tokens, dict):
         tokens = next(iter(tokens.values()))
-    embeds, _, _, infos = module.process_tokens(
-        [[token[0] for token in line] for line in tokens], module.execution_device
-    )
+    prompts = [_without_filling([token[0] for token in line], module.special_tokens["pad"]) for line in tokens]
+    embeds, _, _, infos = module.process_tokens(prompts, module.execution_device)
     positions = qwen_vl.qwen2vl_mrope_position_ids(infos, embeds.shape[1], embeds.device)
     return module.transformer.generate(
         embeds,
@@ -122,3 +121,11 @@ def _generate_from_images(
         presence_penalty=presence_penalty,
         position_ids=positions,
     )
+
+
+def _without_filling(prompt: list[Any], filled: int) -> list[Any]:
+    """LongCat-Image's tokenizer fills a prompt up, behind which nothing could go on."""
+    length = len(prompt)
+    while length and isinstance(prompt[length - 1], int) and prompt[length - 1] == filled:
+        length -= 1
+    return prompt[:length]

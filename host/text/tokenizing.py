@@ -12,10 +12,9 @@ from comfy.text_encoders.llama import Qwen25_7BVLI
 logger = logging.getLogger("lowbit.text")
 
 _PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-_CHAT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    "<|im_start|>user\n{pictures}{{}}<|im_end|>\n<|im_start|>assistant\n"
-)
+_PICTURE_TOKEN = 151655
+_TURN = "<|im_start|>"
+
 _ENTERS_AS = {"image": "image", "video": "image", "audio": "audio"}
 """What Generate Text hands over besides the text -> the kind of token that core makes of it."""
 
@@ -25,9 +24,9 @@ def tokenize_for_writing(
 ) -> Any:
     """What core's `CLIP.tokenize` returns, `options` its further arguments; what is left out of it is named in a warning."""
     if "skip_template" in options and _is_qwen25(clip):
-        # Core has a template for encoding only, and takes pictures by another name than Generate Text's.
-        options = {**options, **_chat(options)}
-    tokens = tokenize(clip, text, return_word_ids, **options)
+        tokens = _tokenize_qwen25(clip, tokenize, text, return_word_ids, options)
+    else:
+        tokens = tokenize(clip, text, return_word_ids, **options)
     # Core drops what its model has no tower for.
     sees = any(hasattr(module, "preprocess_embed") for module in clip.cond_stage_model.modules())
     made = set(_kinds(tokens)) if sees else set()
@@ -37,11 +36,28 @@ def tokenize_for_writing(
     return tokens
 
 
-def _chat(options: Mapping[str, Any]) -> dict[str, Any]:
+def _tokenize_qwen25(
+    clip: comfy.sd.CLIP, tokenize: Callable[..., Any], text: str, return_word_ids: bool, options: Mapping[str, Any]
+) -> Any:
+    """A turn of a chat, with pictures: core has templates and a place for pictures that are for encoding only."""
     image = options.get("image")
     pictures = [] if image is None else [picture[None, ..., :3] for picture in image]
-    template = "{}" if options["skip_template"] else _CHAT.format(pictures=_PICTURE * len(pictures))
-    return {"images": pictures, "llama_template": template}
+    if options["skip_template"]:
+        options = {**options, "llama_template": "{}"}
+    elif not text.startswith(_TURN):
+        # Core's tokenizers leave a text as it is that begins with a turn.
+        text = (
+            f"{_TURN}system\nYou are a helpful assistant.<|im_end|>\n"
+            f"{_TURN}user\n{_PICTURE * len(pictures)}{text}<|im_end|>\n{_TURN}assistant\n"
+        )
+    tokens = tokenize(clip, text, return_word_ids, **options)
+    left = iter(pictures)
+    for line in next(iter(tokens.values())):
+        for place, token in enumerate(line):
+            picture = next(left, None) if isinstance(token[0], int) and token[0] == _PICTURE_TOKEN else None
+            if picture is not None:
+                line[place] = ({"type": "image", "data": picture, "original_type": "image"}, *token[1:])
+    return tokens
 
 
 def _is_qwen25(clip: comfy.sd.CLIP) -> bool:

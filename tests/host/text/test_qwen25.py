@@ -131,6 +131,28 @@ def test_generate_text_makes_a_turn_of_a_chat(host, clips):
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "qwen_image.QwenImageTokenizer",
+        "hunyuan_image.HunyuanImageTokenizer",
+        "hunyuan_video.HunyuanVideo15Tokenizer",
+        "kandinsky5.Kandinsky5Tokenizer",
+        "longcat_image.LongCatImageTokenizer",
+    ],
+)
+def test_every_tokenizer_of_this_encoder_gives_the_same_turn(host, clips, picture, name, monkeypatch):
+    """Core's template of each is another, and LongCat's fills the prompt up, where nothing could go on."""
+    import importlib
+
+    module, _, kind = name.partition(".")
+    tokenizer = getattr(importlib.import_module(f"comfy.text_encoders.{module}"), kind)()
+    clip = host.route.install_settings(clips["none"], host.settings)
+    wanted = clip.generate(given_by_generate_text(clip, image=picture), **GREEDY)
+    monkeypatch.setattr(clip, "tokenizer", tokenizer)
+    assert clip.generate(given_by_generate_text(clip, image=picture), **GREEDY) == wanted
+
+
+@pytest.mark.parametrize(
     ("options", "left_out"),
     [({"skip_template": True}, ["image"]), ({}, []), ({"audio": {"waveform": torch.zeros(1, 1, 8)}}, ["audio"])],
 )
