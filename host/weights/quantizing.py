@@ -81,10 +81,8 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
     Raises:
         CheckpointError, FormatError, CapabilityError: as for the loader; or the model's weights cannot be read.
     """
-    origin = source_checkpoint(patcher)
-    if origin is not None:
-        checkpoint = under_core_names(diffusion_part(origin))
-        edited = edited_weights(patcher, checkpoint)
+    checkpoint, edited = noted_file(patcher)
+    if checkpoint is not None:
         if not edited:
             checkpoint = with_told(checkpoint, patcher.model, on_meta(checkpoint))
             return plan_diffusion_checkpoint(checkpoint, request, patcher.load_device)
@@ -92,7 +90,7 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
             "Another node has changed %d weights of the model since %s was loaded, '%s' among them: the weights that it "
             "has now are quantized, not the file's.",
             len(edited),
-            origin.path.name,
+            checkpoint.path.name,
             edited[0],
         )
     return plan_diffusion_checkpoint(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
@@ -127,6 +125,15 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
     # What is done to the other model's weights at the moment.
     result.hook_backup, result.cached_hook_patches, result.current_hooks = {}, {}, None
     return patch_beside_weights(result)
+
+
+def noted_file(patcher: comfy.model_patcher.ModelPatcher) -> tuple[Checkpoint | None, list[str]]:
+    """The file that core noted for the model, in core's names, and the weights of the model that are not its any more."""
+    origin = source_checkpoint(patcher)
+    if origin is None:
+        return None, []
+    checkpoint = under_core_names(diffusion_part(origin))
+    return checkpoint, edited_weights(patcher, checkpoint)
 
 
 def edited_weights(patcher: comfy.model_patcher.ModelPatcher, origin: Checkpoint) -> list[str]:
