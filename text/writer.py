@@ -154,7 +154,7 @@ def load_tokenizer(folder: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise CapabilityError(
-            "Writing text needs the package 'transformers' for its tokenizers: pip install lowbit[text]."
+            "Writing text needs the package 'transformers' for its tokenizers: install it with 'pip install transformers'."
         ) from None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

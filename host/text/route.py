@@ -21,8 +21,17 @@ _KEY = "lowbit_text_generation"
 _ROUTED = "_lowbit_routes_text"
 
 
-def install_settings(clip: comfy.sd.CLIP, settings: TextGeneration) -> comfy.sd.CLIP:
-    """A clone of `clip` whose text is made by this pack, through whatever node calls its `generate`."""
+def install_settings(clip: comfy.sd.CLIP | None, settings: TextGeneration) -> comfy.sd.CLIP:
+    """A clone of `clip` whose text is made by this pack, through whatever node calls its `generate`.
+
+    Raises:
+        CapabilityError: there is no CLIP, as behind a checkpoint without a text encoder.
+    """
+    if clip is None:
+        raise CapabilityError(
+            "There is no CLIP to write with: the checkpoint in front has no text encoder, so load one with Load Text Encoder "
+            "(Lowbit)."
+        )
     _route()
     clone = clip.clone()
     clone.patcher.model_options[_KEY] = settings

@@ -343,6 +343,11 @@ def test_a_model_that_ends_before_its_last_layer_is_refused(host):
         host.generating.generate_text(model, host.full, embeddings())
 
 
+def test_a_checkpoint_without_a_text_encoder_is_told_so(host):
+    with pytest.raises(CapabilityError, match="no CLIP to write with"):
+        host.route.install_settings(None, host.full)
+
+
 def test_an_encoder_that_cannot_write_is_named(host):
     with (
         pytest.raises(CapabilityError, match="Linear only encodes prompts"),
