@@ -237,6 +237,17 @@ SHOWN: dict[str, Shown] = {
         "Whole steps of real ComfyUI as above, attention exact.",
     ),
     "formats": Shown("formats.json", named_rows, FORMAT_ERRORS, "Relative, on Gaussian weights."),
+    "lora": Shown(
+        "lora.json",
+        named_rows,
+        {
+            "format": "name",
+            "merged, then quantized": key_percent("merged"),
+            "here": key_percent("here"),
+            "decoded, patched and quantized again (stock ComfyUI)": key_percent("stock"),
+        },
+        "A small Wan with random weights and a LoRA of rank 16 that changes the latent by a fifth: the error of the latent.",
+    ),
     "quality": Shown(
         "quality.json",
         named_rows,
