@@ -10,12 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .errors import CapabilityError, CheckpointError, FormatError, LowbitError, StorageError
+from .errors import CapabilityError, CheckpointError, LowbitError, StorageError
 from .ops.auto_format import plan_format
-from .ops.checkpoint import open_checkpoint
+from .ops.checkpoint import Checkpoint, open_checkpoint
 from .ops.device_info import device_info
 from .ops.diffusion_names import converted_model
 from .ops.foreign_layers import foreign_sentences
@@ -23,7 +24,7 @@ from .ops.formats import AS_STORED, AUTO, FORMAT_CHOICES, SMALLEST, find_format
 from .ops.keep_rules import parse_rules
 from .ops.layer_errors import layer_errors
 from .ops.plan import make_plan
-from .ops.plan_report import plan_report, plan_summary
+from .ops.plan_report import plan_report, plan_summary, unmatched_sentences
 from .ops.sampled_errors import sampled_errors
 from .ops.stream import quantize_checkpoint, read_origin
 from .ops.trade import trade_table
@@ -32,6 +33,10 @@ from .text.sampling import Sampling
 from .text.writer import Stopwatch, Writer, encode, load_tokenizer
 
 logger = logging.getLogger("lowbit")
+
+_MOST_TOKENS = 1 << 20
+_NUMBERS = {int: "whole number", float: "number"}
+_LORA_ENDS = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13
     except OSError as error:
         print(f"lowbit: {error.filename or 'a file'} cannot be used ({error.strerror or error}).", file=sys.stderr)
+        return 2
+    except (torch.OutOfMemoryError, MemoryError):
+        print(
+            "lowbit: this takes more memory than there is: choose a smaller format, or --device cpu.", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print("lowbit: interrupted, nothing was left behind.", file=sys.stderr)
@@ -99,17 +109,36 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     formats = [name for name in FORMAT_CHOICES if name not in (AUTO, SMALLEST)]
     generate.add_argument("--format", default=AS_STORED, choices=formats, help="weight format (default: as stored)")
     generate.add_argument("--kv-cache", default=FULL, choices=(FULL, HEAVY_HITTERS), help="tokens that are kept")
-    generate.add_argument("--window", type=int, default=252, help="newest tokens that heavy_hitters keeps")
-    generate.add_argument("--heavy-hitters", type=int, default=252, help="older tokens that heavy_hitters keeps")
-    generate.add_argument("--max-length", type=int, default=256, help="tokens at most")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    generate.add_argument("--top-k", type=int, default=0, help="only the likeliest so many (0: all)")
-    generate.add_argument("--top-p", type=float, default=1.0, help="only the likeliest that add up to this")
-    generate.add_argument("--seed", type=int, default=0, help="of the draws")
+    for name, kind, lowest, highest, default, said in (
+        ("window", int, 1, _MOST_TOKENS, 252, "newest tokens that heavy_hitters keeps"),
+        ("heavy-hitters", int, 0, _MOST_TOKENS, 252, "older tokens that heavy_hitters keeps"),
+        ("max-length", int, 1, _MOST_TOKENS, 256, "tokens at most"),
+        ("temperature", float, 0, 100, 0.0, "0: always the likeliest token"),
+        ("top-k", int, 0, _MOST_TOKENS, 0, "only the likeliest so many (0: all)"),
+        ("top-p", float, 0, 1, 1.0, "only the likeliest that add up to this"),
+        ("seed", int, 0, (1 << 64) - 1, 0, "of the draws"),
+    ):
+        read = partial(_number, kind, lowest, highest)
+        generate.add_argument(f"--{name}", type=read, default=default, help=f"{said} (default: {default})")
     generate.add_argument("--tokenizer", type=Path, default=None, help="a Hugging Face folder, if MODEL is a file")
     generate.add_argument("--raw", action="store_true", help="no chat template")
     generate.add_argument("--device", default=None, help="where (default: the GPU, where there is one)")
     generate.set_defaults(command=_generate)
+
+
+def _number(kind: type, lowest: float, highest: float, text: str) -> Any:
+    """An option's number.
+
+    Raises:
+        ArgumentTypeError: it is none, or out of its range.
+    """
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not lowest <= value <= highest:
+        raise argparse.ArgumentTypeError(f"'{text}' is no {_NUMBERS[kind]} from {lowest} to {highest}")
+    return value
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -119,32 +148,53 @@ def _quantize(options: argparse.Namespace) -> None:
     measure = partial(sampled_errors, device=device, folder=None)
     chosen = plan_format(checkpoint, options.format, device_info(device), rules, measure)
     plan = chosen.plan
-    model = converted_model(checkpoint.entries)
-    if model is not None and plan.changes_weights:
-        raise CheckpointError(
-            f"{checkpoint.path.name} has diffusers' names of {model}, which ComfyUI renames and joins after loading: use "
-            "the file in ComfyUI's own names, or load this one with Load Diffusion Model (Lowbit), which quantizes what "
-            "ComfyUI makes of it."
-        )
+    if plan.changes_weights:
+        _check_whole_model(checkpoint)
     if options.dry_run:
         trade = trade_table(checkpoint, device_info(device), rules, measure)
         print(plan_report(checkpoint, plan, device_info(device), str(chosen), trade))
         return
-    if not os.path.lexists(options.target.parent):
-        raise StorageError(
-            f"The folder {options.target.parent} does not exist: make it, or name a file in another one."
-        )
-    if os.path.lexists(options.target) and not options.overwrite:
-        raise StorageError(f"{options.target} exists: name another file or add --overwrite.")
-    if options.target.resolve() in {file.resolve() for file in checkpoint.files}:
-        raise StorageError(f"{options.target} is the source itself: name another file.")
+    _check_target(options.target, checkpoint, options.overwrite)
     try:
         quantize_checkpoint(checkpoint, plan, options.target, device=device, progress=_bar())
     except torch.OutOfMemoryError:
         logger.warning("Too little free memory on %s to quantize there: it is done on the CPU.", device)
         quantize_checkpoint(checkpoint, plan, options.target, device="cpu", progress=_bar())
-    said = "\n".join((plan_summary(plan), *foreign_sentences(checkpoint.entries.values())))
+    further = (*foreign_sentences(checkpoint.entries.values()), *unmatched_sentences(plan))
+    said = "\n".join((plan_summary(plan), *further))
     print(f"\n{said}\nFormat {chosen}\nWritten and verified: {options.target}")
+
+
+def _check_target(target: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
+    """Raises StorageError where a model cannot be written, or something else lies already."""
+    if not os.path.lexists(target.parent):
+        raise StorageError(f"The folder {target.parent} does not exist: make it, or name a file in another one.")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise StorageError(f"{target} is no file and cannot be written over: name a .safetensors file.")
+    if target.suffix.lower() != ".safetensors":
+        raise StorageError(
+            f"{target} does not end in .safetensors, so ComfyUI would not find or open it: name one that does."
+        )
+    if os.path.lexists(target) and not overwrite:
+        raise StorageError(f"{target} exists: name another file or add --overwrite.")
+    if target.resolve() in {file.resolve() for file in checkpoint.files}:
+        raise StorageError(f"{target} is the source itself: name another file.")
+
+
+def _check_whole_model(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for what ComfyUI could not load once it is quantized."""
+    if any(name.endswith(_LORA_ENDS) for name in checkpoint.entries):
+        raise CheckpointError(
+            f"{checkpoint.path.name} is a LoRA, which ComfyUI adds to a model and reads in 16 bits only: use it as it is, on "
+            "the quantized model."
+        )
+    model = converted_model(checkpoint.entries)
+    if model is not None:
+        raise CheckpointError(
+            f"{checkpoint.path.name} has diffusers' names of {model}, which ComfyUI renames and joins after loading: use "
+            "the file in ComfyUI's own names, or load this one with Load Diffusion Model (Lowbit), which quantizes what "
+            "ComfyUI makes of it."
+        )
 
 
 def _device(name: str | None) -> torch.device:
@@ -192,8 +242,8 @@ def _print_errors(file: Path, original: Path) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     device = _device(options.device)
-    if options.window < 1 or options.heavy_hitters < 0 or options.max_length < 1:
-        raise FormatError("--window and --max-length must be at least 1, and --heavy-hitters at least 0.")
+    if not options.model.exists():
+        raise CheckpointError(f"{options.model} does not exist: check its name.")
     if options.tokenizer is None and not options.model.is_dir():
         raise CheckpointError(
             f"{options.model.name} has no tokenizer in it: name a Hugging Face folder by --tokenizer."

@@ -300,7 +300,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     here = detect(DEVICE)
-    facts = environment("ComfyUI 0.33's attention_pytorch: SDPA, flash before cuDNN") | dict(here.packages)
+    facts = environment("ComfyUI 0.33's attention_pytorch: SDPA, flash before cuDNN")
     facts |= {"compute_capability": here.compute_capability, "cudnn": torch.backends.cudnn.version()}
     rows: list[dict] = []
     for shape in SHAPES:

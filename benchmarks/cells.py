@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -95,3 +95,25 @@ def peak_ram(row: Row) -> str:
     """What could not be taken back, by the cgroup's count or the process's."""
     usage = row["usage"]
     return gib(usage["anonymous"] if usage["unreclaimable"] is None else usage["unreclaimable"])
+
+
+KERNELS = {
+    "attention": ("flash", "sdpa", "attention_hopper", "attention_int8"),
+    "products": ("nvjet", "gemm", "matmul"),
+    "quantizing": ("quantize", "rotate_rows", "attention_statistics"),
+}
+"""What a kernel of a step is for -> parts of such kernels' names, the first that fits."""
+
+
+def by_kernel(record: Row) -> Iterator[Row]:
+    """Of steps.json: milliseconds of the GPU's time in a step, of the contenders whose kernels were listed."""
+    for row in record["rows"]:
+        kernels = dict(row.get("kernels_of_two_steps_ms") or {})
+        if not kernels:
+            continue
+        spent = dict.fromkeys(KERNELS, 0.0) | {"all": kernels.pop("all") / 2}
+        for name, milliseconds in kernels.items():
+            purpose = next((purpose for purpose, parts in KERNELS.items() if any(part in name for part in parts)), None)
+            if purpose is not None:
+                spent[purpose] += milliseconds / 2
+        yield row | spent | {"rest": spent["all"] - sum(spent[purpose] for purpose in KERNELS)}

@@ -15,7 +15,7 @@ from benchmarks.goals import write
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.linear import quantized_linear
 from lowbit.ops.quantize import quantize_to_tensor
-from testing.measure import environment, relative_error
+from testing.measure import environment, plain_tensors, relative_error
 
 SIZE, ROWS, OUTLIER_COLUMNS, OUTLIER_FACTOR = 2048, 256, 16, 60
 SEEDS = (0, 1, 2)
@@ -30,9 +30,7 @@ def measure(name: str, seed: int, device: str) -> dict[str, float]:
     outliers = x.clone()
     outliers[:, torch.randperm(SIZE)[:OUTLIER_COLUMNS]] *= OUTLIER_FACTOR
     quantized = quantize_to_tensor(weight, row)
-    nbytes = quantized._qdata.nbytes + sum(
-        value.nbytes for value in vars(quantized._params).values() if isinstance(value, torch.Tensor)
-    )
+    nbytes = sum(part.nbytes for part in plain_tensors(quantized))
     return {
         "bits_per_weight": 8 * nbytes / weight.numel(),
         "weight_error": relative_error(quantized.dequantize(), weight),

@@ -1,6 +1,6 @@
 """Quantized linears side by side: ours, F.linear, comfy-kitchen, torchao and gemlite, on the shapes of real models.
 
-python -m benchmarks.linear --out benchmarks/results/linear.json [--only TEXT] [--seconds N]
+python -m benchmarks.linear --out benchmarks/results/linear.json [--only TEXT]
 """
 
 from __future__ import annotations
@@ -22,13 +22,10 @@ from comfy_kitchen.tensor import QuantizedTensor
 from benchmarks import timing
 from benchmarks.goals import write
 from lowbit.ops.layouts import register_layouts
-from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes
+from lowbit.ops.linear import quantized_linear, release_scratch
 from testing.measure import environment
 
 register_layouts()
-
-BANDWIDTH = 4.3e12
-"""Bytes a second a device-to-device copy moves on an H200: the limit drawn for small M."""
 
 # format name: layout, options of its quantize, whether our fast product is measured
 CONVROT = {"per_channel": True, "convrot": True}
@@ -265,19 +262,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="cases whose name or M contains this text")
     parser.add_argument("--peers", default="torchao,gemlite", help="peers beside comfy-kitchen, by comma; '' for none")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no further case after this")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # comfy-kitchen reports a cuBLAS error for every MXFP8 and NVFP4 product
     torch.manual_seed(0)
     random.seed(0)
     bench = Bench(tuple(filter(None, arguments.peers.split(","))))
-    started = time.monotonic()
-    skipped = []
     for case in CASES:
         if arguments.only not in f"{case.name} {case.m}":
-            continue
-        if time.monotonic() - started > arguments.seconds:
-            skipped.append(f"{case.name} {case.m}")
             continue
         began = time.monotonic()
         bench.run(case)
@@ -286,10 +277,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         record = {
             "environment": environment(),
-            "bandwidth_limit_bytes_per_second": BANDWIDTH,
-            "skipped_for_time": skipped,
             "refused_peers": bench.refused,
-            "scratch_mib_at_end": scratch_nbytes() / 2**20,
             "results": [asdict(r) for r in bench.results],
         }
         write(arguments.out, record)

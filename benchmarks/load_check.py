@@ -9,7 +9,6 @@ file's name to weights that were used once: on a GPU to the end of the first sma
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import tempfile
@@ -20,10 +19,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.checkpoints import write_checkpoint
 from benchmarks.goals import Goal, write
-from benchmarks.steps import DEVICE, Case, sample, write_random
-from benchmarks.timing import environment
+from benchmarks.steps import DEVICE, Case, clean, sample
 from testing.core import start_core
+from testing.measure import environment
 from testing.tiny import wan
 
 KINDS = {"bf16": None, "fp8": "fp8_e4m3fn_scaled", "int8": "int8_convrot_fast", "nvfp4": "fp4_scaled"}
@@ -41,7 +41,7 @@ def write_files(folder: Path, case: Case) -> dict[str, Path]:
     from lowbit.ops.stream import quantize_checkpoint
 
     files = {kind: folder / f"{kind}.safetensors" for kind in KINDS}
-    source = open_checkpoint(write_random(files["bf16"], case))
+    source = open_checkpoint(write_checkpoint(files["bf16"], case.shapes, case.metadata))
     for kind, name in KINDS.items():
         if name is not None:
             quantize_checkpoint(source, make_plan(source, FORMATS[name], None), files[kind], device=DEVICE)
@@ -66,9 +66,7 @@ def load_once(path: Path, case: Case, looked_at: bool) -> float:
     seconds = time.perf_counter() - began
     assert stamps in checked.known_finite
     del model
-    comfy.model_management.unload_all_models()
-    gc.collect()
-    comfy.model_management.soft_empty_cache()
+    clean()
     return seconds
 
 
@@ -131,7 +129,7 @@ def main() -> None:
                 print(rows[-1], flush=True)
     goal = Goal("looking for NaN and Inf in a file, of its load", LARGEST_SHARE, "%", at_most=True)
     memory = "legacy" if arguments.legacy else "dynamic VRAM where the GPU has it"
-    header = environment() | {"processors": str(os.cpu_count()), "device": DEVICE, "memory": memory}
+    header = environment() | {"processors": str(os.cpu_count()), "memory": memory}
     goals = [goal.judged(row["share_of_load"] for row in rows)]
     write(out, {"environment": header, "model": case.title, "rows": rows, "goals": goals})
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.cells import (
     Row,
+    by_kernel,
     by_modulation_bits,
     gib,
     key_percent,
@@ -217,6 +218,21 @@ SHOWN: dict[str, Shown] = {
         },
         STEPS_NOTE,
     ),
+    "kernels": Shown(
+        "steps.json",
+        by_kernel,
+        {
+            "model": "model",
+            "contender": "contender",
+            "ms of the GPU a step": "all",
+            "attention": "attention",
+            "products": "products",
+            "quantizing": "quantizing",
+            "norms, rope, elementwise, copies": "rest",
+        },
+        "Of the runs above, by the profiler; of each the twelve longest kernels are told apart.",
+        goals=False,
+    ),
     "several_gpus": Shown(
         "several_gpus.json",
         lambda record: record["rows"],
@@ -259,6 +275,17 @@ SHOWN: dict[str, Shown] = {
         "Microseconds of the processor from the module's call to its return, 3,072 to 3,072, the GPU not waited for.",
     ),
     "formats": Shown("formats.json", named_rows, FORMAT_ERRORS, "Relative, on Gaussian weights."),
+    "lora": Shown(
+        "lora.json",
+        named_rows,
+        {
+            "format": "name",
+            "merged, then quantized": key_percent("merged"),
+            "here": key_percent("here"),
+            "decoded, patched and quantized again (stock ComfyUI)": key_percent("stock"),
+        },
+        "A small Wan with random weights and a LoRA of rank 16 that changes the latent by a fifth: the error of the latent.",
+    ),
     "quality": Shown(
         "quality.json",
         named_rows,

@@ -45,7 +45,8 @@ def architecture_of(path: Path) -> Architecture:
 
     fields = GGUFReader(path).fields
     kind = fields["general.architecture"].contents()
-    config: dict[str, Any] = {"model_type": kind, **UNSAID.get(kind, {})}
+    # A file leaves the output head out where the embeddings are it.
+    config: dict[str, Any] = {"model_type": kind, "tie_word_embeddings": True, **UNSAID.get(kind, {})}
     for name, theirs in NUMBERS.items():
         field = fields.get(f"{kind}.{theirs}")
         if field is not None:

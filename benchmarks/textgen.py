@@ -1,7 +1,8 @@
 """Measures writing text without ComfyUI in three modes: 16-bit, INT8, and INT8 with a cache of heavy hitters.
 
-python -m benchmarks.textgen WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS --name NAME [--out benchmarks/results/textgen.json]
-Weights are drawn; what formats and caches cost is benchmarks/text_quality.py's. --rivals measures transformers and torchao too.
+python -m benchmarks.textgen MODEL [--out benchmarks/results/textgen.json] [--text FILE]
+MODEL: a Hugging Face folder. Of `random:WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS` the weights are drawn, for speed alone;
+--rivals measures transformers and torchao beside them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lowbit.text.caches import FULL, HEAVY_HITTERS, CachePolicy
 from lowbit.text.layers import LayerAttention
 from lowbit.text.reading import Reader
 from lowbit.text.sampling import Sampling
-from lowbit.text.writer import Stopwatch, Writer
+from lowbit.text.writer import Stopwatch, Writer, load_tokenizer
 from testing.measure import environment
 
 VOCABULARY = 152064
@@ -97,10 +98,12 @@ def drawn_architecture(sizes: str) -> tuple[Architecture, int]:
     return shape, feed_forward
 
 
-def load(sizes: str, mode: Mode, device: torch.device) -> Writer:
+def load(model: str, mode: Mode, device: torch.device) -> Writer:
     """The model in one mode."""
     weight_format = None if mode.weight_format is None else find_format(mode.weight_format)
-    shape, feed_forward = drawn_architecture(sizes)
+    if not model.startswith("random:"):
+        return Writer.load(Path(model), weight_format, device)
+    shape, feed_forward = drawn_architecture(model.removeprefix("random:"))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     checkpoint: Any = DrawnCheckpoint(shape, feed_forward)
     with torch.inference_mode():
@@ -134,7 +137,7 @@ def judged(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
     def ratio(above: dict[str, Any], below: dict[str, Any], key: str) -> list[float | None]:
         return [above[key] / below[key] if above.get(key) and below.get(key) else None]
 
-    return [
+    found = [
         Goal(f"{model}: INT8, tokens a second", 1.5, "x bf16").judged(ratio(quantized, plain, "tokens_per_second")),
         Goal(f"{model}: heavy hitters, tokens a second", 0.95, "x the full cache").judged(
             ratio(heavy, quantized, "tokens_per_second")
@@ -143,6 +146,13 @@ def judged(rows: list[dict[str, Any]], model: str) -> list[dict[str, Any]]:
             ratio(heavy, quantized, "cache_bytes")
         ),
     ]
+    if "perplexity" in plain:
+        found.append(
+            Goal(f"{model}: INT8, perplexity", 1.02, "x bf16", at_most=True).judged(
+                ratio(quantized, plain, "perplexity")
+            )
+        )
+    return found
 
 
 def keep(path: Path, model: str, rows: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
@@ -159,9 +169,10 @@ def keep(path: Path, model: str, rows: list[dict[str, Any]], found: list[dict[st
 def main() -> None:
     """Measures and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sizes", help="WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS")
+    parser.add_argument("model", help="a Hugging Face folder, or random:WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/textgen.json"))
-    parser.add_argument("--name", required=True, help="what the model is called in the table")
+    parser.add_argument("--name", default="", help="what the model is called in the table")
+    parser.add_argument("--text", type=Path, default=None, help="a text file, for perplexity")
     parser.add_argument("--prefill", type=int, default=500, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=1000, help="tokens that are written")
     parser.add_argument("--window", type=int, default=252)
@@ -171,22 +182,29 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     device = torch.device(options.device)
+    text = None
+    if options.text is not None:
+        tokenizer = load_tokenizer(Path(options.model))
+        text = tokenizer(options.text.read_text(encoding="utf-8"))["input_ids"][: options.prefill + options.decode]
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(100, 30000, (options.prefill,), generator=generator).tolist()
-    model = options.name
+    prompt = (text or torch.randint(100, 30000, (options.prefill,), generator=generator).tolist())[: options.prefill]
+    model = options.name or Path(options.model).name
     rows: list[dict[str, Any]] = []
     for mode in MODES:
-        writer = load(options.sizes, mode, device)
+        writer = load(options.model, mode, device)
         policy = CachePolicy(mode.cache, options.window, options.heavy_hitters)
         row = {"model": model, "weights": mode.weights, "contender": f"lowbit, {mode.cache} cache"}
         row |= measure(writer, prompt, options.decode, policy, options.runs)
+        if text is not None:
+            row["perplexity"] = writer.perplexity(text, options.prefill, policy)
         print(row, flush=True)
         rows.append(row)
         del writer
     found = judged(rows, model)
     keep(options.out, model, rows, found)
     if options.rivals:
-        for row in textgen_rivals.rows(options.sizes, VOCABULARY, prompt, options.decode, options.runs, device):
+        sizes = options.model.removeprefix("random:")
+        for row in textgen_rivals.rows(sizes, VOCABULARY, prompt, options.decode, options.runs, device):
             rows.append({"model": model, **row})
             print(rows[-1], flush=True)
             keep(options.out, model, rows, found)

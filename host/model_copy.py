@@ -35,6 +35,7 @@ from .several_gpus.worker import Worker
 from .weights.checked import known_finite
 from .weights.folders import cache_folder
 from .weights.loading import load_diffusion_model, load_model_patch
+from .weights.quantizing import noted_file
 
 LOADERS: Mapping[str, Callable[..., Any]] = {
     "lowbit": load_diffusion_model,
@@ -64,6 +65,9 @@ def describe(patcher: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         NotSentError: names what cannot be sent.
     """
+    _, edited = noted_file(patcher)
+    if edited:
+        raise NotSentError(f"{len(edited)} weights that another node has changed, '{edited[0]}' among them,")
     return {
         "model": file_of(patcher),
         "patches": {key: [_patch(key, patch) for patch in patches] for key, patches in patcher.patches.items()},

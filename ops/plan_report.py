@@ -45,10 +45,14 @@ def plan_report(
     lines += [f"Format {choice}", f"On {device.label}:"]
     lines += [f"  {line}" for line in _verdicts(plan, device)]
     lines += trade
-    for pattern in plan.unmatched:
-        lines.append(f"The rule '{pattern}' matches no layer of this file.")
+    lines += unmatched_sentences(plan)
     lines += _groups(plan.layers.values())
     return "\n".join(lines)
+
+
+def unmatched_sentences(plan: QuantizationPlan) -> list[str]:
+    """One for each rule that decides nothing, as one with a slip of the pen does."""
+    return [f"The rule '{pattern}' matches no layer of this file." for pattern in plan.unmatched]
 
 
 def _verdicts(plan: QuantizationPlan, device: DeviceInfo) -> list[str]:

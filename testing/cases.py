@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from lowbit.ops.formats import FORMATS
 
 from . import graphs
 from .graphs import Graph, Link
+
+_PLAIN_LAST = sorted(FORMATS, key=lambda name: not FORMATS[name].fast)
+EACH_STORAGE = tuple({FORMATS[name].storage: name for name in _PLAIN_LAST}.values())
+"""One format of each way to store weights."""
+
+
+def in_formats(*first: str, others: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """(case, format) to test: the first cases of a kind in every format, the others in one of each way to store weights.
+
+    They differ in which layers there are, not in how a layer multiplies.
+    """
+    pairs = [(name, format) for name in first for format in FORMATS]
+    return pairs + [(name, format) for name in others for format in EACH_STORAGE]
+
 
 UMT5 = graphs.conditioning_from_text(graphs.load_text_encoder("umt5.safetensors", "wan"))
 QWEN25 = graphs.conditioning_from_text(graphs.load_text_encoder("qwen25_vl.safetensors", "qwen_image"))

@@ -12,7 +12,17 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "triton", "comfy-kitchen", "comfy-aimdo", "torchao", "gemlite", "diffusers", "lowbit")
+PACKAGES = (
+    "torch",
+    "triton",
+    "comfy-kitchen",
+    "comfy-aimdo",
+    "sageattention",
+    "torchao",
+    "gemlite",
+    "diffusers",
+    "lowbit",
+)
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -25,20 +35,20 @@ def held_bytes(module: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers of a module, quantized data and scales as stored, shared storage once."""
     storages: dict[int, int] = {}
     for tensor in [*module.parameters(), *module.buffers()]:
-        for part in _plain_tensors(tensor):
+        for part in plain_tensors(tensor):
             storage = part.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """A tensor itself, or the data and scales of a quantized one."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor.detach()
         return
     for name in flatten()[0]:
-        yield from _plain_tensors(getattr(tensor, name))
+        yield from plain_tensors(getattr(tensor, name))
 
 
 def environment(host: str = "") -> dict[str, Any]:

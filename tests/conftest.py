@@ -37,20 +37,16 @@ settings.load_profile("lowbit")
 MARK_OF_FOLDER = {"headless": pytest.mark.headless, "gpu": pytest.mark.gpu}
 LEFT_OUT = "left_out"
 LONGEST_FIRST = (
+    "headless/test_loaders.py",
     "browser/test_workflows.py",
     "kernels/test_in_interpreter.py",
     "kernels/test_in_compiler.py",
-    "headless/test_loaders.py",
     "headless/test_memory_recovery.py",
-    "headless/test_workflows.py",
     "headless/test_memory_benchmark.py",
     "nodes/test_missing_names.py",
     "headless/test_demo.py",
-    "headless/test_save.py",
-    "headless/test_lora.py",
     "headless/test_attention.py",
     "host/several_gpus/test_faults.py",
-    "headless/test_command_line.py",
     "host/weights/test_quantizing.py",
     "demo/test_demo.py",
     "tools/test_training_models.py",
@@ -62,10 +58,24 @@ TOGETHER = (
     ("nodes/",),
     ("host/several_gpus/",),
     ("headless/test_memory.py", "headless/test_memory_recovery.py", "headless/test_memory_report.py"),
-    ("headless/test_command_line.py", "headless/test_save.py"),
     tuple(
         f"headless/test_{name}.py"
-        for name in ("bad_input", "gguf", "interrupt", "lora", "optimize", "several_gpus", "text_generation", "tiny")
+        for name in (
+            "attention",
+            "bad_input",
+            "command_line",
+            "foreign",
+            "gguf",
+            "interrupt",
+            "loaders",
+            "lora",
+            "optimize",
+            "save",
+            "several_gpus",
+            "text_generation",
+            "tiny",
+            "workflows",
+        )  # fmt: skip
     ),
 )
 """Beginnings of the names of files that ask for the same ComfyUI, or the same worker: one process runs them all, instead of one each."""

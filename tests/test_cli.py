@@ -40,6 +40,14 @@ def test_quantize_then_inspect_against_the_original(model, tmp_path, capsys):
     assert 1e-3 < float(errors[0].split()[0]) < 1.3e-2
 
 
+def test_a_rule_that_decides_nothing_is_named(model, tmp_path, capsys):
+    target = tmp_path / "out.safetensors"
+    assert main(["quantize", str(model), str(target), "--format", "int8", "--keep", "haed, blocks.0"]) == 0
+    out = capsys.readouterr().out
+    assert "The rule 'haed' matches no layer" in out
+    assert "'blocks.0' matches" not in out
+
+
 def test_a_dry_run_writes_nothing(model, tmp_path, capsys):
     assert main(["quantize", str(model), str(tmp_path / "out.safetensors"), "--format", "fp4", "--dry-run"]) == 0
     assert "quantized nvfp4" in capsys.readouterr().out
@@ -169,12 +177,38 @@ def test_a_file_name_that_is_no_text_is_shown_and_quantized(model, tmp_path):
     assert load_file(tmp_path / "out.safetensors")["blocks.0.attn.weight"].dtype == torch.int8
 
 
-@pytest.mark.parametrize("target", ["x" * 300, "file/out.safetensors", "folder"])
+@pytest.mark.parametrize("target", ["x" * 300 + ".safetensors", "file/out.safetensors", "folder"])
 def test_a_target_that_cannot_be_is_one_sentence_and_exit_code_2(model, tmp_path, target, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     assert main(["quantize", str(model), str(tmp_path / target), "--format", "int8", "--overwrite"]) == 2
     assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf", "out.ckpt", "out.safetensors.bak"])
+def test_a_name_that_comfyui_would_not_open_is_refused(model, tmp_path, name, capsys):
+    assert main(["quantize", str(model), str(tmp_path / name), "--format", "int8"]) == 2
+    assert "does not end in .safetensors" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no pipes in folders")
+def test_what_is_no_file_is_not_written_over(model, tmp_path, capsys):
+    """A device is the worst: root may replace it."""
+    target = tmp_path / "pipe.safetensors"
+    os.mkfifo(target)
+    assert main(["quantize", str(model), str(target), "--format", "int8", "--overwrite"]) == 2
+    assert "is no file and cannot be written over" in capsys.readouterr().err
+    assert target.is_fifo()
+
+
+@pytest.mark.parametrize("ends", [("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")])
+def test_a_lora_is_refused_before_a_byte_is_written(tmp_path, ends, capsys):
+    source, target = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    save_file({f"diffusion_model.blocks.0.q.{end}": torch.randn(64, 256).bfloat16() for end in ends}, source)
+    assert main(["quantize", str(source), str(target), "--format", "int8"]) == 2
+    assert "lora.safetensors is a LoRA" in capsys.readouterr().err
+    assert not target.exists()
 
 
 def test_auto_leaves_the_product_of_stored_layers_to_the_file(model, tmp_path):

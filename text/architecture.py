@@ -11,18 +11,23 @@ from typing import Any
 from ..errors import CheckpointError
 from ..ops.checkpoint import Checkpoint
 
-FAMILIES = {
+_QWEN, _GEMMA = {"use_sliding_window": False}, {"tie_word_embeddings": True}
+FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "mistral": {},
     "ministral": {},
-    "qwen2": {},
-    "qwen2_5_vl": {},
-    "qwen2_5_vl_text": {},
-    "qwen3": {},
-    "gemma3_text": {"adds_one": True},
-    "gemma3": {"adds_one": True},
+    "qwen2": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen2_5_vl_text": _QWEN,
+    "qwen3": _QWEN,
+    "gemma3_text": _GEMMA,
+    "gemma3": _GEMMA,
 }
-"""`model_type` of a configuration -> what it does not say itself."""
+"""`model_type` of a configuration -> what transformers takes for said where it does not say it."""
+_GEMMAS = ("gemma3_text", "gemma3")
+
+_UNKNOWN_HABITS = {"partial_rotary_factor": 1.0, "attn_logit_softcapping": None, "final_logit_softcapping": None}
+"""Of a configuration, with the value that leaves them out: no decoder here has them."""
 
 _GATES = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 
@@ -43,6 +48,7 @@ class Architecture:
         embedding_scale: multiplies embeddings.
         adds_one: norms multiply by 1 + weight (Gemma).
         stop_tokens: end a text.
+        tied: the embeddings are the output head too, where a file has none.
     """
 
     width: int
@@ -60,6 +66,7 @@ class Architecture:
     embedding_scale: float
     adds_one: bool
     stop_tokens: tuple[int, ...]
+    tied: bool = False
 
 
 def read_architecture(configuration: Mapping[str, Any], name: str) -> Architecture:
@@ -69,17 +76,46 @@ def read_architecture(configuration: Mapping[str, Any], name: str) -> Architectu
         CheckpointError: the model is of a family, or turns its rotation in a way, that is unknown here.
     """
     nested = configuration.get("text_config")
-    config = {**configuration, **nested} if isinstance(nested, dict) else dict(configuration)
+    nested = nested if isinstance(nested, dict) else {}
+    config = {**configuration, **nested}
     kind = str(config.get("model_type", ""))
     if kind not in FAMILIES:
         raise CheckpointError(
-            f"{name} is a '{kind}', which lowbit generate does not know: use one of {', '.join(FAMILIES)}."
+            f"{name} is {_called(kind)}, which lowbit generate does not know: use one of {', '.join(FAMILIES)}."
         )
+    config = {**FAMILIES[kind], **config}
+    try:
+        return _read(config, kind in _GEMMAS, _ties(configuration, nested, FAMILIES[kind]), name)
+    except KeyError as error:
+        reason = f"says no {error}"
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        reason = f"cannot be read ({error})"
+    raise CheckpointError(f"The configuration of {name} {reason}: download the folder again.")
+
+
+def _called(kind: str) -> str:
+    return f"a '{kind}'" if kind else "of a family that its configuration does not name"
+
+
+def _ties(configuration: Mapping[str, Any], nested: Mapping[str, Any], family: Mapping[str, Any]) -> bool:
+    """Whether the output head may be the embeddings: what the whole or its language model says, else its family."""
+    key = "tie_word_embeddings"
+    said = [bool(part[key]) for part in (configuration, nested) if part.get(key) is not None]
+    return any(said) if said else bool(family.get(key, False))
+
+
+def _read(config: Mapping[str, Any], gemma: bool, tied: bool, name: str) -> Architecture:
+    for habit, none in _UNKNOWN_HABITS.items():
+        if config.get(habit) not in (None, none):
+            raise CheckpointError(f"{name} has '{habit}' of {config[habit]}, which lowbit generate does not know.")
     heads, count = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    gemma = bool(FAMILIES[kind].get("adds_one"))
     theta, local_theta, factor = _rotation(config, name)
     activation = config.get("hidden_activation") or config.get("hidden_act", "silu")
+    if activation not in _GATES:
+        raise CheckpointError(
+            f"{name} has the activation '{activation}', which lowbit generate does not know: it has {', '.join(_GATES)}."
+        )
     return Architecture(
         width=int(config["hidden_size"]),
         heads=heads,
@@ -96,6 +132,7 @@ def read_architecture(configuration: Mapping[str, Any], name: str) -> Architectu
         embedding_scale=float(config["hidden_size"]) ** 0.5 if gemma else 1.0,
         adds_one=gemma,
         stop_tokens=_tokens(config.get("eos_token_id")),
+        tied=tied,
     )
 
 
@@ -128,12 +165,18 @@ def _windows(config: Mapping[str, Any], count: int, gemma: bool) -> tuple[int | 
         return (None,) * count
     kinds = config.get("layer_types")
     if kinds is None:
-        pattern = int(config.get("sliding_window_pattern", 6)) if gemma else 1
-        kinds = ["full_attention" if gemma and (i + 1) % pattern == 0 else "sliding_attention" for i in range(count)]
+        pattern = int(config.get("sliding_window_pattern", 6)) if gemma else count + 1
+        first = int(config.get("max_window_layers") or 0)
+        kinds = [
+            "sliding_attention" if index >= first and (index + 1) % pattern else "full_attention"
+            for index in range(count)
+        ]
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
 _QWEN_STOPS = (151643, 151645)
+_WIDEST_TIED = 2560
+"""Width of the largest Qwen2.5 and Qwen3 whose embeddings are the output head too (3B and 4B)."""
 
 
 def guess_architecture(checkpoint: Checkpoint) -> Architecture:
@@ -144,8 +187,11 @@ def guess_architecture(checkpoint: Checkpoint) -> Architecture:
     """
     entries = checkpoint.entries
     bias, norm = "model.layers.0.self_attn.k_proj.bias", "model.layers.0.self_attn.q_norm.weight"
-    gemma = "model.layers.0.pre_feedforward_layernorm.weight" in entries
-    if gemma or (bias not in entries and norm not in entries) or "model.embed_tokens.weight" not in entries:
+    # Gemma; and Qwen3-VL, whose rotation has another base.
+    others = "model.layers.0.pre_feedforward_layernorm.weight" in entries or any(
+        "deepstack" in name for name in entries
+    )
+    if others or (bias not in entries and norm not in entries) or "model.embed_tokens.weight" not in entries:
         raise CheckpointError(
             f"{checkpoint.path.name} is neither a Qwen2.5 nor a Qwen3 text encoder: name its Hugging Face folder instead."
         )
@@ -172,12 +218,16 @@ def guess_architecture(checkpoint: Checkpoint) -> Architecture:
         1.0,
         False,
         _QWEN_STOPS,
+        tied=width <= _WIDEST_TIED,
     )
 
 
 def _rows(checkpoint: Checkpoint, layer: str) -> int:
-    bias = checkpoint.entries.get(f"{layer}.bias")
-    return (bias or checkpoint.entries[f"{layer}.weight"]).shape[0]
+    entries = checkpoint.entries
+    known = entries.get(f"{layer}.bias") or entries.get(f"{layer}.weight")
+    if known is None:
+        raise CheckpointError(f"{checkpoint.path.name} has no '{layer}.weight': it is not whole, or another model.")
+    return known.shape[0]
 
 
 def read_configuration(folder: Path) -> dict[str, Any]:

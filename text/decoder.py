@@ -23,6 +23,7 @@ class Model:
         logits: (1, K) -> (1, V).
         eps: of every norm of the residual stream.
         extra: what every layer's `finish` is given besides: (token, embedding) -> one tensor a layer (Gemma 4).
+        vocabulary: tokens that it has embeddings for, or None.
     """
 
     embed: Callable[[torch.Tensor], torch.Tensor]
@@ -31,6 +32,7 @@ class Model:
     logits: Callable[[torch.Tensor], torch.Tensor]
     eps: float
     extra: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor]] | None = None
+    vocabulary: int | None = None
 
 
 class Decoder:

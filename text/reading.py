@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..errors import CheckpointError
 from ..kernels.cache_heads import HeadNorms
 from ..ops.checkpoint import Checkpoint
 from ..ops.formats import STORAGES, WeightFormat, storage_for
+from ..ops.header import TensorEntry
 from ..ops.plan import find_stored
 from ..ops.quantize import assemble, quantize_weight
 from ..ops.read_layer import read_layer
@@ -19,10 +19,13 @@ from ..ops.stored import StoredLayers
 from .architecture import Architecture
 from .caches import LayerCache
 from .decoder import Model
+from .embedding import embedded
 from .layers import FeedForward, Layer, LayerAttention, Rotation
 from .linears import HeldLinears, Linear
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+_MOST_PADDED = 128
+"""Rows that a format fills up to."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,21 @@ class Reader:
         stored = find_stored(self.checkpoint)
         shape = self.architecture
         prefix = self._prefix()
-        table = self._tensor(f"{prefix}embed_tokens.weight")
+        if f"{prefix}layers.{shape.layers}.input_layernorm.weight" in self.checkpoint.entries:
+            raise CheckpointError(
+                f"{self.checkpoint.path.name} has more than the {shape.layers} layers of its configuration: that is "
+                "another model's."
+            )
+        table = self._embeddings(f"{prefix}embed_tokens", stored)
         layers = [self._layer(f"{prefix}layers.{index}", index, stored) for index in range(shape.layers)]
-        head = next(
-            (name for name in ("lm_head", f"{prefix}lm_head") if f"{name}.weight" in self.checkpoint.entries), None
-        )
-        logits = HeldLinears([Linear(table)] if head is None else [self._linear(head, shape.width, stored)])
+        logits = HeldLinears([self._head(prefix, table, stored)])
         return Model(
-            lambda token: (F.embedding(token.view(-1), table) * shape.embedding_scale).to(self.dtype),
+            lambda token: (embedded(table, token.view(-1), self.dtype) * shape.embedding_scale).to(self.dtype),
             layers,
-            self._norm(f"{prefix}norm"),
+            self._norm(f"{prefix}norm", shape.width),
             lambda x: logits(x)[0],
             shape.eps,
+            vocabulary=table.shape[0],
         )
 
     def _prefix(self) -> str:
@@ -71,46 +77,93 @@ class Reader:
                 return prefix
         raise CheckpointError(f"{self.checkpoint.path.name} has no embeddings of tokens: it is no language model.")
 
-    def _tensor(self, name: str) -> torch.Tensor:
-        if name not in self.checkpoint.entries:
-            raise CheckpointError(f"{self.checkpoint.path.name} has no '{name}': it is not whole, or another model.")
+    def _embeddings(self, name: str, stored: StoredLayers) -> torch.Tensor:
+        """(V, K), quantized where the file has them so."""
+        shape = (self._entry(f"{name}.weight").shape[0], self.architecture.width)
+        if name not in stored.layers:
+            return self._tensor(f"{name}.weight", shape)
+        return read_layer(self.checkpoint, name, stored.layers[name], shape, self.dtype).to(self.device)
+
+    def _head(self, prefix: str, table: torch.Tensor, stored: StoredLayers) -> Linear:
+        """The output head; `table` where the model has none of its own.
+
+        Raises:
+            CheckpointError: it has one, and the file has not.
+        """
+        # Beside the language model, whatever it lies in.
+        for name in ("lm_head", f"{prefix.removesuffix('model.')}lm_head", f"{prefix}lm_head"):
+            entry = self.checkpoint.entries.get(f"{name}.weight")
+            if entry is not None:
+                return self._linear(name, entry.shape[0], self.architecture.width, stored)
+        if not self.architecture.tied:
+            raise CheckpointError(
+                f"{self.checkpoint.path.name} has no output head ('lm_head.weight'), and its embeddings are none: it can "
+                "encode prompts, but not write text."
+            )
+        return Linear(table)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        found = tuple(self._entry(name).shape)
+        if found != shape:
+            raise self._other_model(name, found, shape)
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
-    def _norm(self, name: str) -> torch.Tensor:
-        weight = self._tensor(f"{name}.weight")
+    def _entry(self, name: str) -> TensorEntry:
+        entry = self.checkpoint.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.checkpoint.path.name} has no '{name}': it is not whole, or another model.")
+        return entry
+
+    def _other_model(self, name: str, found: Sequence[int], wanted: Sequence[int]) -> CheckpointError:
+        sizes = (" x ".join(map(str, shape)) for shape in (found, wanted))
+        return CheckpointError(
+            f"{self.checkpoint.path.name}: '{name}' is {next(sizes)} where the configuration says {next(sizes)}: one of "
+            "them is another model's."
+        )
+
+    def _norm(self, name: str, width: int) -> torch.Tensor:
+        weight = self._tensor(f"{name}.weight", (width,))
         return weight + 1.0 if self.architecture.adds_one else weight
 
-    def _linear(self, name: str, columns: int, stored: StoredLayers) -> Linear:
-        bias = self._tensor(f"{name}.bias") if f"{name}.bias" in self.checkpoint.entries else None
+    def _linear(self, name: str, rows: int, columns: int, stored: StoredLayers) -> Linear:
+        bias = self._tensor(f"{name}.bias", (rows,)) if f"{name}.bias" in self.checkpoint.entries else None
         if name in stored.layers:
-            rows = bias.shape[0] if bias is not None else self.checkpoint.entries[f"{name}.weight"].shape[0]
+            codes = self._entry(f"{name}.weight").shape
+            if not rows <= codes[0] <= -(-rows // _MOST_PADDED) * _MOST_PADDED:
+                raise self._other_model(f"{name}.weight", codes, (rows, columns))
             weight = read_layer(self.checkpoint, name, stored.layers[name], (rows, columns), self.dtype)
-            return Linear(weight.to(self.device), bias)
-        weight = self._tensor(f"{name}.weight")
+            scale = f"{name}.pre_quant_scale"
+            before = self._tensor(scale, (columns,)) if scale in self.checkpoint.entries else None
+            return Linear(weight.to(self.device), bias, before)
+        weight = self._tensor(f"{name}.weight", (rows, columns))
         if self.weight_format is None:
             return Linear(weight, bias)
         storage = storage_for(self.weight_format, columns)
         if columns % STORAGES[storage].column_multiple:
             return Linear(weight, bias)
         unit = self.weight_format.unit_scale
-        parts = quantize_weight(weight, storage, unit_scale=unit)
-        return Linear(assemble(parts, storage, (weight.shape[0], columns), self.dtype), bias)
+        parts = quantize_weight(weight, storage, unit_scale=unit, name=name)
+        return Linear(assemble(parts, storage, (rows, columns), self.dtype), bias)
 
-    def _linears(self, names: Sequence[str], columns: int, stored: StoredLayers) -> HeldLinears:
-        return HeldLinears([self._linear(name, columns, stored) for name in names])
+    def _linears(self, rows: Mapping[str, int], columns: int, stored: StoredLayers) -> HeldLinears:
+        return HeldLinears([self._linear(name, count, columns, stored) for name, count in rows.items()])
 
     def _layer(self, name: str, index: int, stored: StoredLayers) -> Layer:
         shape = self.architecture
         attention, mlp = f"{name}.self_attn", f"{name}.mlp"
         gemma = f"{name}.pre_feedforward_layernorm.weight" in self.checkpoint.entries
-        down = f"{mlp}.down_proj"
-        entries = self.checkpoint.entries
-        inner = entries[f"{mlp}.gate_proj.weight"].shape[0]
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        inner = self._entry(f"{mlp}.gate_proj.weight").shape[0]
         empty = torch.empty(shape.kv_heads, 0, shape.head_dim, dtype=self.dtype, device=self.device)
+        after = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
         return Layer(
             LayerAttention(
-                self._linears([f"{attention}.{part}_proj" for part in "qkv"], shape.width, stored),
-                self._linears([f"{attention}.o_proj"], shape.heads * shape.head_dim, stored),
+                self._linears(
+                    {f"{attention}.q_proj": queries, f"{attention}.k_proj": keys, f"{attention}.v_proj": keys},
+                    shape.width,
+                    stored,
+                ),
+                self._linears({f"{attention}.o_proj": shape.width}, queries, stored),
                 shape.heads,
                 shape.head_dim,
                 self._head_norms(attention),
@@ -119,20 +172,23 @@ class Reader:
                 LayerCache(empty, empty, 0),
             ),
             FeedForward(
-                self._linears([f"{mlp}.gate_proj", f"{mlp}.up_proj"], shape.width, stored),
-                self._linears([down], inner, stored),
+                self._linears({f"{mlp}.gate_proj": inner, f"{mlp}.up_proj": inner}, shape.width, stored),
+                self._linears({f"{mlp}.down_proj": shape.width}, inner, stored),
                 shape.activation,
             ),
-            self._norm(f"{name}.input_layernorm"),
-            self._norm(f"{name}.pre_feedforward_layernorm" if gemma else f"{name}.post_attention_layernorm"),
-            self._norm(f"{name}.post_attention_layernorm") if gemma else None,
-            self._norm(f"{name}.post_feedforward_layernorm") if gemma else None,
+            self._norm(f"{name}.input_layernorm", shape.width),
+            self._norm(f"{name}.{after}", shape.width),
+            self._norm(f"{name}.post_attention_layernorm", shape.width) if gemma else None,
+            self._norm(f"{name}.post_feedforward_layernorm", shape.width) if gemma else None,
         )
 
     def _head_norms(self, name: str) -> HeadNorms:
         if f"{name}.q_norm.weight" not in self.checkpoint.entries:
             return HeadNorms()
-        return HeadNorms(self._norm(f"{name}.q_norm"), self._norm(f"{name}.k_norm"), eps=self.architecture.eps)
+        width = self.architecture.head_dim
+        return HeadNorms(
+            self._norm(f"{name}.q_norm", width), self._norm(f"{name}.k_norm", width), eps=self.architecture.eps
+        )
 
 
 def rotary_tables(shape: Architecture, window: int | None, start: int, count: int, device: torch.device) -> Rotation:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import CheckpointError, FormatError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -21,6 +23,9 @@ class Sampling:
         repetition_penalty: divides the positive logits of what was generated before, multiplies the negative ones.
         presence_penalty: is taken off the logits of what was generated before.
         seed: of the draws.
+
+    Raises:
+        FormatError: the repetition penalty is not above 0, which would divide by it.
     """
 
     draws: bool = False
@@ -31,6 +36,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.greedy and not self.repetition_penalty > 0:
+            raise FormatError(
+                f"A repetition penalty of {self.repetition_penalty} cannot divide: use one above 0, and 1 for none."
+            )
 
     @property
     def greedy(self) -> bool:
@@ -84,6 +95,19 @@ class Sampler:
         if repetition != 1.0:
             logits = torch.where(logits < 0, logits * repetition, logits / repetition)
         return logits - presence if presence != 0.0 else logits
+
+
+def check_logits(logits: torch.Tensor) -> None:
+    """Wait for the logits after a prompt, and see that they are numbers: of others any token could be drawn.
+
+    Raises:
+        CheckpointError: they hold NaN.
+    """
+    if bool(logits.isnan().any()):
+        raise CheckpointError(
+            "The model makes NaN of this prompt, so no text can be drawn from it: its file is damaged, or it makes numbers "
+            "that are too large for the dtype it runs in."
+        )
 
 
 def _drop_unlikely(logits: torch.Tensor, min_p: float, top_p: float) -> torch.Tensor:

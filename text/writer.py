@@ -19,7 +19,7 @@ from .decoder import Decoder, Model
 from .loop import generate
 from .prompt import run_prompt
 from .reading import Reader
-from .sampling import Sampler, Sampling
+from .sampling import Sampler, Sampling, check_logits
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
@@ -77,12 +77,19 @@ class Writer:
         """The tokens that follow `tokens`, `most` at most, the stop token among them.
 
         Raises:
-            FormatError: there are none to follow.
+            FormatError: there are none to follow, or they are no tokens of this model.
+            CheckpointError: the model makes NaN of them.
         """
         if not tokens:
             raise FormatError("Nothing can be written: the prompt is empty, or its tokenizer makes no tokens of it.")
+        known = self.model.vocabulary
+        if known is not None and max(tokens) >= known:
+            raise FormatError(
+                f"The tokenizer makes token {max(tokens)} of the prompt, but the model has {known}: it is another model's."
+            )
         prompt = torch.tensor(tokens, device=self.device)
         logits = run_prompt(self.model, self.architecture, prompt, most, policy)[-1:]
+        check_logits(logits)
         sampler = Sampler(sampling, logits.shape[-1], self.device)
         decoder = Decoder(self.model, sampler, sampler.draw(logits), most)
         if self.device.type == "cuda":
@@ -147,7 +154,7 @@ def load_tokenizer(folder: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise CapabilityError(
-            "Writing text needs the package 'transformers' for its tokenizers: pip install lowbit[text]."
+            "Writing text needs the package 'transformers' for its tokenizers: install it with 'pip install transformers'."
         ) from None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)

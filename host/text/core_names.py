@@ -9,7 +9,7 @@ NEEDED = dotted(
         "comfy.model_management": "should_use_bf16 throw_exception_if_processing_interrupted",
         "comfy.ops": "cast_bias_weight uncast_bias_weight",
         "comfy.sd": "CLIP",
-        "comfy.sd.CLIP": "generate",
+        "comfy.sd.CLIP": "generate tokenize",
         "comfy.sd1_clip": "SDClipModel",
         "comfy.text_encoders.llama": "BaseGenerate Llama2_ Qwen25_7BVLI",
         "comfy.text_encoders.llama.BaseGenerate": "generate",

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from ...kernels.cache_heads import HeadNorms
+from ...ops.linear_weight import FLOAT8_DTYPES
 from ...text.caches import CachePolicy, LayerCache, RingCache
 from ...text.decoder import Model
+from ...text.embedding import embedded
 from ...text.layers import FeedForward, Layer, LayerAttention, Rotation
+from ...text.linears import Linear
 from ...versions import find
 from .delta_net import DeltaNet
 from .held_weights import HeldWeights, StreamedWeights
@@ -66,10 +69,12 @@ def _embedding(transformer: Any, weights: Weights) -> tuple[Callable[[torch.Tens
     """(token (1, 1) -> (1, K), the embedding's weight or None)."""
     module, dtype = transformer.embed_tokens, weights.dtype
     if isinstance(weights, StreamedWeights):
-        return lambda token: module(token).to(dtype).view(1, -1), None
+        # Core's own row is of the table's dtype, which is none to compute in where that is FP8.
+        made = dtype if module.weight.dtype in FLOAT8_DTYPES else None
+        return lambda token: module(token, out_dtype=made).to(dtype).view(1, -1), None
     table, _ = weights.weight(module)
     scale = _embedding_scale(module, transformer.config.hidden_size)
-    return lambda token: (F.embedding(token.view(1), table) * scale).to(dtype), table
+    return lambda token: (embedded(table, token.view(1), dtype) * scale).to(dtype), table
 
 
 def _embedding_scale(module: Any, width: int) -> float:
@@ -84,7 +89,7 @@ def _logits(owner: Any, weights: Weights, table: torch.Tensor | None) -> Callabl
         return lambda x: head(x)[0]
     if table is None:
         return lambda x: owner.logits(x.unsqueeze(0))[:, -1]
-    return lambda x: F.linear(x, table.to(x.dtype))
+    return Linear(table)
 
 
 def prompt_logits(owner: Any, x: torch.Tensor) -> torch.Tensor:
@@ -295,7 +300,7 @@ def _gemma4_inputs(transformer: Any, weights: Weights) -> Callable[[torch.Tensor
         scale = _embedding_scale(module, width)
 
         def look_up(token: torch.Tensor) -> torch.Tensor:
-            return F.embedding(token, table) * scale
+            return embedded(table, token.view(-1), weights.dtype) * scale
 
     def inputs(token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         made = (projection(x)[0] * config.hidden_size**-0.5).view(count, 1, width)

@@ -17,7 +17,7 @@ from ...errors import CapabilityError
 from ...text.caches import FULL, CachePolicy
 from ...text.decoder import Decoder
 from ...text.loop import generate
-from ...text.sampling import Sampler, Sampling
+from ...text.sampling import Sampler, Sampling, check_logits
 from .families import Family, Prompt, find_family, prompt_logits
 from .held_weights import HeldWeights, StreamedWeights, StreamedWeightsError
 from .prefill import Gathered
@@ -70,7 +70,9 @@ def generate_text(owner: Any, settings: TextGeneration, *args: Any, **kwargs: An
         settings: how.
 
     Raises:
-        CapabilityError: it is a Qwen2.5-VL without its output head.
+        CapabilityError: it is a Qwen2.5-VL without its output head, or cut off before its last layer.
+        CheckpointError: it makes NaN of the prompt.
+        FormatError: the repetition penalty is 0.
     """
     asked = read_arguments(owner, *args, **kwargs)
     check_head(owner)
@@ -84,9 +86,10 @@ def generate_text(owner: Any, settings: TextGeneration, *args: Any, **kwargs: An
     dtype = asked["execution_dtype"] or (
         torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
     )
-    settings = _fitting(settings, family, owner)
+    settings, sampling = _fitting(settings, family, owner), read_sampling(asked)
     prompt, logits = _run_prompt(owner, family, asked, embeds.to(dtype), settings)
-    sampler = Sampler(read_sampling(asked), logits.shape[-1], device, asked["initial_tokens"])
+    check_logits(logits)
+    sampler = Sampler(sampling, logits.shape[-1], device, asked["initial_tokens"])
     first = sampler.draw(logits)
     bar = comfy.utils.ProgressBar(asked["max_length"])
 
@@ -111,11 +114,16 @@ def generate_text(owner: Any, settings: TextGeneration, *args: Any, **kwargs: An
 
 
 def check_head(owner: Any) -> None:
-    """Refuse a Qwen2.5-VL that has no output head: its embeddings are not one.
+    """Refuse what cannot tell a next token: a Qwen2.5-VL without its output head, whose embeddings are not one, and a
+    model that core cuts off for its inner states.
 
     Raises:
-        CapabilityError: it has none.
+        CapabilityError: it is one of them.
     """
+    if getattr(owner.model, "norm", owner) is None:
+        raise CapabilityError(
+            "This text encoder is cut off before its last layer, so it only encodes prompts: load a whole one to write text."
+        )
     if isinstance(owner, Qwen25_7BVLI) and not hasattr(owner.model, "lm_head"):
         raise CapabilityError(
             "This Qwen2.5-VL has no output head, so it cannot write text: load a file that has 'lm_head.weight' with "

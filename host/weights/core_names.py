@@ -15,7 +15,7 @@ NEEDED = dotted(
         "comfy.patcher_extension": "CallbacksMP",
         "comfy.quant_ops": "QuantizedTensor",
         "comfy.sd": "CLIP CLIPType VAE load_diffusion_model_state_dict load_text_encoder_state_dicts",
-        "comfy.utils": "ProgressBar get_attr load_torch_file set_attr_param",
+        "comfy.utils": "ProgressBar get_attr load_torch_file set_attr set_attr_param",
         "comfy_execution.graph": "ExecutionBlocker",
         "comfy_kitchen.tensor.base": "LAYOUTS",
         "folder_paths": (

@@ -24,7 +24,7 @@ from ...ops.formats import AS_STORED, AUTO
 from ...ops.gguf_file import SUFFIX
 from ...ops.keep_rules import parse_rules
 from ...ops.plan import QuantizationPlan
-from ...ops.plan_report import plan_report, plan_summary
+from ...ops.plan_report import plan_report, plan_summary, unmatched_sentences
 from ...ops.sampled_errors import sampled_errors
 from ...ops.stored_names import metadata_below
 from ...ops.trade import trade_table
@@ -158,6 +158,8 @@ def plan_checkpoint(
         pinned = {**(tables(chosen.plan.layers) if pinned is None else pinned), **shaped}
         chosen = plan_format(checkpoint, request.weight_format, where, rules, _measure, pinned=pinned)
     check_formats(checkpoint, chosen.plan)
+    for sentence in unmatched_sentences(chosen.plan) if rules is not None else ():
+        logger.warning("%s: %s", checkpoint.path.name, sentence)
     return Planned(checkpoint, chosen.plan, request, where, str(chosen), pinned)
 
 

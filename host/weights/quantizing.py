@@ -21,7 +21,7 @@ from .core_build import on_meta, under_core_names
 from .loading import load_diffusion_model
 from .patching import patch_beside_weights
 from .preparing import Planned, Request, diffusion_part, plan_diffusion_checkpoint, prepared_file
-from .rebinding import check_untouched, rebind
+from .rebinding import check_untouched, rebind, use_unpatched
 from .saving import source_checkpoint
 from .temporary_files import removal_put_off
 from .told import told, with_told
@@ -81,10 +81,8 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
     Raises:
         CheckpointError, FormatError, CapabilityError: as for the loader; or the model's weights cannot be read.
     """
-    origin = source_checkpoint(patcher)
-    if origin is not None:
-        checkpoint = under_core_names(diffusion_part(origin))
-        edited = edited_weights(patcher, checkpoint)
+    checkpoint, edited = noted_file(patcher)
+    if checkpoint is not None:
         if not edited:
             checkpoint = with_told(checkpoint, patcher.model, on_meta(checkpoint))
             return plan_diffusion_checkpoint(checkpoint, request, patcher.load_device)
@@ -92,7 +90,7 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
             "Another node has changed %d weights of the model since %s was loaded, '%s' among them: the weights that it "
             "has now are quantized, not the file's.",
             len(edited),
-            origin.path.name,
+            checkpoint.path.name,
             edited[0],
         )
     return plan_diffusion_checkpoint(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
@@ -112,7 +110,7 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
     if not plan.changes_weights and (isinstance(planned.checkpoint, LoadedModel) or not plan.stored.layers):
         return patcher.clone()
     check_untouched(patcher)
-    with patcher.use_ejected():
+    with patcher.use_ejected(), use_unpatched(patcher):
         with removal_put_off():
             path = str(prepared_file(planned))
             quantized = load_diffusion_model(path, disable_dynamic=not patcher.is_dynamic())
@@ -127,6 +125,15 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
     # What is done to the other model's weights at the moment.
     result.hook_backup, result.cached_hook_patches, result.current_hooks = {}, {}, None
     return patch_beside_weights(result)
+
+
+def noted_file(patcher: comfy.model_patcher.ModelPatcher) -> tuple[Checkpoint | None, list[str]]:
+    """The file that core noted for the model, in core's names, and the weights of the model that are not its any more."""
+    origin = source_checkpoint(patcher)
+    if origin is None:
+        return None, []
+    checkpoint = under_core_names(diffusion_part(origin))
+    return checkpoint, edited_weights(patcher, checkpoint)
 
 
 def edited_weights(patcher: comfy.model_patcher.ModelPatcher, origin: Checkpoint) -> list[str]:
@@ -169,7 +176,7 @@ def loaded_model(patcher: comfy.model_patcher.ModelPatcher) -> LoadedModel:
 
 def _own_weights(patcher: comfy.model_patcher.ModelPatcher) -> dict[str, torch.Tensor]:
     """The diffusion model's tensors under any patches, in a file's names."""
-    with torch.inference_mode():
+    with torch.inference_mode(), use_unpatched(patcher):
         state = patcher.model.diffusion_model.state_dict()
         for key, backup in patcher.backup.items():
             name = key.removeprefix("diffusion_model.")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.utils
 import torch
 from torch._dynamo import OptimizedModule
 
@@ -53,6 +55,24 @@ def check_untouched(patcher: comfy.model_patcher.ModelPatcher) -> None:
             f"Another node changed the layer '{name}' itself, which a quantized copy of the model would not have: put "
             "that node behind Quantize Model (Lowbit)."
         )
+
+
+@contextlib.contextmanager
+def use_unpatched(patcher: comfy.model_patcher.ModelPatcher) -> Iterator[None]:
+    """The model of `patcher` as it is under the object patches of whichever clone is loaded.
+
+    Without this a patch that is in its place is taken for the model's own part of that name, and is lost.
+    """
+    put_back = {
+        name: comfy.utils.set_attr(patcher.model, name, original)
+        for name, original in patcher.object_patches_backup.items()
+    }
+    try:
+        yield
+    finally:
+        for name, patch in put_back.items():
+            if name in patcher.object_patches_backup:  # else core has unloaded the model in the meantime
+                comfy.utils.set_attr(patcher.model, name, patch)
 
 
 def _touched(model: torch.nn.Module) -> str | None:

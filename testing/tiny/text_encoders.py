@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -11,6 +13,8 @@ from .tensors import linear, norm
 
 QWEN_VOCABULARY = 152064
 QWEN_HEAD_DIM = 128
+PAD, END, UNKNOWN = 0, 1, 2
+"""Tokens of the sentencepiece models."""
 
 SENTENCES = (
     "a cat walks over the quiet roof in the morning light",
@@ -108,20 +112,24 @@ def _vision_shapes(config: Qwen25Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def sentencepiece_model(vocabulary: int) -> torch.Tensor:
-    """A sentencepiece model trained on a few sentences, as the uint8 tensor `spiece_model` of Wan's UMT5 files."""
+def sentencepiece_model(vocabulary: int, sentences: Iterable[str] = SENTENCES, **options: Any) -> torch.Tensor:
+    """A sentencepiece model trained on a few sentences, as the uint8 tensor `spiece_model` of Wan's UMT5 files.
+
+    options: further ones of the trainer.
+    """
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
+        sentence_iterator=iter(sentences),
         model_writer=model,
         vocab_size=vocabulary,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
+        pad_id=PAD,
+        eos_id=END,
+        unk_id=UNKNOWN,
         bos_id=-1,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8).clone()

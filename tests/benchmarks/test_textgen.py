@@ -7,7 +7,7 @@ import sys
 
 from benchmarks import textgen, textgen_rivals
 
-SMALL = ["64,128,2,2,1", "--prefill", "12", "--decode", "8", "--window", "3", "--heavy-hitters", "3"]
+SMALL = ["random:64,128,2,2,1", "--prefill", "12", "--decode", "8", "--window", "3", "--heavy-hitters", "3"]
 
 
 def test_three_modes_are_measured_and_judged(tmp_path, monkeypatch):

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from lowbit.cli import main
-from lowbit.ops.formats import FORMATS
 from testing import graphs
-from testing.cases import CASES
+from testing.cases import CASES, in_formats
 from testing.measure import relative_error
 
 MEASURED = json.loads((Path(__file__).parent / "tolerances.json").read_text())["largest_error"]
@@ -31,8 +30,7 @@ def tolerance(name: str, format: str) -> float:
     return 1.6 * max(measured[format], measured["int8_fast"] if format.startswith("int") else 0)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize(("name", "format"), in_formats("wan_t2v", "umt5", others=["qwen_image", "qwen25_vl"]))
 def test_file_made_on_the_command_line_runs_in_stock_comfyui(stock, name, format):
     case, (folder, load) = CASES[name], LOADERS[name]
     source = stock.models / folder / f"{name}.safetensors"

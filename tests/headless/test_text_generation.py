@@ -70,6 +70,17 @@ def test_an_interrupt_ends_the_text_and_the_next_one_is_whole(bench):
     assert len(written(bench, writing())) > 12
 
 
+def test_a_picture_beside_the_prompt_is_looked_at(bench):
+    texts = []
+    for seed in (None, 5, 6):
+        graph = writing()
+        if seed is not None:
+            graph["picture"] = graphs.node("TinyImage", frames=1, height=56, width=56, seed=seed)
+            graph["write"]["inputs"]["image"] = ["picture", 0]
+        texts.append(written(bench, graph))
+    assert len(set(texts)) == 3
+
+
 def test_a_file_without_a_head_is_told_so(bench):
     with pytest.raises(GraphFailedError) as failed:
         bench.server.run(writing(SILENT))

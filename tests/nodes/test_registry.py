@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import json
 import re
+import subprocess
 import sys
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from testing import comfyui
 
@@ -67,8 +72,49 @@ def test_comfyui_itself_brings_every_requirement(requirements):
         assert re.search(rf"^{re.escape(name_of(line))}\b", brought, re.MULTILINE | re.IGNORECASE), line
 
 
-def test_the_package_asks_for_the_same_and_torch(project, requirements):
-    assert sorted(project["project"]["dependencies"]) == sorted([*requirements, "torch>=2.8"])
+def test_the_package_asks_for_the_same_and_what_comfyui_has_besides(project, requirements):
+    assert sorted(project["project"]["dependencies"]) == sorted([*requirements, "torch>=2.8", "packaging"])
+
+
+_ALONE = """
+import importlib.metadata, json, sys
+from importlib.machinery import PathFinder
+
+declared = set(json.loads(sys.argv[1]))
+owners = importlib.metadata.packages_distributions()
+
+
+class OnlyDeclared:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        found = {owner.lower().replace("_", "-") for owner in owners.get(name.partition(".")[0], ())}
+        return None if found and not found & declared else PathFinder.find_spec(name, path, target)
+
+
+declared.add("lowbit")
+sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyDeclared
+from lowbit.cli import main
+
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_the_command_line_needs_nothing_that_is_not_declared(project, tmp_path):
+    """In an environment that has only the package and what it, and that in turn, asks for."""
+    waiting, declared = [name_of(line) for line in project["project"]["dependencies"]], set()
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        if name not in declared:
+            declared.add(name)
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                asked = importlib.metadata.requires(name) or []
+                waiting += [name_of(line) for line in asked if "extra ==" not in line]
+    source, target = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
+    save_file({f"blocks.{block}.q.weight": torch.randn(64, 256).bfloat16() for block in range(2)}, source)
+    for arguments in (["quantize", source, target, "--format", "int8"], ["inspect", target, "--against", source]):
+        command = [sys.executable, "-c", _ALONE, json.dumps(sorted(declared)), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_registry_has_what_it_asks_for(project):

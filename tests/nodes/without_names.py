@@ -17,7 +17,7 @@ from typing import Any
 
 PACK = "lowbit_under_test"
 KEPT = ("attention", "kernels", "memory", "text")
-"""Folders of the pack that take nothing of ComfyUI: they are not loaded again."""
+"""Folders of the pack that take nothing of ComfyUI: they are not loaded again. Nor is `ops` for a name that it does not take."""
 
 
 class Log(logging.Handler):
@@ -31,10 +31,10 @@ class Log(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def load(folder: Path, log: Log) -> list[str]:
-    """Ids of the nodes that ComfyUI would list, from the pack as it is loaded now."""
+def load(folder: Path, log: Log, kept: tuple[str, ...] = KEPT) -> list[str]:
+    """Ids of the nodes that ComfyUI would list, from the pack as it is loaded now, but for the folders that are kept."""
     for name in [name for name in sys.modules if name.partition(".")[0] == PACK]:
-        if name.split(".")[1:2] not in [[kept] for kept in KEPT]:
+        if name.split(".")[1:2] not in [[folder] for folder in kept]:
             del sys.modules[name]
     log.texts.clear()
     spec = importlib.util.spec_from_file_location(
@@ -117,13 +117,15 @@ def main(pack: str, wanted: str, out: str) -> None:
     logging.getLogger("lowbit").addHandler(log)
     found: dict[str, Any] = {"all": load(Path(pack), log), "said": list(log.texts), "without": {}, "fixed": []}
     found["groups"] = [described(group) for group in sys.modules[f"{PACK}.nodes"].GROUPS]
-    for name in dict.fromkeys(expanded(json.loads(Path(wanted).read_text()))):
+    names = json.loads(Path(wanted).read_text())
+    kept = dict.fromkeys(expanded(names["others"]), (*KEPT, "ops"))
+    for name, folders in (kept | dict.fromkeys(expanded(names["ops"]), KEPT)).items():
         place = owner_of(name) if "." in name else None
         if place is None:
             found["fixed"].append(name)
             continue
         with without(name, *place):
-            left = load(Path(pack), log)
+            left = load(Path(pack), log, folders)
         found["without"][name] = {"left": left, "said": list(log.texts)}
     Path(out).write_text(json.dumps(found))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.errors import FormatError
 from lowbit.text.sampling import Sampler, Sampling
 
 VOCABULARY = 50
@@ -65,3 +67,10 @@ def test_temperature_zero_is_greedy_and_has_no_penalty():
     for sampling in (Sampling(False, repetition_penalty=9.0), Sampling(True, 0.0, presence_penalty=9.0)):
         sampler = Sampler(sampling, 3, CPU, history=[1])
         assert [sampler.draw(logits).item() for _ in range(2)] == [1, 1]
+
+
+def test_a_penalty_that_divides_by_nothing_is_refused_where_it_counts():
+    for penalty in (0.0, -1.0, float("nan")):
+        with pytest.raises(FormatError, match="cannot divide"):
+            Sampling(True, repetition_penalty=penalty)
+        assert Sampling(False, repetition_penalty=penalty).greedy

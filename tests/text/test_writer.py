@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowbit.cli import main
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, FormatError
 from lowbit.ops.formats import find_format
 from lowbit.text.architecture import read_architecture
 from lowbit.text.caches import HEAVY_HITTERS, CachePolicy
@@ -125,6 +129,108 @@ def test_what_is_unknown_is_refused(change, said):
         read_architecture(config, "model")
 
 
+def other_files(folder: Path, target: Path, change: Callable[[dict], dict], **configuration: Any) -> Path:
+    """A copy of a folder with other tensors, and other entries in its configuration (None: without)."""
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text()) | configuration
+    (target / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    save_file(change(load_file(folder / "model.safetensors")), target / "model.safetensors")
+    return target
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_the_head_of_a_model_that_sees_lies_beside_its_language_model(folder, tmp_path):
+    """As in LLaVA's folders: the embeddings are not the head."""
+    path, _ = folder
+    inside = json.loads((path / "config.json").read_text())
+    under = other_files(
+        path,
+        tmp_path / "sees",
+        lambda tensors: {f"language_model.{name}": tensor for name, tensor in tensors.items()},
+        model_type="llava",
+        text_config=inside,
+    )
+    plain, sees = (Writer.load(one, None, CPU).write(PROMPT, 8, Sampling(), CachePolicy()) for one in (path, under))
+    assert plain == sees
+
+
+def _without(name: str) -> Callable[[dict], dict]:
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "configuration", "said"),
+    [
+        (_without("lm_head.weight"), {}, "no output head"),
+        (_without("lm_head.weight"), {"tie_word_embeddings": None}, "no output head"),
+        (_without("model.layers.1.mlp.gate_proj.weight"), {}, "no 'model.layers.1.mlp.gate_proj.weight'"),
+        (dict, {"num_hidden_layers": 2}, "more than the 2 layers"),
+        (dict, {"num_hidden_layers": 4}, "no 'model.layers.3."),
+        (dict, {"head_dim": 16}, "128 x 64 where the configuration says 64 x 64"),
+        (dict, {"hidden_size": 32}, "where the configuration says"),
+        (dict, {"num_key_value_heads": 4}, "where the configuration says 128 x 64"),
+        (dict, {"num_attention_heads": None}, "says no 'num_attention_heads'"),
+        (dict, {"hidden_size": "wide"}, "cannot be read"),
+        (dict, {"hidden_act": "relu"}, "activation 'relu'"),
+        (dict, {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' of 0.5"),
+        (dict, {"model_type": ""}, "of a family that its configuration does not name"),
+    ],
+)
+def test_a_folder_that_does_not_fit_itself_is_refused(folder, tmp_path, change, configuration, said):
+    other = other_files(folder[0], tmp_path / "other", change, **configuration)
+    with pytest.raises(CheckpointError, match=said):
+        Writer.load(other, None, CPU)
+
+
+def test_a_model_that_makes_nan_is_refused(folder, tmp_path):
+    def damage(tensors: dict) -> dict:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+        return tensors
+
+    other = other_files(folder[0], tmp_path / "other", damage)
+    with pytest.raises(CheckpointError, match="NaN of this prompt"):
+        Writer.load(other, None, CPU).write(PROMPT, 5, Sampling(), CachePolicy())
+
+
+def test_tokens_of_another_model_are_refused(folder):
+    with pytest.raises(FormatError, match=r"token 200 .* has 200"):
+        Writer.load(folder[0], None, CPU).write([5, 200], 5, Sampling(), CachePolicy())
+
+
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
+def test_a_file_with_quantized_embeddings_writes_what_their_values_write(folder, tmp_path):
+    from lowbit.ops.formats import STORAGES
+    from lowbit.ops.quantize import assemble, core_config, core_config_tensor, quantize_weight
+
+    name, storage = "model.embed_tokens", "float8_e4m3fn"
+    config = core_config_tensor(core_config(STORAGES[storage], fast=False))
+
+    def change(tensors: dict, packed: bool) -> dict:
+        weight = tensors[f"{name}.weight"]
+        parts = quantize_weight(weight, storage)
+        if packed:
+            return tensors | {f"{name}.{suffix}": part for suffix, part in (parts | {"comfy_quant": config}).items()}
+        return tensors | {f"{name}.weight": assemble(parts, storage, weight.shape, torch.float32).dequantize()}
+
+    texts = []
+    for packed in (False, True):
+        other = other_files(folder[0], tmp_path / str(packed), lambda tensors, packed=packed: change(tensors, packed))
+        texts.append(Writer.load(other, None, CPU).write(PROMPT, LENGTH, Sampling(), CachePolicy()))
+    assert texts[0] == texts[1]
+
+
+def test_layers_that_slide_are_those_of_transformers():
+    """Qwen's do not unless it is said, and then from one on."""
+    common = {**COMMON, "num_hidden_layers": 4, "sliding_window": 8}
+    for options in ({}, {"use_sliding_window": True, "max_window_layers": 2}):
+        config = transformers.Qwen2Config(**common, **options)
+        said = config.to_dict() | {"layer_types": None, "use_sliding_window": options.get("use_sliding_window")}
+        said = {key: value for key, value in said.items() if value is not None}
+        wanted = tuple(8 if kind == "sliding_attention" else None for kind in config.layer_types)
+        assert read_architecture(said | {"sliding_window": 8}, "model").window == wanted
+
+
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_the_command_line_writes(folder, tmp_path, capsys):
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -148,6 +254,31 @@ def test_the_command_line_writes(folder, tmp_path, capsys):
     assert texts[0] == texts[1] != texts[2]
     assert main([*command[:2], "--prompt", "", "--device", "cpu"]) == 2
     assert "the prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("temperature", "nan", "'nan' is no number from 0 to 100"),
+        ("temperature", "-1", "no number from 0"),
+        ("top-p", "2", "no number from 0 to 1"),
+        ("top-k", "-5", "no whole number from 0"),
+        ("seed", "9" * 30, "no whole number from 0"),
+        ("max-length", "0", "no whole number from 1"),
+        ("max-length", "10000000000000", "no whole number from 1"),
+        ("window", "x", "'x' is no whole number"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(tmp_path, option, value, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", str(tmp_path), "--prompt", "x", f"--{option}", value])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path, capsys):
+    assert main(["generate", str(tmp_path / "qwen"), "--prompt", "x"]) == 2
+    assert "qwen does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_the_text_encoder_and_its_tokens_are_comfyuis():
         tokens = [token for token, _ in theirs.tokenize_with_weights(prompt)["umt5xxl"][0]]
         assert tokens[: kept.sum()] == row[kept].tolist()
         assert len(tokens) == dit.TEXT_TOKENS
-        assert set(tokens[kept.sum() :]) == {text_encoder.PAD}
-    assert text_encoder.UNKNOWN not in ids
+        assert set(tokens[kept.sum() :]) == {text_encoders.PAD}
+    assert text_encoders.UNKNOWN not in ids
 
     config = TEXT_SIZES
     parameters = draw(text_encoders.umt5_shapes(config), dtype=torch.float32)
@@ -116,7 +116,7 @@ def test_standard_latents_are_wans_and_decode_the_same(monkeypatch):
     assert core.latents_std.flatten().equal(DEVIATION)
     plain = start_vae(torch.Generator().manual_seed(1))
     draw_clips = training.batch
-    monkeypatch.setattr(training, "batch", lambda count, generator: draw_clips(20, generator))
+    monkeypatch.setattr(training, "batch", lambda count, generator: draw_clips(4, generator))
     made = standardized(plain, 2)
     clip = torch.rand(1, 5, 3, 64, 64)
     first, second = vae.encode(plain, clip), vae.encode(made, clip)

@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch.func import functional_call
 
 from demo.shapes_in_diffusers import TEXT_SIZES, umt5_encoder
-from testing.tiny.text_encoders import Umt5Config
+from testing.tiny.text_encoders import PAD, Umt5Config, sentencepiece_model
 
 Parameters = Mapping[str, torch.Tensor]
-PAD, END, UNKNOWN = 0, 1, 2
 
 
 def tokenizer(prompts: Sequence[str]) -> torch.Tensor:
-    """A sentencepiece model of the words of `prompts`, as the uint8 tensor `spiece_model` of Wan's UMT5 files."""
-    import sentencepiece
-
+    """A sentencepiece model of the words of `prompts`."""
     words = {word for prompt in prompts for word in prompt.split()}
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(prompts),
-        model_writer=model,
-        model_type="word",
-        vocab_size=len(words) + 3,
-        character_coverage=1.0,
-        pad_id=PAD,
-        eos_id=END,
-        unk_id=UNKNOWN,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return torch.frombuffer(bytearray(model.getvalue()), dtype=torch.uint8).clone()
+    return sentencepiece_model(len(words) + 3, prompts, model_type="word", character_coverage=1.0)
 
 
 def tokenize(spiece_model: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:

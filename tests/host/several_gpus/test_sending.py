@@ -104,6 +104,19 @@ def test_a_model_that_no_file_holds_runs_here(load, divide, parts):
     assert ["has loaded from a file" in sentence for sentence in divide.said] == [True]
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_weights_that_were_changed_in_place_run_here(host, divide, parts, patched):
+    """The other GPUs would have those of the file; a LoRA on them is no such change."""
+    import comfy.sd
+
+    model = comfy.sd.load_diffusion_model(str(host.folder / "wan.safetensors"))
+    model.model.diffusion_model.blocks[0].ffn[0].weight.data[0, 0] += 3.0
+    model = with_lora(model, 0.5) if patched else model
+    assert relative_error(RUN.sample(divide(model)), RUN.sample(model)) <= EXACT
+    assert parts == []
+    assert ["weights that another node has changed" in sentence for sentence in divide.said] == [True]
+
+
 def test_cores_choice_of_attention_and_its_loader_go_along(host, divide, parts):
     import comfy.sd
     from comfy.ldm.modules.attention import get_attention_function

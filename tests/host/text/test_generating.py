@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lowbit.errors import CapabilityError
+from lowbit.errors import CapabilityError, CheckpointError
+from lowbit.kernels.decode import decode_reference
+from lowbit.ops.linear_weight import stored_weight
 
 pytestmark = pytest.mark.headless
 
@@ -202,6 +204,43 @@ def test_streamed_weights_write_the_same(host, built, name, caplog):
     assert len(calls) == LENGTH  # the prompt's forward, and every token but the last
 
 
+def _embeddings_in_8_bits(host, name: str, table: torch.Tensor, storage: str, dtype: torch.dtype) -> Any:
+    """Core's module for a table stored in 8 bits that a file describes, `dtype` what core says it computes in."""
+    import comfy.ops
+
+    from lowbit.ops.formats import STORAGES
+    from lowbit.ops.quantize import core_config, core_config_tensor, quantize_weight
+
+    operations = comfy.ops.mixed_precision_ops({}, dtype, full_precision_mm=True)
+    if "Gemma" in name:
+        module = host.llama._make_scaled_embedding(operations, *table.shape, 8.0, "cpu", torch.float32)
+    else:
+        module = operations.Embedding(*table.shape, device="cpu", dtype=torch.float32)
+    config = core_config_tensor(core_config(STORAGES[storage], fast=False))
+    module.load_state_dict(quantize_weight(table, storage) | {"comfy_quant": config}, assign=True)
+    return module
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["held", "streamed"])
+@pytest.mark.parametrize(
+    ("storage", "dtype"),
+    [("int8", torch.float32), ("float8_e4m3fn", torch.float32), ("float8_e4m3fn", torch.float8_e4m3fn)],
+    ids=["int8", "fp8", "all fp8"],
+)
+@pytest.mark.parametrize("name", ["Qwen3", "Qwen3 8B", "Gemma 3"])
+def test_embeddings_in_8_bits_write_what_their_values_write(host, name, storage, dtype, streamed):
+    """A file whose every tensor is FP8 has core take that for the dtype that it computes in."""
+    model, options = build(host, name)
+    plain = model.model.embed_tokens
+    packed = _embeddings_in_8_bits(host, name, plain.weight.data, storage, dtype)
+    plain.weight.data = decode_reference(stored_weight(packed.weight), torch.float32)
+    wanted = write(host, model, host.full, options, do_sample=False)
+    model.model.embed_tokens = packed
+    if streamed:
+        model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *_: None)
+    assert write(host, model, host.full, options, do_sample=False) == wanted
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("Gemma 4")])
 def test_heavy_hitters_that_hold_everything_are_the_full_cache(host, built, name):
     model, options = built[name]
@@ -295,6 +334,33 @@ def test_qwen25_without_its_head_is_refused(host):
     with pytest.raises(CapabilityError, match="no output head"):
         host.generating.check_head(model)
     assert host.generating.stop_tokens(model, None) == {151643, 151645}
+
+
+def test_a_model_that_ends_before_its_last_layer_is_refused(host):
+    """As core's Qwen3-VL 32B of MiniMax-H3 does: what comes out of it is no next token."""
+    model = _part(host, host.llama.Qwen3VL_32BConfig(**SMALL), *host.llama.Qwen3_8B.__mro__[1:4], torch.nn.Module)
+    with pytest.raises(CapabilityError, match="cut off before its last layer"):
+        host.generating.generate_text(model, host.full, embeddings())
+
+
+def test_a_checkpoint_without_a_text_encoder_is_told_so(host):
+    with pytest.raises(CapabilityError, match="no CLIP to write with"):
+        host.route.install_settings(None, host.full)
+
+
+def test_an_encoder_that_cannot_write_is_named(host):
+    with (
+        pytest.raises(CapabilityError, match="Linear only encodes prompts"),
+        host.route.decoding_here(torch.nn.Linear(2, 2), host.full),
+    ):
+        pass
+
+
+def test_a_model_that_makes_nan_is_refused(host):
+    model, options = build(host, "Qwen3")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(CheckpointError, match="NaN of this prompt"):
+        write(host, model, host.full, options, do_sample=False)
 
 
 def test_every_argument_of_cores_generate_is_known(host):

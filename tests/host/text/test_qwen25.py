@@ -97,6 +97,79 @@ def test_a_picture_is_looked_at(host, clips, picture):
     assert written[0] != written[1]
 
 
+def given_by_generate_text(clip: Any, **options: Any) -> Any:
+    """What core's Generate Text tokenizes."""
+    plain = {"image": None, "video": None, "audio": None, "skip_template": False, "min_length": 1, "thinking": False}
+    return clip.tokenize("a red train", **(plain | options))
+
+
+def pictures_in(tokens: Any) -> int:
+    return sum(isinstance(token[0], dict) for token in tokens["qwen25_7b"][0])
+
+
+def test_generate_text_shows_its_pictures(host, clips, picture):
+    ours = host.route.install_settings(clips["none"], host.settings)
+    written = [
+        ours.generate(given_by_generate_text(ours, image=image), **GREEDY) for image in (None, picture, picture.flip(2))
+    ]
+    assert len({tuple(tokens) for tokens in written}) == 3
+    both = given_by_generate_text(ours, image=torch.cat([picture, picture]))
+    assert pictures_in(both) == 2
+
+
+def test_generate_text_makes_a_turn_of_a_chat(host, clips):
+    """Core's templates are for encoding: one asks for a description of a picture, another never gives the word back."""
+    ours = host.route.install_settings(clips["none"], host.settings)
+    turn = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\na red train<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    plain = ours.tokenize("a red train")
+    assert given_by_generate_text(ours) == ours.tokenize(turn) != plain
+    assert given_by_generate_text(ours, skip_template=True) == ours.tokenize("a red train", llama_template="{}")
+    assert plain == clips["none"].tokenize("a red train") == given_by_generate_text(clips["none"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen_image.QwenImageTokenizer",
+        "hunyuan_image.HunyuanImageTokenizer",
+        "hunyuan_video.HunyuanVideo15Tokenizer",
+        "kandinsky5.Kandinsky5Tokenizer",
+        "longcat_image.LongCatImageTokenizer",
+    ],
+)
+def test_every_tokenizer_of_this_encoder_gives_the_same_turn(host, clips, picture, name, monkeypatch):
+    """Core's template of each is another, and LongCat's fills the prompt up, where nothing could go on."""
+    import importlib
+
+    module, _, kind = name.partition(".")
+    tokenizer = getattr(importlib.import_module(f"comfy.text_encoders.{module}"), kind)()
+    clip = host.route.install_settings(clips["none"], host.settings)
+    wanted = clip.generate(given_by_generate_text(clip, image=picture), **GREEDY)
+    monkeypatch.setattr(clip, "tokenizer", tokenizer)
+    assert clip.generate(given_by_generate_text(clip, image=picture), **GREEDY) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [({"skip_template": True}, ["image"]), ({}, []), ({"audio": {"waveform": torch.zeros(1, 1, 8)}}, ["audio"])],
+)
+def test_what_the_text_does_not_know_of_is_named(host, clips, picture, options, left_out, caplog):
+    ours = host.route.install_settings(clips["none"], host.settings)
+    given_by_generate_text(ours, image=picture, **options)
+    assert [name for name in ("image", "video", "audio") if f"Left out of the text: {name}" in caplog.text] == left_out
+
+
+def test_a_picture_that_no_part_of_the_model_sees_is_named(host, clips, picture, caplog, monkeypatch):
+    """As core's Gemma 3 4B: its tokenizer has a place for pictures, and nothing is put there."""
+    ours = host.route.install_settings(clips["none"], host.settings)
+    monkeypatch.delattr(type(host.transformer(ours)), "preprocess_embed")
+    given_by_generate_text(ours, image=picture)
+    assert "Left out of the text: image" in caplog.text
+
+
 def test_the_head_is_the_files_and_quantized_as_the_rest(host, clips):
     from lowbit.host.weights.operations import QuantizedLinear
 

@@ -202,3 +202,11 @@ def test_saving_can_be_interrupted_while_the_file_is_written(host, tmp_path, mon
         host.saving.save_diffusion_model(patcher, "saved/wan")
     assert written
     assert not list(tmp_path.rglob("*wan*"))
+
+
+def test_a_rule_that_decides_nothing_is_named_though_nobody_asks_for_a_report(host, caplog):
+    source = host.folder / "wan_t2v.safetensors"
+    host.preparing.plan_diffusion_model(source, host.preparing.Request("int8", "auto"))
+    assert "matches no layer" not in caplog.text
+    host.preparing.plan_diffusion_model(source, host.preparing.Request("int8", "auto, blokcs.0.*"))
+    assert "wan_t2v.safetensors: The rule 'blokcs.0.*' matches no layer of this file." in caplog.text

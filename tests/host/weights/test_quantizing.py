@@ -210,9 +210,45 @@ def replaced_function(patcher):
     return patched
 
 
+def replaced_module(patcher):
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, *args, **kwargs):
+            return 2 * self.inner(x, *args, **kwargs)
+
+    patched = patcher.clone()
+    patched.add_object_patch("diffusion_model.blocks.0.ffn", Doubled(block(patched).ffn))
+    return patched
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_a_node_put_in_place_of_the_sampling_stays(host, loaded):
+    """A run without the quantizing node before one with it leaves the other clone's patches in place."""
+    from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow
+
+    plain = load(host)
+    own = plain.model.model_sampling
+    sampling = type("ModelSamplingAdvanced", (ModelSamplingDiscreteFlow, CONST), {})(plain.model.model_config)
+    sampling.set_parameters(shift=5.0)
+    shifted = plain.clone()
+    shifted.add_object_patch("model_sampling", sampling)
+    if loaded:
+        values(shifted)
+    quantized, _ = quantize(host, shifted, "int8")
+    assert quantized.get_model_object("model_sampling") is sampling
+    values(quantized)
+    assert quantized.model.model_sampling is sampling
+    assert (plain.model.model_sampling is own) is not loaded
+    values(plain)
+    assert plain.model.model_sampling is own
+
+
 @pytest.mark.parametrize(
     "node",
-    [bypass_lora, compiled_by_core, compiled_block, replaced_method, replaced_function],
+    [bypass_lora, compiled_by_core, compiled_block, replaced_method, replaced_function, replaced_module],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("loaded", [False, True])
@@ -226,7 +262,9 @@ def test_what_a_node_tied_to_the_layers_is_tied_to_the_quantized_ones(host, node
         values(original)
     quantized, _ = quantize(host, original, "int8")
     ran = []
-    for module in plain.model.diffusion_model.blocks.modules():
+    # A copy of what another node put in shares its hooks.
+    layers = [module for module in plain.model.diffusion_model.blocks.modules() if type(module).__name__ != "Doubled"]
+    for module in layers:
         module.register_forward_hook(lambda *a: ran.append(a[0]))
     torch._dynamo.reset()
     value = values(quantized)
