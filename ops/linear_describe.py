@@ -35,13 +35,11 @@ class LinearDescription:
             (a low-precision product by another route), or "emulated" (decoded and multiplied in 16 bits, though a fast
             product was asked for, or in plain torch).
         path: key into `linear_table.PATHS`, for a large input.
-        few_rows_path: the same for one or two rows (modulation layers, text).
         sentence: for people.
     """
 
     support: str
     path: str
-    few_rows_path: str
     sentence: str
 
     def __str__(self) -> str:
@@ -73,9 +71,8 @@ def describe_linear(
     kind = LAYOUT_KINDS[layout_name]
     gpu = Gpu(cc or (0, 0), triton and cc is not None, kitchen_cuda and cc is not None)
     path = choose_path(kind, fast, 4096, 4096, 4096, dtype, gpu)
-    few = choose_path(kind, fast, 1, 4096, 4096, dtype, gpu)
     support, why = _support(kind, fast, path, gpu)
-    return LinearDescription(support, path, few, f"{support}: {why}")
+    return LinearDescription(support, path, f"{support}: {why}")
 
 
 def _support(kind: str, fast: bool, path: str, gpu: Gpu) -> tuple[str, str]:

@@ -27,11 +27,14 @@ def tokenize_for_writing(
         tokens = _tokenize_qwen25(clip, tokenize, text, return_word_ids, options)
     else:
         tokens = tokenize(clip, text, return_word_ids, **options)
+    given = [name for name in _ENTERS_AS if options.get(name) is not None]
+    if not given:
+        return tokens
     # Core drops what its model has no tower for.
     sees = any(hasattr(module, "preprocess_embed") for module in clip.cond_stage_model.modules())
     made = set(_kinds(tokens)) if sees else set()
-    for name, kind in _ENTERS_AS.items():
-        if options.get(name) is not None and kind not in made:
+    for name in given:
+        if _ENTERS_AS[name] not in made:
             logger.warning("Left out of the text: %s. This text encoder, or its prompt, has no place for it.", name)
     return tokens
 

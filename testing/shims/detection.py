@@ -21,12 +21,15 @@ VISION_HEADS = 4
 REAL_VISION_WIDTH = 1280
 
 
-def install() -> None:
-    """Puts the wrappers in place, once per process."""
-    comfy.model_detection.detect_unet_config = _with_qwen_image_dims(comfy.model_detection.detect_unet_config)
-    comfy.sd.detect_te_model = _with_umt5(comfy.sd.detect_te_model)
-    comfy.sd.t5xxl_detect = _with_umt5_quantization(comfy.sd.t5xxl_detect)
-    comfy.sd.load_text_encoder_state_dicts = _with_text_encoder_dims(comfy.sd.load_text_encoder_state_dicts)
+def install(put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Puts the wrappers in place, once per process; with a MonkeyPatch's `setattr`, for as long as that lasts."""
+    for owner, name, wrap in (
+        (comfy.model_detection, "detect_unet_config", _with_qwen_image_dims),
+        (comfy.sd, "detect_te_model", _with_umt5),
+        (comfy.sd, "t5xxl_detect", _with_umt5_quantization),
+        (comfy.sd, "load_text_encoder_state_dicts", _with_text_encoder_dims),
+    ):
+        put(owner, name, wrap(getattr(owner, name)))
 
 
 def _with_qwen_image_dims(detect: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,8 +26,6 @@ CPUS = (torch.device("cpu"), torch.device("cpu"))
 @pytest.fixture(scope="package")
 def host(core_modules, tmp_path_factory):
     """The host's modules, and a folder of tiny checkpoints."""
-    import comfy.model_detection
-    import comfy.sd
 
     from lowbit.host import dividing, model_copy
     from lowbit.host.several_gpus import forward, process, team
@@ -50,14 +48,7 @@ def host(core_modules, tmp_path_factory):
         patch.setenv("LOWBIT_CACHE_DIR", str(folder / "cache"))
         patch.setenv("LOWBIT_TEST_FAULT", str(folder / "fault"))
         patch.setattr(process, "_START", Path(__file__).with_name("start_tiny_worker.py"))
-        for owner, name in (
-            (comfy.model_detection, "detect_unet_config"),
-            (comfy.sd, "detect_te_model"),
-            (comfy.sd, "t5xxl_detect"),
-            (comfy.sd, "load_text_encoder_state_dicts"),
-        ):
-            patch.setattr(owner, name, getattr(owner, name))
-        detection.install()
+        detection.install(patch.setattr)
         yield types.SimpleNamespace(
             folder=folder,
             dividing=dividing,

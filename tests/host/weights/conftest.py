@@ -52,19 +52,11 @@ def host(core_modules, tmp_path_factory):
 @pytest.fixture
 def umt5(host, monkeypatch, tmp_path):
     """Loads the tiny UMT5 in a format through the host's loader."""
-    import comfy.model_detection
     import comfy.sd
 
     from testing.shims import detection
 
-    for owner, attribute in (
-        (comfy.model_detection, "detect_unet_config"),
-        (comfy.sd, "detect_te_model"),
-        (comfy.sd, "t5xxl_detect"),
-        (comfy.sd, "load_text_encoder_state_dicts"),
-    ):
-        monkeypatch.setattr(owner, attribute, getattr(owner, attribute))
-    detection.install()
+    detection.install(monkeypatch.setattr)
 
     def load(name: str):
         source = tiny.write("text_encoders/umt5.safetensors", tmp_path)
