@@ -77,11 +77,11 @@ class FiniteCheck:
 
     Args:
         tensors: names and tensors in host memory, asked for on those threads; other dtypes than `FLOAT_BITS` are passed over.
+        threads: at most; half of the processor's too, since the caller works at the same time.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        # Half of them: loading and what comes after it work at the same time.
-        threads = min(_MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], threads: int = _MOST_THREADS) -> None:
+        threads = min(threads, max(1, (os.cpu_count() or 1) // 2))
         pieces = _Shared(_pieces(tensors))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
         self._looks = [self._pool.submit(_look_at_all, pieces) for _ in range(threads)]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.model_patcher
 import psutil
 import torch
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.quant_ops import QuantizedTensor
 
 from ...errors import CheckpointError
@@ -30,6 +31,8 @@ _SCALE = ".weight_scale"
 _CONFIG = ".comfy_quant"
 _SMALL_FILE = 64 << 20
 _SMALL_TENSOR = 16 << 20
+_BESIDE_LOADING = 2
+"""Threads that look at a file while a GPU takes its weights: more of them hold up whoever maps the same pages."""
 _loading = threading.RLock()
 known_finite: set[tuple[FileStamp, ...]] = set()
 """States of files whose weights are known to be numbers, for clones on other GPUs and models loaded again."""
@@ -111,9 +114,10 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
 class NumbersCheck:
     """Whether a file holds nothing but numbers: looked at from now on, beside core's building of the model.
 
-    A small file is judged when it has been loaded. Loading a large one reads only its header, and may be done before it has been
-    looked at: it is judged when the model is put on its device, before anything is computed with it. Where main memory cannot
-    hold the file, which would then be read from the disk twice, only scales and other small tensors are looked at.
+    A small file, or one whose model is in its place, is judged at once. Loading a large one reads only its header, and may be done
+    before it has been looked at: a diffusion model's is judged after its first evaluation, which brings its weights to the GPU
+    in the meantime, any other when the model is put on its device. Where main memory cannot hold the file, which would then be
+    read from the disk twice, only scales and other small tensors are looked at.
 
     Args:
         file: its name.
@@ -121,6 +125,7 @@ class NumbersCheck:
         metadata: its text entries: what this pack keeps in its cache it has looked at when it wrote it.
         stored: its tensors as they lie there.
         normalized: the same in core's names, which tell what the bytes of block scales are.
+        diffusion_model: whether it is one.
     """
 
     def __init__(
@@ -130,8 +135,10 @@ class NumbersCheck:
         metadata: Mapping[str, str],
         stored: StateDict,
         normalized: StateDict,
+        *,
+        diffusion_model: bool,
     ) -> None:
-        self._file, self._key = file, stamps
+        self._file, self._key, self._diffusion_model = file, stamps, diffusion_model
         self._check: FiniteCheck | None = None
         if stamps in known_finite or RECIPE_KEY in metadata:
             return
@@ -142,21 +149,38 @@ class NumbersCheck:
             looked_at = [(name, tensor) for name, tensor in looked_at if tensor.nbytes <= _SMALL_TENSOR]
         # Core takes what is built out of `normalized`.
         configs = {name: tensor for name, tensor in normalized.items() if name.endswith(_CONFIG)}
-        self._check = FiniteCheck(_numbers(looked_at, configs))
+        most = {"threads": _BESIDE_LOADING} if diffusion_model else {}
+        self._check = FiniteCheck(_numbers(looked_at, configs), **most)
 
     def settle(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         """Judge the file that `patcher` was loaded from.
 
         Raises:
-            CheckpointError: a weight or a scale is NaN or Inf; for a large file, from `patcher`'s own loading later on.
+            CheckpointError: a weight or a scale is NaN or Inf; for a large file, from `patcher`'s own loading or the first
+                evaluation later on.
         """
         check = self._check
         if check is None:
             return
-        if self._small:
+        # Core loads a text encoder that is to stay in main memory as it makes it.
+        if self._small or patcher.loaded_size() > 0:
             self._judge(check)
-        else:
-            patcher.add_callback(CallbacksMP.ON_LOAD, lambda *arguments, **options: self._judge(check))
+            return
+        patcher.add_callback(CallbacksMP.ON_LOAD, partial(self._loaded, check))
+        if self._diffusion_model:
+            patcher.add_wrapper(WrappersMP.APPLY_MODEL, partial(self._evaluated, check))
+
+    def _loaded(
+        self, check: FiniteCheck, patcher: Any, device: Any, memory: Any, force_patch_weights: bool = False, *_: Any
+    ) -> None:
+        # A diffusion model that is loaded to be saved is never evaluated.
+        if force_patch_weights or not self._diffusion_model:
+            self._judge(check)
+
+    def _evaluated(self, check: FiniteCheck, evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        result = evaluate(*arguments, **options)
+        self._judge(check)
+        return result
 
     def _judge(self, check: FiniteCheck) -> None:
         name = check.first()

@@ -219,4 +219,5 @@ def read_stored_file(path: str, *, diffusion_model: bool = False) -> tuple[State
         raise CheckpointError(f"{name}: {error}") from None
     # Core would apply this a second time, to names that are final by now.
     metadata.pop("_quantization_metadata", None)
-    return normalized, metadata, NumbersCheck(name, stamps, metadata, stored, normalized)
+    numbers = NumbersCheck(name, stamps, metadata, stored, normalized, diffusion_model=diffusion_model)
+    return normalized, metadata, numbers

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import comfy.model_patcher
 import torch
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, TensorEntry, read_elements, spread
@@ -120,6 +120,8 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
     result.size = quantized.model_size()
     for callback in quantized.get_all_callbacks(CallbacksMP.ON_LOAD):
         result.add_callback(CallbacksMP.ON_LOAD, callback)
+    for wrapper in quantized.get_all_wrappers(WrappersMP.APPLY_MODEL):
+        result.add_wrapper(WrappersMP.APPLY_MODEL, wrapper)
     # Core falls back to the parent when a clone goes: it must be a patcher of the same model.
     result.parent = quantized
     # What is done to the other model's weights at the moment.

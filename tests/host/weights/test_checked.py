@@ -116,20 +116,55 @@ def test_a_file_is_looked_at_once_and_one_of_the_cache_was_when_it_was_written(h
     assert looked == []
 
 
-def test_a_large_file_is_looked_at_after_loading_and_said_before_anything_is_computed(host, tmp_path, monkeypatch):
+def sample(patcher):
+    import comfy.sample
+
+    latent = torch.zeros(1, 16, 1, 8, 8)
+    text = [[torch.zeros(1, 4, tiny.WAN.text), {}]]
+    return comfy.sample.sample(
+        patcher, latent, 1, 1.0, "euler", "simple", text, text, latent, seed=1, disable_pbar=True
+    )  # fmt: skip
+
+
+def test_a_large_file_is_looked_at_while_it_is_used_and_said_before_anything_is_made_of_it(host, tmp_path, monkeypatch):
     import comfy.model_management
 
     monkeypatch.setattr("lowbit.host.weights.checked._SMALL_FILE", 0)
     path, name = quantized_file(tmp_path, "fp8_e4m3fn_scaled"), f"{LAYER}.weight"
     good = host.loading.load_diffusion_model(str(path))
-    comfy.model_management.load_models_gpu([good.clone()])
+    sample(good.clone())
     bad = host.loading.load_diffusion_model(str(damaged(path, name, b"\xff")))
-    for patcher in (bad, bad.clone(), bad):
-        with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
-            comfy.model_management.load_models_gpu([patcher])
     planned = host.preparing.plan_diffusion_model(path, host.preparing.Request("none"))
-    with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
-        comfy.model_management.load_models_gpu([host.quantizing.quantize_model(good, planned)])
+    for patcher in (bad, bad.clone(), bad, host.quantizing.quantize_model(good, planned)):
+        comfy.model_management.load_models_gpu([patcher])
+        with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
+            sample(patcher)
+        # As a node does that saves a model.
+        with pytest.raises(CheckpointError, match=rf"stored.safetensors: {name} holds NaN or Inf"):
+            comfy.model_management.load_models_gpu([patcher], force_patch_weights=True)
+
+
+def test_another_large_file_is_judged_when_its_model_is_put_on_its_device(host, tmp_path, monkeypatch):
+    import comfy.model_management
+
+    monkeypatch.setattr("lowbit.host.weights.checked._SMALL_FILE", 0)
+    path, name = save(tiny.infinitetalk_tensors(), tmp_path / "talk.safetensors", {}), "audio_proj.proj1.weight"
+    bad = host.loading.load_model_patch(str(damaged(path, name, b"\xff", 2)))
+    with pytest.raises(CheckpointError, match=rf"talk.safetensors: {name} holds NaN or Inf"):
+        comfy.model_management.load_models_gpu([bad])
+
+
+def test_a_large_text_encoder_that_stays_in_main_memory_is_judged_at_once(host, tmp_path, monkeypatch):
+    import comfy.sd
+
+    from testing.shims import detection
+
+    detection.install(monkeypatch.setattr)
+    monkeypatch.setattr("lowbit.host.weights.checked._SMALL_FILE", 0)
+    path = save(tiny.umt5_tensors(), tmp_path / "umt5.safetensors", {})
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    with pytest.raises(CheckpointError, match=rf"umt5.safetensors: {name} holds NaN or Inf"):
+        host.loading.load_text_encoder([str(damaged(path, name, b"\xff", 2))], comfy.sd.CLIPType.WAN)
 
 
 def test_a_file_is_looked_at_while_core_builds_the_model(host, tmp_path, monkeypatch):
