@@ -6,46 +6,53 @@ import functools
 
 import torch
 
-from .hadamard import hadamard
 from .launch import Launcher
-from .quantize_rows import LIMITS, SMALLEST_SCALE, _activate, _magnitude_bits, _row_scale, _to_grid
-from .runtime import INTERPRETED, made_to_keep, tl, triton
+from .quantize_rows import LIMITS, SMALLEST_SCALE, _activate, _magnitude_bits, _row_scale, _to_grid, row_warps
+from .runtime import INTERPRETED, tl, triton
 
 KERNEL_ROTATIONS = (16, 64, 256)
 """Group sizes the kernels take; models use 256, or 64 for narrow layers."""
 
 
-@functools.lru_cache(maxsize=32)
-def rotation_factors(group: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two symmetric 16 x 16 matrices (outer, inner) whose Kronecker product rotates 256 / group groups at once."""
-    inner = hadamard(16, torch.device("cpu"), torch.float64)
-    outer = {
-        256: lambda: inner,
-        64: lambda: torch.kron(torch.eye(4, dtype=torch.float64), hadamard(4, torch.device("cpu"), torch.float64)),
-        16: lambda: torch.eye(16, dtype=torch.float64),
-    }[group]()
-    return made_to_keep(lambda: (_placed(outer, device, dtype), _placed(inner, device, dtype)))
+@triton.jit
+def _factor(dtype, WHOLE: tl.constexpr):
+    """(16, 16): the Hadamard matrix of 4 over an index's bits 3 and 0, times that (WHOLE) or the identity over 2 and 1.
 
-
-def _placed(matrix: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    return matrix.to(device=device, dtype=dtype).contiguous()
+    That matrix is -1/2 where both bits of row and column differ, else 1/2: the order of its two bits is all the same.
+    """
+    index = tl.arange(0, 16)
+    apart = index[:, None] ^ index[None, :]
+    outside = (apart & 9) == 9
+    if WHOLE:
+        return tl.where(outside != ((apart & 6) == 6), -0.25, 0.25).to(dtype)
+    return tl.where((apart & 6) == 0, tl.where(outside, -0.5, 0.5), 0.0).to(dtype)
 
 
 @triton.jit
-def _rotated(x_row, first, outer, inner, stride_k, K: tl.constexpr, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr):
-    """GROUPS x 256 columns from `first`, rotated, as (GROUPS x 16, 16) with the last two digits of 16 swapped."""
-    column = first + tl.arange(0, GROUPS * 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    x = _activate(tl.load(x_row + column * stride_k, mask=column < K, other=0.0).to(tl.float32), ACTIVATION)
-    y = tl.dot(x.to(inner.dtype), inner).to(inner.dtype)
-    y = tl.reshape(tl.permute(tl.reshape(y, [GROUPS, 16, 16]), (0, 2, 1)), [GROUPS * 16, 16])
-    return tl.dot(y, outer)
+def _columns(first, GROUPS: tl.constexpr):
+    """(GROUPS x 32, 8) columns from `first`: the rows count bits 4, 5, 3, 6, 7 of the column, then the group."""
+    row = tl.arange(0, GROUPS * 32)
+    return (first + (row & 3) * 16 + ((row >> 2) & 1) * 8 + (row >> 3) * 64)[:, None] + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def _rotated(x, inner, outer, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr):
+    """x as `_columns` orders it, rotated: (bits 2, 6, 7, 3; bit 1, group, bits 4, 5, 0).
+
+    `inner` rotates the base-4 digits of bits 0, 1 and 4, 5, `outer` the others. So every operand lies in the threads and
+    registers where the load or the product before has put it.
+    """
+    x = tl.reshape(_activate(x.to(tl.float32), ACTIVATION).to(inner.dtype), [GROUPS, 4, 2, 4, 2, 2, 2])
+    y = tl.dot(inner, tl.reshape(tl.permute(x, (5, 3, 6, 4, 0, 1, 2)), [16, GROUPS * 16])).to(inner.dtype)
+    y = tl.reshape(y, [2, 4, 2, 2, GROUPS, 4, 2])
+    return tl.dot(outer, tl.reshape(tl.permute(y, (3, 5, 6, 0, 4, 1, 2)), [16, GROUPS * 16]))
 
 
 @triton.jit
 def _store_rotated(q_row, z, first, K: tl.constexpr, GROUPS: tl.constexpr):
-    column = first + tl.arange(0, GROUPS * 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
-    z = tl.reshape(tl.permute(tl.reshape(z, [GROUPS, 16, 16]), (0, 2, 1)), [GROUPS * 16, 16])
-    tl.store(q_row + column, z, mask=column < K)
+    column = _columns(first, GROUPS)
+    z = tl.permute(tl.reshape(z, [2, 4, 2, 2, GROUPS, 4, 2]), (4, 1, 2, 5, 0, 3, 6))
+    tl.store(q_row + column, tl.reshape(z, [GROUPS * 32, 8]), mask=column < K)
 
 
 @triton.jit
@@ -53,54 +60,44 @@ def _rotate_rows_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
-    outer_ptr,
-    inner_ptr,
     stride_m,
     stride_k,
     limit,
     smallest,
     K: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROTATION: tl.constexpr,
+    DOTS_IN_BFLOAT16: tl.constexpr,
     QUANTIZE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """One row a program, in HEAD + TAIL pieces of 256 columns (powers of two; TAIL may be 0).
+    """One row a program, in pieces of GROUPS x 256 columns; QUANTIZE False: the rotated row in q's own dtype.
 
-    A rotation of 256 is two small dots with a transpose between. QUANTIZE False: the rotated row in q's own dtype.
+    A rotation of 256 is two dots with 16 x 16 matrices, each of which rotates two of a column's four base-4 digits.
     """
+    PIECES: tl.constexpr = (K + GROUPS * 256 - 1) // (GROUPS * 256)
     row = tl.program_id(0).to(tl.int64)
-    digit = tl.arange(0, 16)
-    outer = tl.load(outer_ptr + digit[:, None] * 16 + digit[None, :])
-    inner = tl.load(inner_ptr + digit[:, None] * 16 + digit[None, :])
     x_row = x_ptr + row * stride_m
     q_row = q_ptr + row * K
-    head = _rotated(x_row, 0, outer, inner, stride_k, K, HEAD, ACTIVATION)
-    if TAIL > 0:
-        tail = _rotated(x_row, HEAD * 256, outer, inner, stride_k, K, TAIL, ACTIVATION)
+    loaded = ()
+    for piece in tl.static_range(PIECES):
+        column = _columns(piece * GROUPS * 256, GROUPS)
+        loaded = loaded + (tl.load(x_row + column.to(tl.int64) * stride_k, mask=column < K, other=0.0),)
+    dtype: tl.constexpr = tl.bfloat16 if DOTS_IN_BFLOAT16 else tl.float32
+    inner = _factor(dtype, ROTATION >= 64)
+    outer = _factor(dtype, ROTATION >= 256)
+    rotated = ()
+    for piece in tl.static_range(PIECES):
+        rotated = rotated + (_rotated(loaded[piece], inner, outer, GROUPS, ACTIVATION),)
     if QUANTIZE:
-        largest = tl.max(tl.max(_magnitude_bits(head), axis=1), axis=0)
-        if TAIL > 0:
-            largest = tl.maximum(largest, tl.max(tl.max(_magnitude_bits(tail), axis=1), axis=0))
-        scale, inverse = _row_scale(largest, limit, smallest)
+        bits = _magnitude_bits(rotated[0])
+        for piece in tl.static_range(1, PIECES):
+            bits = tl.maximum(bits, _magnitude_bits(rotated[piece]))
+        scale, inverse = _row_scale(tl.max(bits), limit, smallest)
         tl.store(scale_ptr + row, scale)
-        _store_rotated(q_row, _to_grid(head * inverse, True), 0, K, HEAD)
-        if TAIL > 0:
-            _store_rotated(q_row, _to_grid(tail * inverse, True), HEAD * 256, K, TAIL)
-    else:
-        _store_rotated(q_row, head.to(q_ptr.dtype.element_ty), 0, K, HEAD)
-        if TAIL > 0:
-            _store_rotated(q_row, tail.to(q_ptr.dtype.element_ty), HEAD * 256, K, TAIL)
-
-
-def head_and_tail(columns: int) -> tuple[int, int]:
-    """Powers of two that together cover ceil(columns / 256) pieces; the tail is 0 where it would save under a fifth."""
-    pieces = -(-columns // 256)
-    whole = 1 << (pieces - 1).bit_length()
-    head = 1 << (pieces.bit_length() - 1)
-    rest = pieces - head
-    tail = 1 << (rest - 1).bit_length() if rest else 0
-    return (head, tail) if head + tail <= 0.8 * whole else (whole, 0)
+    for piece in tl.static_range(PIECES):
+        z = _to_grid(rotated[piece] * inverse, True) if QUANTIZE else rotated[piece].to(q_ptr.dtype.element_ty)
+        _store_rotated(q_row, z, piece * GROUPS * 256, K, GROUPS)
 
 
 def rotate_rows(
@@ -120,25 +117,33 @@ def rotate_rows(
         activation: applied to x first.
     """
     # float16's range is too short for sums of 16, so only bfloat16 takes the 16-bit dots; tf32 serves the others.
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
-    outer, inner = rotation_factors(rotation, x.device, dtype)
-    launcher = _rotating(x.shape, x.stride(), activation, scale is not None)
-    launcher(x, out, outer if scale is None else scale, outer, inner)
+    halves = x.dtype == torch.bfloat16 and not INTERPRETED
+    launcher = _rotating(x.shape, x.stride(), rotation, activation, halves, scale is not None)
+    launcher(x, out, out if scale is None else scale)
 
 
 @functools.lru_cache(maxsize=1024)
 def _rotating(
     shape: tuple[int, int],
     strides: tuple[int, int],
+    rotation: int,
     activation: str | None,
+    halves: bool,
     quantizes: bool,
 ) -> Launcher:
     rows, columns = shape
-    head, tail = head_and_tail(columns)
+    warps = row_warps(columns)
     return Launcher(
         _rotate_rows_kernel,
         (rows, 1, 1),
         (*strides, LIMITS[torch.int8], SMALLEST_SCALE),
-        {"K": columns, "HEAD": head, "TAIL": tail, "QUANTIZE": quantizes, "ACTIVATION": activation},
-        warps=2 if head <= 16 else 4 if head <= 32 or tail == 0 else 8,
+        {
+            "K": columns,
+            "GROUPS": warps,
+            "ROTATION": rotation,
+            "DOTS_IN_BFLOAT16": halves,
+            "QUANTIZE": quantizes,
+            "ACTIVATION": activation,
+        },
+        warps=warps,
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.kernels import decode_tiles, matmul_blocks, matmul_split
+from lowbit.kernels import decode_tiles, matmul_blocks, matmul_split, quantize_rows
 
 HALVES = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}
 
@@ -46,7 +46,8 @@ def run(assembly: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarra
     count = len(inputs[0])
 
     def read(name: str) -> np.ndarray:
-        return registers[name] if name in registers else np.full(count, int(name, 0), dtype=np.uint32)
+        number = int(name[2:], 16) if name.startswith("0f") else int(name, 0) if name not in registers else 0
+        return registers.get(name, np.full(count, number, dtype=np.uint32))
 
     for line in filter(None, map(str.strip, re.sub(r"^\{+|\}+$", "", assembly.strip()).split(";"))):
         operation, rest = line.split(maxsplit=1)
@@ -76,6 +77,12 @@ def run(assembly: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarra
                 registers[target] = _register(torch.minimum(_pair(a, kind), _pair(b, kind)), kind)
             case "fma", [a, b, c]:
                 registers[target] = _register(_pair(a, kind) * _pair(b, kind) + _pair(c, kind), kind)
+            case "add", [a, b]:
+                registers[target] = (a.view(np.float32) + b.view(np.float32)).view(np.uint32)
+            case "ex2", [a]:
+                registers[target] = np.exp2(a.view(np.float32)).view(np.uint32)
+            case "rcp", [a]:
+                registers[target] = (1 / a.view(np.float32)).view(np.uint32)
             case name, operands:
                 raise NotImplementedError(f"{name} of {len(operands)} operands")
     return [registers[f"${place}"] for place in range(outputs)]
@@ -150,3 +157,11 @@ def test_int4_bytes():
     codes = _nibbles(packed)[:, :8]
     signed = torch.where(codes > 7, codes - 16, codes) * 16
     assert torch.equal(made.long(), torch.cat([signed[:, 0::2], signed[:, 1::2]], dim=1))
+
+
+def test_logistic():
+    x = torch.cat([torch.randn(50) * 30, torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])])
+    (output,) = run(quantize_rows._LOGISTIC_ASM.value, 1, [(-x).numpy().view(np.uint32)])
+    made = torch.from_numpy(output.view(np.float32).copy())
+    expected = torch.sigmoid(x.double() * 0.6931471805599453).float()
+    torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-37, equal_nan=True)

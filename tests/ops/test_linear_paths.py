@@ -199,7 +199,7 @@ def test_without_triton_a_refused_fp8_product_is_16_bit(name, refusing):
 
 def test_what_linears_keep_is_made_on_a_thread_of_its_own(monkeypatch):
     """Warming up CUDA graphs, torch.compile sends this thread's allocations to the graphs' pool and finds any left."""
-    from lowbit.kernels import decode, decode_rows, rotate_rows
+    from lowbit.kernels import decode, decode_rows
 
     here, threads, device = threading.get_ident(), {}, torch.device("meta")
     for owner, name in ((torch, "empty"), (torch, "tensor"), (torch.Tensor, "to")):
@@ -214,7 +214,6 @@ def test_what_linears_keep_is_made_on_a_thread_of_its_own(monkeypatch):
     Scratch().take((((8,), torch.float32),), device)
     linear_paths._kept_ones(3, device)
     decode._e2m1_table(device)
-    rotate_rows.rotation_factors(64, device, torch.float32)
     decode_rows.unrotation_matrix(64, device, torch.float32)
     assert threads.keys() == {"empty", "tensor", "to"}
     assert all(here not in made for made in threads.values())
