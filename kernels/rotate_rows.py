@@ -82,16 +82,18 @@ def _rotate_rows_kernel(
     loaded = ()
     for piece in tl.static_range(PIECES):
         column = _columns(piece * GROUPS * 256, GROUPS)
-        loaded = loaded + (tl.load(x_row + column.to(tl.int64) * stride_k, mask=column < K, other=0.0),)
+        x = tl.load(x_row + column.to(tl.int64) * stride_k, mask=column < K, other=0.0)
+        loaded = loaded + (x,)  # type: ignore[assignment]
     dtype: tl.constexpr = tl.bfloat16 if DOTS_IN_BFLOAT16 else tl.float32
     inner = _factor(dtype, ROTATION >= 64)
     outer = _factor(dtype, ROTATION >= 256)
     rotated = ()
     for piece in tl.static_range(PIECES):
-        rotated = rotated + (_rotated(loaded[piece], inner, outer, GROUPS, ACTIVATION),)
+        z = _rotated(loaded[piece], inner, outer, GROUPS, ACTIVATION)
+        rotated = rotated + (z,)  # type: ignore[assignment]
     if QUANTIZE:
-        bits = _magnitude_bits(rotated[0])
-        for piece in tl.static_range(1, PIECES):
+        bits = tl.zeros([16, GROUPS * 16], dtype=tl.int32)
+        for piece in tl.static_range(PIECES):
             bits = tl.maximum(bits, _magnitude_bits(rotated[piece]))
         scale, inverse = _row_scale(tl.max(bits), limit, smallest)
         tl.store(scale_ptr + row, scale)
