@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from .attention_int8 import LARGEST_FACTOR, NO_SCORE, VALUE_SHIFT
 from .attention_quantize import KEY_BLOCK, QuantizedAttention, mask_strides
-from .launch import Described, launch
+from .launch import in_blocks, launch
 from .runtime import GLUON_FOUND, constexpr, gl, gluon, hopper, multiprocessor_count
 
 GROUPS = 3
@@ -275,16 +273,16 @@ def attend_hopper(
     d, padded_keys, rows = quantized.q.shape[2], quantized.k.shape[1], quantized.q.shape[1]
     fp8 = quantized.v is not None
     if quantized.v is not None:
-        values = _described(quantized.v.view(-1, padded_keys), d, KEY_BLOCK)
+        values = in_blocks(quantized.v.view(-1, padded_keys), d, KEY_BLOCK)
     else:
-        values = _described(v, 1, 1, KEY_BLOCK, d)
+        values = in_blocks(v, 1, 1, KEY_BLOCK, d)
     tiles = rows // QUERY_BLOCK
     all_tiles = tiles * batch * heads
     launch(
         _attention_hopper_kernel,
         (min(all_tiles, multiprocessor_count(out.device.index or 0)), 1, 1),
         (
-            _described(quantized.q.view(-1, d), ROWS, d), _described(quantized.k.view(-1, d), KEY_BLOCK, d), values,
+            in_blocks(quantized.q.view(-1, d), ROWS, d), in_blocks(quantized.k.view(-1, d), KEY_BLOCK, d), values,
             quantized.q_scale, quantized.k_scale,
             quantized.k_scale if quantized.v_scale is None else quantized.v_scale, out if mask is None else mask,
             quantized.q_scale if quantized.shift is None else quantized.shift, out,
@@ -297,20 +295,6 @@ def attend_hopper(
         },
         warps=4,
     )  # fmt: skip
-
-
-_TYPES = {torch.int8: "int8", torch.float8_e4m3fn: "float8e4nv", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-@functools.cache
-def _layout(block: tuple[int, ...], dtype: torch.dtype):
-    """How the copy engine lays a block out in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, _TYPES[dtype]))
-
-
-def _described(x: torch.Tensor, *block: int) -> Described:
-    """What the copy engine reads blocks of x by."""
-    return Described(x, block, _layout(block, x.dtype))
 
 
 __all__ = ["GLUON_FOUND", "QUERY_BLOCK", "attend_hopper", "can_copy_in_bulk"]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .runtime import INTERPRETED, TRITON_FOUND, TRITON_VERSION, HopperDescriptor
+from .runtime import INTERPRETED, TRITON_FOUND, TRITON_VERSION, HopperDescriptor, copied_layout
 
 if TRITON_FOUND:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -33,6 +33,11 @@ class Described(NamedTuple):
     tensor: torch.Tensor
     block: Sequence[int]
     layout: Any = None
+
+
+def in_blocks(x: torch.Tensor, *block: int) -> Described:
+    """What kernels in Gluon copy blocks of x by."""
+    return Described(x, block, copied_layout(block, x.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from .launch import Launcher
+from .matmul_hopper import MANY_ROWS, multiply_hopper, takes_hopper
 from .runtime import ceil_div, multiprocessor_count, tl, triton
+from .scaled_tiles import _column_values, _scaled, _tile_position
 
 
 def matmul_rows_reference(
@@ -37,31 +39,6 @@ def matmul_rows_reference(
 
 
 @triton.jit
-def _tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """(row tile, column tile) of `tile`, in columns of GROUP_M row tiles, so that neighbours share operands in L2."""
-    per_group = GROUP_M * tiles_n
-    first = (tile // per_group) * GROUP_M
-    height = min(tiles_m - first, GROUP_M)
-    return first + (tile % per_group) % height, (tile % per_group) // height
-
-
-@triton.jit
-def _scaled(acc, row_scale, column_scale, bias):
-    return acc.to(tl.float32) * row_scale[:, None] * column_scale[None, :] + bias[None, :]
-
-
-@triton.jit
-def _column_values(column, N, scale_ptr, bias_ptr, SCALE_PER_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr):
-    inside = column < N
-    step = 1 if SCALE_PER_COLUMN else 0
-    scale = tl.load(scale_ptr + column * step, mask=inside, other=0.0)
-    bias = tl.zeros_like(scale)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    return scale, bias
-
-
-@triton.jit
 def _matmul_rows_descriptor_kernel(
     a_desc,
     b_desc,
@@ -83,7 +60,6 @@ def _matmul_rows_descriptor_kernel(
     SCALE_PER_COLUMN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     STORE_DESCRIPTOR: tl.constexpr,
-    SPLIT: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
     """Persistent kernel on tensor descriptors (TMA): each program walks over output tiles PROGRAMS apart."""
@@ -102,34 +78,14 @@ def _matmul_rows_descriptor_kernel(
             acc = tl.dot(a, b.T, acc, out_dtype=ACCUMULATOR)
         row = first_m + tl.arange(0, BLOCK_M)
         row_scale = tl.load(row_scale_ptr + row, mask=row < M, other=0.0)
-        if SPLIT == 2:
-            halves = tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), (0, 2, 1))
-            left, right = tl.split(halves)
-            column = first_n + tl.arange(0, BLOCK_N // 2)
-            scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
-            out = _scaled(left, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
-            if STORE_DESCRIPTOR:
-                c_desc.store([first_m, first_n], out)
-            else:
-                target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
-                tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
-            column = column + BLOCK_N // 2
-            scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
-            out = _scaled(right, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
-            if STORE_DESCRIPTOR:
-                c_desc.store([first_m, first_n + BLOCK_N // 2], out)
-            else:
-                target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
-                tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
+        column = first_n + tl.arange(0, BLOCK_N)
+        scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+        out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
+        if STORE_DESCRIPTOR:
+            c_desc.store([first_m, first_n], out)
         else:
-            column = first_n + tl.arange(0, BLOCK_N)
-            scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
-            out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
-            if STORE_DESCRIPTOR:
-                c_desc.store([first_m, first_n], out)
-            else:
-                target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
-                tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
+            target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
+            tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
 
 
 @triton.jit
@@ -188,27 +144,21 @@ class Tiles:
     group_m: int
     warps: int
     stages: int
-    split: int = 1
     store_descriptor: bool = False
     flatten: bool = True
     waves: int = 1
 
 
 WIDE = Tiles(128, 256, 128, 8, 8, 4)
-WIDE_STAGED = Tiles(128, 256, 128, 8, 8, 3, split=2, store_descriptor=True)
 NARROW = Tiles(64, 128, 128, 8, 4, 4, store_descriptor=True, flatten=False, waves=2)
 
 
-def choose_tiles(rows: int, columns: int, depth: int, out_bytes: int) -> Tiles:
-    """Tiles for (rows, depth) x (columns, depth), as measured on an H200.
+def choose_tiles(rows: int, out_bytes: int) -> Tiles:
+    """Tiles for so many rows and bytes of an output element, as measured on an H200.
 
-    out_bytes: bytes of an output element; the wide tiles of a float32 output do not fit into shared memory.
+    The wide tiles of a float32 output do not fit into shared memory.
     """
-    if rows <= 1024 or out_bytes > 2:
-        return NARROW
-    if columns >= 8192 and rows * columns >= 16384 * 8192 and depth <= 8192:
-        return WIDE_STAGED
-    return WIDE
+    return NARROW if rows <= MANY_ROWS or out_bytes > 2 else WIDE
 
 
 def matmul_rows(
@@ -232,52 +182,57 @@ def matmul_rows(
         bias: (N,) of any float dtype, or None.
         out: (M, N) float16, bfloat16 or float32, last stride 1, written.
         descriptors: use tensor descriptors where alignment allows (cc 9.0 to 11.x: their tiles take up to 227 KiB).
-        tiles: force these; None: `choose_tiles`.
+        tiles: force these; None: `choose_tiles`, or the kernel of Hopper.
     """
-    aligned = descriptors and (a.data_ptr() | b.data_ptr() | out.data_ptr()) & 15 == 0
+    described = descriptors and all(map(_suits_descriptors, (a, b, out)))
+    # Where a kernel reads no bias, it is given the output.
+    vectors = row_scale, column_scale, out if bias is None else bias
+    if described and tiles is None and takes_hopper(a, b, out):
+        multiply_hopper(a, b, out, vectors, _flags(a.dtype, column_scale.numel() > 1, bias is not None))
+        return
     launcher = _multiplying(
         (a.shape, b.shape),
-        (a.stride(), b.stride(), out.stride()),
-        (a.dtype, b.dtype, out.dtype),
-        bias is not None,
+        (a.stride(0), b.stride(0), out.stride(0)),
+        (a.dtype, out.dtype),
         column_scale.numel() > 1,
-        multiprocessor_count(a.device.index or 0) if aligned else 0,
+        bias is not None,
+        multiprocessor_count(a.device.index or 0) if described else 0,
         tiles,
     )
-    # Where a kernel reads no bias, it is given the output.
-    launcher(a, b, out, *((out,) if launcher.blocks else ()), row_scale, column_scale, out if bias is None else bias)
+    launcher(a, b, out, *((out,) if launcher.blocks else ()), *vectors)
+
+
+def _suits_descriptors(matrix: torch.Tensor) -> bool:
+    return matrix.stride(1) == 1 and (matrix.stride(0) * matrix.element_size() | matrix.data_ptr()) % 16 == 0
+
+
+def _flags(dtype: torch.dtype, per_column: bool, has_bias: bool) -> dict[str, bool]:
+    return {"INTEGER": dtype == torch.int8, "SCALE_PER_COLUMN": per_column, "HAS_BIAS": has_bias}
 
 
 @functools.lru_cache(maxsize=1024)
 def _multiplying(
     shapes: tuple[tuple[int, int], tuple[int, int]],
-    strides: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    has_bias: bool,
+    strides: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
     per_column: bool,
+    has_bias: bool,
     multiprocessors: int,
     tiles: Tiles | None,
 ) -> Launcher:
-    """multiprocessors: 0 where the matrices do not suit tensor descriptors."""
+    """strides: of the rows. multiprocessors: 0 where the matrices do not suit tensor descriptors."""
     (rows, depth), (columns, _) = shapes
-    described = multiprocessors and all(
-        stride[1] == 1 and stride[0] * dtype.itemsize % 16 == 0 for stride, dtype in zip(strides, dtypes, strict=True)
-    )
-    flags = {
-        "INTEGER": dtypes[0] == torch.int8,
-        "SCALE_PER_COLUMN": per_column,
-        "HAS_BIAS": has_bias,
-    }
-    if not described:
+    flags = _flags(dtypes[0], per_column, has_bias)
+    if not multiprocessors:
         small = rows <= 64
         block_m, block_n = (64, 64) if small else (128, 128)
         return Launcher(
             _matmul_rows_pointer_kernel,
             (ceil_div(rows, block_m) * ceil_div(columns, block_n), 1, 1),
-            (rows, columns, strides[2][0]),
+            (rows, columns, strides[2]),
             {
                 "K": depth,
-                "STRIDE_B": strides[1][0],
+                "STRIDE_B": strides[1],
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,
                 "BLOCK_K": 64,
@@ -286,13 +241,13 @@ def _multiplying(
             },
             warps=4 if small else 8,
         )
-    tiles = tiles or choose_tiles(rows, columns, depth, dtypes[2].itemsize)
+    tiles = tiles or choose_tiles(rows, dtypes[1].itemsize)
     programs = multiprocessors * tiles.waves
     count = ceil_div(rows, tiles.block_m) * ceil_div(columns, tiles.block_n)
     return Launcher(
         _matmul_rows_descriptor_kernel,
         (min(programs, count), 1, 1),
-        (rows, columns, depth, strides[2][0]),
+        (rows, columns, depth, strides[2]),
         {
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
@@ -301,7 +256,6 @@ def _multiplying(
             "PROGRAMS": programs,
             **flags,
             "STORE_DESCRIPTOR": tiles.store_descriptor,
-            "SPLIT": tiles.split,
             "FLATTEN": tiles.flatten,
         },
         warps=tiles.warps,
@@ -309,6 +263,6 @@ def _multiplying(
         blocks=(
             (tiles.block_m, tiles.block_k),
             (tiles.block_n, tiles.block_k),
-            (tiles.block_m, tiles.block_n // tiles.split),
+            (tiles.block_m, tiles.block_n),
         ),
     )

@@ -47,9 +47,17 @@ LAUNCHING = (
     "launch",
     "matmul_blocks",
     "matmul_decode",
+    "matmul_hopper",
     "matmul_split",
     "matvec_together",
     "norm_rows",
+)
+COUNTING = (
+    "ops.linear_paths",
+    "kernels.matmul_hopper",
+    "kernels.matmul_rows",
+    "kernels.attend_cache",
+    "kernels.attention_hopper",
 )
 DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "gather_prompt", "norm_rows")
 """Of them, those that choose between Triton and plain torch themselves."""
@@ -112,8 +120,11 @@ def compiled(monkeypatch):
 
     for name in LAUNCHING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "launch", compiles)
-    for name in ("ops.linear_paths", "kernels.matmul_rows", "kernels.attend_cache", "kernels.attention_hopper"):
+    for name in COUNTING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.{name}"), "multiprocessor_count", lambda index: 132)
+    matmul_hopper = importlib.import_module("lowbit.kernels.matmul_hopper")
+    number = lambda index: divmod(triton.runtime.driver.active.get_current_device(), 10)  # noqa: E731
+    monkeypatch.setattr(matmul_hopper, "compute_capability", number)
     for name in DECODING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "kernels_run_on", lambda x: True)
     driver = triton.runtime.driver

@@ -5,15 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.kernels import matmul_hopper
+from lowbit.kernels import matmul_rows as module
 from lowbit.kernels.launch import Launcher
-from lowbit.kernels.matmul_rows import (
-    NARROW,
-    WIDE,
-    WIDE_STAGED,
-    matmul_rows,
-    matmul_rows_reference,
-)
-from lowbit.kernels.runtime import DESCRIPTORS_FIT, INTERPRETED, compute_capability
+from lowbit.kernels.matmul_hopper import MANY_ROWS, multiply_hopper, takes_hopper
+from lowbit.kernels.matmul_rows import NARROW, WIDE, matmul_rows, matmul_rows_reference
+from lowbit.kernels.runtime import DESCRIPTORS_FIT, GLUON_FOUND, INTERPRETED, compute_capability
 
 
 def _codes(rows, columns, dtype, device):
@@ -52,7 +49,7 @@ def test_equals_reference(device, dtype, descriptors, m, n, k):
             assert ((out.double() - expected).norm() / expected.norm()).item() < bar
 
 
-@pytest.mark.parametrize("tiles", [NARROW, WIDE, WIDE_STAGED])
+@pytest.mark.parametrize("tiles", [NARROW, WIDE])
 def test_every_tiling(device, tiles):
     _needs_descriptors(device)
     m, n, k = (150, 272, 160) if INTERPRETED else (300, 528, 1040)
@@ -76,3 +73,49 @@ def test_descriptors_need_aligned_rows(device, monkeypatch):
     assert used == [True, False, False, False]
     matmul_rows(a, a, scale, scale, None, out, descriptors=False)
     assert used.pop() is False
+
+
+def test_the_product_of_hopper_is_for_many_rows_of_one_dtype_and_16_bits_there(monkeypatch):
+    monkeypatch.setattr(matmul_hopper, "GLUON_FOUND", True)
+    for cc in ((9, 0), (8, 9), (10, 0)):
+        monkeypatch.setattr(matmul_hopper, "compute_capability", lambda index, cc=cc: cc)
+        for rows, dtype, other, out_dtype, fits in (
+            (MANY_ROWS + 1, torch.int8, torch.int8, torch.bfloat16, True),
+            (MANY_ROWS + 1, torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float16, True),
+            (MANY_ROWS, torch.int8, torch.int8, torch.bfloat16, False),
+            (MANY_ROWS + 1, torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, False),
+            (MANY_ROWS + 1, torch.int8, torch.int8, torch.float32, False),
+        ):
+            a, b = torch.empty(rows, 16, dtype=dtype), torch.empty(8, 16, dtype=other)
+            assert takes_hopper(a, b, torch.empty(rows, 8, dtype=out_dtype)) is (fits and cc == (9, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("more_rows", "n", "k"),
+    [(1, 8, 16), (100, 264, 1040), (1300, 1000, 400), pytest.param(7000, 5128, 528, id="several tiles a program")],
+)
+def test_the_product_of_hopper(device, dtype, out_dtype, more_rows, n, k, monkeypatch):
+    if not GLUON_FOUND or compute_capability(device.index or 0) != (9, 0):
+        pytest.skip("Gluon and cc 9.0")
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        module, "multiply_hopper", lambda *arguments: made.append(arguments[2]) or multiply_hopper(*arguments)
+    )
+    m = MANY_ROWS + more_rows
+    a, b = _codes(m, k, dtype, device), _codes(n, k, dtype, device)
+    row_scale = torch.rand(m, device=device) + 0.5
+    for column_scale in (torch.rand(n, device=device) + 0.5, torch.tensor([0.3], device=device)):
+        for bias in (None, torch.randn(n, device=device), torch.randn(n, device=device, dtype=out_dtype)):
+            # float16 ends at 65,504, and what stands beside the output must stay.
+            scales = row_scale * 1e-2, column_scale * 1e-2
+            whole = torch.full((m + 1, n + 8), torch.nan, device=device, dtype=out_dtype)
+            out = whole[:m, :n]
+            matmul_rows(a, b, *scales, bias, out, descriptors=True)
+            assert made.pop() is out
+            expected = matmul_rows_reference(a, b, *scales, bias, torch.float64)
+            error = ((out.double() - expected).norm() / expected.norm()).item()
+            assert error < (3e-3 if out_dtype == torch.bfloat16 or dtype != torch.int8 else 4e-4), error
+            assert whole[m:].isnan().all()
+            assert whole[:, n:].isnan().all()

@@ -1,0 +1,33 @@
+"""What the 8-bit matmuls share: the order of their tiles, and the scales and the bias in a tile's epilogue."""
+
+from __future__ import annotations
+
+from .runtime import tl, triton
+
+
+@triton.jit
+def _tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row tile, column tile) of `tile`, in columns of GROUP_M row tiles, so that neighbours share operands in L2."""
+    per_group = GROUP_M * tiles_n
+    first = (tile // per_group) * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    return first + (tile % per_group) % height, (tile % per_group) // height
+
+
+@triton.jit
+def _scaled(acc, row_scale, column_scale, bias):
+    return acc.to(tl.float32) * row_scale[:, None] * column_scale[None, :] + bias[None, :]
+
+
+@triton.jit
+def _column_values(column, N, scale_ptr, bias_ptr, SCALE_PER_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr):
+    inside = column < N
+    zero = (column * 0).to(tl.float32)
+    if SCALE_PER_COLUMN:
+        scale = tl.load(scale_ptr + column, mask=inside, other=0.0)
+    else:
+        scale = tl.load(scale_ptr) + zero
+    bias = zero
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    return scale, bias
