@@ -13,7 +13,7 @@ import torch
 
 from .decode_tiles import e2m1_to_float32, e4m3_to_float32, swizzled_offset, to_grid
 from .launch import launch
-from .matmul_decode import sum_splits
+from .matmul_decode import prefetch_lines, sum_splits
 from .quantize_rows import _activate
 from .runtime import SMALLEST_DOT, THREADS_FROM_FIRST, ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import INT4_CODEBOOK, StoredWeight
@@ -323,8 +323,6 @@ def _matmul_blocks_kernel(
     MASKED: tl.constexpr = not EVEN or TOTAL % PART != 0
     SCALE_STEP: tl.constexpr = 1 if CODEBOOK else 128
     LACKS: tl.constexpr = 1.0 if CODEBOOK or not ASSEMBLY else (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(1)
     half, two = tl.arange(0, ROWS // 2), tl.arange(0, 2)
     four, half, below, octet, pair = _across(tl.arange(0, 4), half, two, tl.arange(0, WORDS // 8), two)
@@ -338,6 +336,11 @@ def _matmul_blocks_kernel(
     planes = _level_planes(levels_ptr, LEVELS) if CODEBOOK and ASSEMBLY else ()
     tile = tl.program_id(0) * TILES
     last = tl.minimum(tile + TILES, (N + ROWS - 1) // ROWS) - 1
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        line = tl.minimum(tile * ROWS + tl.arange(0, ROWS), N - 1).to(tl.int64)[:, None] * stride_wn
+        prefetch_lines(w_ptr + line + tl.minimum(tl.arange(0, STEPS) * WORDS, TOTAL - 1 - part * PART)[None, :])
+        tl.extra.cuda.gdc_wait()
     words, stored = _load_words(
         w_ptr, block_scale_ptr, tile, row, word_left, w_offset, scale_offset,
         N, stride_wn, scale_pitch, CODEBOOK, ROWS, MASKED,
@@ -424,7 +427,7 @@ def matmul_blocks(
         hardware_e4m3: the GPU converts e4m3 (cc 8.9 and later).
         tiles: of 64 rows of the weight that a program goes over with its part of x.
         activation: applied to x first.
-        overlap: let the sum start while the products still run (cc 9.0).
+        overlap: start while the kernel before still runs, and let the sum start while the products do (cc 9.0).
     """
     rows, columns = x.shape
     # What a codebook's levels are given to is moved between threads before a dot of 8 columns, not before one of 16.
@@ -461,5 +464,6 @@ def matmul_blocks(
             "OVERLAP": overlap,
         },
         stages=1,
+        overlap=overlap,
     )
     sum_splits(partial, weight, bias, out, overlap)

@@ -208,6 +208,14 @@ def _decode_matmul_kernel(
 
 
 @triton.jit
+def prefetch_lines(places):
+    """Ask for the lines of these places in the L2 cache, also while a kernel may still write them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [places], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def _sum_splits_kernel(
     partial_ptr,
     scale_ptr,
@@ -227,6 +235,7 @@ def _sum_splits_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], dtype=tl.float32)
     if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for split in tl.static_range(SPLITS):
         source = partial_ptr + (split * M + tl.program_id(1)).to(tl.int64) * N + n
