@@ -15,34 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen2Config, Qwen3Config
 
 from benchmarks.goals import Goal
 from benchmarks.textgen import keep
+from benchmarks.textgen_rivals import sizes, transformers_model
 from testing.core import start_core
 
-HEAD_DIM = 128
 CORE_TOKENS, TOKENS, RUNS, LONG = 24, 600, 3, 8000
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """The sizes of a text encoder, and what ComfyUI is to take it for."""
+    """A text encoder: its sizes as transformers has them, what ComfyUI is to take it for, and what its output head is called."""
 
-    width: int
-    feed_forward: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
+    config: Any
     clip_type: str
     head: str
-    biased: bool = False
-    norms_heads: bool = False
 
 
 ENCODERS = {
-    "Qwen2.5-VL 7B": Encoder(3584, 18944, 28, 28, 4, 152064, "QWEN_IMAGE", "lm_head", biased=True),
-    "Qwen3 8B": Encoder(4096, 12288, 36, 32, 8, 151936, "FLUX2", "model.lm_head", norms_heads=True),
+    "Qwen2.5-VL 7B": Encoder(Qwen2Config(**sizes(3584, 18944, 28, 28, 4, 152064)), "QWEN_IMAGE", "lm_head"),
+    "Qwen3 8B": Encoder(Qwen3Config(**sizes(4096, 12288, 36, 32, 8, 151936)), "FLUX2", "model.lm_head"),
 }
 
 SPEEDS = {
@@ -77,31 +71,18 @@ class Drawn:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state dict of the file."""
         torch.manual_seed(0)
-        encoder = self.encoder
-        inner, key = encoder.heads * HEAD_DIM, encoder.kv_heads * HEAD_DIM
-        table = torch.randn(encoder.vocabulary, encoder.width, device="cuda", dtype=torch.bfloat16)
-        made = {"model.embed_tokens.weight": table.cpu(), "model.norm.weight": torch.ones(encoder.width).bfloat16()}
-        linears = {encoder.head: (encoder.vocabulary, encoder.width)}
-        for index in range(encoder.layers):
-            name = f"model.layers.{index}"
-            linears |= {
-                f"{name}.self_attn.q_proj": (inner, encoder.width),
-                f"{name}.self_attn.k_proj": (key, encoder.width),
-                f"{name}.self_attn.v_proj": (key, encoder.width),
-                f"{name}.self_attn.o_proj": (encoder.width, inner),
-                f"{name}.mlp.gate_proj": (encoder.feed_forward, encoder.width),
-                f"{name}.mlp.up_proj": (encoder.feed_forward, encoder.width),
-                f"{name}.mlp.down_proj": (encoder.width, encoder.feed_forward),
-            }
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                made[f"{name}.{norm}.weight"] = torch.ones(encoder.width).bfloat16()
-            if encoder.norms_heads:
-                made |= {f"{name}.self_attn.{part}_norm.weight": torch.ones(HEAD_DIM).bfloat16() for part in "qk"}
-            if encoder.biased:
-                sizes = {"q": inner, "k": key, "v": key}
-                made |= {f"{name}.self_attn.{p}_proj.bias": torch.randn(n).bfloat16() / 50 for p, n in sizes.items()}
-        for name, (rows, columns) in linears.items():
-            made |= {f"{name}.{suffix}": part for suffix, part in self._linear(rows, columns).items()}
+        made: dict[str, torch.Tensor] = {}
+        for name, tensor in transformers_model(self.encoder.config, "meta").state_dict().items():
+            layer, _, suffix = name.rpartition(".")
+            layer = self.encoder.head if layer == "lm_head" else layer
+            if suffix == "bias":
+                made[name] = torch.randn(tensor.shape).bfloat16() / 50
+            elif tensor.dim() == 1:
+                made[name] = torch.ones(tensor.shape).bfloat16()
+            elif layer.endswith("embed_tokens"):
+                made[name] = torch.randn(tensor.shape, device="cuda", dtype=torch.bfloat16).cpu()
+            else:
+                made |= {f"{layer}.{part}": found for part, found in self._linear(*tensor.shape).items()}
         return made
 
 

@@ -1,32 +1,32 @@
-"""What others write a text with, at the sizes of a model whose weights are drawn: transformers, compiled, and torchao's INT8."""
+"""What others write a text with, at the sizes of a model whose weights are drawn: transformers, compiled."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 CONTENDER = "transformers, static cache, compiled"
-TORCHAO = "transformers and torchao, static cache, compiled"
 
 
-def transformers_model(sizes: str, vocabulary: int, device: torch.device) -> Any:
-    """A Qwen2 of `WIDTH,FEED_FORWARD,LAYERS,HEADS,KV_HEADS`, with drawn weights, in bfloat16."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+def sizes(width: int, feed_forward: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, Any]:
+    """Arguments of a configuration of transformers'."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+    }
 
-    width, feed_forward, layers, heads, kv_heads = (int(size) for size in sizes.split(","))
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        tie_word_embeddings=False,
-    )
+
+def transformers_model(config: Any, device: torch.device | str) -> Any:
+    """The language model of a configuration of transformers', with drawn weights, in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
@@ -59,17 +59,7 @@ def measure(model: Any, prompt: list[int], length: int, runs: int, device: torch
 
 
 @torch.no_grad()
-def rows(
-    sizes: str, vocabulary: int, prompt: list[int], length: int, runs: int, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """One row of each that imports."""
-    model = transformers_model(sizes, vocabulary, device)
-    yield {"weights": "bf16", "contender": CONTENDER} | measure(model, prompt, length, runs, device)
-    try:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-    except ImportError as error:
-        print(f"torchao is left out: {error}", flush=True)
-        return
-    torch.compiler.reset()
-    quantize_(model, Int8WeightOnlyConfig())
-    yield {"weights": "int8", "contender": TORCHAO} | measure(model, prompt, length, runs, device)
+def row(config: Any, prompt: list[int], length: int, runs: int, device: torch.device) -> dict[str, Any]:
+    """The row of transformers."""
+    model = transformers_model(config, device)
+    return {"weights": "bf16", "contender": CONTENDER} | measure(model, prompt, length, runs, device)
