@@ -1,4 +1,4 @@
-"""Arguments that ComfyUI's classes are built with for published models, as its detection reads them off their files.
+"""Arguments that ComfyUI's classes are built with for published models, as its detection reads them off their files, but for defaults.
 
 Source: ComfyUI's comfy/model_detection.py (`detect_unet_config`); models that are not here are the classes' defaults.
 """
@@ -123,7 +123,6 @@ HUNYUAN_IMAGE = {
     "byt5": True,
 }
 LUMINA = {
-    "patch_size": 2,
     "in_channels": 16,
     "dim": 2304,
     "cap_feat_dim": 2304,
@@ -133,8 +132,6 @@ LUMINA = {
     "n_kv_heads": 8,
     "axes_dims": [32, 32, 32],
     "axes_lens": [300, 512, 512],
-    "rope_theta": 10000.0,
-    "ffn_dim_multiplier": 4.0,
 }
 Z_IMAGE = {
     **LUMINA,
@@ -160,24 +157,17 @@ COSMOS = {
     "patch_spatial": 2,
     "patch_temporal": 1,
     "model_channels": 2048,
-    "concat_padding_mask": True,
-    "crossattn_emb_channels": 1024,
     "pos_emb_cls": "rope3d",
     "pos_emb_learnable": True,
-    "pos_emb_interpolation": "crop",
     "use_adaln_lora": True,
-    "adaln_lora_dim": 256,
     "num_blocks": 28,
-    "num_heads": 16,
-    "extra_per_block_abs_pos_emb": False,
     "rope_h_extrapolation_ratio": 4.0,
     "rope_w_extrapolation_ratio": 4.0,
     "rope_enable_fps_modulation": False,
 }
-WAN = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40, "text_dim": 4096}
+WAN = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
 SD3 = {
     "input_size": None,
-    "patch_size": 2,
     "in_channels": 16,
     "out_channels": 16,
     "depth": 38,
@@ -188,7 +178,6 @@ SD3 = {
     },
     "num_patches": 36864,
     "pos_embed_max_size": 192,
-    "pos_embed_scaling_factor": None,
     "qk_norm": "rms",
 }
 SDXL = {
@@ -204,7 +193,6 @@ SDXL = {
     "context_dim": 2048,
     "use_linear_in_transformer": True,
     "use_spatial_transformer": True,
-    "use_temporal_attention": False,
     "num_classes": "sequential",
     "adm_in_channels": 2816,
     "num_head_channels": 64,
@@ -213,7 +201,6 @@ OMNIGEN = {
     "axes_dim_rope": [40, 40, 40],
     "axes_lens": [1024, 1664, 1664],
     "hidden_size": 2520,
-    "in_channels": 16,
     "num_attention_heads": 21,
     "num_kv_heads": 7,
     "num_layers": 32,
@@ -221,13 +208,10 @@ OMNIGEN = {
     "timestep_scale": 1000.0,
 }
 MOCHI = {
-    "depth": 48,
-    "patch_size": 2,
     "num_heads": 24,
     "hidden_size_x": 3072,
     "hidden_size_y": 1536,
     "mlp_ratio_x": 4.0,
-    "mlp_ratio_y": 4.0,
     "learn_sigma": False,
     "in_channels": 12,
     "qk_norm": True,
@@ -248,7 +232,6 @@ HIDREAM = {
 }
 ACE = {
     "attention_head_dim": 128,
-    "in_channels": 8,
     "inner_dim": 2560,
     "max_width": 32768,
     "mlp_ratio": 2.5,
@@ -262,7 +245,6 @@ KANDINSKY = {
     "model_dim": 4096,
     "ff_dim": 16384,
     "time_dim": 1024,
-    "visual_embed_dim": 132,
     "num_text_blocks": 4,
     "num_visual_blocks": 60,
     "axes_dims": (32, 48, 48),
