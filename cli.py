@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .errors import CapabilityError, CheckpointError, LowbitError, StorageError
-from .ops.auto_format import plan_format
+from .ops.auto_format import FormatChooser
 from .ops.checkpoint import Checkpoint, open_checkpoint
 from .ops.device_info import device_info
 from .ops.diffusion_names import converted_model
@@ -146,13 +146,13 @@ def _quantize(options: argparse.Namespace) -> None:
     rules = parse_rules(options.keep)
     device = _device(options.device)
     measure = partial(sampled_errors, device=device, folder=None)
-    chosen = plan_format(checkpoint, options.format, device_info(device), rules, measure)
+    chooser = FormatChooser(checkpoint, device_info(device), rules, measure)
+    chosen = chooser.choose(options.format)
     plan = chosen.plan
     if plan.changes_weights:
         _check_whole_model(checkpoint)
     if options.dry_run:
-        trade = trade_table(checkpoint, device_info(device), rules, measure)
-        print(plan_report(checkpoint, plan, device_info(device), str(chosen), trade))
+        print(plan_report(checkpoint, plan, chooser.device, str(chosen), trade_table(chooser)))
         return
     _check_target(options.target, checkpoint, options.overwrite)
     try:

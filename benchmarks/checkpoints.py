@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from lowbit.ops.auto_format import plan_format
+from lowbit.ops.auto_format import FormatChooser
 from lowbit.ops.cache import cached_path, quantized_file
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import AUTO
-from lowbit.ops.keep_rules import parse_rules
 from lowbit.ops.sampled_errors import sampled_errors
 from testing.tiny.tensors import scale_and_shift
 
@@ -114,10 +113,10 @@ def quantize(path: Path, cache: Path) -> float | None:
     Returns:
         Seconds; None when it is there, or would not be made.
     """
-    checkpoint, rules, device = open_checkpoint(path), parse_rules("auto"), device_info()
+    checkpoint = open_checkpoint(path)
     where = "cuda" if torch.cuda.is_available() else "cpu"
     measure = partial(sampled_errors, device=where, folder=cache)
-    plan = plan_format(checkpoint, AUTO, device, rules, measure).plan
+    plan = FormatChooser(checkpoint, device_info(), None, measure).choose(AUTO).plan
     if not plan.changes_weights:
         return None
     target = cached_path(checkpoint, plan, cache)

@@ -27,7 +27,7 @@ from demo.report import REFERENCE, Row
 from demo.shapes import Scene
 from demo.trained_files import FOLDER, TRANSFORMER
 from lowbit.kernels.measured import Numbers
-from lowbit.ops.auto_format import two_plans
+from lowbit.ops.auto_format import FormatChooser
 from lowbit.ops.checkpoint import Checkpoint, open_checkpoint
 from lowbit.ops.device_info import DeviceInfo
 from lowbit.ops.formats import FORMATS
@@ -61,7 +61,7 @@ SEEN_AT = (0.95, 0.8, 0.5, 0.2)
 def plans_of(capability: tuple[int, int]) -> TwoPlans:
     """The trained model in the two formats of a GPU."""
     measure = partial(sampled_errors, device="cpu", folder=None)
-    return two_plans(open_checkpoint(FOLDER / TRANSFORMER), DeviceInfo("", capability, 0), None, measure)
+    return FormatChooser(open_checkpoint(FOLDER / TRANSFORMER), DeviceInfo("", capability, 0), None, measure).two_plans
 
 
 def write_files(folder: Path) -> dict[str, tuple[str, QuantizationPlan, float]]:
@@ -164,7 +164,7 @@ def large_models() -> list[Record]:
     rows = []
     for name in LARGE_MODELS:
         checkpoint, pinned = checkpoint_of(ARCHITECTURES[name].real_sized())
-        plans = two_plans(checkpoint, DeviceInfo("", (9, 0), 0), None, measure, pinned=pinned)
+        plans = FormatChooser(checkpoint, DeviceInfo("", (9, 0), 0), None, measure, pinned).two_plans
         room = int(plans.eight_bits.nbytes_after / TOO_LARGE)
         found = {
             "8 bits": plans.eight_bits,

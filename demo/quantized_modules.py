@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lowbit.ops.auto_format import plan_format
+from lowbit.ops.auto_format import FormatChooser
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import FORMATS
@@ -61,7 +61,7 @@ def load(
         return source, model.to(DEVICE).eval()
     checkpoint = open_checkpoint(source)
     measure = partial(sampled_errors, device=DEVICE, folder=None)
-    plan = plan_format(checkpoint, name, device_info(DEVICE), None, measure).plan
+    plan = FormatChooser(checkpoint, device_info(DEVICE), None, measure).choose(name).plan
     target = folder / f"{source.stem}.{name}.safetensors"
     quantize_checkpoint(
         checkpoint, plan, target, device=DEVICE, progress=lambda done, total, key: progress.step(key, done, total)

@@ -131,7 +131,7 @@ def _attention_line(model: Any) -> str:
 
 
 def _memory_line(planned: Planned, preset: Preset) -> str:
-    total = planned.device.memory_bytes
+    total = planned.chooser.device.memory_bytes
     head = f"Memory: policy {preset.memory_policy}"
     if not total:
         return f"{head}; there is no GPU to keep within, steps are measured."

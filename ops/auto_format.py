@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from .device_info import DeviceInfo
 from .formats import AS_STORED, AUTO, FORMATS, SMALLEST, find_format
 from .keep_rules import Rule
 from .mixed_plan import TwoPlans
-from .plan import QuantizationPlan, make_plan
+from .plan import Mix, QuantizationPlan, make_plan
 
 STREAMING_LIMIT = 1.5
 """Weights of up to this many times the device memory are streamed in 8 bits; of larger ones, layers are stored in 4.
@@ -73,74 +74,72 @@ class Chosen:
         return f"{self.name}: {self.reason}"
 
 
-def plan_format(
-    checkpoint: Checkpoint,
-    name: str,
-    device: DeviceInfo,
-    rules: tuple[Rule, ...] | None,
-    measure: MeasureLayers,
-    *,
-    pinned: Mapping[str, str] | None = None,
-) -> Chosen:
-    """The plan of a checkpoint in the format called `name`.
+@dataclass(frozen=True)
+class FormatChooser:
+    """What formats come to for one model on one device.
 
-    Args:
+    Attributes:
         checkpoint: the model.
-        name: one of `FORMAT_CHOICES`.
         device: where it will run.
         rules: the user's keep rules, None for the family's.
-        measure: tells errors of layers: asked only where formats have to be mixed.
+        measure: tells errors of layers: asked once, and only where formats have to be mixed.
         pinned: as `make_plan` takes it.
-
-    Raises:
-        CheckpointError, CapabilityError: as `make_plan` and `sampled_errors`.
-        FormatError: there is no such format.
     """
-    if name not in (AUTO, SMALLEST):
-        weight_format = None if name == AS_STORED else find_format(name)
-        return Chosen(make_plan(checkpoint, weight_format, rules, pinned=pinned), name, "asked for")
-    make = partial(make_plan, checkpoint, user_rules=rules, named=False, pinned=pinned)
-    plan = make(FORMATS[TEXT_ENCODER_FORMAT])
-    if not plan.changes_weights:
-        return Chosen(make(None), AS_STORED, "the file's weights are quantized already, or too small to be")
-    row = _row(device)
-    if name == SMALLEST:
-        return _mixed(two_plans(checkpoint, device, rules, measure, pinned=pinned), 0, "asked for")
-    if plan.family.kind == "text_encoder":
-        return Chosen(plan, TEXT_ENCODER_FORMAT, "a text encoder runs once a prompt: 8-bit weights, 16-bit product")
-    if not device.memory_bytes or plan.nbytes_after <= STREAMING_LIMIT * device.memory_bytes:
-        return Chosen(make(FORMATS[row.eight_bits]), row.eight_bits, row.reason)
-    reason = (
-        f"8 bits would take {plan.nbytes_after / 2**30:.1f} GiB, over {STREAMING_LIMIT:g} times the "
-        f"{device.memory_bytes / 2**30:.0f} GiB of {device.name}"
-    )
-    if row.four_bits_faster:
-        return Chosen(make(FORMATS[row.four_bits]), row.four_bits, reason)
-    return _mixed(two_plans(checkpoint, device, rules, measure, pinned=pinned), device.memory_bytes, reason)
 
+    checkpoint: Checkpoint
+    device: DeviceInfo
+    rules: tuple[Rule, ...] | None
+    measure: MeasureLayers
+    pinned: Mapping[str, str] | None = None
 
-def two_plans(
-    checkpoint: Checkpoint,
-    device: DeviceInfo,
-    rules: tuple[Rule, ...] | None,
-    measure: MeasureLayers,
-    *,
-    pinned: Mapping[str, str] | None = None,
-) -> TwoPlans:
-    """The checkpoint in the device's two formats, to mix: `plan_format`'s arguments.
+    def choose(self, name: str) -> Chosen:
+        """The plan in the format called `name`, one of `FORMAT_CHOICES`.
 
-    Raises:
-        CheckpointError, CapabilityError: as `make_plan`.
-    """
-    row = _row(device)
-    make = partial(make_plan, checkpoint, user_rules=rules, named=False, pinned=pinned)
-    plan = make(FORMATS[TEXT_ENCODER_FORMAT])
-    return TwoPlans(
-        plan if plan.family.kind == "text_encoder" else make(FORMATS[row.eight_bits]),
-        make(FORMATS[row.four_bits]),
-        partial(measure, checkpoint),
-        lambda mix: make(FORMATS[row.four_bits], mix=mix),
-    )
+        Raises:
+            CheckpointError, CapabilityError: as `make_plan` and `sampled_errors`.
+            FormatError: there is no such format.
+        """
+        if name not in (AUTO, SMALLEST):
+            weight_format = None if name == AS_STORED else find_format(name)
+            plan = make_plan(self.checkpoint, weight_format, self.rules, pinned=self.pinned)
+            return Chosen(plan, name, "asked for")
+        plan, row = self._make(TEXT_ENCODER_FORMAT), _row(self.device)
+        if not plan.changes_weights:
+            reason = "the file's weights are quantized already, or too small to be"
+            return Chosen(self._make(AS_STORED), AS_STORED, reason)
+        if name == SMALLEST:
+            return _mixed(self.two_plans, 0, "asked for")
+        if plan.family.kind == "text_encoder":
+            return Chosen(plan, TEXT_ENCODER_FORMAT, "a text encoder runs once a prompt: 8-bit weights, 16-bit product")
+        room = self.device.memory_bytes
+        if not room or plan.nbytes_after <= STREAMING_LIMIT * room:
+            return Chosen(self._make(row.eight_bits), row.eight_bits, row.reason)
+        reason = (
+            f"8 bits would take {plan.nbytes_after / 2**30:.1f} GiB, over {STREAMING_LIMIT:g} times the "
+            f"{room / 2**30:.0f} GiB of {self.device.name}"
+        )
+        if row.four_bits_faster:
+            return Chosen(self._make(row.four_bits), row.four_bits, reason)
+        return _mixed(self.two_plans, room, reason)
+
+    @functools.cached_property
+    def two_plans(self) -> TwoPlans:
+        """The model in the device's two formats, to mix.
+
+        Raises:
+            CheckpointError, CapabilityError: as `make_plan`.
+        """
+        row, plan = _row(self.device), self._make(TEXT_ENCODER_FORMAT)
+        return TwoPlans(
+            plan if plan.family.kind == "text_encoder" else self._make(row.eight_bits),
+            self._make(row.four_bits),
+            partial(self.measure, self.checkpoint),
+            partial(self._make, row.four_bits),
+        )
+
+    def _make(self, name: str, mix: Mix | None = None) -> QuantizationPlan:
+        weight_format = None if name == AS_STORED else FORMATS[name]
+        return make_plan(self.checkpoint, weight_format, self.rules, named=False, pinned=self.pinned, mix=mix)
 
 
 def _mixed(plans: TwoPlans, room: int, reason: str) -> Chosen:

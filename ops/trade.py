@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import CapabilityError
-from ..kernels.measured import Numbers
-from .auto_format import MeasureLayers, plan_format, two_plans
-from .checkpoint import Checkpoint
-from .device_info import DeviceInfo
+from .auto_format import FormatChooser
 from .formats import AS_STORED, AUTO, SMALLEST
 from .keep_rules import KEEP, MODULATION_LAYERS, QUANTIZE, Rule
 from .plan import LayerPlan, QuantizationPlan
@@ -53,38 +50,21 @@ def product_of(layer: LayerPlan, tokens: int = TOKENS) -> Product:
     return Product(rows, layer.shape, layer.weight_format if layer.action == QUANTIZE else KEEP)
 
 
-def trade_table(
-    checkpoint: Checkpoint,
-    device: DeviceInfo,
-    rules: tuple[Rule, ...] | None,
-    measure: MeasureLayers,
-    milliseconds: Milliseconds = no_time,
-    *,
-    pinned: Mapping[str, str] | None = None,
-) -> list[str]:
-    """The lines of the table, none where nothing can be quantized or mixed: `plan_format`'s arguments.
+def trade_table(chooser: FormatChooser, milliseconds: Milliseconds = no_time) -> list[str]:
+    """The lines of the table, none where nothing can be quantized or mixed.
 
     Args:
+        chooser: of the model.
         milliseconds: tells the time of a step.
 
     Raises:
-        CheckpointError: as `plan_format`.
+        CheckpointError: as `FormatChooser.choose`.
     """
-    found: dict[str, Numbers] = {}
-
-    def once(checkpoint: Checkpoint, formats: Mapping[str, Collection[str]]) -> Mapping[str, Numbers]:
-        """All of the table's plans ask the same."""
-        if not found:
-            found.update(measure(checkpoint, formats))
-        return found
-
     try:
-        plans = two_plans(checkpoint, device, rules, once, pinned=pinned)
+        plans = chooser.two_plans
         if not plans.eight_bits.changes_weights:
             return []
-        chosen = {
-            title: plan_format(checkpoint, name, device, rules, once, pinned=pinned) for title, name in ROWS.items()
-        }
+        chosen = {title: chooser.choose(name) for title, name in ROWS.items()}
     except CapabilityError:
         return []
     lines = [f"{'':<10} {'GiB':>7} {'ms a step':>9} {'error':>7}"]

@@ -15,10 +15,10 @@ import torch
 
 from ...errors import StorageError
 from ...kernels.measured import Numbers
-from ...ops.auto_format import plan_format
+from ...ops.auto_format import FormatChooser
 from ...ops.cache import cached_path, quantized_file
 from ...ops.checkpoint import Checkpoint, open_checkpoint
-from ...ops.device_info import DeviceInfo, device_info
+from ...ops.device_info import device_info
 from ...ops.diffusion_names import diffusion_names, tables
 from ...ops.formats import AS_STORED, AUTO
 from ...ops.gguf_file import SUFFIX
@@ -60,12 +60,15 @@ class Request:
 class Planned:
     """What will happen to a file: nothing is written or loaded yet."""
 
-    checkpoint: Checkpoint
+    chooser: FormatChooser
     plan: QuantizationPlan
     request: Request
-    device: DeviceInfo
     choice: str
-    pinned: Mapping[str, str] | None = None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The source."""
+        return self.chooser.checkpoint
 
     @property
     def summary(self) -> str:
@@ -75,14 +78,13 @@ class Planned:
     @property
     def report(self) -> str:
         """Every layer, what happens to it and why, and what this device makes of the formats."""
-        return plan_report(self.checkpoint, self.plan, self.device, self.choice)
+        return plan_report(self.checkpoint, self.plan, self.chooser.device, self.choice)
 
     def dry_run(self) -> str:
         """The report with what could be had instead: `trade_table`. Rows of the weights are read, and shapes timed once."""
-        rules, where = parse_rules(self.request.keep_rules), comfy.model_management.get_torch_device()
-        time = partial(step_milliseconds, device=where, folder=cache_folder())
-        trade = trade_table(self.checkpoint, self.device, rules, _measure, time, pinned=self.pinned)
-        return plan_report(self.checkpoint, self.plan, self.device, self.choice, trade)
+        where = comfy.model_management.get_torch_device()
+        trade = trade_table(self.chooser, partial(step_milliseconds, device=where, folder=cache_folder()))
+        return plan_report(self.checkpoint, self.plan, self.chooser.device, self.choice, trade)
 
 
 def plan_diffusion_model(path: Path, request: Request, device: torch.device | None = None) -> Planned:
@@ -152,15 +154,17 @@ def plan_checkpoint(
     """
     rules = parse_rules(request.keep_rules)
     where = device_info(device if device is not None else comfy.model_management.get_torch_device())
-    chosen = plan_format(checkpoint, request.weight_format, where, rules, _measure, pinned=pinned)
+    chooser = FormatChooser(checkpoint, where, rules, _measure, pinned)
+    chosen = chooser.choose(request.weight_format)
     shaped = {} if look is None else shape_pinned(checkpoint, chosen.plan, look)
     if shaped:
         pinned = {**(tables(chosen.plan.layers) if pinned is None else pinned), **shaped}
-        chosen = plan_format(checkpoint, request.weight_format, where, rules, _measure, pinned=pinned)
+        chooser = replace(chooser, pinned=pinned)
+        chosen = chooser.choose(request.weight_format)
     check_formats(checkpoint, chosen.plan)
     for sentence in unmatched_sentences(chosen.plan) if rules is not None else ():
         logger.warning("%s: %s", checkpoint.path.name, sentence)
-    return Planned(checkpoint, chosen.plan, request, where, str(chosen), pinned)
+    return Planned(chooser, chosen.plan, request, str(chosen))
 
 
 def _measure(checkpoint: Checkpoint, formats: Mapping[str, Collection[str]]) -> Mapping[str, Numbers]:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from lowbit.ops.auto_format import STREAMING_LIMIT, plan_format, two_plans
+from lowbit.ops.auto_format import STREAMING_LIMIT, FormatChooser
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import DeviceInfo
 from lowbit.ops.formats import AUTO, FORMATS, SMALLEST
@@ -39,7 +39,7 @@ def device(capability, nbytes: int) -> DeviceInfo:
 
 
 def chosen(checkpoint, device: DeviceInfo, rules=None, name: str = AUTO):
-    return plan_format(checkpoint, name, device, rules, MEASURE)
+    return FormatChooser(checkpoint, device, rules, MEASURE).choose(name)
 
 
 def formats_of(plan) -> set[str]:
@@ -68,7 +68,7 @@ def test_where_memory_is_short_4_bits_go_where_they_cost_least(save, capability,
     checkpoint = open_checkpoint(save(wan_like(blocks=4)))
     eight_bits = make_plan(checkpoint, FORMATS["int8"], None).nbytes_after
     gpu = device(capability, int(part * eight_bits))
-    found, plans = chosen(checkpoint, gpu), two_plans(checkpoint, gpu, None, MEASURE)
+    found, plans = chosen(checkpoint, gpu), FormatChooser(checkpoint, gpu, None, MEASURE).two_plans
     assert found.plan.nbytes_after <= max(gpu.memory_bytes, plans.four_bits.nbytes_after)
     assert plans.error(found.plan) < plans.error(plans.four_bits)
     assert {"int4_asym_fast", "int8_convrot_fast"} <= formats_of(found.plan)
@@ -86,7 +86,7 @@ def test_where_the_4_bit_product_is_the_faster_one_auto_mixes_nothing_in(save, w
 def test_smallest_takes_no_more_than_4_bits_and_is_more_exact(save, capability):
     checkpoint = open_checkpoint(save(wan_like(blocks=4)))
     gpu = device(capability, GIB)
-    found, plans = chosen(checkpoint, gpu, name=SMALLEST), two_plans(checkpoint, gpu, None, MEASURE)
+    found, plans = chosen(checkpoint, gpu, name=SMALLEST), FormatChooser(checkpoint, gpu, None, MEASURE).two_plans
     assert found.plan.nbytes_after <= plans.four_bits.nbytes_after
     assert plans.error(found.plan) < 0.8 * plans.error(plans.four_bits)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.ops import mixed_plan, sampled_errors
-from lowbit.ops.auto_format import two_plans
+from lowbit.ops.auto_format import FormatChooser
 from lowbit.ops.cache import cached_path, quantized_file
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import DeviceInfo
@@ -52,7 +52,7 @@ def formats_of(plan) -> dict[str, str]:
 
 @pytest.mark.parametrize("device", [ADA, NVFP4_GPU], ids=lambda device: device.name)
 def test_in_the_bytes_of_4_bits_the_mix_is_much_more_exact(save, wan_tensors, device):
-    plans = two_plans(open_checkpoint(save(wan_tensors)), device, None, measuring())
+    plans = FormatChooser(open_checkpoint(save(wan_tensors)), device, None, measuring()).two_plans
     mixed = plans.within(plans.four_bits.nbytes_after)
     assert mixed.nbytes_after <= plans.four_bits.nbytes_after
     assert plans.error(mixed) < 0.8 * plans.error(plans.four_bits)
@@ -63,7 +63,7 @@ def test_in_the_bytes_of_4_bits_the_mix_is_much_more_exact(save, wan_tensors, de
 
 
 def test_with_bytes_enough_it_is_the_8_bit_plan(save, wan_tensors):
-    plans = two_plans(open_checkpoint(save(wan_tensors)), ADA, None, measuring())
+    plans = FormatChooser(open_checkpoint(save(wan_tensors)), ADA, None, measuring()).two_plans
     assert plans.within(plans.eight_bits.nbytes_after) == plans.eight_bits
     assert plans.within(plans.eight_bits.nbytes_after - 1) != plans.eight_bits
 
@@ -76,7 +76,7 @@ def test_whatever_the_errors_no_mix_is_too_large_or_less_exact_than_4_bits(tmp_p
         from safetensors.torch import save_file
 
         save_file(wan_like(), path)
-    plans = two_plans(open_checkpoint(path), ADA, None, made_up(seed))
+    plans = FormatChooser(open_checkpoint(path), ADA, None, made_up(seed)).two_plans
     limit = plans.four_bits.nbytes_after + room
     mixed = plans.within(limit)
     assert mixed.nbytes_after <= limit
@@ -86,7 +86,7 @@ def test_whatever_the_errors_no_mix_is_too_large_or_less_exact_than_4_bits(tmp_p
 
 def test_queries_and_keys_give_up_bits_first_and_early_blocks_before_late_ones(save):
     checkpoint = open_checkpoint(save(wan_like(blocks=12)))
-    plans = two_plans(checkpoint, ADA, None, lambda checkpoint, formats: dict.fromkeys(formats, ERRORS))
+    plans = FormatChooser(checkpoint, ADA, None, lambda checkpoint, formats: dict.fromkeys(formats, ERRORS)).two_plans
     missing = plans.eight_bits.nbytes_after - (256 * 256 // 4) * 12 * 3
     few = formats_of(plans.within(missing))
     lowered = {name for name, chosen in few.items() if chosen == "int4_asym_fast"}
@@ -107,7 +107,9 @@ ERRORS = {"int8_convrot_fast": 0.008, "int8": 0.008, ERRORS_4: 0.073}
 
 def test_what_the_user_keeps_and_what_must_be_exact_stays(save, wan_tensors, monkeypatch):
     checkpoint = open_checkpoint(save(wan_tensors))
-    plans = two_plans(checkpoint, ADA, parse_rules("time_projection\nself_attn.q = int4_asym_fast\nauto"), measuring())
+    plans = FormatChooser(
+        checkpoint, ADA, parse_rules("time_projection\nself_attn.q = int4_asym_fast\nauto"), measuring()
+    ).two_plans
     mixed = plans.within(plans.four_bits.nbytes_after)
     assert mixed.layers["time_projection.1"].action == "keep"
     assert formats_of(mixed)["blocks.0.self_attn.q"] == "int4_asym_fast"
@@ -157,7 +159,7 @@ def test_a_samples_error_is_the_layers(save, tmp_path, name):
 
 def test_the_file_of_a_mix_holds_every_layer_in_its_format_and_has_a_name_of_its_own(save, tmp_path):
     checkpoint = open_checkpoint(save(wan_like(blocks=4)))
-    plans = two_plans(checkpoint, ADA, None, measuring())
+    plans = FormatChooser(checkpoint, ADA, None, measuring()).two_plans
     mixed = plans.within(plans.four_bits.nbytes_after)
     path = quantized_file(checkpoint, mixed, tmp_path / "cache")
     assert ".mixed." in path.name
