@@ -7,8 +7,8 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import FileIO
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,7 +19,7 @@ from .foreign_layers import decoded_layers
 from .gguf_decode import decode
 from .gguf_file import SUFFIX, open_gguf
 from .header import FileStamp, Header, TensorEntry, file_stamp, load_json, opening, read_header
-from .staging import host_blocks
+from .staging import host_blocks, read_whole
 
 INDEX_NAME = re.compile(r"^(?P<stem>.+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json$")
 """Names of a sharded set's index: `model.safetensors.index.json`, in diffusers with a variant before `.json`."""
@@ -86,11 +86,9 @@ class Checkpoint:
         for stamp in self.stamps:
             name = os.fsencode(stamp.path.name)
             digest.update(b"%b\0%d\0%d\0" % (name, stamp.size, stamp.changed_ns))
-            try:
+            with _reading(stamp.path):
                 for sample in _content_samples(stamp.path, stamp.size):
                     digest.update(sample)
-            except OSError as error:
-                raise _unreadable(stamp.path, error) from None
         return digest.hexdigest()
 
     def check_unchanged(self) -> None:
@@ -100,10 +98,8 @@ class Checkpoint:
             CheckpointError: one was replaced, written to or removed since it was opened.
         """
         for stamp in self.stamps:
-            try:
+            with _reading(stamp.path):
                 now = file_stamp(stamp.path)
-            except OSError as error:
-                raise _unreadable(stamp.path, error) from None
             if now != stamp:
                 raise CheckpointError(f"{stamp.path.name} changed while it was read: try again when it is complete.")
 
@@ -188,24 +184,13 @@ def _fill(entry: TensorEntry, buffer: torch.Tensor) -> None:
         for part, start in zip(entry.parts, _part_starts(entry), strict=False):
             _fill(part, buffer[start:])
         return
-    try:
-        with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            for block, host in host_blocks(buffer[: entry.nbytes]):
-                _read_into(memoryview(host.numpy().data), file, entry)
-                if host is not block:
-                    block.copy_(host)
-    except OSError as error:
-        raise _unreadable(entry.path, error) from None
-
-
-def _read_into(view: memoryview, file: FileIO, entry: TensorEntry) -> None:
-    """An unbuffered file may give less than it is asked for."""
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise CheckpointError(f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again.")
-        view = view[count:]
+    with _reading(entry.path), entry.path.open("rb", buffering=0) as file:
+        file.seek(entry.offset)
+        for block, host in host_blocks(buffer[: entry.nbytes]):
+            if not read_whole(file, memoryview(host.numpy().data)):
+                raise _ended_inside(entry)
+            if host is not block:
+                block.copy_(host)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -230,25 +215,29 @@ def read_elements(entry: TensorEntry, starts: Sequence[int], count: int) -> torc
     """
     size = entry.dtype.itemsize
     pieces = bytearray()
-    try:
-        with entry.path.open("rb", buffering=0) as file:
-            for start in starts:
-                file.seek(entry.offset + start * size)
-                piece = file.read(min(count * size, entry.nbytes - start * size))
-                if not piece or len(piece) % size:
-                    raise CheckpointError(
-                        f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again."
-                    )
-                pieces += piece + piece[-size:] * (count - len(piece) // size)
-    except OSError as error:
-        raise _unreadable(entry.path, error) from None
+    with _reading(entry.path), entry.path.open("rb", buffering=0) as file:
+        for start in starts:
+            file.seek(entry.offset + start * size)
+            piece = file.read(min(count * size, entry.nbytes - start * size))
+            if not piece or len(piece) % size:
+                raise _ended_inside(entry)
+            pieces += piece + piece[-size:] * (count - len(piece) // size)
     return torch.frombuffer(pieces, dtype=torch.uint8).view(entry.dtype)
 
 
-def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path.name} can no longer be read ({error.strerror or error}): check that it is still there and readable."
-    )
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Says in one sentence what keeps a file from being read whose header was."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path.name} can no longer be read ({error.strerror or error}): check that it is still there and readable."
+        ) from None
+
+
+def _ended_inside(entry: TensorEntry) -> CheckpointError:
+    return CheckpointError(f"{entry.path.name} ended inside tensor '{entry.name}': copy or download it again.")
 
 
 def _index_names(shard: re.Match[str]) -> Iterator[str]:

@@ -179,15 +179,16 @@ def _count(value: Any) -> int:
     return value
 
 
-def _nvfp4(layer: LayerTensors, packed: str, scale: str, decode: Decode, who: str) -> Found | None:
+def _packed_nvfp4(layer: LayerTensors) -> Found | None:
     """FP4 with block scales row by row."""
-    if not layer.is_matrix(packed, torch.uint8, torch.int8) or layer.dtype("weight_scale") != torch.float8_e4m3fn:
+    fits = layer.is_matrix("weight_packed", torch.uint8, torch.int8)
+    if not fits or layer.dtype("weight_scale") != torch.float8_e4m3fn:
         return None
-    what = f"NVFP4 of {who}"
-    rows, half = layer.shape(packed)
-    layer.need(what, {"weight_scale": (rows, -(-half // 8)), scale: 1})
-    parts = {"packed": packed, "block_scale": "weight_scale", "scale": scale}
-    return Found(what, Decoded((rows, half * 2), parts, decode))
+    what = "NVFP4 of compressed-tensors"
+    rows, half = layer.shape("weight_packed")
+    layer.need(what, {"weight_scale": (rows, -(-half // 8)), "weight_global_scale": 1})
+    parts = {"packed": "weight_packed", "block_scale": "weight_scale", "scale": "weight_global_scale"}
+    return Found(what, Decoded((rows, half * 2), parts, foreign_decode.nvfp4_rows))
 
 
 def _tiled_nvfp4(layer: LayerTensors, factors: Mapping[str, str], decode: Decode) -> Found | None:
@@ -330,13 +331,7 @@ SCHEMES: tuple[Scheme, ...] = (
         "weight_packed",
         "weight_scale",
         "weight_global_scale",
-        find=partial(
-            _nvfp4,
-            packed="weight_packed",
-            scale="weight_global_scale",
-            decode=foreign_decode.nvfp4_rows,
-            who="compressed-tensors",
-        ),
+        find=_packed_nvfp4,
         drops=("input_global_scale",),
     ),
     _scheme("weight_packed", "weight_scale", "weight_shape", find=_packed_integers),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CapabilityError, CheckpointError
-from .gguf_names import EMBEDDING, TEXT_ARCHITECTURES, VISION_ARCHITECTURE, Joined, TextArchitecture, vision_tensors
+from .gguf_names import EMBEDDING, TEXT_ARCHITECTURES, VISION_ARCHITECTURE, TextArchitecture, vision_tensors
 from .gguf_tokenizers import Vocabulary, sentencepiece_bytes, tekken_bytes
 from .header import DECODED, DTYPES, FileStamp, TensorEntry, file_stamp, opening
 
@@ -92,10 +92,10 @@ def _vision_tower(path: Path, embedding: TensorEntry | None) -> tuple[dict[str, 
     for other in sorted(_vision_files(path), key=lambda other: -len(os.path.commonprefix((_bare(other), _bare(path))))):
         reader, stamp = _read(other)
         parts = {tensor.name: _entry(other, tensor, reader, stamp.size) for tensor in reader.tensors}
-        made = vision_tensors(frozenset(parts))
+        made = vision_tensors(parts)
         last = parts.get("mm.2.weight")
         if made and (embedding is None or last is None or last.shape[0] == embedding.shape[1]):
-            return {ours: _joined(ours, joined, parts) for ours, joined in made.items()}, [stamp]
+            return made, [stamp]
     return {}, []
 
 
@@ -168,19 +168,11 @@ def _text_encoder(
         if change is None:
             yield ours, replace(entry, name=ours)
         else:
-            yield ours, _joined(ours, Joined((theirs,), partial(_changed, change)), stored)
+            yield ours, TensorEntry.joined(ours, [entry], partial(_changed, change))
 
 
 def _changed(change: Any, parts: list[torch.Tensor]) -> torch.Tensor:
     return change(parts[0])
-
-
-def _joined(ours: str, made: Joined, parts: Mapping[str, TensorEntry]) -> TensorEntry:
-    """An entry that is made of others when it is read."""
-    entries = tuple(parts[name] for name in made.parts)
-    shape = made.join([torch.empty(entry.shape, device="meta") for entry in entries]).shape
-    nbytes = sum(entry.nbytes for entry in entries)
-    return TensorEntry(ours, entries[0].dtype, tuple(shape), entries[0].path, 0, nbytes, "", entries, made.join)
 
 
 def _tokenizer(path: Path, reader: GGUFReader, name: str, vocabulary_size: int) -> TensorEntry | None:
@@ -206,9 +198,7 @@ def _tokenizer(path: Path, reader: GGUFReader, name: str, vocabulary_size: int) 
         raise CheckpointError(
             f"{path.name} has {error}, of which ComfyUI's cannot be made: use its safetensors file."
         ) from None
-    return TensorEntry(
-        tensor, torch.uint8, tuple(content.shape), path, 0, content.numel(), "", (), lambda parts: content
-    )
+    return replace(TensorEntry.of(tensor, content), path=path, join=lambda parts: content)
 
 
 def _vocabulary(reader: GGUFReader) -> Vocabulary:

@@ -6,11 +6,13 @@ Source: llama.cpp's tensor names (gguf-py/gguf/constants.py) and what its conver
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
+
+from .header import Join, TensorEntry
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 _NUMBERED = re.compile(r"^(?P<stack>.*blk)\.(?P<number>\d+)\.(?P<part>\w+)(?P<suffix>\.\w+)$")
@@ -124,19 +126,6 @@ VISION_ARCHITECTURE = "clip"
 """Of an `mmproj` file."""
 
 
-@dataclass(frozen=True)
-class Joined:
-    """A tensor that is made of several of the file.
-
-    Attributes:
-        parts: their names.
-        join: makes it of them.
-    """
-
-    parts: tuple[str, ...]
-    join: Callable[[list[torch.Tensor]], torch.Tensor] = field(default=torch.cat)
-
-
 _VISION_PARTS = {
     "ln1": "norm1",
     "ln2": "norm2",
@@ -149,19 +138,23 @@ _VISION_WHOLE = {"v.post_ln": "visual.merger.ln_q", "mm.0": "visual.merger.mlp.0
 _VISION = TextArchitecture("v.blk", "visual.blocks", _VISION_PARTS, _VISION_WHOLE)
 
 
-def vision_tensors(names: frozenset[str]) -> dict[str, Joined]:
-    """The vision tower of Qwen2.5-VL from a llama.cpp `mmproj` file: ComfyUI's names, and what each is made of.
+def vision_tensors(stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The vision tower of Qwen2.5-VL from the tensors of a llama.cpp `mmproj` file, by ComfyUI's names.
 
     Q, K and V stand apart in the file, and so do the two time steps of the patch embedding.
     """
-    made = {ours: Joined((name,)) for name in names if (ours := _VISION.name(name)) is not None}
-    for name in names:
+    named = {name: _VISION.name(name) for name in stored}
+    made = {ours: replace(stored[name], name=ours) for name, ours in named.items() if ours is not None}
+
+    def add(ours: str, parts: Sequence[str], join: Join) -> None:
+        if stored.keys() >= set(parts):
+            made[ours] = TensorEntry.joined(ours, [stored[name] for name in parts], join)
+
+    for name in stored:
         found = _NUMBERED.match(name)
         if found is not None and found["part"] == "attn_q":
-            parts = tuple(f"v.blk.{found['number']}.attn_{which}{found['suffix']}" for which in "qkv")
-            if names.issuperset(parts):
-                made[f"visual.blocks.{found['number']}.attn.qkv{found['suffix']}"] = Joined(parts)
+            parts = [f"v.blk.{found['number']}.attn_{which}{found['suffix']}" for which in "qkv"]
+            add(f"visual.blocks.{found['number']}.attn.qkv{found['suffix']}", parts, torch.cat)
     frames = ("v.patch_embd.weight", "v.patch_embd.weight.1")
-    if names.issuperset(frames):
-        made["visual.patch_embed.proj.weight"] = Joined(frames, lambda parts: torch.stack(parts, 2))
+    add("visual.patch_embed.proj.weight", frames, lambda parts: torch.stack(parts, 2))
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,9 @@ HEADER_LIMIT = 100 * 1024 * 1024
 DECODED = torch.bfloat16
 """What a decoded tensor counts as where it is kept: its own error is larger than this one's."""
 
+Join = Callable[[list[torch.Tensor]], torch.Tensor]
+"""Makes one tensor of others."""
+
 _LARGEST = 2**63
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _PICKLE_SUFFIXES = frozenset({".ckpt", ".pt", ".pth", ".bin", ".pkl"})
@@ -75,8 +78,20 @@ class TensorEntry:
     nbytes: int
     encoding: str = ""
     parts: tuple[TensorEntry, ...] = ()
-    join: Callable[[list[torch.Tensor]], torch.Tensor] | None = None
+    join: Join | None = None
     scheme: str = ""
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorEntry:
+        """The entry of a tensor that lies in no file."""
+        return cls(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
+
+    @classmethod
+    def joined(cls, name: str, parts: Sequence[TensorEntry], join: Join, share: int = 1) -> TensorEntry:
+        """The entry of a tensor that `join` makes of others, of one in `share` of their numbers."""
+        shape = join([torch.empty(part.shape, device="meta") for part in parts]).shape
+        nbytes = sum(part.nbytes for part in parts) // share
+        return cls(name, parts[0].dtype, tuple(shape), parts[0].path, 0, nbytes, "", tuple(parts), join)
 
     @property
     def plain_nbytes(self) -> int:

@@ -7,7 +7,7 @@ ComfyUI's comfy/utils.py (`flux_to_diffusers`, `z_image_to_diffusers`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
@@ -15,9 +15,8 @@ from types import MappingProxyType
 import torch
 
 from ..errors import CheckpointError
-from .header import TensorEntry
+from .header import Join, TensorEntry
 
-Join = Callable[[list[torch.Tensor]], torch.Tensor]
 _BLOCK = re.compile(r"^(?P<stack>\w+)\.(?P<number>\d+)\.(?P<layer>.+)\.(?P<suffix>\w+)$")
 
 
@@ -237,7 +236,10 @@ def under_comfyui_names(entries: Mapping[str, TensorEntry], packed: str) -> dict
                 raise CheckpointError(f"'{missing[0]}' is missing: the file is incomplete, download it again.")
             used.update(sources)
             name = f"{made.ours}.{made.weight if suffix == 'weight' else suffix}"
-            result[name] = _entry(name, join, [entries[source] for source in sources], made.share)
+            parts = [entries[source] for source in sources]
+            result[name] = replace(parts[0], name=name)
+            if join is not None:
+                result[name] = TensorEntry.joined(name, parts, join, made.share)
     return {name: entry for name, entry in entries.items() if name not in used} | result
 
 
@@ -261,11 +263,3 @@ def _layers(model: Model, names: Mapping[str, TensorEntry]) -> Iterator[Made]:
         for made in stack.layers:
             whole = tuple(f"{theirs}.{number}.{layer}" for layer in made.theirs)
             yield replace(made, ours=f"{stack.ours}.{number}.{made.ours}", theirs=whole)
-
-
-def _entry(name: str, join: Join | None, parts: list[TensorEntry], share: int) -> TensorEntry:
-    if join is None:
-        return replace(parts[0], name=name)
-    shape = join([torch.empty(part.shape, device="meta") for part in parts]).shape
-    nbytes = sum(part.nbytes for part in parts) // share
-    return TensorEntry(name, parts[0].dtype, tuple(shape), parts[0].path, 0, nbytes, "", tuple(parts), join)

@@ -198,21 +198,16 @@ def _quantize_by_layout(weight: torch.Tensor, storage: Storage) -> QuantizedPart
     Its eager backend is used on every device: it takes float32 (the CUDA one of mxfp8 does not), and the file comes out
     the same whatever GPU made it.
     """
-    with comfy_kitchen.use_backend("eager"):
-        return _quantize_chunks(weight, storage)
-
-
-def _quantize_chunks(weight: torch.Tensor, storage: Storage) -> QuantizedParts:
     register_layouts()
-    layout = get_layout_class(storage.layout)
+    layout, pieces = get_layout_class(storage.layout), []
     options = {**storage.core_config, **storage.quantize_options}
-    if storage.core_format == "asym_w4a8_int8":
-        options.update(_codebook_options(weight, layout, options))
-    pieces = []
-    for chunk in _row_chunks(weight, _BLOCK_ROWS):
-        qdata, params = layout.quantize(chunk.float().contiguous(), **options)
-        stored = layout.state_dict_tensors(qdata, params)
-        pieces.append({f"weight{suffix}": tensor for suffix, tensor in stored.items()})
+    with comfy_kitchen.use_backend("eager"):
+        if storage.core_format == "asym_w4a8_int8":
+            options.update(_codebook_options(weight, layout, options))
+        for chunk in _row_chunks(weight, _BLOCK_ROWS):
+            qdata, params = layout.quantize(chunk.float().contiguous(), **options)
+            stored = layout.state_dict_tensors(qdata, params)
+            pieces.append({f"weight{suffix}": tensor for suffix, tensor in stored.items()})
     shared = {"weight_codebook"}
     return {
         suffix: first if suffix in shared else torch.cat([piece[suffix] for piece in pieces])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from io import FileIO
 
 import torch
 
@@ -23,3 +24,13 @@ def host_blocks(data: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor
     staged = torch.empty(min(data.numel(), STAGED), dtype=torch.uint8, pin_memory=data.is_cuda)
     for block in data.split(STAGED):
         yield block, staged[: block.numel()]
+
+
+def read_whole(file: FileIO, view: memoryview) -> bool:
+    """Fill `view`; an unbuffered file may give less than it is asked for. False where the file ends."""
+    while view:
+        count = file.readinto(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True

@@ -61,11 +61,6 @@ class ScaleTarget:
     name: str
     core_format: str
 
-    @property
-    def measures_input(self) -> bool:
-        """Whether core scales the input of such layers by what it measures at every call."""
-        return self.core_format in _INTEGER_FORMATS
-
     def convert(self, scale: torch.Tensor) -> torch.Tensor:
         """The scale as core wants it: FP8's and INT8's in float32, per tensor or a column; any other untouched."""
         if not self.core_format.startswith("float8") and self.core_format != "int8_tensorwise":
@@ -158,7 +153,8 @@ def find_stored_layers(
         for suffix, source in info.scale_names.items()
     }
     # Core's integer formats always measure their input, and know no such parameter.
-    dropped |= {source for source, to in targets.items() if to.name.endswith(".input_scale") and to.measures_input}
+    of_integers = {source: to.name for source, to in targets.items() if to.core_format in _INTEGER_FORMATS}
+    dropped |= {source for source, name in of_integers.items() if name.endswith(".input_scale")}
     return StoredLayers(layers, frozenset(dropped), targets, scaled_weights)
 
 

@@ -39,23 +39,18 @@ Milliseconds = Callable[[QuantizationPlan, list[Product]], float | None]
 """Time of a step of a plan's products; None where it cannot be told."""
 
 
-def no_time(plan: QuantizationPlan, products: list[Product]) -> None:
-    """Where nothing is measured, as on a CPU."""
-    return
-
-
 def product_of(layer: LayerPlan, tokens: int = TOKENS) -> Product:
     """What a layer multiplies in a step: modulation and what stands outside the blocks see one row, as good as none."""
     rows = 1 if any(rule.matches(layer.name) for rule in _NOT_AT_EVERY_TOKEN) else tokens
     return Product(rows, layer.shape, layer.weight_format if layer.action == QUANTIZE else KEEP)
 
 
-def trade_table(chooser: FormatChooser, milliseconds: Milliseconds = no_time) -> list[str]:
+def trade_table(chooser: FormatChooser, milliseconds: Milliseconds | None = None) -> list[str]:
     """The lines of the table, none where nothing can be quantized or mixed.
 
     Args:
         chooser: of the model.
-        milliseconds: tells the time of a step.
+        milliseconds: tells the time of a step; None where nothing is measured.
 
     Raises:
         CheckpointError: as `FormatChooser.choose`.
@@ -70,7 +65,7 @@ def trade_table(chooser: FormatChooser, milliseconds: Milliseconds = no_time) ->
     lines = [f"{'':<10} {'GiB':>7} {'ms a step':>9} {'error':>7}"]
     for title, choice in chosen.items():
         products = [product_of(choice.plan.layers[name]) for name in plans.names]
-        time = milliseconds(choice.plan, products)
+        time = None if milliseconds is None else milliseconds(choice.plan, products)
         shown = "-" if time is None else f"{time:.1f}"
         size = choice.plan.nbytes_after / 2**30
         lines.append(f"{title:<10} {size:>7.3g} {shown:>9} {100 * plans.error(choice.plan):>6.2f}%  {choice.name}")

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,7 +26,7 @@ from .checkpoint import open_checkpoint
 from .header import DTYPES
 from .lock_file import LockFile, abandoned
 from .overlap import WriteBehind
-from .staging import host_blocks
+from .staging import host_blocks, read_whole
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 4 << 20
@@ -330,16 +329,6 @@ def _reads_back(path: Path, place: int, piece: Any) -> bool:
         for start in range(0, piece.size, _LOOK):
             part = piece[start : start + _LOOK]
             same = found[: part.size]
-            if not _read_whole(file, memoryview(same.data)) or (same != part).any():
+            if not read_whole(file, memoryview(same.data)) or (same != part).any():
                 return False
-    return True
-
-
-def _read_whole(file: FileIO, view: memoryview) -> bool:
-    """Fill `view`; an unbuffered file may give less than it is asked for. False where the file ends."""
-    while view:
-        count = file.readinto(view)
-        if not count:
-            return False
-        view = view[count:]
     return True

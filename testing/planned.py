@@ -40,10 +40,7 @@ def checkpoint_of(model: torch.nn.Module) -> tuple[Checkpoint, dict[str, str]]:
 
     tensors = model.state_dict()
     path = Path("model.safetensors")
-    entries = {
-        name: TensorEntry(name, tensor.dtype, tuple(tensor.shape), path, 0, tensor.numel() * tensor.element_size())
-        for name, tensor in tensors.items()
-    }
+    entries = {name: TensorEntry.of(name, tensor) for name, tensor in tensors.items()}
     layers = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     return Checkpoint(path, (path,), entries, {}, ()), no_linears(dict(model.named_modules()), layers)
 

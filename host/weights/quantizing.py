@@ -196,4 +196,4 @@ def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
             f"The model's weight '{name}' has no values that other nodes can read, as is the case behind GGUF loaders: "
             "load the 16-bit safetensors file instead."
         )
-    return TensorEntry(name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes)
+    return TensorEntry.of(name, tensor)

@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,9 +62,7 @@ def with_told(checkpoint: Checkpoint, model: Any, tensors: Tensors) -> Checkpoin
 
 
 def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
-    return TensorEntry(
-        name, tensor.dtype, tuple(tensor.shape), Path(), 0, tensor.nbytes, "", (), lambda parts: tensor.clone()
-    )
+    return replace(TensorEntry.of(name, tensor), join=lambda parts: tensor.clone())
 
 
 def _headers(wanted: Any, tensors: Tensors, metadata: Mapping[str, str]) -> Iterator[dict[str, str]]:
