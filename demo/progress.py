@@ -11,20 +11,18 @@ _WIDTH = 24
 class ProgressLine:
     """Rewrites one line on a terminal; prints only the finished line elsewhere."""
 
-    def __init__(self, label: str, node_names: dict[str, str] | None = None):
-        """label: what runs. node_names: node id -> what to call it."""
+    def __init__(self, label: str):
+        """label: what runs."""
         self._label = label
-        self._names = node_names or {}
         self._live = sys.stdout.isatty()
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Takes one websocket event."""
         data = event.get("data") or {}
         if event["type"] == "executing" and data.get("node"):
-            self._show(self._names.get(data["node"], data["node"]), 0.0)
+            self._show(data["node"], 0.0)
         elif event["type"] == "progress" and data.get("max"):
-            name = self._names.get(data.get("node") or "", data.get("node") or "")
-            self._show(name, data["value"] / data["max"])
+            self._show(data.get("node") or "", data["value"] / data["max"])
 
     def step(self, name: str, done: int, total: int) -> None:
         """The same for work that is done here."""

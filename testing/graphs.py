@@ -157,37 +157,30 @@ def qwen_image(model: dict[str, Any], conditioning: Graph, *, size: int = 64, se
     return _from_noise(model, conditioning, latent, seed, steps)
 
 
-def wan_i2v(
-    model: dict[str, Any],
-    conditioning: Graph,
-    *,
-    clip_vision: bool,
-    size: int = 64,
-    frames: int = 5,
-    seed: int = 1,
-    steps: int = 2,
-) -> Graph:
+_START = {
+    "vae": node("VAELoader", vae_name="wan_vae.safetensors"),
+    "start": node("TinyImage", frames=1, height=64, width=64, seed=5),
+}
+_VISION = node("TinyClipVision", seed=6)
+
+
+def _from_image(class_type: str, frames: int, **inputs: Any) -> dict[str, Any]:
+    """A node that makes a video's latent of the seeded test image of `_START`."""
+    links = {name: [name, 0] for name in ("positive", "negative", "vae")}
+    return node(class_type, **links, start_image=["start", 0], width=64, height=64, length=frames, **inputs)
+
+
+def wan_i2v(model: dict[str, Any], conditioning: Graph, *, clip_vision: bool, seed: int = 1) -> Graph:
     """Wan image-to-video from a seeded test image; `clip_vision` for 2.1, whose model has an image embedding."""
     graph = {
         "model": model,
         **conditioning,
-        "vae": node("VAELoader", vae_name="wan_vae.safetensors"),
-        "start": node("TinyImage", frames=1, height=size, width=size, seed=5),
-        "latent": node(
-            "WanImageToVideo",
-            positive=["positive", 0],
-            negative=["negative", 0],
-            vae=["vae", 0],
-            width=size,
-            height=size,
-            length=frames,
-            batch_size=1,
-            start_image=["start", 0],
-        ),
-        "sample": _sample(["model", 0], ["latent", 0], ["latent", 1], ["latent", 2], seed, steps),
+        **_START,
+        "latent": _from_image("WanImageToVideo", 5, batch_size=1),
+        "sample": _sample(["model", 0], ["latent", 0], ["latent", 1], ["latent", 2], seed, steps=2),
     }
     if clip_vision:
-        graph["vision"] = node("TinyClipVision", seed=6)
+        graph["vision"] = _VISION
         graph["latent"]["inputs"]["clip_vision_output"] = ["vision", 0]
     return graph
 
@@ -197,7 +190,6 @@ def infinitetalk(
     patch: dict[str, Any],
     conditioning: Graph,
     *,
-    size: int = 64,
     frames: int = 5,
     seed: int = 1,
     steps: int = 2,
@@ -210,23 +202,16 @@ def infinitetalk(
         "model": model,
         "patch": patch,
         **conditioning,
-        "vae": node("VAELoader", vae_name="wan_vae.safetensors"),
-        "start": node("TinyImage", frames=1, height=size, width=size, seed=5),
+        **_START,
         "audio": node("TinyAudio", frames=40, seed=8),
-        "vision": node("TinyClipVision", seed=6),
-        "talk": node(
+        "vision": _VISION,
+        "talk": _from_image(
             "WanInfiniteTalkToVideo",
+            frames,
             mode="single_speaker",
             model=["model", 0],
             model_patch=["patch", 0],
-            positive=["positive", 0],
-            negative=["negative", 0],
-            vae=["vae", 0],
-            width=size,
-            height=size,
-            length=frames,
             clip_vision_output=["vision", 0],
-            start_image=["start", 0],
             audio_encoder_output_1=["audio", 0],
             motion_frame_count=1,
             audio_scale=1.0,

@@ -13,7 +13,7 @@ from ...memory.policies import Settings
 from ..in_front import class_in_front
 from .pages import keep_streams_free
 from .release import manage_prompt
-from .room import again_after_oom, raise_other, reachable_room, release_all_but, release_for
+from .room import alone_after_oom, raise_other, reachable_room, release_all_but, release_for
 from .session import session
 
 _SETTINGS = "_lowbit_memory"
@@ -38,7 +38,7 @@ class ManagedVAE:
         self._begin("decode", self.memory_used_decode(samples_in.shape, self.vae_dtype))  # type: ignore[attr-defined]
         tiles = None if options else self._tiles(samples_in)
         if tiles is None:
-            out = again_after_oom(lambda: self._decode_whole(samples_in, options), self._release_all, "the decode")
+            out = alone_after_oom(lambda: self._decode_whole(samples_in, options), self.patcher, "the decode")
         else:
             session().say(f"The VAE decodes in tiles of {self._size(tiles)}: the whole does not fit.")
             out = self._decode_in(tiles, samples_in)
@@ -49,11 +49,8 @@ class ManagedVAE:
     def encode(self, pixel_samples: torch.Tensor) -> torch.Tensor:
         """Core's encode, after a release if it needs the room."""
         self._begin("encode", self.memory_used_encode(self._pixel_shape(pixel_samples), self.vae_dtype))  # type: ignore[attr-defined]
-        out = again_after_oom(
-            lambda: super(ManagedVAE, self).encode(pixel_samples),  # type: ignore[misc]
-            self._release_all,
-            "the encode",
-        )
+        encode = super().encode  # type: ignore[misc]
+        out = alone_after_oom(lambda: encode(pixel_samples), self.patcher, "the encode")
         session().observe("encoded")
         return out
 
@@ -108,11 +105,6 @@ class ManagedVAE:
         if self.latent_dim != 3:  # type: ignore[attr-defined]
             return (count, channels, height, width)
         return (count, channels, 1, height, width) if self.not_video else (1, channels, count, height, width)  # type: ignore[attr-defined]
-
-    def _release_all(self) -> str:
-        self.patcher.detach()
-        release_all_but((), "the VAE")
-        return "everything left the GPU"
 
     def _tiles(self, samples: torch.Tensor) -> VaeTiles | None:
         """How to cut this latent; None when it fits whole, or is of a kind that core cuts by itself."""

@@ -8,7 +8,7 @@ from ...memory.policies import Settings
 from ..in_front import class_in_front
 from .pages import part_limit
 from .release import manage_prompt
-from .room import again_after_oom, release_all_but, release_for
+from .room import alone_after_oom, release_for
 from .session import session
 
 _SETTINGS = "_lowbit_memory"
@@ -39,16 +39,8 @@ class ManagedClip:
 
     def encode_from_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Core's encode, once more with all other models off the GPU if it runs out of memory."""
-
-        def encode() -> Any:
-            return super(ManagedClip, self).encode_from_tokens(*args, **kwargs)  # type: ignore[misc]
-
-        def make_room() -> str:
-            self.patcher.detach()
-            release_all_but((), "the text encoder")
-            return "everything left the GPU"
-
-        out = again_after_oom(encode, make_room, "the text encoder")
+        encode = super().encode_from_tokens  # type: ignore[misc]
+        out = alone_after_oom(lambda: encode(*args, **kwargs), self.patcher, "the text encoder")
         session().observe("encoded")
         return out
 

@@ -96,6 +96,17 @@ def again_after_oom(call: Callable[[], T], make_room: Callable[[], str], what: s
     raise MemoryBudgetError(give_up_text(session(), what, said, reason))
 
 
+def alone_after_oom(call: Callable[[], T], patcher: Any, what: str) -> T:
+    """`again_after_oom` with everything off the GPU, the model of `patcher` too, which the call loads anew."""
+
+    def make_room() -> str:
+        patcher.detach()
+        release_all_but((), what)
+        return "everything left the GPU"
+
+    return again_after_oom(call, make_room, what)
+
+
 def give_up_text(current: Session, what: str, said: str, error: str) -> str:
     """The sentence for a demand that room did not help."""
     budget = current.limit.budget

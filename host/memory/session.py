@@ -177,9 +177,3 @@ def session() -> Session:
     if _HANDLER not in _SESSIONS:
         _SESSIONS[_HANDLER] = Session()
     return _SESSIONS[_HANDLER]
-
-
-def use_device(device: Device) -> Session:
-    """A new session that measures `device`; for tests with a device that is not there."""
-    _SESSIONS[_HANDLER] = Session(device)
-    return _SESSIONS[_HANDLER]

@@ -87,20 +87,19 @@ class Planned:
         return plan_report(self.checkpoint, self.plan, self.chooser.device, self.choice, trade)
 
 
-def plan_diffusion_model(path: Path, request: Request, device: torch.device | None = None) -> Planned:
+def plan_diffusion_model(path: Path, request: Request) -> Planned:
     """Read a diffusion model's header and decide, on the names and layers that core makes of the file.
 
     Args:
         path: a safetensors file, shard, index or GGUF.
         request: the node's choices.
-        device: where the model will run; None for core's choice.
 
     Raises:
         CheckpointError: the file is damaged, missing or a pickle.
         FormatError: the format or a rule is unknown.
         CapabilityError: ComfyUI or comfy-kitchen does not have a format that the file holds or was asked for.
     """
-    return plan_diffusion_checkpoint(under_core_names(diffusion_part(open_checkpoint(path))), request, device)
+    return plan_diffusion_checkpoint(under_core_names(diffusion_part(open_checkpoint(path))), request)
 
 
 def plan_diffusion_checkpoint(checkpoint: Checkpoint, request: Request, device: torch.device | None = None) -> Planned:

@@ -87,7 +87,8 @@ class TestDevice:
         sessions = pack_module("host.memory.session")
         sessions.session().limit.remove()
         core_device = sessions._core_device()
-        current = sessions.use_device(FakeGpu(int(mib * MIB)) if mib else core_device)
+        current = sessions.Session(FakeGpu(int(mib * MIB)) if mib else core_device)
+        sessions._SESSIONS[sessions._HANDLER] = current
         if mib:
             current.device.idle = int(idle_mib * MIB)
         return (value,)

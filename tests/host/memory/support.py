@@ -58,7 +58,7 @@ def host(core_modules):
 def device(host):
     """A fake device that the session measures."""
     fake = FakeDevice(24 * GIB)
-    current = host.session.use_device(fake)
+    current = host.session._SESSIONS[host.session._HANDLER] = host.session.Session(fake)
     yield fake
     current.limit.remove()
     host.session._SESSIONS.clear()
