@@ -31,7 +31,7 @@ from lowbit.attention.dispatch import Dispatcher
 from lowbit.attention.environment import detect
 from lowbit.attention.planning import TIMINGS_FILE
 from lowbit.kernels.measured import MeasuredNumbers
-from testing.measure import environment
+from testing.measure import environment, relative_error
 
 DEVICE = torch.device("cuda", 0)
 TIMINGS = MeasuredNumbers(None, TIMINGS_FILE)
@@ -169,9 +169,9 @@ def sampled_reference(shape: Shape, tensors: list[torch.Tensor], mask: torch.Ten
 
 
 def error_of(out: torch.Tensor, reference: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """||out - ref|| / ||ref|| on the sampled rows."""
+    """The relative error of the sampled rows."""
     want, rows = reference
-    return float((out[:, rows].float() - want).norm() / want.norm())
+    return relative_error(out[:, rows], want)
 
 
 def settle(call: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -29,7 +29,7 @@ from lowbit.ops.linear import quantized_linear
 from lowbit.ops.plan import make_plan
 from lowbit.ops.quantize import quantize_to_tensor
 from lowbit.ops.stream import quantize_checkpoint
-from testing.measure import environment
+from testing.measure import environment, relative_error
 
 KINDS = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")
 TARGET = "int8_convrot_fast"
@@ -150,8 +150,8 @@ def multiply(kind: str, rows: int, peer: Callable[..., torch.Tensor]) -> dict[st
         "rows": rows,
         "ms": milliseconds(lambda: quantized_linear(x, ours)),
         "peer_ms": milliseconds(lambda: torch.nn.functional.linear(x, peer(raw, kind, LAYER))),
-        "error": float((mine.double()[:64] - exact).norm() / exact.norm()),
-        "peer_error": float((theirs.double()[:64] - exact).norm() / exact.norm()),
+        "error": relative_error(mine[:64], exact),
+        "peer_error": relative_error(theirs[:64], exact),
     }
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.goals import Goal, write
 from benchmarks.steps import DEVICE, Case, clean, core_in_memory, sample
-from testing.measure import environment
+from testing.measure import environment, relative_error
 from testing.tiny import wan
 
 FORMATS = ("fp8_e4m3fn_scaled", "mxfp8", "int8", "int8_convrot_fast", "fp4_scaled", "int4_asym_fast")
@@ -79,11 +79,6 @@ def quantized(source: Path, choice: str) -> Path:
     return prepared_file(plan_diffusion_model(source, Request(choice)))
 
 
-def off(made: torch.Tensor, exact: torch.Tensor) -> float:
-    """The relative error."""
-    return float((made - exact).norm() / exact.norm())
-
-
 def measured(folder: Path, formats: list[str]) -> dict[str, Any]:
     """The LoRA's effect, and the rows of the formats."""
     source = write_checkpoint(folder / "model.safetensors", CASE.shapes, CASE.metadata)
@@ -91,7 +86,7 @@ def measured(folder: Path, formats: list[str]) -> dict[str, Any]:
     plain, strength = latent(source, stock=True), 0.1
     for _ in range(3):
         exact = latent(source, True, lora, strength)
-        effect = off(exact, plain)
+        effect = relative_error(exact, plain)
         if abs(effect - EFFECT) < 0.02:
             break
         strength *= EFFECT / effect
@@ -100,9 +95,9 @@ def measured(folder: Path, formats: list[str]) -> dict[str, Any]:
     for choice in formats:
         file = quantized(source, choice)
         rows[choice] = {
-            MERGED: off(latent(quantized(merged, choice), stock=False), exact),
-            HERE: off(latent(file, False, lora, strength), exact),
-            STOCK: off(latent(file, True, lora, strength), exact),
+            MERGED: relative_error(latent(quantized(merged, choice), stock=False), exact),
+            HERE: relative_error(latent(file, False, lora, strength), exact),
+            STOCK: relative_error(latent(file, True, lora, strength), exact),
         }
         print(choice, rows[choice], flush=True)
     return {"model": CASE.title, "effect": effect, "rows": rows}

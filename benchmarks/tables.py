@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,28 @@ GENERATIONS = {
 }
 
 
+def plain_rows(record: dict[str, Any]) -> Iterable[Row]:
+    """A file's rows; those that it has by name stand under their names."""
+    rows = record["rows"]
+    return rows if isinstance(rows, list) else ({"name": f"`{name}`"} | row for name, row in rows.items())
+
+
 @dataclass(frozen=True)
 class Shown:
     """How the rows of one results file are shown.
 
     Attributes:
         file: in benchmarks/results.
-        rows: the file's content to rows.
         columns: heading -> a key of a row, or what makes a cell of it.
         note: a sentence above the table.
+        rows: the file's content to rows.
         goals: whether the file's goals stand above it too.
     """
 
     file: str
-    rows: Callable[[dict[str, Any]], Iterable[Row]]
-    columns: dict[str, str | Callable[[Row], str]] = field(default_factory=dict)
-    note: str = ""
+    columns: dict[str, str | Callable[[Row], str]]
+    note: str
+    rows: Callable[[dict[str, Any]], Iterable[Row]] = plain_rows
     goals: bool = True
 
     @property
@@ -118,30 +124,19 @@ def goals(record: dict[str, Any]) -> str:
     return table(("goal", "aimed at", "measured, the worst (bold: missed)"), rows)
 
 
-def named_rows(record: dict[str, Any]) -> Iterable[Row]:
-    """Rows that stand under their names."""
-    return ({"name": f"`{name}`"} | row for name, row in record["rows"].items())
-
-
-def beside(*key: str, ours: str = "lowbit", others: dict[str, str]) -> Callable[[dict[str, Any]], Iterable[Row]]:
-    """Joins our rows with other contenders' of the same `key`: each under a prefix of `others`."""
+def beside(prefixes: dict[str, str]) -> Callable[[dict[str, Any]], Iterable[Row]]:
+    """Of linear.json: our rows, joined with the same products of others, each under its prefix, and with those of bf16."""
 
     def rows(record: dict[str, Any]) -> Iterable[Row]:
-        found = {(*(row[part] for part in key), row["contender"]): row for row in record["results"]}
-        plain = {
-            (*(row[part] for part in key if part != "format"),): row
-            for row in record["results"]
-            if row["format"] == "bf16"
-        }
-        for row in record["results"]:
-            if row["contender"] != ours:
-                continue
-            joined = dict(row)
-            for contender, prefix in others.items():
-                other = found.get((*(row[part] for part in key), contender), {})
-                joined |= {f"{prefix}{name}": value for name, value in other.items()}
-            base = plain.get((*(row[part] for part in key if part != "format"),), {})
-            yield joined | {f"bf16_{name}": value for name, value in base.items()}
+        found = {(row["case"], row["m"], row["format"], row["contender"]): row for row in record["results"]}
+        for (case, m, weight_format, contender), row in found.items():
+            if contender == "lowbit":
+                others = {prefix: (weight_format, name) for name, prefix in prefixes.items()}
+                joined = dict(row)
+                for prefix, key in (others | {"bf16_": ("bf16", "F.linear")}).items():
+                    other = found.get((case, m, *key), {})
+                    joined |= {f"{prefix}{name}": value for name, value in other.items()}
+                yield joined
 
     return rows
 
@@ -194,7 +189,6 @@ STAGES = ("module", "weight", "choose and prepare", "quantize input", "product",
 SHOWN: dict[str, Shown] = {
     "headline": Shown(
         "steps.json",
-        lambda record: [row for row in record["rows"] if row["contender"] in HEADLINE],
         {
             "model": "model",
             "": "contender",
@@ -204,10 +198,10 @@ SHOWN: dict[str, Shown] = {
         },
         STEPS_NOTE,
         goals=False,
+        rows=lambda record: [row for row in record["rows"] if row["contender"] in HEADLINE],
     ),
     "steps": Shown(
         "steps.json",
-        lambda record: record["rows"],
         {
             "model": "model",
             "contender": "contender",
@@ -220,7 +214,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "kernels": Shown(
         "steps.json",
-        by_kernel,
         {
             "model": "model",
             "contender": "contender",
@@ -232,10 +225,10 @@ SHOWN: dict[str, Shown] = {
         },
         "Of the runs above, by the profiler; of each the twelve longest kernels are told apart.",
         goals=False,
+        rows=by_kernel,
     ),
     "several_gpus": Shown(
         "several_gpus.json",
-        lambda record: record["rows"],
         {
             "model": "model",
             "weights, split": "way",
@@ -248,7 +241,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "compile": Shown(
         "compile.json",
-        lambda record: record["rows"],
         {
             "model": "model",
             "contender": "contender",
@@ -263,7 +255,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "launch": Shown(
         "launch.json",
-        by_stage,
         {
             "format": "format",
             "dynamic VRAM": lambda row: "yes" if row["dynamic"] else "no",
@@ -273,11 +264,11 @@ SHOWN: dict[str, Shown] = {
             **{f"{name}, us": name for name in STAGES},
         },
         "Microseconds of the processor from the module's call to its return, 3,072 to 3,072, the GPU not waited for.",
+        rows=by_stage,
     ),
-    "formats": Shown("formats.json", named_rows, FORMAT_ERRORS, "Relative, on Gaussian weights."),
+    "formats": Shown("formats.json", FORMAT_ERRORS, "Relative, on Gaussian weights."),
     "lora": Shown(
         "lora.json",
-        named_rows,
         {
             "format": "name",
             "merged, then quantized": key_percent("merged"),
@@ -288,7 +279,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "quality": Shown(
         "quality.json",
-        named_rows,
         {
             "format": "name",
             "PSNR, dB": "psnr_mean_db",
@@ -300,7 +290,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "mixed": Shown(
         "mixed.json",
-        named_rows,
         {
             "format": "name",
             "PSNR, dB": "psnr_mean_db",
@@ -313,7 +302,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "mixed_large": Shown(
         "mixed.json",
-        lambda record: record["large_models"],
         {
             "model": "name",
             "": "what",
@@ -322,10 +310,10 @@ SHOWN: dict[str, Shown] = {
         },
         "Real sizes, Gaussian weights, an RTX 20 to H200, on which 8 bits are 1.55 times the memory there is.",
         goals=False,
+        rows=lambda record: record["large_models"],
     ),
     "quantize": Shown(
         "quantize-h200.json",
-        named_rows,
         {
             "": "name",
             "MB/s of source": "source_mb_per_second",
@@ -336,21 +324,18 @@ SHOWN: dict[str, Shown] = {
     ),
     "linear": Shown(
         "linear.json",
-        beside("case", "m", "format", others={"comfy-kitchen": "kitchen_"}),
         LINEAR,
         "Large products are timed after 50 ms of the same one, at the clocks that the power limit leaves.",
+        rows=beside({"comfy-kitchen": "kitchen_"}),
     ),
     "peers": Shown(
         "linear_peers.json",
-        beside(
-            "case", "m", "format", others={"comfy-kitchen": "kitchen_", "torchao": "torchao_", "gemlite": "gemlite_"}
-        ),
         LINEAR | {"torchao, us": "torchao_us", "gemlite, us": "gemlite_us"},
         "An earlier run, beside other libraries.",
+        rows=beside({"comfy-kitchen": "kitchen_", "torchao": "torchao_", "gemlite": "gemlite_"}),
     ),
     "attention": Shown(
         "attention.json",
-        by_backend,
         {
             "shape": "name",
             "backend": "backend",
@@ -360,10 +345,10 @@ SHOWN: dict[str, Shown] = {
             "error, plain / outliers": worst_error,
         },
         "Quantizing counted in.",
+        rows=by_backend,
     ),
     "memory": Shown(
         "memory.json",
-        lambda record: record["rows"],
         {
             "case": "case",
             "VRAM": lambda row: gib(row["vram_cap"]) or "all",
@@ -382,7 +367,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "gguf": Shown(
         "gguf.json",
-        lambda record: record["rows"],
         {
             "block format": "kind",
             "rows": "rows",
@@ -396,7 +380,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "families": Shown(
         "families.json",
-        lambda record: [row | {"near": record["near"]} for row in record["rows"]],
         {
             "architecture": "name",
             **{name: near_wan(name) for name in ("int8_convrot_fast", "fp8_e4m3fn_scaled", "fp4_scaled")},
@@ -415,10 +398,10 @@ SHOWN: dict[str, Shown] = {
         "goes by how much the random weights of an architecture make of any; what does not is the part that the keep rules leave "
         "(int8 / fp8 / fp4) of the error without them. Bytes at the "
         "published size, modulation is that of the blocks; what is kept is that of the 8-bit formats.",
+        rows=lambda record: [row | {"near": record["near"]} for row in record["rows"]],
     ),
     "textgen": Shown(
         "textgen.json",
-        lambda record: record["rows"],
         {
             "model": "model",
             "weights": "weights",
@@ -431,7 +414,6 @@ SHOWN: dict[str, Shown] = {
     ),
     "text_quality": Shown(
         "text_quality.json",
-        lambda record: record["rows"],
         {"model": "model", "weights": "weights", "what is seen": "contender", "perplexity": "perplexity"},
         "On the first 1,000 tokens of Python's help topics (pydoc_data.topics); the cache counts from the 100th on.",
     ),

@@ -81,49 +81,33 @@ def latent_rows(model: str, formats: Sequence[str], make: Make) -> Iterator[Row]
         yield row
 
 
-_HEAD = (
-    "model",
-    "format",
-    "on disk, MiB",
-    "resident, MiB",
-    "latent error",
-    "first run, s",
-    "again, s",
-    "clips, dB",
-    "as asked",
-)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    def shown(value: float | None, text: str) -> str:
-        return "" if value is None else format(value, text)
-
-    def mebibytes(count: int | None) -> str:
-        return shown(None if count is None else count / 2**20, ".2f")
-
-    return (
-        row.model,
-        row.format,
-        mebibytes(row.disk_bytes),
-        mebibytes(row.resident_bytes),
-        row.problem or _error(row),
-        shown(row.first_seconds, ".2f"),
-        shown(row.again_seconds, ".2f"),
-        shown(row.psnr, ".1f"),
-        row.recognised,
-    )
+def _shown(value: float | None, text: str) -> str:
+    return "" if value is None else format(value, text)
 
 
 def _error(row: Row) -> str:
-    if row.error is not None:
-        return format(row.error, ".2e")
-    return "" if row.psnr is not None else "reference"
+    reference = row.error is None and row.psnr is None
+    return row.problem or ("reference" if reference else _shown(row.error, ".2e"))
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "model": lambda row: row.model,
+    "format": lambda row: row.format,
+    "on disk, MiB": lambda row: _shown(row.disk_bytes and row.disk_bytes / 2**20, ".2f"),
+    "resident, MiB": lambda row: _shown(row.resident_bytes and row.resident_bytes / 2**20, ".2f"),
+    "latent error": _error,
+    "first run, s": lambda row: _shown(row.first_seconds, ".2f"),
+    "again, s": lambda row: _shown(row.again_seconds, ".2f"),
+    "clips, dB": lambda row: _shown(row.psnr, ".1f"),
+    "as asked": lambda row: row.recognised,
+}
+"""Heading -> what makes a cell of a row."""
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table with aligned columns."""
-    table = [_HEAD, *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(_HEAD))]
+    table = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in table
     ]
