@@ -78,11 +78,8 @@ class LoadDiffusionModel(io.ComfyNode):
         return file_fingerprint("diffusion_models", unet_name)
 
     @classmethod
-    def execute(
-        cls, unet_name: str, format: str, keep_rules: str, dry_run: bool, keep_quantized_file: bool
-    ) -> io.NodeOutput:
-        path = model_path("diffusion_models", unet_name)
-        planned = plan_diffusion_model(path, Request(format, keep_rules, keep_quantized_file))
+    def execute(cls, unet_name: str, dry_run: bool, **request: Any) -> io.NodeOutput:
+        planned = plan_diffusion_model(model_path("diffusion_models", unet_name), Request(**request))
         check_diffusion_model(planned.checkpoint)
         return execute_plan(
             planned, dry_run, lambda: load_diffusion_model(str(prepared_file(planned))), cls.hidden.unique_id
@@ -112,18 +109,8 @@ class LoadTextEncoder(io.ComfyNode):
         return file_fingerprint("text_encoders", clip_name)
 
     @classmethod
-    def execute(
-        cls,
-        clip_name: str,
-        type: str,
-        format: str,
-        keep_rules: str,
-        dry_run: bool,
-        keep_quantized_file: bool,
-        device: str,
-    ) -> io.NodeOutput:
-        path = model_path("text_encoders", clip_name)
-        planned = plan_text_encoder(path, Request(format, keep_rules, keep_quantized_file))
+    def execute(cls, clip_name: str, type: str, device: str, dry_run: bool, **request: Any) -> io.NodeOutput:
+        planned = plan_text_encoder(model_path("text_encoders", clip_name), Request(**request))
         check_text_encoder(planned.checkpoint)
         clip_type = comfy.sd.CLIPType[type.upper()]
         return execute_plan(
@@ -171,11 +158,8 @@ class LoadModelPatch(io.ComfyNode):
         return file_fingerprint("model_patches", name)
 
     @classmethod
-    def execute(
-        cls, name: str, format: str, keep_rules: str, dry_run: bool, keep_quantized_file: bool
-    ) -> io.NodeOutput:
-        path = model_path("model_patches", name)
-        planned = plan_model_patch(path, Request(format, keep_rules, keep_quantized_file))
+    def execute(cls, name: str, dry_run: bool, **request: Any) -> io.NodeOutput:
+        planned = plan_model_patch(model_path("model_patches", name), Request(**request))
         return execute_plan(
             planned, dry_run, lambda: load_model_patch(str(prepared_file(planned))), cls.hidden.unique_id
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io, ui
 
 from ..host.weights.preparing import Request
@@ -24,10 +26,8 @@ class QuantizeModel(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model: io.Model.Type, format: str, keep_rules: str, dry_run: bool, keep_quantized_file: bool
-    ) -> io.NodeOutput:
-        planned = plan_model(model, Request(format, keep_rules, keep_quantized_file))
+    def execute(cls, model: io.Model.Type, dry_run: bool, **request: Any) -> io.NodeOutput:
+        planned = plan_model(model, Request(**request))
         return execute_plan(planned, dry_run, lambda: quantize_model(model, planned), cls.hidden.unique_id)
 
 

@@ -43,17 +43,17 @@ _QUANTIZER_HEADROOM = 1 << 30
 
 @dataclass(frozen=True)
 class Request:
-    """A loader node's choices.
+    """A loader node's choices, called as its inputs are.
 
     Attributes:
-        weight_format: a name of `FORMAT_CHOICES`.
+        format: a name of `FORMAT_CHOICES`.
         keep_rules: `auto` or a text of globs.
-        keep_file: whether the quantized file stays for the next start.
+        keep_quantized_file: whether the quantized file stays for the next start.
     """
 
-    weight_format: str = AUTO
+    format: str = AUTO
     keep_rules: str = "auto"
-    keep_file: bool = True
+    keep_quantized_file: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def plan_model_patch(path: Path, request: Request) -> Planned:
         CheckpointError: as `plan_diffusion_model`, or a format was asked for by name for such a patch.
     """
     checkpoint = open_checkpoint(path)
-    if request.weight_format == AUTO and MODEL_PATCH_SIGNATURE not in checkpoint.entries:
-        planned = plan_checkpoint(checkpoint, replace(request, weight_format=AS_STORED))
+    if request.format == AUTO and MODEL_PATCH_SIGNATURE not in checkpoint.entries:
+        planned = plan_checkpoint(checkpoint, replace(request, format=AS_STORED))
         return replace(planned, choice=f"{AS_STORED}: only InfiniteTalk and MultiTalk patches can be quantized")
     planned = plan_checkpoint(checkpoint, request)
     check_model_patch(checkpoint, quantizes=planned.plan.changes_weights)
@@ -154,12 +154,12 @@ def plan_checkpoint(
     rules = parse_rules(request.keep_rules)
     where = device_info(device if device is not None else comfy.model_management.get_torch_device())
     chooser = FormatChooser(checkpoint, where, rules, _measure, pinned)
-    chosen = chooser.choose(request.weight_format)
+    chosen = chooser.choose(request.format)
     shaped = {} if look is None else shape_pinned(checkpoint, chosen.plan, look)
     if shaped:
         pinned = {**(tables(chosen.plan.layers) if pinned is None else pinned), **shaped}
         chooser = replace(chooser, pinned=pinned)
-        chosen = chooser.choose(request.weight_format)
+        chosen = chooser.choose(request.format)
     check_formats(checkpoint, chosen.plan)
     for sentence in unmatched_sentences(chosen.plan) if rules is not None else ():
         logger.warning("%s: %s", checkpoint.path.name, sentence)
@@ -218,7 +218,7 @@ def _needs_file(planned: Planned) -> bool:
 
 
 def _folder(planned: Planned) -> Path:
-    return cache_folder() if planned.request.keep_file else temporary_folder()
+    return cache_folder() if planned.request.keep_quantized_file else temporary_folder()
 
 
 def _with_variable(error: StorageError) -> StorageError:

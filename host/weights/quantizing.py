@@ -93,7 +93,8 @@ def plan_model(patcher: comfy.model_patcher.ModelPatcher, request: Request) -> P
             checkpoint.path.name,
             edited[0],
         )
-    return plan_diffusion_checkpoint(loaded_model(patcher), replace(request, keep_file=False), patcher.load_device)
+    request = replace(request, keep_quantized_file=False)
+    return plan_diffusion_checkpoint(loaded_model(patcher), request, patcher.load_device)
 
 
 def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) -> comfy.model_patcher.ModelPatcher:

@@ -132,7 +132,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(host, t
     monkeypatch.setenv("LOWBIT_CACHE_DIR", str(tmp_path / "cache"))
     for keep in (True, False):
         planned = host.preparing.plan_diffusion_model(
-            host.folder / "wan_t2v.safetensors", host.preparing.Request("mxfp8", keep_file=keep)
+            host.folder / "wan_t2v.safetensors", host.preparing.Request("mxfp8", keep_quantized_file=keep)
         )
         with pytest.raises(StorageError, match="LOWBIT_CACHE_DIR") as raised:
             host.preparing.prepared_file(planned)

@@ -69,13 +69,13 @@ def test_the_weights_are_those_under_the_patches(host):
 
 def test_what_is_made_of_a_model_without_a_file_is_not_kept_and_is_made_once(host):
     cached = set(host.folders.cache_folder().glob("*.safetensors"))
-    first, planned = quantize(host, without_a_file(host), "fp8_e4m3fn_scaled", keep_file=True)
+    first, planned = quantize(host, without_a_file(host), "fp8_e4m3fn_scaled", keep_quantized_file=True)
     made = temporary(host)
-    again, _ = quantize(host, without_a_file(host), "fp8_e4m3fn_scaled", keep_file=True)
+    again, _ = quantize(host, without_a_file(host), "fp8_e4m3fn_scaled", keep_quantized_file=True)
     assert temporary(host) == made
     assert first.cached_patcher_init == again.cached_patcher_init
     assert set(host.folders.cache_folder().glob("*.safetensors")) == cached
-    assert not planned.request.keep_file
+    assert not planned.request.keep_quantized_file
 
 
 def test_two_models_of_one_shape_do_not_take_each_others_file(host):
@@ -322,7 +322,7 @@ def test_weights_edited_in_place_are_quantized_as_they_are(host, edit, caplog):
     edited = block(patcher).self_attn.q.weight.clone()
     quantized, planned = quantize(host, patcher, "int8")
     assert relative(block(quantized).self_attn.q.weight.dequantize(), edited) < 0.02
-    assert not planned.request.keep_file
+    assert not planned.request.keep_quantized_file
     assert "'blocks.0.self_attn.q.weight' among them" in caplog.text
 
 
