@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import device_info
 from lowbit.ops.formats import AUTO
 from lowbit.ops.sampled_errors import sampled_errors
+from lowbit.ops.writer import CheckpointWriter, names_nbytes
 from testing.tiny.tensors import scale_and_shift
 
 GIB = 1 << 30
@@ -26,8 +26,6 @@ CACHE = "lowbit_cache"
 
 _POOL = (1 << 25) - 39
 """Values drawn once for all tensors: a prime number, so that the rows of a larger matrix do not repeat."""
-
-_PIECE = 1 << 26
 
 
 def write_checkpoint(
@@ -42,62 +40,35 @@ def write_checkpoint(
     All tensors are cut from one pool of values, each from another place, scaled and shifted once per kind.
     extra: tensors that go in as they are, of uint8.
     """
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    extra = dict(extra or {})
-    pool = _Pool(max(math.prod(shape) for shape in shapes.values()))
-    partial = path.with_suffix(".partial")
-    with partial.open("wb", buffering=0) as file:
-        _write(file, memoryview(_header(shapes, metadata or {}, extra)))
-        for index, (name, shape) in enumerate(shapes.items()):
-            for piece in pool.pieces(math.prod(shape), index, *scale_and_shift(name, shape)):
-                _write(file, piece)
-        for tensor in extra.values():
-            _write(file, memoryview(tensor.numpy()))
-    partial.rename(path)
+    if not path.exists():
+        extra = dict(extra or {})
+        pool = _Pool(max(math.prod(shape) for shape in shapes.values()))
+        names = [*shapes, *extra]
+        with CheckpointWriter(
+            path, name_bytes=names_nbytes(names), name_count=len(names), metadata=metadata or {}
+        ) as writer:
+            for index, (name, shape) in enumerate(shapes.items()):
+                writer.add(name, pool.tensor(shape, index, *scale_and_shift(name, shape)))
+            for name, tensor in extra.items():
+                writer.add(name, tensor)
     return path
 
 
-def _write(file, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data[:_PIECE]) :]
-
-
-def _header(
-    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], extra: Mapping[str, torch.Tensor]
-) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    position = 0
-    sizes = [(name, "BF16", shape, 2) for name, shape in shapes.items()]
-    sizes += [(name, "U8", tuple(tensor.shape), 1) for name, tensor in extra.items()]
-    for name, dtype, shape, width in sizes:
-        end = position + width * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 class _Pool:
-    """Gaussian values as bfloat16 bytes, one copy for each scale and shift."""
+    """Gaussian values as bfloat16, one copy for each scale and shift."""
 
     def __init__(self, largest: int):
         self._values = torch.randn(min(_POOL, largest), generator=torch.Generator().manual_seed(0))
-        self._bytes: dict[tuple[float, float], memoryview] = {}
+        self._scaled: dict[tuple[float, float], torch.Tensor] = {}
 
-    def pieces(self, count: int, index: int, scale: float, shift: float) -> Iterator[memoryview]:
-        """`count` values in pieces, the first from a place of the tensor's own."""
-        key = (scale, shift)
-        if key not in self._bytes:
-            scaled = (self._values * scale + shift).bfloat16()
-            self._bytes[key] = memoryview(scaled.view(torch.uint8).numpy())
-        start = index * 7919 % max(1, len(self._values) // 2)
-        while count:
-            part = self._bytes[key][2 * start : 2 * (start + count)]
-            yield part
-            count, start = count - len(part) // 2, 0
+    def tensor(self, shape: tuple[int, ...], index: int, scale: float, shift: float) -> torch.Tensor:
+        """Values from a place of the tensor's own on, and from the beginning as often as they are needed."""
+        if (scale, shift) not in self._scaled:
+            self._scaled[scale, shift] = (self._values * scale + shift).bfloat16()
+        values, count = self._scaled[scale, shift], math.prod(shape)
+        first = values[index * 7919 % max(1, len(values) // 2) :][:count]
+        rest = count - len(first)
+        return torch.cat([first, *[values] * (rest // len(values)), values[: rest % len(values)]]).view(shape)
 
 
 def second_name(path: Path, other: Path) -> Path:
