@@ -29,7 +29,6 @@ from . import (
     umt5_tensors,
     vae,
     wan,
-    wav2vec2,
 )
 from .tensors import Tensors, draw
 
@@ -56,6 +55,15 @@ def lightning(shapes: dict[str, tuple[int, ...]], prefix: str, seed: int, bias: 
 
 def _lightning(shapes: dict[str, tuple[int, ...]], prefix: str, seed: int, bias: bool = False) -> Writer:
     return file_of(lambda: lightning(shapes, prefix, seed, bias))
+
+
+def wav2vec2_shapes() -> dict[str, tuple[int, ...]]:
+    """Of a wav2vec2-base, as transformers has it: of the real size, because ComfyUI knows no other (190 MB)."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    with torch.device("meta"):
+        tensors = Wav2Vec2Model(Wav2Vec2Config()).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 _vae = file_of(lambda: draw(vae.shapes()))
@@ -135,7 +143,7 @@ FILES: dict[str, Writer] = {
     "model_patches/wan2.1_infiniteTalk_single_fp16.safetensors": file_of(infinitetalk_tensors),
     "model_patches/wan2.1_infiniteTalk_multi_fp16.safetensors": file_of(infinitetalk_tensors),
     "audio_encoders/wav2vec2-chinese-base_fp16.safetensors": file_of(
-        lambda: draw(wav2vec2.shapes(), dtype=torch.float16)
+        lambda: draw(wav2vec2_shapes(), dtype=torch.float16)
     ),
 }
 """Path below the models folder -> what writes it."""
