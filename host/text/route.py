@@ -98,38 +98,14 @@ def decoding_here(model: torch.nn.Module, settings: TextGeneration) -> Iterator[
             del module.generate
 
 
-def _generate_from_images(
-    module: Any,
-    tokens: Any,
-    do_sample: bool,
-    max_length: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    seed: int | None,
-    presence_penalty: float = 0.0,
-) -> list[int]:
+def _generate_from_images(module: Any, tokens: Any, **sampling: Any) -> list[int]:
     """Core's `SDClipModel.generate` for Qwen2.5-VL, with the positions of images that core gives its encoding only."""
     if isinstance(tokens, dict):
         tokens = next(iter(tokens.values()))
     prompts = [_without_filling([token[0] for token in line], module.special_tokens["pad"]) for line in tokens]
     embeds, _, _, infos = module.process_tokens(prompts, module.execution_device)
     positions = qwen_vl.qwen2vl_mrope_position_ids(infos, embeds.shape[1], embeds.device)
-    return module.transformer.generate(
-        embeds,
-        do_sample,
-        max_length,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty,
-        seed,
-        presence_penalty=presence_penalty,
-        position_ids=positions,
-    )
+    return module.transformer.generate(embeds, **sampling, position_ids=positions)
 
 
 def _without_filling(prompt: list[Any], filled: int) -> list[Any]:
