@@ -1,8 +1,9 @@
-"""Puts this pack's code in front of core's: classes and wrappers, once each."""
+"""Puts this pack's code in front of core's: classes, wrappers, and what core is told of free memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
@@ -23,3 +24,16 @@ def set_wrappers(patcher: Any, key: str, wrappers: Mapping[str, Callable[..., An
     for kind, wrapper in wrappers.items():
         patcher.remove_wrappers_with_key(kind, key)
         patcher.add_wrapper_with_key(kind, key, wrapper)
+
+
+@contextlib.contextmanager
+def seeing_free_memory(patcher: Any, times: int) -> Iterator[None]:
+    """For the length of a call core sees so many times the free memory for a patcher's model, unless somebody answers already."""
+    if "get_free_memory" in vars(patcher):
+        yield
+        return
+    patcher.get_free_memory = lambda device: times * type(patcher).get_free_memory(patcher, device)
+    try:
+        yield
+    finally:
+        del patcher.get_free_memory

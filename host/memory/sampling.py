@@ -13,6 +13,7 @@ import comfy.sampler_helpers
 from ...errors import MemoryBudgetError
 from ...memory.decisions import clears_now, runs_one_at_a_time
 from ...memory.policies import AUTO, EVERY, OFF, ON, Settings
+from ..in_front import seeing_free_memory
 from ..sampling_state import restorer
 from .fetching import BlockFetcher, blocks_of
 from .pages import part_limit
@@ -130,7 +131,9 @@ class MemoryHooks:
         restore = restorer(model_options.get("transformer_options"))
 
         def run() -> Any:
-            with _batch_of_one(model.current_patcher, self._runs_one_at_a_time(model, x_in, prompts)):
+            apart = self._runs_one_at_a_time(model, x_in, prompts)
+            # Core batches as many prompts as it believes to fit.
+            with seeing_free_memory(model.current_patcher, 0) if apart else contextlib.nullcontext():
                 return executor(model, conds, x_in, timestep, model_options)
 
         def make_room() -> str:
@@ -218,19 +221,6 @@ class MemoryHooks:
             if self._one_at_a_time[key]:
                 session().ledger.note("Prompts ran one at a time (sequential CFG).")
         return self._one_at_a_time[key]
-
-
-@contextlib.contextmanager
-def _batch_of_one(patcher: Any, wanted: bool) -> Iterator[None]:
-    """Core batches as many prompts as it believes to fit: for the length of a call it is told that none more do."""
-    if not wanted or "get_free_memory" in vars(patcher):
-        yield
-        return
-    patcher.get_free_memory = lambda device: 0
-    try:
-        yield
-    finally:
-        del patcher.get_free_memory
 
 
 @contextlib.contextmanager

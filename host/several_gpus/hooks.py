@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...attention.sequence_split import shares
 from ...errors import WorkerError
+from ..in_front import seeing_free_memory
 from .sending import NotSentError, call_inputs, call_options, check_model, encoded
 from .split_families import CoreFamily
 from .team import ALL, FIRST, LINK, SECOND, Part, Team
@@ -106,7 +107,7 @@ class DividingHooks:
     ) -> Any:
         """One step: where prompts go to different GPUs, ComfyUI is to batch them as if each had a GPU to itself."""
         halves = self._model is not None and self._halves()
-        with _twice_the_memory(model.current_patcher) if halves else contextlib.nullcontext():
+        with seeing_free_memory(model.current_patcher, 2) if halves else contextlib.nullcontext():
             return executor(model, conds, x_in, timestep, model_options)
 
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -213,16 +214,3 @@ def _rows(named: Mapping[str, Any], rows: int, per_chunk: int, half: slice) -> d
     return {name: cut(value) for name, value in named.items() if name != "transformer_options"} | {
         "transformer_options": own
     }
-
-
-@contextlib.contextmanager
-def _twice_the_memory(patcher: Any) -> Iterator[None]:
-    """ComfyUI batches the prompts that fit one GPU: for the length of a call it sees the memory of two."""
-    if "get_free_memory" in vars(patcher):  # a memory manager has its own mind
-        yield
-        return
-    patcher.get_free_memory = lambda device: 2 * type(patcher).get_free_memory(patcher, device)
-    try:
-        yield
-    finally:
-        del patcher.get_free_memory

@@ -130,8 +130,8 @@ def test_core_is_told_of_no_room_for_a_batch_only_while_it_asks(host):
     patcher = Patcher()
 
     def call():
-        with host.sampling._batch_of_one(patcher, True):
-            with host.sampling._batch_of_one(patcher, True):
+        with host.sampling.seeing_free_memory(patcher, 0):
+            with host.sampling.seeing_free_memory(patcher, 0):
                 assert patcher.get_free_memory("cpu") == 0
             assert patcher.get_free_memory("cpu") == 0, "an inner call must not undo the outer one"
             raise ValueError("in the call")
@@ -139,5 +139,5 @@ def test_core_is_told_of_no_room_for_a_batch_only_while_it_asks(host):
     with pytest.raises(ValueError, match="in the call"):
         call()
     assert patcher.get_free_memory("cpu") == 7
-    with host.sampling._batch_of_one(patcher, False):
-        assert patcher.get_free_memory("cpu") == 7
+    with host.sampling.seeing_free_memory(patcher, 2):
+        assert patcher.get_free_memory("cpu") == 14
