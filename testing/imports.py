@@ -67,17 +67,6 @@ def reached(start: Module, arrows: Mapping[Module, set[Module]]) -> set[Module]:
     return seen
 
 
-def circles(arrows: Mapping[Module, set[Module]]) -> list[set[Module]]:
-    """Sets of modules that import each other, in however many steps."""
-    below = {module: reached(module, arrows) for module in arrows}
-    found: list[set[Module]] = []
-    for module in arrows:
-        circle = {other for other in below[module] if module in below.get(other, ())}
-        if len(circle) > 1 and circle not in found:
-            found.append(circle)
-    return found
-
-
 def names_of(path: Path, packages: Collection[str]) -> set[str]:
     """Full names of what a file takes from these packages: imported, as attributes, or written out in a string.
 
