@@ -213,7 +213,8 @@ class Dispatcher:
             candidate.tally.calls += 1
             self.lossy_calls += candidate.lossy
             plan.left = self._next_check(plan)
-            return out if inputs.heads_first or candidate.kernel is None else _merged(out, plan)
+            as_it_is = inputs.heads_first or candidate.kernel is None
+            return out if as_it_is else out.transpose(1, 2).reshape(plan.flat_shape)
 
     def _known(self, plan: ShapePlan) -> bool:
         """Whether the first calls of the current candidate are behind it."""
@@ -335,10 +336,6 @@ def _heads_first(out: torch.Tensor, candidate: Candidate, inputs: AttentionInput
     if candidate.kernel is not None or inputs.heads_first:
         return out
     return out.unflatten(-1, (inputs.q.shape[1], -1)).transpose(1, 2)
-
-
-def _merged(out: torch.Tensor, plan: ShapePlan) -> torch.Tensor:
-    return out.transpose(1, 2).reshape(plan.flat_shape)
 
 
 def _said(error: Exception) -> str:

@@ -40,7 +40,6 @@ class Attention(io.ComfyNode):
                 io.String.Input("exact_blocks", default="", advanced=True),
             ],
             outputs=[io.Model.Output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -87,6 +86,7 @@ class AttentionReport(io.ComfyNode):
                 io.MatchType.Output(template=template, display_name="after"),
                 io.String.Output(display_name="report"),
             ],
+            hidden=[],
             is_output_node=True,
         )
 

@@ -18,14 +18,18 @@ _TEXTS = Path(__file__).parent.parent / "locales" / "en" / "nodeDefs.json"
 
 
 def node_schema(node_id: str, *, inputs: list[io.Input], outputs: list[io.Output], **options: Any) -> io.Schema:
-    """`io.Schema` in this pack's category, with the title, description and tooltips that `locales/en` has for the node."""
+    """`io.Schema` in this pack's category, with the title, description and tooltips that `locales/en` has for the node.
+
+    The node is told its id, unless `hidden` says otherwise.
+    """
     texts = _texts()[node_id]
     for given in inputs:
         given.tooltip = texts["inputs"][given.id]["tooltip"]
     for place, made in enumerate(outputs):
         made.tooltip = texts["outputs"][str(place)]["tooltip"]
     named = {name: texts[name] for name in ("display_name", "description")}
-    return io.Schema(node_id=node_id, category="lowbit", inputs=inputs, outputs=outputs, **named, **options)
+    options = {"category": "lowbit", "hidden": [io.Hidden.unique_id], **named, **options}
+    return io.Schema(node_id=node_id, inputs=inputs, outputs=outputs, **options)
 
 
 @functools.cache

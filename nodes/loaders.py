@@ -39,17 +39,6 @@ def format_inputs() -> list[io.Input]:
     ]
 
 
-def loader_schema(node_id: str, *, inputs: list[io.Input], output: io.Output, search_aliases: list[str]) -> io.Schema:
-    """The schema of a quantizing loader: its own inputs with those that all share, its output and the report."""
-    return node_schema(
-        node_id,
-        inputs=inputs,
-        outputs=[output, io.String.Output(display_name="report")],
-        hidden=[io.Hidden.unique_id],
-        search_aliases=search_aliases,
-    )
-
-
 def execute_plan(planned: Planned, dry_run: bool, load: Callable[[], Any], node_id: str | None) -> io.NodeOutput:
     """Show the plan, and `load` unless this is a dry run."""
     show_text(node_id, planned.summary)
@@ -66,10 +55,10 @@ class LoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return loader_schema(
+        return node_schema(
             "LowbitLoadDiffusionModel",
             inputs=[io.Combo.Input("unet_name", options=model_names("diffusion_models")), *format_inputs()],
-            output=io.Model.Output(),
+            outputs=[io.Model.Output(), io.String.Output(display_name="report")],
             search_aliases=["quantize", "fp8", "fp4", "int8", "nvfp4", "unet loader"],
         )
 
@@ -92,7 +81,7 @@ class LoadTextEncoder(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         types = [member.name.lower() for member in comfy.sd.CLIPType]
-        return loader_schema(
+        return node_schema(
             "LowbitLoadTextEncoder",
             inputs=[
                 io.Combo.Input("clip_name", options=model_names("text_encoders")),
@@ -100,7 +89,7 @@ class LoadTextEncoder(io.ComfyNode):
                 *format_inputs(),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True),
             ],
-            output=io.Clip.Output(),
+            outputs=[io.Clip.Output(), io.String.Output(display_name="report")],
             search_aliases=["clip loader", "quantize", "umt5", "qwen"],
         )
 
@@ -133,6 +122,7 @@ class LoadVAE(io.ComfyNode):
                 io.Combo.Input("precision", options=list(VAE_PRECISIONS), default="auto"),
             ],
             outputs=[io.Vae.Output()],
+            hidden=[],
             search_aliases=["vae loader"],
         )
 
@@ -146,10 +136,10 @@ class LoadModelPatch(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return loader_schema(
+        return node_schema(
             "LowbitLoadModelPatch",
             inputs=[io.Combo.Input("name", options=model_names("model_patches")), *format_inputs()],
-            output=io.ModelPatch.Output(),
+            outputs=[io.ModelPatch.Output(), io.String.Output(display_name="report")],
             search_aliases=["infinitetalk", "multitalk", "model patch loader"],
         )
 

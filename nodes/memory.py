@@ -41,7 +41,6 @@ class MemoryManager(io.ComfyNode):
                 io.Clip.Output(display_name="clip"),
                 io.Vae.Output(display_name="vae"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -86,7 +85,6 @@ class ReleaseComponent(io.ComfyNode):
                 *(io.Boolean.Input(name, default=default) for name, (_, default) in RELEASE_INPUTS.items()),
             ],
             outputs=[io.MatchType.Output(template=template, display_name="value")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -113,7 +111,6 @@ class MemoryReport(io.ComfyNode):
                 io.String.Output(display_name="json"),
             ],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

@@ -38,7 +38,6 @@ class Optimize(io.ComfyNode):
                 io.Vae.Output(display_name="vae"),
                 io.String.Output(display_name="report"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

@@ -10,7 +10,7 @@ from ..host.weights.preparing import Request
 from ..host.weights.quantizing import plan_model, quantize_model
 from ..host.weights.saving import save_diffusion_model
 from .common import node_schema
-from .loaders import execute_plan, format_inputs, loader_schema
+from .loaders import execute_plan, format_inputs
 
 
 class QuantizeModel(io.ComfyNode):
@@ -18,10 +18,10 @@ class QuantizeModel(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return loader_schema(
+        return node_schema(
             "LowbitQuantizeModel",
             inputs=[io.Model.Input("model"), *format_inputs()],
-            output=io.Model.Output(),
+            outputs=[io.Model.Output(), io.String.Output(display_name="report")],
             search_aliases=["fp8", "fp4", "int8", "nvfp4"],
         )
 
@@ -42,7 +42,6 @@ class SaveQuantizedModel(io.ComfyNode):
             inputs=[io.Model.Input("model"), io.String.Input("filename_prefix", default="diffusion_models/lowbit")],
             outputs=[io.String.Output(display_name="path")],
             is_output_node=True,
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod

@@ -28,7 +28,6 @@ class SeveralGPUs(io.ComfyNode):
                 io.Boolean.Input("eight_bit_exchange", default=False, advanced=True),
             ],
             outputs=[io.Model.Output(display_name="model")],
-            hidden=[io.Hidden.unique_id],
             is_experimental=True,
         )
 

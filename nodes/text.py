@@ -36,6 +36,7 @@ class GenerateText(io.ComfyNode):
                 io.Int.Input("heavy_hitters", default=252, min=0, max=1 << 20, advanced=True),
             ],
             outputs=[io.Clip.Output()],
+            hidden=[],
         )
 
     @classmethod
