@@ -19,13 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.goals import Goal, write
 from benchmarks.timing import interleaved, settled
-from lowbit.attention.backends import (
-    BACKENDS,
-    BUDGETS,
-    CORE,
-    ERROR_LIMITS,
-    AttentionCall,
-)
+from lowbit.attention.backends import BACKENDS, BUDGETS, CORE, ERROR_LIMITS, AttentionCall
 from lowbit.attention.candidates import AttentionInputs, Policy
 from lowbit.attention.dispatch import Dispatcher
 from lowbit.attention.environment import detect
