@@ -34,11 +34,11 @@ def contact_sheet(
     canvas = Image.new("RGB", (_LABEL_WIDTH + len(titles) * width, _HEAD + len(rows) * (size + _GAP)), _PAPER)
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles):
-        draw.text((_LABEL_WIDTH + column * width, 6), title, _INK, _font(13))
+        draw.text((_LABEL_WIDTH + column * width, 6), title, _INK, ImageFont.load_default(13))
     for line, (name, clips) in enumerate(rows.items()):
         top = _HEAD + line * (size + _GAP)
-        draw.text((8, top + 14), name, _INK, _font(15))
-        draw.text((8, top + 36), notes.get(name, ""), _FAINT, _font(12))
+        draw.text((8, top + 14), name, _INK, ImageFont.load_default(15))
+        draw.text((8, top + 36), notes.get(name, ""), _FAINT, ImageFont.load_default(12))
         for column, clip in enumerate(clips):
             for place, frame in enumerate(_SHOWN):
                 canvas.paste(_picture(clip[frame]), (_LABEL_WIDTH + column * width + place * (size + 1), top))
@@ -55,7 +55,7 @@ def side_by_side(path: Path, clips: Mapping[str, Clip], milliseconds: int = 140)
         draw = ImageDraw.Draw(canvas)
         for index, (name, clip) in enumerate(clips.items()):
             left, top = index % _COLUMNS * (size + _GAP), index // _COLUMNS * (size + _TITLE + _GAP)
-            draw.text((left + 4, top + 4), name, _INK, _font(11))
+            draw.text((left + 4, top + 4), name, _INK, ImageFont.load_default(11))
             canvas.paste(_picture(clip[frame]).resize((size, size), Image.Resampling.NEAREST), (left, top + _TITLE))
         frames.append(canvas)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=90)
@@ -63,7 +63,3 @@ def side_by_side(path: Path, clips: Mapping[str, Clip], milliseconds: int = 140)
 
 def _picture(frame: torch.Tensor) -> Image.Image:
     return Image.fromarray((frame.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)

@@ -7,8 +7,8 @@ A row is found by the names of the tensors beside each other, then by their dtyp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,9 +42,9 @@ class Scheme:
         drops: further ones that only the tool's own kernels have a use for.
     """
 
-    needs: frozenset[str]
+    needs: tuple[str, ...]
     find: Callable[[LayerTensors], Found | None]
-    drops: frozenset[str] = field(default=frozenset())
+    drops: tuple[str, ...] = ()
 
 
 def _block_size(length: int, count: int) -> int | None:
@@ -301,62 +301,46 @@ def _gptq_or_awq(layer: LayerTensors) -> Found | None:
     return Found(f"GPTQ in {bits} bits", Decoded((rows, columns), {**parts, **group}, decode))
 
 
-def _scheme(*needs: str, find: Callable[[LayerTensors], Found | None], drops: Sequence[str] = ()) -> Scheme:
-    return Scheme(frozenset(needs), find, frozenset(drops))
-
-
 _INPUT = ("input_scale", "scale_input", "activation_scale")
 _LIGHTX2V_INPUT = ("input_global_scale", "input_absmax", "alpha")
 SCHEMES: tuple[Scheme, ...] = (
-    _scheme("weight", _KIND + "nf4", find=partial(_four_bit, kind="nf4")),
-    _scheme("weight", _KIND + "fp4", find=partial(_four_bit, kind="fp4")),
-    _scheme("weight", "SCB", find=_llm_int8, drops=("weight_format",)),
-    _scheme(
-        "qweight", "wscales", "wzeros", find=partial(find_four_rows, scales="wscales", zeros="wzeros", renamed=True)
+    Scheme(("weight", _KIND + "nf4"), partial(_four_bit, kind="nf4")),
+    Scheme(("weight", _KIND + "fp4"), partial(_four_bit, kind="fp4")),
+    Scheme(("weight", "SCB"), _llm_int8, ("weight_format",)),
+    Scheme(("qweight", "wscales", "wzeros"), partial(find_four_rows, scales="wscales", zeros="wzeros", renamed=True)),
+    Scheme(
+        ("qweight", "wscales"),
+        find_svdquant,
+        ("smooth_factor_orig", "smooth_orig", "proj_down", "proj_up", "lora_down", "lora_up"),
     ),
-    _scheme(
-        "qweight",
-        "wscales",
-        find=find_svdquant,
-        drops=("smooth_factor_orig", "smooth_orig", "proj_down", "proj_up", "lora_down", "lora_up"),
+    Scheme(
+        ("qweight", "scaled_zeros", "scales"),
+        partial(find_four_rows, scales="scales", zeros="scaled_zeros", renamed=False),
     ),
-    _scheme(
-        "qweight",
-        "scaled_zeros",
-        "scales",
-        find=partial(find_four_rows, scales="scales", zeros="scaled_zeros", renamed=False),
+    Scheme(("qweight", "qzeros", "scales"), _gptq_or_awq),
+    Scheme(
+        ("weight_packed", "weight_scale", "weight_global_scale"),
+        _packed_nvfp4,
+        ("input_global_scale",),
     ),
-    _scheme("qweight", "qzeros", "scales", find=_gptq_or_awq),
-    _scheme(
-        "weight_packed",
-        "weight_scale",
-        "weight_global_scale",
-        find=_packed_nvfp4,
-        drops=("input_global_scale",),
+    Scheme(("weight_packed", "weight_scale", "weight_shape"), _packed_integers),
+    Scheme(("weight_packed", "weight_scale"), _packed_microscaled),
+    Scheme(
+        ("weight", "weight_scale", "weight_global_scale"),
+        partial(_tiled_nvfp4, factors={"scale": "weight_global_scale"}, decode=foreign_decode.nvfp4_tiles),
+        _LIGHTX2V_INPUT,
     ),
-    _scheme("weight_packed", "weight_scale", "weight_shape", find=_packed_integers),
-    _scheme("weight_packed", "weight_scale", find=_packed_microscaled),
-    _scheme(
-        "weight",
-        "weight_scale",
-        "weight_global_scale",
-        find=partial(_tiled_nvfp4, factors={"scale": "weight_global_scale"}, decode=foreign_decode.nvfp4_tiles),
-        drops=_LIGHTX2V_INPUT,
-    ),
-    _scheme(
-        "weight",
-        "weight_scale",
-        "alpha",
-        "input_global_scale",
-        find=partial(
+    Scheme(
+        ("weight", "weight_scale", "alpha", "input_global_scale"),
+        partial(
             _tiled_nvfp4,
             factors={"alpha": "alpha", "input_scale": "input_global_scale"},
             decode=foreign_decode.nvfp4_tiles_calibrated,
         ),
     ),
-    _scheme("weight", "weight_scale", find=_tiled_microscaled),
+    Scheme(("weight", "weight_scale"), _tiled_microscaled),
     *(
-        _scheme("weight", scale, find=partial(_in_blocks, scale=scale), drops=_INPUT)
+        Scheme(("weight", scale), partial(_in_blocks, scale=scale), _INPUT)
         for scale in ("weight_scale_inv", "weight_scale", "scale_weight")
     ),
 )
@@ -370,9 +354,9 @@ def find_scheme(layer: LayerTensors) -> tuple[Found, frozenset[str]] | None:
         CheckpointError: it is of a scheme known here, and a tensor of it is missing or has a wrong shape.
     """
     for scheme in SCHEMES:
-        if scheme.needs <= layer.tensors.keys() and not any(0 in layer.shape(suffix) for suffix in scheme.needs):
+        if all(suffix in layer and 0 not in layer.shape(suffix) for suffix in scheme.needs):
             found = scheme.find(layer)
             if found is not None:
                 read = {part for made in (found.weight, found.bias) if made is not None for part in made.parts.values()}
-                return found, frozenset(scheme.needs | scheme.drops | read)
+                return found, frozenset({*scheme.needs, *scheme.drops, *read})
     return None

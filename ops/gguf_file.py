@@ -9,7 +9,6 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -168,11 +167,7 @@ def _text_encoder(
         if change is None:
             yield ours, replace(entry, name=ours)
         else:
-            yield ours, TensorEntry.joined(ours, [entry], partial(_changed, change))
-
-
-def _changed(change: Any, parts: list[torch.Tensor]) -> torch.Tensor:
-    return change(parts[0])
+            yield ours, TensorEntry.joined(ours, [entry], change)
 
 
 def _tokenizer(path: Path, reader: GGUFReader, name: str, vocabulary_size: int) -> TensorEntry | None:

@@ -6,7 +6,7 @@ Source: llama.cpp's tensor names (gguf-py/gguf/constants.py) and what its conver
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -14,7 +14,6 @@ import torch
 
 from .header import Join, TensorEntry
 
-Change = Callable[[torch.Tensor], torch.Tensor]
 _NUMBERED = re.compile(r"^(?P<stack>.*blk)\.(?P<number>\d+)\.(?P<part>\w+)(?P<suffix>\.\w+)$")
 
 
@@ -48,13 +47,13 @@ class TextArchitecture:
         ours = self.whole.get(stem)
         return None if ours is None else f"{ours}.{suffix}"
 
-    def change(self, ours: str, heads: int, key_heads: int) -> Change | None:
+    def change(self, ours: str, heads: int, key_heads: int) -> Join | None:
         """What has to be done to a tensor besides naming it."""
         if self.interleaved and re.search(r"\.(q|k)_proj\.(weight|bias)$", ours):
             count = heads if ".q_proj." in ours else key_heads
-            return lambda rows: halves_from_pairs(rows, count)
+            return lambda parts: halves_from_pairs(parts[0], count)
         if self.norms_from_one and ours.rpartition(".")[0].endswith("norm"):
-            return lambda weight: weight - 1
+            return lambda parts: parts[0] - 1
         return None
 
 

@@ -65,14 +65,6 @@ class Model:
     whole: tuple[Made, ...] = ()
 
 
-def _rows(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts)
-
-
-def _columns(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(parts, 1)
-
-
 def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(parts).sum(0)
 
@@ -141,8 +133,8 @@ _FLUX_DOUBLE = Stack(
 _FLUX_SINGLE = Stack(
     "single_blocks",
     (
-        Made("linear1", ("attn.to_qkv", "mlp_fc1"), _rows),
-        Made("linear2", ("attn.to_out", "mlp_fc2"), _columns, _sum),
+        Made("linear1", ("attn.to_qkv", "mlp_fc1"), torch.cat),
+        Made("linear2", ("attn.to_out", "mlp_fc2"), partial(torch.cat, dim=1), _sum),
         _modulation("modulation.lin", "norm.linear", 3),
         _same("norm.query_norm", "attn.norm_q", "scale"),
         _same("norm.key_norm", "attn.norm_k", "scale"),
@@ -186,7 +178,7 @@ _QWEN_IMAGE = Model(
 _Z_IMAGE_BLOCK = (
     _same("attention.qkv", "attention.to_qkv"),
     # Of refiners that were left in 16 bits.
-    Made("attention.qkv", ("attention.to_q", "attention.to_k", "attention.to_v"), _rows),
+    Made("attention.qkv", ("attention.to_q", "attention.to_k", "attention.to_v"), torch.cat),
     _same("attention.out", "attention.to_out.0"),
     _same("attention.q_norm", "attention.norm_q"),
     _same("attention.k_norm", "attention.norm_k"),

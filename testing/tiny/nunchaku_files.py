@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from lowbit.ops.nunchaku_names import MODELS
+
 from .tensors import Tensors
 
 GELU_SHIFT = 0.171875
@@ -211,18 +213,6 @@ def qwen_image(tensors: Mapping[str, torch.Tensor], fp4: bool = False) -> Tensor
     return file.whole()
 
 
-_FLUX_NEWER = {
-    "qkv_proj": "attn.to_qkv",
-    "qkv_proj_context": "attn.add_qkv_proj",
-    "out_proj": "attn.to_out.0",
-    "out_proj_context": "attn.to_add_out",
-    "mlp_fc1": "ff.net.0.proj",
-    "mlp_fc2": "ff.net.2",
-    "mlp_context_fc1": "ff_context.net.0.proj",
-    "mlp_context_fc2": "ff_context.net.2",
-}
-
-
 def flux(tensors: Mapping[str, torch.Tensor], fp4: bool = False, older: bool = True) -> Tensors:
     """A Flux as nunchaku has it, in the names of its older files or of its newer ones."""
     file = _File(tensors, fp4, older)
@@ -230,7 +220,7 @@ def flux(tensors: Mapping[str, torch.Tensor], fp4: bool = False, older: bool = T
     blocks = sorted(
         {tuple(name.split(".")[:2]) for name in tensors if name.startswith(("double_blocks.", "single_blocks."))}
     )
-    norms = "" if older else "attn."
+    norms, newer = "" if older else "attn.", MODELS["Flux"].stacks["transformer_blocks"].older
     for kind, number in blocks:
         ours = f"{kind}.{number}"
         if kind == "double_blocks":
@@ -242,7 +232,7 @@ def flux(tensors: Mapping[str, torch.Tensor], fp4: bool = False, older: bool = T
                     (f"mlp{context}_fc1", "mlp.0"),
                     (f"mlp{context}_fc2", "mlp.2"),
                 ):
-                    name = part if older else _FLUX_NEWER[part]
+                    name = part if older else newer[part]
                     file.packed(f"{theirs}.{name}", (f"{ours}.{stream}_{layer}",), shifted=layer == "mlp.2")
                 file.modulated(f"{theirs}.norm1{context}.linear", f"{ours}.{stream}_mod.lin", 6)
                 for norm, letter in (("query", "q"), ("key", "k")):

@@ -43,18 +43,16 @@ def _qwen_image(seed: int) -> Writer:
     return file_of(lambda: draw(qwen_image.shapes(QWEN_IMAGE), seed))
 
 
-def lightning(shapes: dict[str, tuple[int, ...]], prefix: str, seed: int, bias: bool = False) -> Tensors:
-    """A step-distillation LoRA as lightx2v writes them: down, up and alpha for each layer, with `bias` a `.diff_b` too."""
-    weights = draw(shapes)
-    layers = lora_layers(weights)
-    tensors = lora.make(weights, layers, prefix, seed)
-    if bias:
-        tensors |= draw({f"{prefix}{name}.diff_b": shapes[f"{name}.bias"] for name in layers}, seed)
-    return tensors
-
-
 def _lightning(shapes: dict[str, tuple[int, ...]], prefix: str, seed: int, bias: bool = False) -> Writer:
-    return file_of(lambda: lightning(shapes, prefix, seed, bias))
+    """A step-distillation LoRA as lightx2v writes them: down, up and alpha for each layer, with `bias` a `.diff_b` too."""
+
+    def make() -> Tensors:
+        weights = draw(shapes)
+        layers = lora_layers(weights)
+        biases = {f"{prefix}{name}.diff_b": shapes[f"{name}.bias"] for name in layers if bias}
+        return lora.make(weights, layers, prefix, seed) | draw(biases, seed)
+
+    return file_of(make)
 
 
 def wav2vec2_shapes() -> dict[str, tuple[int, ...]]:
