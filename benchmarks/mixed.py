@@ -22,10 +22,9 @@ from benchmarks.goals import Goal, Record, write
 from benchmarks.quality import OTHERS, entry
 from demo import shapes_in_comfyui, shapes_in_diffusers
 from demo.bundled_prompt import BundledPrompt
-from demo.clips import MODEL, SHOWN, Quality, judge
+from demo.clips import FOLDER, MODEL, SHOWN, TRANSFORMER, Quality, judge
 from demo.report import REFERENCE, Row
 from demo.shapes import Scene
-from demo.trained_files import FOLDER, TRANSFORMER
 from lowbit.kernels.measured import Numbers
 from lowbit.ops.auto_format import FormatChooser
 from lowbit.ops.checkpoint import Checkpoint, open_checkpoint

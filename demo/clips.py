@@ -16,6 +16,9 @@ from .report import Make, Row, in_each_format, title
 from .shapes import Scene
 
 MODEL = "Moving shapes (trained)"
+FOLDER = Path(__file__).resolve().parent / "trained"
+VAE, TEXT_ENCODER, TRANSFORMER = "shapes_vae.safetensors", "shapes_umt5.safetensors", "shapes_t2v.safetensors"
+"""Its files in FOLDER."""
 SHOWN = (
     Scene("red", "square", "left"),
     Scene("green", "triangle", "up"),

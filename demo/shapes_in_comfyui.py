@@ -13,16 +13,15 @@ import torch
 from testing.server import Server, prepare_base
 
 from .bundled_prompt import BundledPrompt
-from .clips import MODEL, SHOWN, Quality, qualities
+from .clips import FOLDER, MODEL, SHOWN, TEXT_ENCODER, TRANSFORMER, VAE, Quality, qualities
 from .progress import ProgressLine
 from .report import Row
 from .shapes import Scene
-from .trained_files import FOLDER, PLACES, TRANSFORMER
 
 
 def place_files(models: Path) -> None:
     """Puts the trained files into a ComfyUI models folder."""
-    for name, folder in PLACES.items():
+    for name, folder in ((TRANSFORMER, "diffusion_models"), (TEXT_ENCODER, "text_encoders"), (VAE, "vae")):
         (models / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy(FOLDER / name, models / folder / name)
 

@@ -13,12 +13,11 @@ from testing.measure import held_bytes
 from testing.tiny.text_encoders import Umt5Config
 from testing.tiny.wan import WanConfig
 
-from .clips import MODEL, SHOWN, Quality, qualities
+from .clips import FOLDER, MODEL, SHOWN, TEXT_ENCODER, TRANSFORMER, VAE, Quality, qualities
 from .progress import ProgressLine
 from .quantized_modules import DEVICE, DTYPE, load
 from .report import Row
 from .shapes import FRAMES, SIZE, Scene
-from .trained_files import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
 
 STEPS, CFG, SHIFT = 20, 2.0, 3.0
 """As demo/prompts/shapes_t2v.json has them."""

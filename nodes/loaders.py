@@ -22,7 +22,7 @@ from ..host.weights.preparing import (
     plan_text_encoder,
     prepared_file,
 )
-from ..host.weights.temporary_files import removal_put_off
+from ..host.weights.temporary import removal_put_off
 from ..host.weights.vae import VAE_PRECISIONS, load_vae, vae_names
 from ..ops.formats import AUTO, FORMAT_CHOICES
 from .common import file_fingerprint, node_schema, show_text

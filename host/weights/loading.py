@@ -28,7 +28,7 @@ from .input_groups import group_inputs
 from .operations import adopt_quantized_linears
 from .output_head import attach_output_head, output_head_tensors
 from .patching import patch_beside_weights
-from .temporary_files import remove_with
+from .temporary import remove_with
 
 logger = logging.getLogger("lowbit.host")
 

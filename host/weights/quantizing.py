@@ -23,7 +23,7 @@ from .patching import patch_beside_weights
 from .preparing import Planned, Request, diffusion_part, plan_diffusion_checkpoint, prepared_file
 from .rebinding import check_untouched, rebind, use_unpatched
 from .saving import source_checkpoint
-from .temporary_files import removal_put_off
+from .temporary import removal_put_off
 from .told import told, with_told
 
 logger = logging.getLogger("lowbit.host")

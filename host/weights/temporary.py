@@ -1,14 +1,18 @@
-"""A folder of this process's own beside the cache, that goes with the process, however it ends."""
+"""A folder of this process's own beside the cache, that goes with the process; its files go with the models loaded from them."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import functools
+import gc
 import os
 import secrets
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ...errors import StorageError
 from ...ops.lock_file import LockFile, abandoned
@@ -17,6 +21,7 @@ from .folders import CACHE_VARIABLE, cache_folder
 
 _PREFIX, _LOCK = "temporary-", ".lock"
 """Of a folder's name, and of the lock file's beside it."""
+_HELD = "_lowbit_temporary_files"
 
 
 def temporary_folder() -> Path:
@@ -26,11 +31,6 @@ def temporary_folder() -> Path:
         StorageError: the cache's folder cannot be written.
     """
     return _claimed(cache_folder())
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether `path` lies in such a folder."""
-    return path.parent.name.startswith(_PREFIX) and path.parent.with_suffix(_LOCK).exists()
 
 
 def remove_abandoned(parent: Path) -> None:
@@ -66,3 +66,40 @@ def _release(folder: Path, lock: LockFile) -> None:
     # Windows keeps files that are mapped: the next process finds those by the lock file.
     if not os.path.exists(folder):
         lock.release()
+
+
+class _File:
+    """Stands for a file that is removed when nobody refers to this any more."""
+
+    def __init__(self, path: Path) -> None:
+        weakref.finalize(self, _remove, path).atexit = False
+
+
+_FILES: weakref.WeakValueDictionary[Path, _File] = weakref.WeakValueDictionary()
+"""Those that are in use."""
+
+
+def remove_with(owner: Any, path: Path | str) -> None:
+    """Remove `path`, where it is a temporary file, once `owner` and all others it was given with are gone."""
+    path = Path(path)
+    if path.parent.name.startswith(_PREFIX) and path.parent.with_suffix(_LOCK).exists():
+        file = _FILES[path] = _FILES.get(path) or _File(path)
+        setattr(owner, _HELD, (*getattr(owner, _HELD, ()), file))
+
+
+@contextlib.contextmanager
+def removal_put_off() -> Iterator[None]:
+    """Remove what is no longer used now, and nothing more meanwhile: a file found again is not yet used again."""
+    if _FILES:
+        gc.collect()
+    kept = list(_FILES.values())
+    try:
+        yield
+    finally:
+        kept.clear()
+
+
+def _remove(path: Path) -> None:
+    # Windows keeps files that are mapped: those go with their folder.
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from demo.clips import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
 from demo.shapes import batch
 from demo.shapes_in_diffusers import TRANSFORMER_SIZES
-from demo.trained_files import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
 from testing.tiny.tensors import write
 
 from . import fit_dit, fit_vae, text_encoder, vae
