@@ -28,8 +28,9 @@ def node_schema(node_id: str, *, inputs: list[io.Input], outputs: list[io.Output
     for place, made in enumerate(outputs):
         made.tooltip = texts["outputs"][str(place)]["tooltip"]
     named = {name: texts[name] for name in ("display_name", "description")}
-    options = {"category": "lowbit", "hidden": [io.Hidden.unique_id], **named, **options}
-    return io.Schema(node_id=node_id, inputs=inputs, outputs=outputs, **options)
+    if "hidden" not in options:
+        options["hidden"] = [io.Hidden.unique_id]
+    return io.Schema(node_id=node_id, category="lowbit", inputs=inputs, outputs=outputs, **named, **options)
 
 
 @functools.cache
