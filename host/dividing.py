@@ -14,15 +14,13 @@ from comfy.patcher_extension import WrappersMP
 
 from ..errors import CapabilityError
 from .in_front import set_wrappers
-from .model_copy import describe, file_of, is_exact_now, version
-from .several_gpus.hooks import AUTO, CFG, KEY, Describing, DividingHooks
+from .several_gpus.hooks import AUTO, CFG, KEY, DividingHooks
 from .several_gpus.team import Team
 
 log = logging.getLogger("lowbit.several_gpus")
 
 _TEAMS: dict[tuple[torch.device, ...], Team] = {}
 """The workers of each set of GPUs, the first of which is ComfyUI's own."""
-_DESCRIBING = Describing(version, describe, file_of, is_exact_now)
 
 
 @atexit.register
@@ -82,7 +80,7 @@ def divide(
         return clone
     if devices not in _TEAMS:
         _TEAMS[devices] = Team(devices, speeds)
-    hooks = DividingHooks(_TEAMS[devices], split, _DESCRIBING, say, eight_bits)
+    hooks = DividingHooks(_TEAMS[devices], split, say, eight_bits)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,
         WrappersMP.CALC_COND_BATCH: hooks.calc_cond_batch,

@@ -6,7 +6,6 @@ import json
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -27,11 +26,9 @@ from .attention.installing import install_override
 from .attention.override import OVERRIDE, AttentionOverride, chosen_kernel
 from .memory.limit import VramLimit
 from .memory.session import session
-from .several_gpus.channel import Channel
 from .several_gpus.forward import CoreForward
 from .several_gpus.sending import NotSentError, full_name
 from .several_gpus.split_families import family_of
-from .several_gpus.worker import Worker
 from .weights.checked import known_finite
 from .weights.folders import cache_folder
 from .weights.loading import load_diffusion_model, load_model_patch
@@ -93,11 +90,6 @@ def is_exact_now(options: Mapping[str, Any]) -> bool:
     if not isinstance(override, AttentionOverride):
         return False
     return override.exact_model_call or bool(override.dispatcher.planner.barred)
-
-
-def serve(connection: Connection, reached: dict[str, float]) -> None:
-    """A worker's work, from its first message to its end; `reached`: when its start came how far."""
-    Worker(Channel(connection), Copies(), reached).serve()
 
 
 class Copies:

@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ...attention.sequence_split import shares
 from ...errors import WorkerError
+from .. import model_copy
 from ..in_front import seeing_free_memory
 from .sending import NotSentError, call_inputs, call_options, check_model, encoded
 from .split_families import CoreFamily
@@ -25,16 +26,6 @@ KEY = "lowbit_several_gpus"
 AUTO, SEQUENCE, CFG, BOTH = SPLITS = ("auto", "sequence", "cfg", "both")
 
 _EVERYONE, _FIRST, _SECOND = Part(ALL, ALL), Part(FIRST, FIRST), Part(LINK, SECOND, output=True)
-
-
-@dataclass(frozen=True)
-class Describing:
-    """How a model is made plain data; see `host/model_copy.py`."""
-
-    version: Callable[[Any, Mapping[str, Any]], Any]
-    describe: Callable[[Any, Mapping[str, Any]], Any]
-    file_of: Callable[[Any], Any]
-    is_exact_now: Callable[[Mapping[str, Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -52,18 +43,14 @@ class DividingHooks:
     Args:
         team: the workers.
         split: one of SPLITS.
-        describing: the functions that know what a model consists of.
         say: tells the user one sentence.
         eight_bits: whether keys and values travel in 8 bits.
     """
 
-    def __init__(
-        self, team: Team, split: str, describing: Describing, say: Callable[[str], None], eight_bits: bool = False
-    ):
+    def __init__(self, team: Team, split: str, say: Callable[[str], None], eight_bits: bool = False):
         self._team = team
         self._split = split
         self._eight_bits = eight_bits
-        self._describing = describing
         self._tell = say
         self._said: set[str] = set()
         self._model: str | None = None
@@ -80,8 +67,8 @@ class DividingHooks:
         own = {**patcher.model_options["transformer_options"], "wrappers": patcher.wrappers}
         try:
             check_model(patcher, {**patcher.model_options, "transformer_options": own})
-            encoded([self._describing.describe(patcher, own), call_options(own, own.get("patches", {}))])
-            self._team.start(patcher.model, encoded(self._describing.file_of(patcher)))
+            encoded([model_copy.describe(patcher, own), call_options(own, own.get("patches", {}))])
+            self._team.start(patcher.model, encoded(model_copy.file_of(patcher)))
         except (NotSentError, WorkerError, OSError) as error:
             log.debug("No worker starts before the run: %s", error)
 
@@ -151,7 +138,7 @@ class DividingHooks:
         sent = {
             "inputs": call_inputs(family, named),
             "options": call_options(options, self._patches),
-            "exact": self._describing.is_exact_now(options),
+            "exact": model_copy.is_exact_now(options),
         }
         return _Call(replace(part, eight_bits=self._eight_bits), named, encoded(sent))
 
@@ -193,10 +180,8 @@ class DividingHooks:
         wrappers = own.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})
         if KEY in wrappers:  # what is outside sees the whole forward, what is inside would see a part
             wrappers[KEY] = wrappers.pop(KEY)
-        version = self._describing.version(patcher, own)
-        self._model = self._team.prepare(
-            patcher.model, version, lambda: encoded(self._describing.describe(patcher, own))
-        )
+        version = model_copy.version(patcher, own)
+        self._model = self._team.prepare(patcher.model, version, lambda: encoded(model_copy.describe(patcher, own)))
 
 
 def _rows(named: Mapping[str, Any], rows: int, per_chunk: int, half: slice) -> dict[str, Any]:

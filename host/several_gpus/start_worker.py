@@ -93,10 +93,10 @@ def main() -> None:
     start_core(told, context)
     reached["ComfyUI"] = time.time()
     import_pack(Path(told["pack"]), PACK)
-    model_copy = importlib.import_module(f"{PACK}.host.model_copy")
+    worker = importlib.import_module(f"{PACK}.host.several_gpus.worker")
     gc.freeze()
     gc.enable()
-    model_copy.serve(connection, reached)
+    worker.serve(connection, reached)
 
 
 if __name__ == "__main__":

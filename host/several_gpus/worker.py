@@ -11,16 +11,17 @@ import time
 import traceback
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
 
 import comfy.model_management
 import torch
 
 from ...attention.sequence_split import Exchange
+from ..model_copy import Copies
 from . import plain_data, process_group
 from .channel import Channel, Message
-from .forward import CoreForward, NotSplitError
+from .forward import NotSplitError
 
 log = logging.getLogger("lowbit.several_gpus")
 
@@ -32,29 +33,9 @@ _LOOK_FOR_PARENT = 2.0
 """Seconds; a process that ComfyUI has forked may hold the socket open after its death."""
 
 
-class ModelCopies(Protocol):
-    """What knows how to build models here."""
-
-    def load_file(self, file: Sequence[Any]) -> Any:
-        """Loads a model's file, which copies will be made of."""
-
-    def take(self, model: str, description: Any) -> None:
-        """Builds or changes the copy of a model."""
-
-    def begin(self, model: str) -> None:
-        """A sampling run of this model starts."""
-
-    def end(self) -> None:
-        """It is over."""
-
-    def forget(self, model: str) -> None:
-        """Nobody has the model any more."""
-
-    def forward(self, model: str, call: Any, split: CoreForward | None) -> Any:
-        """One call of the diffusion model."""
-
-    def splitting(self, model: str, group: Any, speeds: Sequence[float], exchange: Exchange) -> CoreForward:
-        """How the model's forward is split."""
+def serve(connection: Connection, reached: dict[str, float]) -> None:
+    """A worker's work, from its first message to its end; `reached`: when its start came how far."""
+    Worker(Channel(connection), Copies(), reached).serve()
 
 
 class Worker:
@@ -68,7 +49,7 @@ class Worker:
         reached: when the process came how far; what is reached from now on is added.
     """
 
-    def __init__(self, channel: Channel, copies: ModelCopies, reached: dict[str, float]):
+    def __init__(self, channel: Channel, copies: Copies, reached: dict[str, float]):
         self._channel = channel
         self._copies = copies
         self._reached = reached
