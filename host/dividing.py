@@ -59,7 +59,6 @@ def divide(
     devices: Sequence[torch.device],
     split: str,
     say: Callable[[str], None] = log.warning,
-    speeds: Sequence[float] | None = None,
     eight_bits: bool = False,
 ) -> Any:
     """A clone of the model that samples on all of `devices`, whose workers start now; on one device, a clone that nothing is changed on.
@@ -69,7 +68,6 @@ def divide(
         devices: the model's own first. Several of the CPU are for tests.
         split: a name of `hooks.SPLITS`; with cfg two devices are used, one for each prompt.
         say: tells the user one sentence.
-        speeds: how fast each device is beside the others; None to find out.
         eight_bits: whether keys and values travel between devices in 8 bits.
     """
     clone = model.clone()
@@ -79,7 +77,7 @@ def divide(
         say(lacking)
         return clone
     if devices not in _TEAMS:
-        _TEAMS[devices] = Team(devices, speeds)
+        _TEAMS[devices] = Team(devices)
     hooks = DividingHooks(_TEAMS[devices], split, say, eight_bits)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,

@@ -15,7 +15,7 @@ from .header import load_json
 from .multiplied_out import ScaledWeight, multiplied_out
 from .quantize import core_config_tensor
 from .stored_names import UNKNOWN_SCALINGS, foreign_weight, metadata_layers, with_format
-from .stored_scales import check_scales
+from .stored_scales import SCALE_RULES
 
 FLOAT8_FORMATS: Mapping[torch.dtype, str] = {
     torch.float8_e4m3fn: "float8_e4m3fn",
@@ -146,7 +146,7 @@ def find_stored_layers(
         if scales is not None and "weight_scale" in scales.scale_names:
             scaled_weights[name] = ScaledWeight(scales.scale_names["weight_scale"], scales.config)
             dropped |= set(scales.scale_names.values())
-    check_scales(layers, shapes)
+    _check_scales(layers, shapes)
     targets = {
         source: ScaleTarget(f"{layer}.{suffix}", info.core_format)
         for layer, info in layers.items()
@@ -252,6 +252,24 @@ def _int8(layer: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> 
             "is scaled: use the 16-bit file, or one in ComfyUI's own quantized format."
         )
     return StoredLayer({"format": "int8_tensorwise"}, scales, origin="scaled INT8")
+
+
+def _check_scales(layers: Mapping[str, StoredLayer], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a layer with a scale that is missing, or of a size that its format cannot have."""
+    for name, layer in layers.items():
+        weight = shapes.get(f"{name}.weight")
+        for rule in SCALE_RULES.get(layer.core_format, ()):
+            source = layer.scale_names.get(rule.suffix, f"{name}.{rule.suffix}")
+            if source not in shapes:
+                if rule.needed:
+                    raise CheckpointError(
+                        f"the quantized layer '{name}' has no '{rule.suffix}': the file is incomplete."
+                    )
+            elif weight is not None and len(weight) == 2 and not rule.fits(shapes[source], weight, layer.config):
+                raise CheckpointError(
+                    f"the scale '{source}' of shape {shapes[source]} does not fit a weight of shape {weight} stored as "
+                    f"{layer.config['format']}: use the 16-bit file, or one in ComfyUI's own quantized format."
+                )
 
 
 def _refuse_nameless(layer: str, nameless: Sequence[str]) -> None:

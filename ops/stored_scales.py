@@ -1,4 +1,4 @@
-"""Checks that the scales beside a stored weight are all there, and of a size that its format can have."""
+"""The scales beside a stored weight: which a format needs, what size they can have, and what numbers they are."""
 
 from __future__ import annotations
 
@@ -6,24 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
-
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
-
-
-class Layer(Protocol):
-    """What is asked of a stored layer: its `comfy_quant` entries and the names of its scales in the file."""
-
-    @property
-    def config(self) -> Config: ...
-
-    @property
-    def scale_names(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -39,32 +27,6 @@ class ScaleRule:
     suffix: str
     fits: Callable[[Shape, Shape, Config], bool]
     needed: bool = True
-
-
-def check_scales(layers: Mapping[str, Layer], shapes: Mapping[str, Shape]) -> None:
-    """Check every layer that is stored as a matrix in a format of `SCALE_RULES`.
-
-    Args:
-        layers: by name.
-        shapes: shape of every tensor of the file by name.
-
-    Raises:
-        CheckpointError: a scale is missing, or has a size that the format cannot have.
-    """
-    for name, layer in layers.items():
-        weight = shapes.get(f"{name}.weight")
-        for rule in SCALE_RULES.get(str(layer.config["format"]), ()):
-            source = layer.scale_names.get(rule.suffix, f"{name}.{rule.suffix}")
-            if source not in shapes:
-                if rule.needed:
-                    raise CheckpointError(
-                        f"the quantized layer '{name}' has no '{rule.suffix}': the file is incomplete."
-                    )
-            elif weight is not None and len(weight) == 2 and not rule.fits(shapes[source], weight, layer.config):
-                raise CheckpointError(
-                    f"the scale '{source}' of shape {shapes[source]} does not fit a weight of shape {weight} stored as "
-                    f"{layer.config['format']}: use the 16-bit file, or one in ComfyUI's own quantized format."
-                )
 
 
 def _tensor_or_rows(scale: Shape, weight: Shape, config: Config) -> bool:

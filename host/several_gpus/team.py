@@ -62,17 +62,16 @@ class Team:
 
     Args:
         devices: this process's, then the workers'. Those on a CPU are for tests.
-        speeds: how fast each is beside the others; None to find out.
     """
 
-    def __init__(self, devices: Sequence[torch.device], speeds: Sequence[float] | None = None):
+    def __init__(self, devices: Sequence[torch.device]):
         self.devices = tuple(devices)
         self.workers: list[WorkerProcess] = []
         # Names are never used again, as addresses are.
         self._names: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._models: set[str] = set()
         self._count = itertools.count()
-        self._known_speeds = list(speeds) if speeds else None
+        self._known_speeds: list[float] | None = None
         self._joined: set[str] = set()
         self._groups: dict[str, process_group.ProcessGroup] = {}
         self._meeting: tempfile.TemporaryDirectory[str] | None = None

@@ -58,14 +58,14 @@ class ForeignScheme:
 
     Attributes:
         store: see above.
-        rows, columns: what the sides of a weight have to be multiples of.
         what: it is called in the sentence about it.
+        rows, columns: what the sides of a weight have to be multiples of.
     """
 
     store: Callable[[torch.Tensor], Stored]
-    rows: int
-    columns: int
     what: str
+    rows: int = 1
+    columns: int = 1
 
 
 def _double(values: np.ndarray) -> torch.Tensor:
@@ -328,44 +328,42 @@ FP8, E5M2, INT8, UINT8 = torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, tor
 
 SCHEMES: Mapping[str, ForeignScheme] = MappingProxyType(
     {
-        "fp8 blocks": ForeignScheme(blocks(128, 128), 1, 1, "FP8 in 128 x 128 blocks"),
-        "e5m2 blocks": ForeignScheme(blocks(128, 128, E5M2), 1, 1, "FP8 in 128 x 128 blocks"),
-        "fp8 blocks by weight_scale": ForeignScheme(
-            blocks(128, 128, FP8, "weight_scale"), 1, 1, "FP8 in 128 x 128 blocks"
-        ),
-        "fp8 blocks of 64": ForeignScheme(blocks(64, 64), 64, 64, "FP8 in 64 x 64 blocks"),
-        "fp8 rows of 128": ForeignScheme(blocks(1, 128, FP8, "weight_scale"), 1, 1, "FP8 in 1 x 128 blocks"),
-        "fp8 columns": ForeignScheme(blocks(0, 1, FP8, "weight_scale"), 1, 1, "FP8 with a scale per column"),
-        "fp8 rows, inverse": ForeignScheme(blocks(1, 0), 1, 1, "FP8 with a scale per row"),
-        "int8 columns": ForeignScheme(blocks(0, 1, INT8, "weight_scale"), 1, 1, "INT8 with a scale per column"),
-        "int8 groups": ForeignScheme(blocks(1, 32, INT8, "weight_scale"), 1, 32, "INT8 in groups of 32"),
+        "fp8 blocks": ForeignScheme(blocks(128, 128), "FP8 in 128 x 128 blocks"),
+        "e5m2 blocks": ForeignScheme(blocks(128, 128, E5M2), "FP8 in 128 x 128 blocks"),
+        "fp8 blocks by weight_scale": ForeignScheme(blocks(128, 128, FP8, "weight_scale"), "FP8 in 128 x 128 blocks"),
+        "fp8 blocks of 64": ForeignScheme(blocks(64, 64), "FP8 in 64 x 64 blocks", 64, 64),
+        "fp8 rows of 128": ForeignScheme(blocks(1, 128, FP8, "weight_scale"), "FP8 in 1 x 128 blocks"),
+        "fp8 columns": ForeignScheme(blocks(0, 1, FP8, "weight_scale"), "FP8 with a scale per column"),
+        "fp8 rows, inverse": ForeignScheme(blocks(1, 0), "FP8 with a scale per row"),
+        "int8 columns": ForeignScheme(blocks(0, 1, INT8, "weight_scale"), "INT8 with a scale per column"),
+        "int8 groups": ForeignScheme(blocks(1, 32, INT8, "weight_scale"), "INT8 in groups of 32", columns=32),
         "int8 groups, zeros": ForeignScheme(
-            blocks(1, 32, INT8, "weight_scale", True), 1, 32, "INT8 in groups of 32 and zero points"
+            blocks(1, 32, INT8, "weight_scale", True), "INT8 in groups of 32 and zero points", columns=32
         ),
         "int8 rows, zeros": ForeignScheme(
-            blocks(1, 0, INT8, "weight_scale", True), 1, 1, "INT8 with a scale per row and zero points"
+            blocks(1, 0, INT8, "weight_scale", True), "INT8 with a scale per row and zero points"
         ),
         "uint8 groups, zeros": ForeignScheme(
-            blocks(1, 64, UINT8, "weight_scale", True), 1, 64, "INT8 in groups of 64 and zero points"
+            blocks(1, 64, UINT8, "weight_scale", True), "INT8 in groups of 64 and zero points", columns=64
         ),
-        "llm.int8": ForeignScheme(llm_int8, 1, 1, "LLM.int8 of bitsandbytes"),
-        "nf4": ForeignScheme(four_bit("nf4"), 1, 1, "NF4 of bitsandbytes"),
-        "nf4, plain": ForeignScheme(four_bit("nf4", 128, nested=False), 1, 1, "NF4 of bitsandbytes"),
-        "fp4": ForeignScheme(four_bit("fp4"), 1, 1, "FP4 of bitsandbytes"),
-        "awq": ForeignScheme(awq, 8, 32, "AWQ"),
-        "gptq": ForeignScheme(gptq(4), 8, 32, "GPTQ in 4 bits"),
-        "gptq 8": ForeignScheme(gptq(8), 4, 32, "GPTQ in 8 bits"),
-        "gptq v2, act order": ForeignScheme(gptq(4, less=0, ordered=False), 8, 32, "GPTQ in 4 bits"),
-        "int4 packed": ForeignScheme(packed_integers(4, 32, False), 1, 32, "INT4 of compressed-tensors"),
-        "int4 packed, zeros": ForeignScheme(packed_integers(4, 32, True), 1, 32, "INT4 of compressed-tensors"),
-        "int8 packed": ForeignScheme(packed_integers(8, 64, False), 1, 64, "INT8 of compressed-tensors"),
-        "nvfp4 packed": ForeignScheme(nvfp4("compressed-tensors"), 1, 16, "NVFP4 of compressed-tensors"),
-        "nvfp4 lightx2v": ForeignScheme(nvfp4("lightx2v"), 1, 16, "NVFP4 of LightX2V"),
-        "nvfp4 lightx2v, calibrated": ForeignScheme(nvfp4("lightx2v calibrated"), 1, 16, "NVFP4 of LightX2V"),
-        "mxfp8": ForeignScheme(microscaled(8, "lightx2v"), 1, 256, "MXFP8 of LightX2V"),
-        "mxfp6": ForeignScheme(microscaled(6, "lightx2v"), 1, 512, "MXFP6 of LightX2V"),
-        "mxfp4": ForeignScheme(microscaled(4, "lightx2v"), 1, 256, "MXFP4 of LightX2V"),
-        "mxfp4 packed": ForeignScheme(microscaled(4, "compressed-tensors"), 1, 32, "MXFP4 of compressed-tensors"),
+        "llm.int8": ForeignScheme(llm_int8, "LLM.int8 of bitsandbytes"),
+        "nf4": ForeignScheme(four_bit("nf4"), "NF4 of bitsandbytes"),
+        "nf4, plain": ForeignScheme(four_bit("nf4", 128, nested=False), "NF4 of bitsandbytes"),
+        "fp4": ForeignScheme(four_bit("fp4"), "FP4 of bitsandbytes"),
+        "awq": ForeignScheme(awq, "AWQ", 8, 32),
+        "gptq": ForeignScheme(gptq(4), "GPTQ in 4 bits", 8, 32),
+        "gptq 8": ForeignScheme(gptq(8), "GPTQ in 8 bits", 4, 32),
+        "gptq v2, act order": ForeignScheme(gptq(4, less=0, ordered=False), "GPTQ in 4 bits", 8, 32),
+        "int4 packed": ForeignScheme(packed_integers(4, 32, False), "INT4 of compressed-tensors", columns=32),
+        "int4 packed, zeros": ForeignScheme(packed_integers(4, 32, True), "INT4 of compressed-tensors", columns=32),
+        "int8 packed": ForeignScheme(packed_integers(8, 64, False), "INT8 of compressed-tensors", columns=64),
+        "nvfp4 packed": ForeignScheme(nvfp4("compressed-tensors"), "NVFP4 of compressed-tensors", columns=16),
+        "nvfp4 lightx2v": ForeignScheme(nvfp4("lightx2v"), "NVFP4 of LightX2V", columns=16),
+        "nvfp4 lightx2v, calibrated": ForeignScheme(nvfp4("lightx2v calibrated"), "NVFP4 of LightX2V", columns=16),
+        "mxfp8": ForeignScheme(microscaled(8, "lightx2v"), "MXFP8 of LightX2V", columns=256),
+        "mxfp6": ForeignScheme(microscaled(6, "lightx2v"), "MXFP6 of LightX2V", columns=512),
+        "mxfp4": ForeignScheme(microscaled(4, "lightx2v"), "MXFP4 of LightX2V", columns=256),
+        "mxfp4 packed": ForeignScheme(microscaled(4, "compressed-tensors"), "MXFP4 of compressed-tensors", columns=32),
     }
 )
 """All but nunchaku's, which come with a model's names."""
