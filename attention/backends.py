@@ -301,14 +301,10 @@ def _cudnn_missing(environment: Environment) -> str | None:
     return None if torch.backends.cudnn.is_available() else "off: torch finds no cuDNN"
 
 
-def _own_missing(environment: Environment) -> str | None:
-    return int8.missing_triton(torch.device(environment.device_type))
-
-
 # What both kernels of a package have in common.
 _own = partial(
     Backend,
-    missing=_own_missing,
+    missing=lambda environment: int8.missing_triton(torch.device(environment.device_type)),
     install="pip install triton (triton-windows on Windows)",
     head_dims=(32, 128),
     masks=("keys",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,16 +29,12 @@ QWEN_TEXT = 64
 Denoise = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def _wan() -> torch.nn.Module:
-    return shapes_in_diffusers.wan_transformer(WanConfig())
-
-
 def _denoise_wan(model, latent, sigma, text):
     return model(hidden_states=latent, timestep=sigma * 1000, encoder_hidden_states=text, return_dict=False)[0]
 
 
-def _qwen_image() -> torch.nn.Module:
-    return QwenImageTransformer2DModel(num_layers=2, num_attention_heads=2, joint_attention_dim=QWEN_TEXT)
+_wan = partial(shapes_in_diffusers.wan_transformer, WanConfig())
+_qwen_image = partial(QwenImageTransformer2DModel, num_layers=2, num_attention_heads=2, joint_attention_dim=QWEN_TEXT)
 
 
 def _denoise_qwen_image(model, latent, sigma, text):

@@ -73,8 +73,8 @@ def draw(graph: Mapping[str, Any], title: str, subtitle: str) -> Image.Image:
     """The picture, WIDTH x HEIGHT."""
     picture = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), _BACKGROUND)
     canvas = ImageDraw.Draw(picture)
-    canvas.text((MARGIN * _SCALE, 14 * _SCALE), title, "#f2f2f2", _font(30))
-    canvas.text((MARGIN * _SCALE, 56 * _SCALE), subtitle, "#8fd3b6", _font(20))
+    canvas.text((MARGIN * _SCALE, 14 * _SCALE), title, "#f2f2f2", ImageFont.load_default(30 * _SCALE))
+    canvas.text((MARGIN * _SCALE, 56 * _SCALE), subtitle, "#8fd3b6", ImageFont.load_default(20 * _SCALE))
     nodes = [node for node in graph["nodes"] if node["type"] != "MarkdownNote"]
     boxes = [body(node) for node in nodes]
     boxes += [(x, y, x + width, y + height) for x, y, width, height in (g["bounding"] for g in graph["groups"])]
@@ -102,10 +102,6 @@ def draw(graph: Mapping[str, Any], title: str, subtitle: str) -> Image.Image:
         canvas.rounded_rectangle((*at(x0, y0), *at(x1, y1)), 6, _NODE)
         canvas.rounded_rectangle((*at(x0, y0), *at(x1, y0 + _NODE_TITLE + 20)), 6, _OWN if own else _TITLE)
     return picture.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size * _SCALE)
 
 
 if __name__ == "__main__":
