@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -46,15 +46,21 @@ def step_milliseconds(
     """
     if device.type != "cuda" or plan.family.kind == "text_encoder":
         return None
-    times = MeasuredNumbers(folder, FILE_NAME)
-    where = detect(device).fingerprint()
-    wanted = sorted({(_called(product), product.weight_format) for product in products})
-    missing = {name for name, form in wanted if form not in (times.get(where, name) or {})}
+    times, where = MeasuredNumbers(folder, FILE_NAME), detect(device).fingerprint()
+    wanted = [(_called(product), product.weight_format) for product in products]
+    calls = {name: partial(_product_call, product, device) for name, product in zip(wanted, products, strict=True)}
+    calls[_COPY, _COPY] = partial(_copy_call, device)
+
+    def known(called: str, name: str) -> float | None:
+        return (times.get(where, called) or {}).get(name)
+
+    missing = sorted(key for key in calls if known(*key) is None)
     if missing:
         comfy.model_management.free_memory(_HEADROOM, device)
-        _measure(times, where, [product for product in products if _called(product) in missing], device)
-    found = [(times.get(where, _called(product)) or {}).get(product.weight_format) for product in products]
-    copied = (times.get(where, _COPY) or {}).get(_COPY)
+        for called, name in missing:
+            _measure(times, where, called, name, calls[called, name])
+        release_scratch()
+    found, copied = [known(*key) for key in wanted], known(_COPY, _COPY)
     if copied is None or any(time is None for time in found):
         return None
     streamed = max(plan.nbytes_after - device_info(device).memory_bytes, 0)
@@ -65,20 +71,8 @@ def _called(product: Product) -> str:
     return f"{product.rows} rows, {product.shape[1]} to {product.shape[0]}"
 
 
-def _measure(times: MeasuredNumbers, where: str, products: Iterable[Product], device: torch.device) -> None:
-    """Adds the times of products, and of a copy, to what is known."""
-    for product in sorted(set(products), key=_called):
-        known = times.get(where, _called(product)) or {}
-        if product.weight_format not in known:
-            _add(times, where, _called(product), known, product.weight_format, partial(_product_call, product, device))
-    if times.get(where, _COPY) is None:
-        _add(times, where, _COPY, {}, _COPY, partial(_copy_call, device))
-    release_scratch()
-
-
-def _add(
-    times: MeasuredNumbers, where: str, called: str, known: dict[str, float], name: str, make: Callable[[], Call]
-) -> None:
+def _measure(times: MeasuredNumbers, where: str, called: str, name: str, make: Callable[[], Call]) -> None:
+    """Adds the time of a call to what is known."""
     try:
         found, _ = milliseconds({name: make()}, torch.device("cuda"))
     except RuntimeError as error:
@@ -86,7 +80,7 @@ def _add(
         logger.info("%s as %s could not be timed: %s", called, name, str(error).partition("\n")[0])
         return
     if found:
-        times.put(where, {called: known | found})
+        times.put(where, {called: (times.get(where, called) or {}) | found})
 
 
 def _product_call(product: Product, device: torch.device) -> Call:
