@@ -174,7 +174,7 @@ def _windows(config: Mapping[str, Any], count: int, gemma: bool) -> tuple[int | 
     return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
 
 
-_QWEN_STOPS = (151643, 151645)
+_QWEN_STOPS = [151643, 151645]
 _WIDEST_TIED = 2560
 """Width of the largest Qwen2.5 and Qwen3 whose embeddings are the output head too (3B and 4B)."""
 
@@ -202,24 +202,16 @@ def guess_architecture(checkpoint: Checkpoint) -> Architecture:
     width = entries["model.embed_tokens.weight"].shape[1]
     heads = _rows(checkpoint, "model.layers.0.self_attn.q_proj") // head_dim
     kv_heads = _rows(checkpoint, "model.layers.0.self_attn.k_proj") // head_dim
-    return Architecture(
-        width,
-        heads,
-        kv_heads,
-        head_dim,
-        count,
-        1e-6,
-        1e6,
-        None,
-        1.0,
-        (None,) * count,
-        "silu",
-        head_dim**-0.5,
-        1.0,
-        False,
-        _QWEN_STOPS,
-        tied=width <= _WIDEST_TIED,
-    )
+    config = {
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "num_hidden_layers": count,
+        "rope_theta": 1e6,
+        "eos_token_id": _QWEN_STOPS,
+    }
+    return _read(config, False, width <= _WIDEST_TIED, checkpoint.path.name)
 
 
 def _rows(checkpoint: Checkpoint, layer: str) -> int:
