@@ -142,11 +142,11 @@ class Report:
         rows: list[dict[str, Any]] = []
         for tally in sorted((t for t in self.tallies.values() if t.calls), key=lambda tally: -tally.calls):
             live = tally.resolve()
-            row = asdict(tally.call) | {"dtype": str(tally.call.dtype).removeprefix("torch.")}
             rows.append(
-                {"backend": tally.backend, "calls": tally.calls, "budget": tally.budget}
-                | row
+                {"backend": tally.backend, "calls": tally.calls, "budget": tally.budget, "shape": str(tally.call)}
+                | asdict(tally.call)
                 | {
+                    "dtype": str(tally.call.dtype).removeprefix("torch."),
                     "ms_per_call": tally.earlier_ms if live is None else live,
                     "ms_from": "these calls" if live is not None else None if tally.earlier_ms is None else "earlier",
                     "error": _finite(tally.error),
@@ -186,16 +186,13 @@ def as_text(report: dict[str, Any]) -> str:
     if not report["calls"] and not report["unhandled"]:
         lines.append("No attention call came through this model yet.")
     for row in report["calls"]:
-        kv_heads = "" if row["kv_heads"] == row["heads"] else f"/{row['kv_heads']}"
-        shape = f"{row['batch']} x {row['heads']}{kv_heads} heads, {row['q_len']} x {row['kv_len']} tokens, head dim {row['head_dim']}"
-        extra = [f"{row['mask']} mask"] if row["mask"] else []
-        extra += ["exact"] if row["budget"] == "exact" and report["budget"] != "exact" else []
+        extra = ["exact"] if row["budget"] == "exact" and report["budget"] != "exact" else []
         if row["ms_per_call"] is not None:
             extra.append(
                 f"{row['ms_per_call']:.3f} ms" + (" when timed earlier" if row["ms_from"] == "earlier" else "")
             )
         extra += [f"error {row['error']:.1e}"] if row["error"] is not None else []
-        lines.append(f"{row['backend']}: {row['calls']} calls of {shape}" + "".join(f", {part}" for part in extra))
+        lines.append(f"{row['backend']}: " + ", ".join([f"{row['calls']} calls of {row['shape']}", *extra]))
     lines += [f"struck off: {item['backend']} for {item['shape']}: {item['reason']}" for item in report["struck_off"]]
     lines += [f"not used: {item['backend']} ({item['shapes']} shapes): {item['reason']}" for item in report["declined"]]
     lines += [f"core: {item['calls']} calls as they came: {item['reason']}" for item in report["unhandled"]]
