@@ -100,7 +100,7 @@ def nothing_launched() -> Iterator[None]:
     if DEVICE == "cuda":
         yield
         return
-    from lowbit.kernels import launch, matmul_rows
+    from lowbit.kernels import launch, matmul_hopper, matmul_rows
     from lowbit.ops import linear, linear_8bit, linear_few_rows, scratch
     from lowbit.ops.linear_table import Gpu
 
@@ -115,6 +115,8 @@ def nothing_launched() -> Iterator[None]:
         (linear_8bit, "_takes_scaled_mm", lambda call: True),
         (linear_few_rows, "multiprocessor_count", lambda index: 132),
         (matmul_rows, "multiprocessor_count", lambda index: 132),
+        (matmul_hopper, "multiprocessor_count", lambda index: 132),
+        (matmul_hopper, "compute_capability", lambda index: (9, 0)),
         (
             torch,
             "_scaled_mm",

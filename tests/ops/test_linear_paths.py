@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.kernels import launch as launch_module
-from lowbit.kernels import matmul_rows
+from lowbit.kernels import matmul_hopper, matmul_rows
 from lowbit.kernels.decode import decode_reference
 from lowbit.kernels.launch import Replay
 from lowbit.kernels.stored_weight import FP8, MXFP8, NVFP4, StoredWeight
@@ -349,8 +349,9 @@ class _Launches(list):
         patch.setattr(launch_module, "_launch_by_triton", self._launch)
         patch.setattr(launch_module, "make_tensordesc_arg", self._describe, raising=False)
         patch.setattr(scratch_module, "INTERPRETED", True)  # kept, as a GPU's is
-        patch.setattr(linear_few_rows, "multiprocessor_count", lambda index: 132)
-        patch.setattr(matmul_rows, "multiprocessor_count", lambda index: 132)
+        for owner in (linear_few_rows, matmul_rows, matmul_hopper):
+            patch.setattr(owner, "multiprocessor_count", lambda index: 132)
+        patch.setattr(matmul_hopper, "compute_capability", lambda index: (9, 0))
         for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
             patch.setattr(torch._C, name, lambda *args: 0, raising=False)
 
@@ -391,7 +392,7 @@ class _Watched(Replay):
 @settings(deadline=None, max_examples=150)
 @given(
     name=st.sampled_from(sorted(MAKERS)),
-    rows=st.sampled_from([1, 2, 5, 17, 40, 300]),
+    rows=st.sampled_from([1, 2, 5, 17, 40, 1030]),
     steps=st.sampled_from([(1, 0), (2, 0), (1, 1)]),
     count=st.sampled_from([24, 64, 132]),
     dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
