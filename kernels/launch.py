@@ -155,35 +155,6 @@ def _launch_by_triton(
     return _found(compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]))
 
 
-class Launcher:
-    """A launch of which only the tensors differ from call to call.
-
-    Args:
-        blocks: of the first tensors, which are `Described`.
-        numbers: the parameters after the tensors that are not constexpr.
-        kernel, grid, constants, warps, stages: as `launch` takes them.
-    """
-
-    def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        numbers: tuple,
-        constants: dict[str, Any],
-        warps: int = 4,
-        stages: int = 3,
-        blocks: Sequence[Sequence[int]] = (),
-    ) -> None:
-        self._kernel, self._grid, self._numbers, self.blocks = kernel, grid, numbers, blocks
-        self._constants, self._warps, self._stages = constants, warps, stages
-
-    def __call__(self, *tensors: torch.Tensor) -> None:
-        """Launch with `tensors`, the kernel's first parameters, on the current device and stream."""
-        described = map(Described, tensors, self.blocks)
-        arguments = (*described, *tensors[len(self.blocks) :], *self._numbers)
-        launch(self._kernel, self._grid, arguments, self._constants, self._warps, self._stages)
-
-
 _Made = tuple[_Launch | None, tuple[int, int, int], tuple]
 """What `launch` launched: the kernel, the grid and the arguments."""
 

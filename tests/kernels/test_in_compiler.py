@@ -45,13 +45,15 @@ LAUNCHING = (
     "evict_slot",
     "gate_rows",
     "gather_prompt",
-    "launch",
     "matmul_blocks",
     "matmul_decode",
     "matmul_hopper",
+    "matmul_rows",
     "matmul_split",
     "matvec_together",
     "norm_rows",
+    "quantize_rows",
+    "rotate_rows",
 )
 COUNTING = (
     "ops.linear_few_rows",
