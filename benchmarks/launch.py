@@ -47,12 +47,6 @@ LATENT = (1, 16, 1, 16, 16)
 """So small that a step waits for the processor."""
 ROUNDS, CALLS = 15, 20
 
-LAUNCHED: dict[str, tuple[str, ...]] = {
-    "quantize input": ("quantize_rows", "rotate_rows", "split_rows"),
-    "product": ("_fp8_matmul", "matmul_rows", "matmul_split", "matmul_blocks", "matvec_decode", "matmul_decode"),
-}
-"""Stage -> the functions of ops/linear_paths.py that it is."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -96,69 +90,63 @@ def microseconds(call: Callable[[], object]) -> float:
     return round(min(rounds) / 1e3, 2)
 
 
+def nothing(*_: Any) -> None:
+    """In the place of what launches."""
+
+
 @contextlib.contextmanager
 def nothing_launched() -> Iterator[None]:
-    """Without a GPU: every path is chosen as on a GPU of cc 9.0, and launches nothing."""
+    """Without a GPU: every path is chosen as on a GPU of cc 9.0, and what is compiled does nothing."""
     if DEVICE == "cuda":
         yield
         return
-    from lowbit.ops import linear, linear_paths, scratch
+    from lowbit.kernels import launch, matmul_hopper, matmul_rows
+    from lowbit.ops import linear, linear_8bit, linear_few_rows, scratch
     from lowbit.ops.linear_table import Gpu
 
-    gpu = Gpu((9, 0), True)
-
-    def launched(*_: Any, **__: Any) -> bool:
-        return True
-
-    kernels = ("quantize_rows", "rotate_rows", "decode_rows", "matmul_rows", "matmul_split", "split_rows")
-    kernels += ("matmul_blocks", "matvec_decode", "matmul_decode")
+    compiled = launch._Launch(nothing, (None,) * 9, (), (None,) * 3)
+    stand_ins: tuple[tuple[Any, str, Any], ...] = (
+        (launch, "_launch_by_triton", lambda *_: compiled),
+        (launch, "make_tensordesc_arg", lambda *_: [None] * 5),
+        (torch._C, "_cuda_getDevice", lambda: 0),
+        (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
+        (linear, "_gpu", lambda device: Gpu((9, 0), True)),
+        (scratch, "INTERPRETED", True),  # kept, as a GPU's is
+        (linear_8bit, "_takes_scaled_mm", lambda call: True),
+        (linear_few_rows, "multiprocessor_count", lambda index: 132),
+        (matmul_rows, "multiprocessor_count", lambda index: 132),
+        (matmul_hopper, "multiprocessor_count", lambda index: 132),
+        (matmul_hopper, "compute_capability", lambda index: (9, 0)),
+        (
+            torch,
+            "_scaled_mm",
+            lambda q, codes, *_, out_dtype, **__: q.new_empty(q.shape[0], codes.shape[1], dtype=out_dtype),
+        ),
+    )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(linear, "_gpu", return_value=gpu))
-        stack.enter_context(mock.patch.object(scratch, "INTERPRETED", True))  # kept, as a GPU's is
-        for name in kernels:
-            stack.enter_context(mock.patch.object(linear_paths, name, launched))
-        stack.enter_context(mock.patch.object(linear_paths, "_takes_scaled_mm", launched))
-        stack.enter_context(mock.patch.object(linear_paths, "multiprocessor_count", return_value=132))
-        stack.enter_context(mock.patch.object(torch, "_scaled_mm", launched))
+        for owner, name, stand_in in stand_ins:
+            stack.enter_context(mock.patch.object(owner, name, stand_in, create=True))
         yield
 
 
-def launch_stages(call: Callable[[], object]) -> dict[str, float]:
-    """Microseconds inside the functions of `LAUNCHED` in one call."""
-    from lowbit.ops import linear_paths
+@contextlib.contextmanager
+def launches_left_out() -> Iterator[None]:
+    """Nothing is launched again, and cuBLAS is not called."""
+    from lowbit.kernels import launch
 
-    spent = dict.fromkeys(LAUNCHED, 0)
-    inside: list[str] = []
+    multiplied = torch.empty(0)
 
-    def timed(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **options: Any) -> Any:
-            inside.append(stage)
-            started = time.perf_counter_ns()
-            result = function(*arguments, **options)
-            taken = time.perf_counter_ns() - started
-            inside.pop()
-            if not inside:
-                spent[stage] += taken
-            return result
+    def scaled_mm(q: torch.Tensor, codes: torch.Tensor, *_: Any, out_dtype: torch.dtype, **__: Any) -> torch.Tensor:
+        nonlocal multiplied
+        if multiplied.shape != (q.shape[0], codes.shape[1]):
+            multiplied = q.new_empty(q.shape[0], codes.shape[1], dtype=out_dtype)
+        return multiplied
 
-        return run
-
-    rounds: dict[str, list[float]] = {stage: [] for stage in LAUNCHED}
-    with contextlib.ExitStack() as stack:
-        for stage, names in LAUNCHED.items():
-            for name in names:
-                stack.enter_context(mock.patch.object(linear_paths, name, timed(stage, getattr(linear_paths, name))))
-        for _ in range(ROUNDS):
-            wait()
-            times: dict[str, list[int]] = {stage: [] for stage in LAUNCHED}
-            for _ in range(CALLS):
-                spent.update(dict.fromkeys(LAUNCHED, 0))
-                call()
-                for stage, taken in spent.items():
-                    times[stage].append(taken)
-            for stage, values in times.items():
-                rounds[stage].append(statistics.median(values))
-    return {stage: min(medians) / 1e3 for stage, medians in rounds.items()}
+    with (
+        mock.patch.object(launch.Replay, "__call__", nothing),
+        mock.patch.object(torch, "_scaled_mm", scaled_mm),
+    ):
+        yield
 
 
 def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
@@ -180,8 +168,9 @@ def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
     with weight_for(module, x) as (weight, bias):
         linear = microseconds(lambda: quantized_linear(x, weight, bias))
         without_bias = microseconds(lambda: quantized_linear(x, weight, None))
-        launches = launch_stages(lambda: quantized_linear(x, weight, bias))
-    stages |= {"choose and prepare": linear - sum(launches.values()), **launches, "bias": linear - without_bias}
+        with launches_left_out():
+            prepared = microseconds(lambda: quantized_linear(x, weight, bias))
+    stages |= {"choose and prepare": prepared, "launches": linear - prepared, "bias": linear - without_bias}
     stages["module"] = call - linear - stages["weight"]
     factors = [torch.randn(shape) for shape in ((module.out_features, LORA_RANK), (LORA_RANK, module.in_features))]
     module.side_product = SideProduct([LowRankUpdate(*factors, 0.5, 0)])
@@ -214,7 +203,9 @@ def rows_of(choice: str, dynamic: bool, path: Path, case: Case) -> tuple[list[Ro
     comfy.model_management.load_models_gpu([model])
     module = model.model.diffusion_model.get_submodule(LINEAR)
     if DEVICE != "cuda" and choice != BF16:
-        module.weight._qdata = module.weight._qdata.clone()  # on a multiple of 16 bytes, as a GPU's is
+        # On a multiple of 16 bytes, and in bfloat16, as a GPU's are.
+        module.weight._qdata = module.weight._qdata.clone()
+        module.bias = torch.nn.Parameter(module.bias.bfloat16(), requires_grad=False)
     rows = [linear_row(choice, dynamic, module, count) for count in ROWS]
     comfy.model_management.unload_all_models()
     return rows, {"format": choice, "dynamic": dynamic, "step": step}

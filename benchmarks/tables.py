@@ -184,7 +184,7 @@ HEADLINE = (
     "FP8, attention fast",
 )
 """The contenders of steps.json that say what a user gains."""
-STAGES = ("module", "weight", "choose and prepare", "quantize input", "product", "bias", "LoRA")
+STAGES = ("module", "weight", "choose and prepare", "launches", "bias", "LoRA")
 """Of launch.json."""
 SHOWN: dict[str, Shown] = {
     "headline": Shown(

@@ -164,6 +164,14 @@ def unrotation_matrix(group: int, device: torch.device, dtype: torch.dtype) -> t
     return made_to_keep(lambda: whole.to(device=device, dtype=dtype).contiguous())
 
 
+def unrotation_of(rotation: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """What `decode_rows` takes besides to make values of this dtype: nothing for rotation 0."""
+    if not rotation:
+        return ()
+    kept = torch.bfloat16 if dtype == torch.bfloat16 and not INTERPRETED else torch.float32
+    return (unrotation_matrix(rotation, device, kept),)
+
+
 @triton.jit
 def _decode_rotated_kernel(
     w_ptr,
@@ -250,7 +258,6 @@ def decode_rows(
         block_scale = block_scale.view(torch.uint8)
     codebook = scale if weight.codebook is None else weight.codebook
     if output == VALUES and weight.rotation and unrotate:
-        dtype = torch.bfloat16 if out.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
         launch(
             _decode_rotated_kernel,
             (ceil_div(weight.rows, 64), ceil_div(weight.columns, 256), 1),
@@ -259,7 +266,7 @@ def decode_rows(
                 scale,
                 block_scale,
                 codebook,
-                unrotation_matrix(weight.rotation, out.device, dtype),
+                *unrotation_of(weight.rotation, out.device, out.dtype),
                 out,
                 weight.rows,
                 codes.stride(0),

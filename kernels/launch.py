@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -112,7 +115,7 @@ def launch(
     warps: int = 4,
     stages: int = 3,
     overlap: bool = False,
-) -> _Launch | None:
+) -> None:
     """kernel[grid](*arguments, **constants) on the current device and stream.
 
     Args:
@@ -123,16 +126,13 @@ def launch(
         warps: warps of a program.
         stages: stages of software pipelines.
         overlap: start while the kernel before still runs (cc 9.0): the kernel itself waits for it.
-
-    Returns:
-        What launches it again, for arguments that Triton takes for the same; None where only Triton does.
     """
     options = {"num_warps": warps, "num_stages": stages}
     if overlap:
         options["launch_pdl"] = True
     if not _DIRECT:
         kernel[grid](*map(as_triton, arguments), **constants, **options)
-        return None
+        return
     device = torch._C._cuda_getDevice()
     # `constants` keep the order of their call site, so their values alone tell them apart within one kernel.
     key = (kernel.fn, device, warps, stages, overlap, *_traits(arguments), *constants.values())
@@ -140,75 +140,158 @@ def launch(
     if known is not None and not _hooked():
         stream = torch._C._cuda_getCurrentRawStream(device)
         known.call(*grid, stream, *known.before, *_values(known, arguments), *known.after)
-        return known
+    else:
+        if len(_launches) >= _MOST_LAUNCHES:
+            _launches.clear()
+        known = _launches[key] = _launch_by_triton(kernel, grid, arguments, constants, options)
+    if _recorder.made is not None:
+        _recorder.made.append((known, grid, arguments))
+
+
+def _launch_by_triton(
+    kernel: Any, grid: tuple[int, int, int], arguments: tuple, constants: dict[str, Any], options: dict[str, Any]
+) -> _Launch | None:
     compiled = kernel[grid](*map(as_triton, arguments), **constants, **options)
-    if len(_launches) >= _MOST_LAUNCHES:
-        _launches.clear()
-    after = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
-    known = _launches[key] = _found(compiled, after)
-    return known
+    return _found(compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :]))
 
 
-class Launcher:
-    """A launch of which only the places of its tensors differ from call to call; what else it takes is found once.
+_Made = tuple[_Launch | None, tuple[int, int, int], tuple]
+"""What `launch` launched: the kernel, the grid and the arguments."""
 
-    Make one for each size and stride of its tensors, and call it with them.
 
-    Args:
-        blocks: of the first tensors, which are `Described`.
-        numbers: the parameters after the tensors that are not constexpr.
-        kernel, grid, constants, warps, stages: as `launch` takes them.
-    """
+class _Recorder(threading.local):
+    """What `launch` launched on this thread, for the `Replay` that is waiting for it."""
+
+    made: list[_Made] | None = None
+
+
+_recorder = _Recorder()
+
+
+class _Relaunch:
+    """One launch of a `Replay`: everything but addresses is in place."""
+
+    __slots__ = ("_call", "_descriptors", "_places", "_template")
 
     def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int, int],
-        numbers: tuple,
-        constants: dict[str, Any],
-        warps: int = 4,
-        stages: int = 3,
-        blocks: Sequence[Sequence[int]] = (),
+        self, known: _Launch | None, grid: tuple[int, int, int], arguments: tuple, addresses: Sequence[int]
     ) -> None:
-        self._kernel, self._grid, self._numbers, self.blocks = kernel, grid, numbers, blocks
-        self._described = len(blocks)
-        self._constants, self._warps, self._stages = constants, warps, stages
-        self._known: dict[tuple, tuple[_Launch, dict[tuple[int, int], list[Any]]]] = {}
+        """Raises ValueError for what only Triton launches, or a tensor that is at none of `addresses` or at several."""
+        if known is None:
+            raise ValueError
+        self._call = known.call
+        self._template: list[Any] = [*grid, 0, *known.before]
+        self._places: list[tuple[int, int]] = []
+        self._descriptors: list[tuple[int, int, _Descriptors]] = []
+        for argument in arguments:
+            place, kind = len(self._template), type(argument)
+            if kind is int or kind is float:
+                self._template.append(argument)
+                continue
+            slot = _only(addresses, (argument.tensor if kind is Described else argument).data_ptr())
+            if kind is Described:
+                descriptors = _Descriptors(as_triton(argument), known.metadata[len(self._descriptors)])
+                self._descriptors.append((place, slot, descriptors))
+                self._template += descriptors[addresses[slot]]
+            else:
+                self._places.append((place, slot))
+                self._template.append(addresses[slot])
+        self._template += known.after
 
-    def __call__(self, *tensors: torch.Tensor) -> None:
-        """Launch with `tensors`, the kernel's first parameters, on the current device and stream."""
-        addresses = [tensor.data_ptr() for tensor in tensors if tensor.is_cuda]
-        bits = 0
-        for address in addresses:
-            bits |= address
-        # Beside dtypes, Triton compiles for addresses that are no multiples of 16; what is not on the GPU it refuses.
-        usual = _DIRECT and bits & 15 == 0 and len(addresses) == len(tensors)
-        device = torch._C._cuda_getDevice() if usual else -1
-        kind = (device, *[tensor.dtype for tensor in tensors])
-        found = self._known.get(kind)
-        if found is None or _hooked():
-            arguments = self._arguments(tensors)
-            known = launch(self._kernel, self._grid, arguments, self._constants, self._warps, self._stages)
-            if known is not None and usual:
-                self._known[kind] = known, {}
+    def __call__(self, addresses: Sequence[int], stream: int) -> None:
+        arguments = self._template.copy()
+        arguments[_STREAM] = stream
+        for place, slot in self._places:
+            arguments[place] = addresses[slot]
+        for place, slot, descriptors in self._descriptors:
+            arguments[place] = descriptors[addresses[slot]][0]
+        self._call(*arguments)
+
+
+_STREAM = 3
+"""Its place among what a compiled kernel's launcher takes."""
+
+
+def _only(addresses: Sequence[int], address: int) -> int:
+    if addresses.count(address) != 1:
+        raise ValueError
+    return addresses.index(address)
+
+
+class _Address(int):
+    """Stands in for the tensor there."""
+
+    def data_ptr(self) -> int:
+        return self
+
+
+class _Descriptors(dict[int, list[Any]]):
+    """Address -> what a launch takes for the descriptor of a tensor there: that of the first tensor, moved."""
+
+    def __init__(self, descriptor: Any, metadata: Any) -> None:
+        super().__init__()
+        self._descriptor, self._metadata = self._moved(descriptor, 0), metadata
+
+    def __missing__(self, address: int) -> list[Any]:
+        if len(self) >= _MOST_DESCRIPTORS:
+            self.clear()
+        made = self[address] = make_tensordesc_arg(self._moved(self._descriptor, address), self._metadata)
+        return made
+
+    @staticmethod
+    def _moved(descriptor: Any, address: int) -> Any:
+        moved = copy.copy(descriptor)
+        moved.base = _Address(address)
+        return moved
+
+
+def addresses_of(aligned: list[int], *tensors: torch.Tensor | None) -> list[int] | None:
+    """Of those that are tensors, then `aligned`, which are on multiples of 16 bytes.
+
+    None where another is on none: Triton compiles another kernel for it.
+    """
+    addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+    bits = 0
+    for address in addresses:
+        bits |= address
+    return None if bits & 15 else addresses + aligned
+
+
+class Replay:
+    """Launches what a function launched before, for other tensors: only their places differ from call to call.
+
+    Make one for one GPU and for each function, size, stride and dtype of its tensors.
+    """
+
+    __slots__ = ("_device", "_launches")
+
+    def __init__(self) -> None:
+        self._device = 0
+        self._launches: tuple[_Relaunch, ...] = ()
+
+    def __call__(self, addresses: list[int] | None, function: Callable[..., None], *arguments: Any) -> None:
+        """function(*arguments), which launches on the current stream and does nothing besides.
+
+        Args:
+            addresses: of all tensors that its kernels take, in the same order each time; None: it is called itself, as
+                it is wherever launches cannot be made without Triton.
+        """
+        launches = self._launches
+        if launches and addresses is not None and not _hooked():
+            stream = torch._C._cuda_getCurrentRawStream(self._device)
+            for again in launches:
+                again(addresses, stream)
             return
-        known, descriptors = found
-        values: list[Any] = []
-        for place, address in enumerate(addresses):
-            if place >= self._described:
-                values += addresses[place:]
-                break
-            if (place, address) not in descriptors:
-                if len(descriptors) >= _MOST_DESCRIPTORS:
-                    descriptors.clear()
-                descriptors[place, address] = known.described(place, Described(tensors[place], self.blocks[place]))
-            values += descriptors[place, address]
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        known.call(*self._grid, stream, *known.before, *values, *self._numbers, *known.after)
-
-    def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple:
-        described = map(Described, tensors, self.blocks)
-        return (*described, *tensors[self._described :], *self._numbers)
+        made: list[_Made] = []
+        _recorder.made = made
+        try:
+            function(*arguments)
+        finally:
+            _recorder.made = None
+        if addresses is not None and made:
+            with contextlib.suppress(ValueError):
+                relaunches = tuple(_Relaunch(*one, addresses) for one in made)
+                self._device, self._launches = torch._C._cuda_getDevice(), relaunches
 
 
 def as_triton(argument: Any) -> Any:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 
-from .launch import Launcher
+from .launch import Described, launch
 from .matmul_hopper import MANY_ROWS, multiply_hopper, takes_hopper
 from .runtime import ceil_div, multiprocessor_count, tl, triton
 from .scaled_tiles import _column_values, _scaled, _tile_position
@@ -187,52 +186,25 @@ def matmul_rows(
     described = descriptors and all(map(_suits_descriptors, (a, b, out)))
     # Where a kernel reads no bias, it is given the output.
     vectors = row_scale, column_scale, out if bias is None else bias
+    flags = {
+        "INTEGER": a.dtype == torch.int8,
+        "SCALE_PER_COLUMN": column_scale.numel() > 1,
+        "HAS_BIAS": bias is not None,
+    }
     if described and tiles is None and takes_hopper(a, b, out):
-        multiply_hopper(a, b, out, vectors, _flags(a.dtype, column_scale.numel() > 1, bias is not None))
+        multiply_hopper(a, b, out, vectors, flags)
         return
-    launcher = _multiplying(
-        (a.shape, b.shape),
-        (a.stride(0), b.stride(0), out.stride(0)),
-        (a.dtype, out.dtype),
-        column_scale.numel() > 1,
-        bias is not None,
-        multiprocessor_count(a.device.index or 0) if described else 0,
-        tiles,
-    )
-    launcher(a, b, out, *((out,) if launcher.blocks else ()), *vectors)
-
-
-def _suits_descriptors(matrix: torch.Tensor) -> bool:
-    return matrix.stride(1) == 1 and (matrix.stride(0) * matrix.element_size() | matrix.data_ptr()) % 16 == 0
-
-
-def _flags(dtype: torch.dtype, per_column: bool, has_bias: bool) -> dict[str, bool]:
-    return {"INTEGER": dtype == torch.int8, "SCALE_PER_COLUMN": per_column, "HAS_BIAS": has_bias}
-
-
-@functools.lru_cache(maxsize=1024)
-def _multiplying(
-    shapes: tuple[tuple[int, int], tuple[int, int]],
-    strides: tuple[int, int, int],
-    dtypes: tuple[torch.dtype, torch.dtype],
-    per_column: bool,
-    has_bias: bool,
-    multiprocessors: int,
-    tiles: Tiles | None,
-) -> Launcher:
-    """strides: of the rows. multiprocessors: 0 where the matrices do not suit tensor descriptors."""
-    (rows, depth), (columns, _) = shapes
-    flags = _flags(dtypes[0], per_column, has_bias)
-    if not multiprocessors:
+    rows, columns = a.shape[0], b.shape[0]
+    if not described:
         small = rows <= 64
         block_m, block_n = (64, 64) if small else (128, 128)
-        return Launcher(
+        launch(
             _matmul_rows_pointer_kernel,
             (ceil_div(rows, block_m) * ceil_div(columns, block_n), 1, 1),
-            (rows, columns, strides[2]),
+            (a, b, out, *vectors, rows, columns, out.stride(0)),
             {
-                "K": depth,
-                "STRIDE_B": strides[1],
+                "K": a.shape[1],
+                "STRIDE_B": b.stride(0),
                 "BLOCK_M": block_m,
                 "BLOCK_N": block_n,
                 "BLOCK_K": 64,
@@ -241,13 +213,24 @@ def _multiplying(
             },
             warps=4 if small else 8,
         )
-    tiles = tiles or choose_tiles(rows, dtypes[1].itemsize)
-    programs = multiprocessors * tiles.waves
+        return
+    tiles = tiles or choose_tiles(rows, out.element_size())
+    programs = multiprocessor_count(a.device.index or 0) * tiles.waves
     count = ceil_div(rows, tiles.block_m) * ceil_div(columns, tiles.block_n)
-    return Launcher(
+    launch(
         _matmul_rows_descriptor_kernel,
         (min(programs, count), 1, 1),
-        (rows, columns, depth, strides[2]),
+        (
+            Described(a, (tiles.block_m, tiles.block_k)),
+            Described(b, (tiles.block_n, tiles.block_k)),
+            Described(out, (tiles.block_m, tiles.block_n)),
+            out,
+            *vectors,
+            rows,
+            columns,
+            a.shape[1],
+            out.stride(0),
+        ),
         {
             "BLOCK_M": tiles.block_m,
             "BLOCK_N": tiles.block_n,
@@ -260,9 +243,8 @@ def _multiplying(
         },
         warps=tiles.warps,
         stages=tiles.stages,
-        blocks=(
-            (tiles.block_m, tiles.block_k),
-            (tiles.block_n, tiles.block_k),
-            (tiles.block_m, tiles.block_n),
-        ),
     )
+
+
+def _suits_descriptors(matrix: torch.Tensor) -> bool:
+    return matrix.stride(1) == 1 and (matrix.stride(0) * matrix.element_size() | matrix.data_ptr()) % 16 == 0

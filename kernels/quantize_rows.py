@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
 from .hadamard import rotate_reference
-from .launch import Launcher
+from .launch import launch
 from .runtime import INTERPRETED, ceil_div, constexpr, power_of_two, tl, triton
 
 LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -163,29 +161,16 @@ def quantize_rows(
         activation: applied to x first.
         weight_scale: tensor-wide weight scale to fold into the row scales.
     """
-    folds = weight_scale is not None
-    launcher = _quantizing(x.shape, x.stride(), q.dtype, activation, folds)
-    launcher(x, q, scale, weight_scale if folds else scale)
-
-
-@functools.lru_cache(maxsize=1024)
-def _quantizing(
-    shape: tuple[int, int],
-    strides: tuple[int, int],
-    target: torch.dtype,
-    activation: str | None,
-    folds: bool,
-) -> Launcher:
-    rows, columns = shape
+    columns, folds = x.shape[1], weight_scale is not None
     one_pass = columns <= ONE_PASS_COLUMNS
-    return Launcher(
+    launch(
         _quantize_rows_kernel,
-        (rows, 1, 1),
-        (*strides, LIMITS[target], SMALLEST_SCALE),
+        (x.shape[0], 1, 1),
+        (x, q, scale, weight_scale if folds else scale, *x.stride(), LIMITS[q.dtype], SMALLEST_SCALE),
         {
             "K": columns,
             "BLOCK_K": power_of_two(columns) if one_pass else 4096,
-            "INTEGER": target == torch.int8,
+            "INTEGER": q.dtype == torch.int8,
             "ACTIVATION": activation,
             "FOLD_WEIGHT_SCALE": folds,
             "ONE_PASS": one_pass,

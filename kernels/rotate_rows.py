@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from .launch import Launcher
+from .launch import launch
 from .quantize_rows import LIMITS, SMALLEST_SCALE, _activate, _magnitude_bits, _row_scale, _to_grid, row_warps
 from .runtime import INTERPRETED, tl, triton
 
@@ -120,31 +118,18 @@ def rotate_rows(
     """
     # float16's range is too short for sums of 16, so only bfloat16 takes the 16-bit dots; tf32 serves the others.
     halves = x.dtype == torch.bfloat16 and not INTERPRETED
-    launcher = _rotating(x.shape, x.stride(), rotation, activation, halves, scale is not None)
-    launcher(x, out, out if scale is None else scale)
-
-
-@functools.lru_cache(maxsize=1024)
-def _rotating(
-    shape: tuple[int, int],
-    strides: tuple[int, int],
-    rotation: int,
-    activation: str | None,
-    halves: bool,
-    quantizes: bool,
-) -> Launcher:
-    rows, columns = shape
+    columns = x.shape[1]
     warps = row_warps(columns)
-    return Launcher(
+    launch(
         _rotate_rows_kernel,
-        (rows, 1, 1),
-        (*strides, LIMITS[torch.int8], SMALLEST_SCALE),
+        (x.shape[0], 1, 1),
+        (x, out, out if scale is None else scale, *x.stride(), LIMITS[torch.int8], SMALLEST_SCALE),
         {
             "K": columns,
             "GROUPS": warps,
             "ROTATION": rotation,
             "DOTS_IN_BFLOAT16": halves,
-            "QUANTIZE": quantizes,
+            "QUANTIZE": scale is not None,
             "ACTIVATION": activation,
         },
         warps=warps,

@@ -21,13 +21,34 @@ PACKED_KINDS = (NVFP4, INT4, INT4_CODEBOOK)
 
 
 class WeightTraits(NamedTuple):
-    """What the choice of a product's path depends on, of a weight."""
+    """All of a weight but its values and where they are: weights of the same traits are multiplied by the same launches.
+
+    Attributes:
+        alignment: the largest of 16, 8 and 1 bytes that every row of codes starts on a multiple of; 0: not stored row by
+            row.
+        scale_mode: 0: no scale beside the block scales, 1: one for the whole tensor, 2: one per row.
+        dtype, shape, strides: of the codes.
+        others: the dtypes of its other tensors, None for those that it lacks; the last is the correction's.
+        devices: that its tensors are on.
+    """
 
     kind: str
     rows: int
     columns: int
+    group: int
     rotation: int
-    corrected: bool
+    alignment: int
+    scale_mode: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    others: tuple[torch.dtype | None, ...]
+    devices: frozenset[torch.device]
+
+    @property
+    def corrected(self) -> bool:
+        """Whether there is a `correction`."""
+        return self.others[-1] is not None
 
 
 @dataclass(frozen=True)
@@ -64,8 +85,7 @@ class StoredWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and scales: what one product must read at least."""
-        tensors = (self.data, self.scale, self.block_scale, self.codebook, self.correction)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def code_name(self) -> str:
@@ -75,20 +95,51 @@ class StoredWeight:
         return "e2m1" if self.kind == NVFP4 else self.kind
 
     @functools.cached_property
-    def traits(self) -> WeightTraits:
-        """What its products' paths are chosen by."""
-        return WeightTraits(self.kind, self.rows, self.columns, self.rotation, self.correction is not None)
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Those that it has, the codes first."""
+        return tuple(part for part in self._parts if part is not None)
+
+    @property
+    def _parts(self) -> tuple[torch.Tensor | None, ...]:
+        return self.data, self.scale, self.block_scale, self.codebook, self.correction
 
     @functools.cached_property
-    def alignment(self) -> int:
-        """The largest of 16, 8 and 1 bytes that every row of codes starts on a multiple of; 0: not stored row by row."""
+    def transposed(self) -> torch.Tensor:
+        """The codes as (columns, rows)."""
+        return self.data.t()
+
+    @functools.cached_property
+    def scale_row(self) -> torch.Tensor:
+        """The scale as (1, rows) or (1, 1)."""
+        return self.scale.view(1, -1)
+
+    @functools.cached_property
+    def traits(self) -> WeightTraits:
+        """What its products' paths and launches depend on."""
+        data = self.data
+        return WeightTraits(
+            self.kind,
+            self.rows,
+            self.columns,
+            self.group,
+            self.rotation,
+            self._alignment(),
+            self.scale_mode,
+            data.dtype,
+            tuple(data.shape),
+            data.stride(),
+            tuple(None if part is None else part.dtype for part in self._parts[1:]),
+            frozenset(part.device for part in self.tensors),
+        )
+
+    def _alignment(self) -> int:
         data = self.data
         if data.stride(-1) != 1:
             return 0
         places = data.data_ptr() | (data.stride(0) * data.element_size())
         return next(nbytes for nbytes in (16, 8, 1) if places % nbytes == 0)
 
-    @functools.cached_property
+    @property
     def scale_mode(self) -> int:
         """0: no scale beside the block scales, 1: one for the whole tensor, 2: one per row."""
         if self.scale is None:

@@ -12,11 +12,12 @@ from ..kernels.operators import register_operator
 from ..kernels.quantize_rows import ACTIVATIONS, apply_activation
 from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
 from ..kernels.stored_weight import StoredWeight, WeightTraits
+from .linear_call import LinearCall, Product
 from .linear_describe import LinearDescription, describe_linear
 from .linear_kitchen import kitchen_cuda_available
 from .linear_paths import LINEAR_PATHS, kernels_take
 from .linear_reference import linear_reference
-from .linear_table import KITCHEN, REFERENCE, Gpu, choose_path
+from .linear_table import REFERENCE, Gpu, choose_path
 from .linear_weight import stored_weight
 from .scratch import release_scratch, scratch_nbytes
 
@@ -61,17 +62,25 @@ def quantized_linear(
     stored = stored_weight(weight)
     if stored is None:
         return F.linear(apply_activation(x, activation), weight, bias)
-    if x.dim() == 0 or x.shape[-1] != stored.columns:
-        raise FormatError(
-            f"An input of shape {tuple(x.shape)} cannot be multiplied by a weight of {stored.rows} x {stored.columns}: "
-            f"its last dimension must be {stored.columns}."
-        )
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         # Gradients flow through the plain product; inference never comes here.
+        _check_columns(x.shape, stored.rows, stored.columns)
         return linear_reference(x, stored, bias, fast=False, activation=activation)
-    if torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN:
+        _check_columns(x.shape, stored.rows, stored.columns)
         return torch.ops.lowbit.linear(*_flatten(x, stored, bias, fast, activation))
     return linear_stored(x, stored, bias, fast, activation, input_group)
+
+
+_PLAIN = torch.Tensor, torch.nn.Parameter
+
+
+def _check_columns(shape: tuple[int, ...], rows: int, columns: int) -> None:
+    if not shape or shape[-1] != columns:
+        raise FormatError(
+            f"An input of shape {tuple(shape)} cannot be multiplied by a weight of {rows} x {columns}: "
+            f"its last dimension must be {columns}."
+        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -83,13 +92,29 @@ def _gpu(device: torch.device) -> Gpu:
 
 
 @functools.lru_cache(maxsize=4096)
-def _path(traits: WeightTraits, fast: bool, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[str, Gpu]:
-    """The path for `rows` rows of x, and the GPU that it runs on."""
-    gpu = _gpu(device)
-    if not rows or not kernels_take(traits.rotation):
-        return REFERENCE, gpu
-    sizes = traits.rows, traits.columns
-    return choose_path(traits.kind, fast, rows, *sizes, dtype, gpu, traits.corrected), gpu
+def _product(
+    weight: WeightTraits,
+    fast: bool,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    bias: tuple[torch.dtype, torch.device] | None,
+    activation: str | None,
+    shared: bool,
+) -> Product:
+    """What multiplies inputs of this shape, by the path that the table has for it."""
+    gpu, sizes = _gpu(device), (weight.rows, weight.columns)
+    _check_columns(shape, *sizes)
+    call = LinearCall(weight, fast, shape, strides, dtype, device, bias and bias[0], activation, shared, gpu)
+    path = REFERENCE
+    if call.rows and kernels_take(weight.rotation):
+        path = choose_path(weight.kind, fast, call.rows, *sizes, dtype, gpu, weight.corrected)
+    if path != REFERENCE and weight.devices | ({bias[1]} if bias else set()) != {device}:
+        raise FormatError(
+            f"An input on {device} cannot be multiplied by a weight or bias on another device: move them there."
+        )
+    return LINEAR_PATHS[path](call)
 
 
 def linear_stored(
@@ -102,19 +127,20 @@ def linear_stored(
 ) -> torch.Tensor:
     """`quantized_linear` for a weight already taken apart, without autograd."""
     device = x.device
-    rows = x.numel() // weight.columns if weight.columns else 0
-    path, gpu = _path(weight.traits, fast, rows, x.dtype, device)
-    if path == REFERENCE:
-        return linear_reference(x, weight, bias, fast=fast, activation=activation)
-    if x.is_cuda and device.index != torch.cuda.current_device():
+    if x.is_cuda and device.index != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return linear_stored(x, weight, bias, fast, activation, input_group)
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
-    if path != KITCHEN and x.stride(-1) * weight.columns >= MOST_OFFSET:
+    kind = None
+    if bias is not None:
+        kind = bias.dtype, bias.device
+        if not bias.is_contiguous():
+            bias = bias.contiguous()
+    strides = x.stride()
+    if strides and strides[-1] * weight.columns >= MOST_OFFSET:
         x = x.contiguous()
-    out = LINEAR_PATHS[path](x, weight, bias, activation, gpu, input_group)
-    return out if out.dim() == x.dim() else out.view(*x.shape[:-1], weight.rows)
+        strides = x.stride()
+    product = _product(weight.traits, fast, x.shape, strides, x.dtype, device, kind, activation, input_group != "")
+    return product(x, weight, bias, input_group)
 
 
 def _flatten(

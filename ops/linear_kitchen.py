@@ -23,9 +23,9 @@ def kitchen_cuda_available() -> bool:
 
 
 def kitchen_linear(
-    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None, *_: object
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, activation: str | None
 ) -> torch.Tensor:
-    """act(x) @ W.T + bias by comfy-kitchen, (..., K) -> (M, N) in x's dtype; what other paths are told besides is nothing to it."""
+    """act(x) @ W.T + bias by comfy-kitchen, (..., K) -> (M, N) in x's dtype."""
     rows = _aligned(apply_activation(x.reshape(-1, weight.columns), activation))
     weight = dataclasses.replace(weight, data=_aligned(weight.data))
     bias = None if bias is None else bias.to(x.dtype)

@@ -101,13 +101,13 @@ class QuantizedLinear(torch.nn.Module):
         return None
 
     def _product(self, input: torch.Tensor, activation: str | None, *args: Any, **kwargs: Any) -> torch.Tensor:
-        weight = self._parameters.get("weight")
-        if not self._multiplies_here(weight, input):
+        parameters = self._parameters
+        if not self._multiplies_here(parameters.get("weight"), input):
             if activation is not None:
                 input = INPUT_ACTIVATIONS[activation](input)
             return super().forward(input, *args, **kwargs)
         run_every_op()
-        pre_quant_scale = self._parameters.get("pre_quant_scale")
+        pre_quant_scale = parameters.get("pre_quant_scale")
         if pre_quant_scale is not None:
             if activation is not None:
                 input, activation = INPUT_ACTIVATIONS[activation](input), None

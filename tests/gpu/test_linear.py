@@ -13,6 +13,7 @@ from lowbit.kernels.decode import decode_reference
 from lowbit.ops.layouts import register_layouts
 from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes
 from lowbit.ops.linear_weight import stored_weight
+from lowbit.ops.shared_input import FIRST
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,6 +72,25 @@ def test_agrees_with_float64(name, dtype, n, k):
                 assert out.dtype == dtype
                 if rows:
                     assert _error(out, reference) < bars[fast], (rows, activation, fast)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 17, 300])
+def test_later_calls_multiply_their_own_tensors(name, group, rows):
+    """The second call of a shape launches what the first did: with another input, weight, bias and output."""
+    n, k = 512, 768
+    for fast in (False, True):
+        bar = FORMATS[name][2 + fast]
+        calls = [(_weight(name, n, k), torch.randn(n, device="cuda", dtype=torch.bfloat16)) for _ in range(3)]
+        outs = []
+        for weight, bias in calls:
+            x = torch.randn(1, rows, k, device="cuda", dtype=torch.bfloat16)
+            reference = x.double() @ decode_reference(stored_weight(weight), torch.float64).t() + bias.double()
+            for name_in_group in (f"{FIRST}q", "q") if group else ("",):
+                outs.append((quantized_linear(x, weight, bias, fast=fast, input_group=name_in_group), reference))
+        for out, reference in outs:
+            assert _error(out, reference) < bar, fast
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -16,10 +16,11 @@ import torch
 from lowbit.kernels.attention_int8 import AttentionTiles, attend_int8
 from lowbit.kernels.attention_quantize import quantize_attention
 from lowbit.kernels.runtime import INTERPRETED
-from lowbit.ops import linear_paths, shared_input
 from lowbit.ops.linear_table import REFERENCE, Gpu, choose_path
+from lowbit.ops.scratch import Cut, Scratch
 
 from .guarded import guarded
+from .products import multiply
 from .stored import ROTATED, UNROTATED, make
 
 if not INTERPRETED:
@@ -33,15 +34,15 @@ HOPPER = Gpu((9, 0), triton=True, kitchen=False)
 @pytest.mark.parametrize("at", ["end", "start"])
 @pytest.mark.parametrize("name", [*UNROTATED, *ROTATED])
 def test_products_stay_inside_their_tensors(name, at, monkeypatch):
-    def scratch(device, *specs):
-        return [None if spec is None else guarded(torch.zeros(spec[0], dtype=spec[1]), at) for spec in specs]
+    def take(scratch, specs, device):
+        return Cut(tuple(spec and guarded(torch.zeros(spec[0], dtype=spec[1]), at) for spec in specs), [])
 
-    def empty(*shape, dtype=None, **options):
-        return guarded(plain_empty(*shape, dtype=dtype, **options).zero_(), at)
+    def new_empty(like, shape, **options):
+        # The interpreter's own have a device.
+        return plain_empty(like, shape, **options) if options else guarded(torch.zeros(shape, dtype=like.dtype), at)
 
-    plain_empty = torch.empty
-    for module in (linear_paths, shared_input):
-        monkeypatch.setattr(module, "take_scratch", scratch)
+    plain_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(Scratch, "take", take)
     # In front of a tensor a kernel comes by steps back between blocks: there the size of several is looked at.
     for count, columns in SIZES[:1] if name in ROTATED else SIZES[-1:] if at == "start" else SIZES:
         weight = make(name, count, columns, torch.device("cpu"))
@@ -54,8 +55,8 @@ def test_products_stay_inside_their_tensors(name, at, monkeypatch):
             for path in paths - {REFERENCE}:
                 x = guarded(torch.randn(rows, columns, dtype=dtype), at)
                 with monkeypatch.context() as patched:
-                    patched.setattr(torch, "empty", empty)
-                    out = linear_paths.LINEAR_PATHS[path](x, weight, bias, None, HOPPER)
+                    patched.setattr(torch.Tensor, "new_empty", new_empty)
+                    out = multiply(path, x, weight, bias, None, HOPPER)
                 assert out.isfinite().all()
 
 

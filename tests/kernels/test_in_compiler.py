@@ -26,9 +26,10 @@ from lowbit.kernels.launch import as_triton
 from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.norm_rows import add_norm
 from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
-from lowbit.ops import linear_paths
-from lowbit.ops.linear_table import KITCHEN, REFERENCE, Gpu, choose_path
+from lowbit.ops import linear_few_rows
+from lowbit.ops.linear_table import FEW_ROWS, KITCHEN, REFERENCE, Gpu, choose_path
 
+from .products import multiply
 from .stored import make
 
 if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1":
@@ -44,16 +45,18 @@ LAUNCHING = (
     "evict_slot",
     "gate_rows",
     "gather_prompt",
-    "launch",
     "matmul_blocks",
     "matmul_decode",
     "matmul_hopper",
+    "matmul_rows",
     "matmul_split",
     "matvec_together",
     "norm_rows",
+    "quantize_rows",
+    "rotate_rows",
 )
 COUNTING = (
-    "ops.linear_paths",
+    "ops.linear_few_rows",
     "kernels.matmul_hopper",
     "kernels.matmul_rows",
     "kernels.attend_cache",
@@ -141,7 +144,7 @@ def test_every_launch_compiles_and_fits(cc, name, dtype, rows, fast, compiled):
     path = choose_path(weight.kind, fast, rows, weight.rows, weight.columns, dtype, gpu)
     if path in (KITCHEN, REFERENCE):
         pytest.skip(f"{path} launches none of ours")
-    linear_paths.LINEAR_PATHS[path](torch.randn(rows, 512).to(dtype), weight, torch.randn(64).to(dtype), None, gpu)
+    multiply(path, torch.randn(rows, 512).to(dtype), weight, torch.randn(64).to(dtype), None, gpu)
     assert compiled.kernels
     for metadata in compiled.kernels:
         assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
@@ -152,9 +155,9 @@ def test_every_launch_compiles_and_fits(cc, name, dtype, rows, fast, compiled):
 def test_decoded_4_bit_weights_stay_in_registers(name, cc, rows, block_m, compiled, monkeypatch):
     """Shared memory holds a program's part of x (512 columns) and its output tile; decoded weights would take 32 KiB."""
     compiled.use(cc)
-    monkeypatch.setattr(linear_paths, "multiprocessor_count", lambda index: 1)
+    monkeypatch.setattr(linear_few_rows, "multiprocessor_count", lambda index: 1)
     weight, gpu = make(name, 512, 512, torch.device("cpu")), Gpu(cc, triton=True, kitchen=False)
-    linear_paths.few_rows_linear(torch.randn(rows, 512).bfloat16(), weight, None, None, gpu)
+    multiply(FEW_ROWS, torch.randn(rows, 512).bfloat16(), weight, None, None, gpu)
     (metadata,) = (kernel for kernel in compiled.kernels if kernel.name == "_matmul_blocks_kernel")
     block_m = max(block_m, SMALLEST_DOT)
     assert metadata.shared <= 512 * block_m * 2 + 64 * block_m * 4 + 1024

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import types
+import weakref
+from threading import Thread
 
 import pytest
 import torch
 
 from lowbit.kernels import launch as module
-from lowbit.kernels.launch import Described, Launcher, launch
+from lowbit.kernels.launch import Described, Replay, addresses_of, launch
 
 DEVICE, STREAM = 3, 77
 
@@ -131,68 +134,92 @@ def test_every_launch_is_tritons_own_with(reason, monkeypatch):
     assert (len(kernel.usual), len(kernel.direct)) == (3, 0)
 
 
-def launcher(kernel: Kernel, **options) -> Launcher:
-    return Launcher(kernel, (2, 1, 1), (32, 0.5), {"BLOCK": 64, "FAST": True}, warps=8, stages=2, **options)
+def replayed(kernel: Kernel, replay: Replay, first: torch.Tensor, second: torch.Tensor) -> None:
+    """Two launches, of which the second takes the tensors the other way round."""
+
+    def function(first: torch.Tensor, second: torch.Tensor) -> None:
+        launch(kernel, (2, 1, 1), (first, second, 32, 0.5), {"BLOCK": 64, "FAST": True}, warps=8, stages=2)
+        launch(kernel, (3, 1, 1), (second, first, 48, 0.5), {"BLOCK": 64, "FAST": True})
+
+    replay(addresses_of([], first, None, second), function, first, second)
 
 
-def test_a_launcher_launches_as_launch_does():
-    kernel, x, y = Kernel(), tensor(4), tensor(8)
-    several = launcher(kernel)
-    for first in (x, y, x):
-        several(first, y)
-    launch(kernel, (2, 1, 1), (x, y, 32, 0.5), {"BLOCK": 64, "FAST": True}, warps=8, stages=2)
-    assert len(kernel.usual) == 1
-    assert [call[13] for call in kernel.direct] == [y.data_ptr(), x.data_ptr(), x.data_ptr()]
-    assert {call[:13] + call[14:] for call in kernel.direct} == {kernel.direct[0][:13] + kernel.direct[0][14:]}
+def test_a_replay_launches_what_the_function_did():
+    kernel, replay, x, y, z = Kernel(), Replay(), tensor(4), tensor(8), tensor(4)
+    for first in (x, y, z):
+        replayed(kernel, replay, first, y if first is not y else x)
+    assert len(kernel.usual) == 2
+    given = [(call[:4], call[13:]) for call in kernel.direct]
+    places = [(y, x), (x, y), (z, y), (y, z)]
+    expected = [
+        ((grid, 1, 1, STREAM), (one.data_ptr(), other.data_ptr(), number, 0.5, 64, True))
+        for (one, other), grid, number in zip(places, (2, 3) * 2, (32, 48) * 2, strict=True)
+    ]
+    assert given == expected
+    assert {call[4:13] for call in kernel.direct} == {(11, 0, 0, None, None, (4, 1, 0), None, None, None)}
 
 
 @pytest.mark.parametrize(
-    "odd", [tensor(4, offset=1), tensor(4).as_subclass(torch.Tensor), tensor(4, dtype=torch.float16)]
+    "reason", ["off 16 bytes", "twice the same", "one that is not told of", "a profiler", "scratch memory"]
 )
-def test_a_launcher_sends_tensors_of_another_kind_the_usual_way(odd):
-    kernel, x = Kernel(), tensor(4)
-    several = launcher(kernel)
-    for _ in range(2):
-        several(x, x)
-    assert (len(kernel.usual), len(kernel.direct)) == (1, 1)
-    several(x, odd)
-    assert (len(kernel.usual), len(kernel.direct)) == (2, 1)
-    several(x, x)
-    assert (len(kernel.usual), len(kernel.direct)) == (2, 2)
+def test_what_cannot_be_replayed_is_done_by_the_function(reason, monkeypatch):
+    kernel, replay, x = Kernel(scratch=64 if reason == "scratch memory" else 0), Replay(), tensor(4)
+    other = {"off 16 bytes": tensor(4, offset=1), "twice the same": x}.get(reason, tensor(4))
+    if reason == "a profiler":
+        monkeypatch.setattr(module, "_hooked", lambda: True)
+    calls = []
+
+    def function():
+        calls.append(1)
+        launch(kernel, (1, 1, 1), (x, other, 32, 0.5), {"BLOCK": 64, "FAST": True})
+
+    told = (x,) if reason == "one that is not told of" else (x, other)
+    for _ in range(3):
+        replay(addresses_of([], *told), function)
+    assert len(calls) == 3
+    assert len(kernel.usual) + len(kernel.direct) == 3
 
 
-def test_a_launcher_knows_each_gpu_by_itself(monkeypatch):
-    kernel, x = Kernel(), tensor(4)
-    several = launcher(kernel)
-    for device in (0, 1, 0, 1):
-        monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda device=device: device, raising=False)
-        several(x, x)
-    assert (len(kernel.usual), len(kernel.direct)) == (2, 2)
+def test_a_replay_takes_no_other_threads_launches_and_none_of_a_call_that_failed():
+    kernel, other, replay, x = Kernel(), Kernel(), Replay(), tensor(4)
+
+    def function(fails: bool):
+        launch(kernel, (1, 1, 1), (x, x, 32, 0.5), {"BLOCK": 64, "FAST": True})
+        thread = Thread(target=launch, args=(other, (1, 1, 1), (x, x, 32, 0.5), {"BLOCK": 64, "FAST": True}))
+        thread.start()
+        thread.join()
+        if fails:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        replay(addresses_of([], x), function, True)
+    for _ in range(3):
+        replay(addresses_of([], x), function, False)
+    assert (len(kernel.usual), len(kernel.direct)) == (1, 3)
+    assert (len(other.usual), len(other.direct)) == (1, 1)
 
 
-def test_a_launcher_leaves_launches_to_triton_under_a_profiler(monkeypatch):
-    kernel, x = Kernel(), tensor(4)
-    several = launcher(kernel)
-    several(x, x)
-    monkeypatch.setattr(module, "_hooked", lambda: True)
-    several(x, x)
-    assert (len(kernel.usual), len(kernel.direct)) == (2, 0)
+def described(kernel: Kernel, replay: Replay, first: torch.Tensor, second: torch.Tensor) -> None:
+    def function():
+        arguments = Described(first, (16, 32)), Described(second, (8, 32)), 32, 0.5
+        launch(kernel, (2, 1, 1), arguments, {"BLOCK": 64, "FAST": True})
+
+    replay(addresses_of([], first, second), function)
 
 
-def test_a_launcher_makes_a_descriptor_once_for_a_place_in_memory(monkeypatch):
+def test_a_replay_makes_a_descriptor_once_for_a_place_in_memory(monkeypatch):
     made = []
 
     def make(argument, metadata):
         made.append((metadata, argument.base.data_ptr(), tuple(argument.block_shape)))
-        return [f"map {len(made)}", *argument.base.shape]
+        return [f"map {len(made)}", *argument.shape]
 
     monkeypatch.setattr(module, "make_tensordesc_arg", make, raising=False)
-    kernel, x, y = Kernel(described=True), tensor(64, 32), tensor(64, 32)
-    several = launcher(kernel, blocks=((16, 32), (8, 32)))
-    for first, second in ((x, x), (x, x), (y, x), (x, x)):
-        several(first, second)
+    kernel, replay, x, y, z = Kernel(described=True), Replay(), tensor(64, 32), tensor(64, 32), tensor(64, 32)
+    for first, second in ((x, z), (x, z), (y, z), (x, z)):
+        described(kernel, replay, first, second)
     assert len(kernel.usual) == 1
-    places = [x.data_ptr(), x.data_ptr(), y.data_ptr()]
+    places = [x.data_ptr(), z.data_ptr(), y.data_ptr()]
     assert made == list(zip(["first", "second", "first"], places, [(16, 32), (8, 32), (16, 32)], strict=True))
     given = [call[13:19] for call in kernel.direct]
     assert given == [(name, 64, 32, "map 2", 64, 32) for name in ("map 1", "map 3", "map 1")]
@@ -202,12 +229,23 @@ def test_launches_and_descriptors_are_kept_in_bounds(monkeypatch):
     monkeypatch.setattr(module, "_MOST_LAUNCHES", 4)
     monkeypatch.setattr(module, "_MOST_DESCRIPTORS", 4)
     monkeypatch.setattr(module, "make_tensordesc_arg", lambda argument, metadata: [0], raising=False)
-    kernel, kept = Kernel(described=True), [tensor(64, 32) for _ in range(12)]
-    several = launcher(kernel, blocks=((16, 32), (8, 32)))
-    for number, x in enumerate(kept):
-        several(x, x)
-        launch(
-            kernel, (1, 1, 1), (Described(x, (16, 32)), Described(x, (8, 32)), number, 0.5), {"BLOCK": 64, "FAST": True}
-        )
+    kernel, replay, kept = Kernel(described=True), Replay(), [tensor(64, 32) for _ in range(12)]
+    for number, (x, y) in enumerate(itertools.pairwise(kept)):
+        described(kernel, replay, x, y)
+        arguments = Described(x, (16, 32)), Described(y, (8, 32)), number, 0.5
+        launch(kernel, (1, 1, 1), arguments, {"BLOCK": 64, "FAST": True})
         assert len(module._launches) <= 4
-        assert all(len(descriptors) <= 4 for _, descriptors in several._known.values())
+        (again,) = replay._launches
+        assert all(len(descriptors) <= 4 for *_, descriptors in again._descriptors)
+
+
+def test_a_replay_keeps_no_tensor_alive(monkeypatch):
+    monkeypatch.setattr(module, "make_tensordesc_arg", lambda argument, metadata: [0], raising=False)
+    kernel, replay, x, y = Kernel(described=True), Replay(), tensor(64, 32), tensor(64, 32)
+    for _ in range(2):
+        described(kernel, replay, x, y)
+    assert len(kernel.direct) == 1
+    kernel.usual.clear()
+    gone = weakref.ref(x)
+    del x
+    assert gone() is None

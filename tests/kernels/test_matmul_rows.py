@@ -7,7 +7,7 @@ import torch
 
 from lowbit.kernels import matmul_hopper
 from lowbit.kernels import matmul_rows as module
-from lowbit.kernels.launch import Launcher
+from lowbit.kernels.launch import Described
 from lowbit.kernels.matmul_hopper import MANY_ROWS, multiply_hopper, takes_hopper
 from lowbit.kernels.matmul_rows import NARROW, WIDE, matmul_rows, matmul_rows_reference
 from lowbit.kernels.runtime import DESCRIPTORS_FIT, GLUON_FOUND, INTERPRETED, compute_capability
@@ -64,7 +64,9 @@ def test_every_tiling(device, tiles):
 
 def test_descriptors_need_aligned_rows(device, monkeypatch):
     used: list[bool] = []
-    monkeypatch.setattr(Launcher, "__call__", lambda launcher, *tensors: used.append(bool(launcher.blocks)))
+    monkeypatch.setattr(
+        module, "launch", lambda kernel, grid, arguments, *_, **__: used.append(isinstance(arguments[0], Described))
+    )
     a = torch.zeros(4, 64, dtype=torch.int8, device=device)
     out, scale = torch.zeros(4, 8, device=device), torch.ones(4, device=device)
     shifted = a.flatten()[1:193].view(3, 64)

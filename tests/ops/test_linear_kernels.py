@@ -13,11 +13,11 @@ from comfy_kitchen.tensor import QuantizedTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.errors import FormatError
 from lowbit.kernels.hadamard import rotate_reference
 from lowbit.ops import linear as linear_module
-from lowbit.ops import linear_paths
+from lowbit.ops import linear_8bit
 from lowbit.ops.linear import quantized_linear, release_scratch
-from lowbit.ops.linear_paths import LINEAR_PATHS, few_rows_linear, fp8_rows_linear
 from lowbit.ops.linear_reference import linear_reference
 from lowbit.ops.linear_table import Gpu
 from lowbit.ops.linear_weight import stored_weight
@@ -28,6 +28,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in the interpreter's process", allow_module_level=True)
 
 from ..kernels import conftest as _mended_interpreter  # noqa: F401
+from ..kernels.products import multiply
 from ..kernels.stored import MAKERS, ROTATED
 
 HOPPER, AMPERE = Gpu((9, 0)), Gpu((8, 6))
@@ -68,7 +69,7 @@ def test_few_rows_in_float16(name, gpu):
     decoded = weight.dequantize().double()
     for rows in (1, 2, 5):
         x = torch.randn(rows, k).half()
-        out = few_rows_linear(x, stored, None, None, gpu)
+        out = multiply("few_rows", x, stored, None, None, gpu)
         assert _error(out, x.double() @ decoded.t()) < 8e-3
 
 
@@ -84,7 +85,7 @@ def test_few_rows_of_a_codebook(name, group, offset):
     stored = dataclasses.replace(stored, data=storage.copy_(stored.data))
     for rows in (1, 2, 19):
         x, bias = torch.randn(rows, 768), torch.randn(70)
-        out = few_rows_linear(x, stored, bias, None, HOPPER)
+        out = multiply("few_rows", x, stored, bias, None, HOPPER)
         assert _error(out, x.double() @ decoded.t() + bias.double()) < 1e-5
 
 
@@ -94,7 +95,7 @@ def test_a_rotated_float16_row_does_not_overflow(name):
     torch.manual_seed(0)
     weight = _weight(name, 32, 256)
     x = (5000 * rotate_reference(torch.eye(256), 256)[3].sign()).half().reshape(1, 256)
-    out = few_rows_linear(x, stored_weight(weight), None, None, HOPPER)
+    out = multiply("few_rows", x, stored_weight(weight), None, None, HOPPER)
     assert _error(out, x.double() @ weight.dequantize().double().t()) < 1e-2
 
 
@@ -108,7 +109,7 @@ def test_nan_stays_in_its_row_when_rows_are_few(name, gpu, bad):
     for value in (torch.nan, torch.inf):
         x = torch.randn(3, 256).half()
         x[bad, 7] = value
-        finite = few_rows_linear(x, stored, None, None, gpu).isfinite()
+        finite = multiply("few_rows", x, stored, None, None, gpu).isfinite()
         assert not finite[bad].any()
         assert finite[[row for row in range(3) if row != bad]].all()
 
@@ -136,9 +137,9 @@ def test_any_strides(name, path, rows, steps, offset):
     stored = stored_weight(_weight(name, 24, 256))
     storage = torch.randn(offset + rows * steps[0] + 256 * steps[1] + 1).half()
     x = storage.as_strided((rows, 256), steps, offset)
-    multiply = LINEAR_PATHS[PATHS_OF[name][min(path, len(PATHS_OF[name]) - 1)]]
-    expected = multiply(x.contiguous(), stored, None, None, HOPPER)
-    torch.testing.assert_close(multiply(x, stored, None, None, HOPPER), expected)
+    taken = PATHS_OF[name][min(path, len(PATHS_OF[name]) - 1)]
+    expected = multiply(taken, x.contiguous(), stored, None, None, HOPPER)
+    torch.testing.assert_close(multiply(taken, x, stored, None, None, HOPPER), expected)
 
 
 def test_rows_that_span_more_than_32_bits():
@@ -152,16 +153,26 @@ def test_rows_that_span_more_than_32_bits():
         assert torch.equal(quantized_linear(x, weight, fast=fast), quantized_linear(values, weight, fast=fast))
 
 
-def test_long_inputs_go_in_pieces(monkeypatch):
-    from lowbit.ops import linear_paths
+def test_tensors_on_several_devices_are_named():
+    x, weight = torch.randn(20, 256), _weight("int8", 24, 256)
+    with pytest.raises(FormatError, match="another device"):
+        quantized_linear(x, weight, torch.empty(24, device="meta"))
+    elsewhere = dataclasses.replace(weight._params, scale=torch.empty(24, 1, device="meta"))
+    with pytest.raises(FormatError, match="another device"):
+        quantized_linear(x, QuantizedTensor(weight._qdata, weight._layout_cls, elsewhere))
 
+
+@pytest.mark.parametrize(("name", "path"), [("e4m3", "fp8_rows"), ("mxfp8", "fp8_rows"), ("int8", "int8_rows")])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+def test_long_inputs_go_in_pieces(name, path, order, monkeypatch):
+    """Also an input that no view shows as rows."""
     torch.manual_seed(0)
-    weight = _weight("e4m3", 32, 64)
-    x = torch.randn(300, 64)
-    whole = fp8_rows_linear(x, stored_weight(weight), None, None, HOPPER)
-    monkeypatch.setattr(linear_paths, "CHUNK_NBYTES", 130 * 64)
-    assert len(linear_paths._row_chunks(300, 64)) == 3
-    torch.testing.assert_close(fp8_rows_linear(x, stored_weight(weight), None, None, HOPPER), whole)
+    weight, bias = stored_weight(_weight(name, 32, 64)), torch.randn(32)
+    x = torch.randn(3, 100, 64).permute(order)
+    whole = multiply(path, x, weight, bias, "silu", HOPPER)
+    monkeypatch.setattr(linear_8bit, "CHUNK_NBYTES", 130 * 64)
+    assert len(linear_8bit._row_chunks(300, 64)) == 3
+    assert torch.equal(multiply(path, x, weight, bias, "silu", HOPPER), whole)
 
 
 KIND_PATHS = [
@@ -176,11 +187,11 @@ def test_weight_that_is_a_part_of_wider_rows(name, path, gpu):
     torch.manual_seed(0)
     weight = _weight(name, 24, 256)
     x, data = torch.randn(5, 256).half(), weight._qdata
-    expected = LINEAR_PATHS[path](x, stored_weight(weight), None, None, gpu)
+    expected = multiply(path, x, stored_weight(weight), None, None, gpu)
     wide = torch.randint(0, 100, (data.shape[0], 2 * data.shape[1]), dtype=torch.uint8).view(data.dtype)
     part = wide[:, : data.shape[1]].copy_(data)
     stored = stored_weight(QuantizedTensor(part, weight._layout_cls, weight._params))
-    torch.testing.assert_close(LINEAR_PATHS[path](x, stored, None, None, gpu), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(multiply(path, x, stored, None, None, gpu), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -210,13 +221,13 @@ def test_weight_of_any_alignment_and_order(name, path):
     torch.manual_seed(0)
     weight = _weight(name, 32, 256)
     x = torch.randn(3, 256).half()
-    expected = LINEAR_PATHS[path](x, stored_weight(weight), None, None, HOPPER)
+    expected = multiply(path, x, stored_weight(weight), None, None, HOPPER)
     data = weight._qdata
     storage = torch.empty(data.numel() + 16, dtype=torch.uint8)
     moved = storage[3 : 3 + data.numel()].view(data.dtype).view(data.shape).copy_(data)
     for other in (moved, data.t().contiguous().t()):
         stored = stored_weight(QuantizedTensor(other, weight._layout_cls, weight._params))
-        torch.testing.assert_close(LINEAR_PATHS[path](x, stored, None, None, HOPPER), expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(multiply(path, x, stored, None, None, HOPPER), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.fixture
@@ -225,8 +236,8 @@ def quantizations(monkeypatch):
     release_scratch()
     seen = []
     for name in ("quantize_rows", "rotate_rows"):
-        plain = getattr(linear_paths, name)
-        monkeypatch.setattr(linear_paths, name, lambda x, *rest, plain=plain: seen.append(x) or plain(x, *rest))
+        plain = getattr(linear_8bit, name)
+        monkeypatch.setattr(linear_8bit, name, lambda x, *rest, plain=plain: seen.append(x) or plain(x, *rest))
     return seen
 
 
@@ -275,7 +286,7 @@ def _release_scratch(x, weight):
 
 def _fail_in_the_middle(x, weight):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear_paths, "matmul_rows", lambda *args, **options: 1 / 0)
+        patch.setattr(linear_8bit, "matmul_rows", lambda *args, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             quantized_linear(x * 3, weight, input_group="q")
     return x
@@ -354,7 +365,7 @@ def test_threads_share_nothing(quantizations):
 def test_released_scratch_is_not_kept_for_the_next_of_a_group():
     x, weight = torch.randn(20, 256), _weight("int8", 24, 256)
     quantized_linear(x, weight, input_group="q")
-    kept = [weakref.ref(tensor) for tensor in scratch_here(x.device).left[0] if tensor is not None]
+    kept = [weakref.ref(tensor) for tensor in scratch_here(x.device).left[0].tensors if tensor is not None]
     release_scratch()
     assert kept
     assert all(tensor() is None for tensor in kept)

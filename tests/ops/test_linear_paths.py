@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -17,17 +18,24 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowbit.kernels import launch as launch_module
+from lowbit.kernels import matmul_hopper, matmul_rows
 from lowbit.kernels.decode import decode_reference
-from lowbit.kernels.stored_weight import MXFP8, NVFP4, StoredWeight
-from lowbit.ops import linear_paths
+from lowbit.kernels.launch import Replay
+from lowbit.kernels.stored_weight import FP8, MXFP8, NVFP4, StoredWeight
+from lowbit.ops import linear_8bit, linear_few_rows, linear_paths
 from lowbit.ops import linear_reference as linear_reference_module
 from lowbit.ops import scratch as scratch_module
 from lowbit.ops.linear_kitchen import kitchen_linear
-from lowbit.ops.linear_table import Gpu
+from lowbit.ops.linear_table import FP8_ROWS, KITCHEN, REFERENCE, Gpu, choose_path
 from lowbit.ops.linear_weight import stored_weight
 from lowbit.ops.scratch import Scratch
+from lowbit.ops.shared_input import FIRST
 
+from ..kernels.products import multiply, product_of
+from ..kernels.stored import MAKERS, make
 from .linear_weights import random_weight
 
 torch.set_num_threads(1)
@@ -86,20 +94,39 @@ def test_kitchen_quantizes_activations_to_what_the_file_says(linear_dtype, monke
     assert seen == [linear_dtype] * 2
 
 
-def test_out_of_memory_is_not_taken_for_a_refusal(monkeypatch):
-    """cuBLAS stays in use after an out-of-memory error, which reaches the caller."""
+@pytest.fixture
+def refused(monkeypatch):
+    """What torch._scaled_mm refused: nothing yet. It is asked on a CPU too, and Triton's kernels do nothing."""
+    monkeypatch.setattr(linear_8bit, "_scaled_mm_refused", set())
+    monkeypatch.setattr(linear_8bit, "_scaled_mm_said", set())
+    monkeypatch.setattr(linear_8bit, "_takes_scaled_mm", lambda call: True)
+    monkeypatch.setattr(linear_8bit, "quantize_rows", lambda *args: None)
+    return linear_8bit._scaled_mm_refused
 
+
+@pytest.fixture
+def multiplied(refused, monkeypatch):
+    """The dtypes of the codes that Triton multiplied."""
+    dtypes = []
+    monkeypatch.setattr(linear_8bit, "matmul_rows", lambda q, codes, *args, **options: dtypes.append(codes.dtype))
+    return dtypes
+
+
+def _fp8_product(gpu, dtype=torch.float8_e4m3fn):
+    weight = StoredWeight(FP8, torch.zeros(16, 32).to(dtype), torch.ones(1), 16, 32)
+    return multiply(FP8_ROWS, torch.zeros(16, 32).bfloat16(), weight, None, None, gpu)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), torch.AcceleratorError("an illegal access")])
+def test_errors_that_another_product_would_run_into_reach_the_caller(error, refused, multiplied, monkeypatch):
     def fails(*args, **kwargs):
-        raise torch.OutOfMemoryError("no memory")
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
+        raise error
 
     monkeypatch.setattr(torch, "_scaled_mm", fails)
-    out, codes = torch.empty(16, 16, dtype=torch.bfloat16).as_subclass(OnGpu), torch.empty(16, 16)
-    with pytest.raises(torch.OutOfMemoryError):
-        linear_paths._fp8_matmul(codes, codes, torch.ones(16, 1), None, None, out, Gpu((9, 0)))
-    assert not linear_paths._scaled_mm_refused
+    with pytest.raises(type(error)):
+        _fp8_product(Gpu((9, 0)))
+    assert not refused
+    assert not multiplied
 
 
 class _Refusing:
@@ -112,7 +139,8 @@ class _Refusing:
         self.calls += 1
         if codes.dtype == torch.float8_e5m2:
             raise RuntimeError("b.dtype() == at::kFloat8_e4m3fn INTERNAL ASSERT FAILED")
-        out.copy_((q.float() @ codes.float()) * row_scale * columns + (0 if bias is None else bias))
+        product = (q.float() @ codes.float()) * row_scale * columns + (0 if bias is None else bias)
+        return product.to(options["out_dtype"]) if out is None else out.copy_(product)
 
 
 @pytest.mark.parametrize(
@@ -133,55 +161,33 @@ class _Refusing:
         (RuntimeError("CUDA error: CUBLAS_STATUS_INTERNAL_ERROR when calling `cublasLtMatmul`"), False),
     ],
 )
-def test_only_a_call_that_is_unsupported_switches_scaled_mm_off(error, for_good, monkeypatch):
+def test_only_a_call_that_is_unsupported_switches_scaled_mm_off(error, for_good, multiplied, monkeypatch):
     """Anything else may have been this once: the call is done another way, and the next one tries again."""
-    calls, multiplied = [], []
+    calls = []
 
     def fails(*args, **kwargs):
         calls.append(args)
         raise error
 
     monkeypatch.setattr(torch, "_scaled_mm", fails)
-    monkeypatch.setattr(linear_paths, "_scaled_mm_refused", set())
-    monkeypatch.setattr(linear_paths, "_scaled_mm_said", set())
-    monkeypatch.setattr(linear_paths, "_takes_scaled_mm", lambda out, n, k: True)
-    monkeypatch.setattr(linear_paths, "matmul_rows", lambda *args, **options: multiplied.append(args))
-    q, out = torch.zeros(16, 32).to(torch.float8_e4m3fn), torch.zeros(16, 16, dtype=torch.bfloat16)
     for _ in range(3):
-        assert linear_paths._fp8_matmul(q, q, torch.ones(16, 1), None, None, out, Gpu((9, 0)))
+        _fp8_product(Gpu((9, 0)))
     assert len(multiplied) == 3
     assert len(calls) == (1 if for_good else 3)
-    assert len(linear_paths._scaled_mm_said) == 1
-
-
-def test_a_broken_gpu_is_not_asked_for_another_product(monkeypatch):
-    def fails(*args, **kwargs):
-        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setattr(torch, "_scaled_mm", fails)
-    monkeypatch.setattr(linear_paths, "_takes_scaled_mm", lambda out, n, k: True)
-    q, out = torch.zeros(16, 32).to(torch.float8_e4m3fn), torch.zeros(16, 16, dtype=torch.bfloat16)
-    with pytest.raises(torch.AcceleratorError):
-        linear_paths._fp8_matmul(q, q, torch.ones(16, 1), None, None, out, Gpu((9, 0)))
+    assert len(linear_8bit._scaled_mm_said) == 1
 
 
 @pytest.fixture
-def refusing(monkeypatch):
-    """torch._scaled_mm refuses e5m2, tensors pass for CUDA's, scratch is plain memory, nothing is refused yet."""
+def refusing(refused, monkeypatch):
+    """torch._scaled_mm refuses e5m2."""
     stand_in = _Refusing()
     monkeypatch.setattr(torch, "_scaled_mm", stand_in)
-    monkeypatch.setattr(linear_paths, "_scaled_mm_refused", set())
-    monkeypatch.setattr(linear_paths, "_takes_scaled_mm", lambda out, n, k: True)
     return stand_in
 
 
-def test_a_dtype_that_scaled_mm_refuses_does_not_stop_the_others(refusing, monkeypatch):
-    multiplied = []
-    monkeypatch.setattr(linear_paths, "matmul_rows", lambda *args, **options: multiplied.append(args[1].dtype))
-    q, out = torch.zeros(16, 32).to(torch.float8_e4m3fn), torch.zeros(16, 16, dtype=torch.bfloat16)
+def test_a_dtype_that_scaled_mm_refuses_does_not_stop_the_others(refusing, multiplied):
     for dtype in (torch.float8_e5m2, torch.float8_e5m2, torch.float8_e4m3fn):
-        codes = torch.zeros(16, 32).to(dtype)
-        linear_paths._fp8_matmul(q, codes, torch.ones(16, 1), None, None, out, Gpu((8, 9)))
+        _fp8_product(Gpu((8, 9)), dtype)
     assert multiplied == [torch.float8_e5m2] * 2
     assert refusing.calls == 2
 
@@ -191,7 +197,7 @@ def test_without_triton_a_refused_fp8_product_is_16_bit(name, refusing):
     """Windows without Triton: the prompt goes on."""
     weight, x, bias = random_weight(name, 32, 64), torch.randn(20, 64).bfloat16(), torch.randn(32)
     for _ in range(2):
-        out = linear_paths.fp8_rows_linear(x, stored_weight(weight), bias, "silu", Gpu((8, 9), triton=False))
+        out = multiply(FP8_ROWS, x, stored_weight(weight), bias, "silu", Gpu((8, 9), triton=False))
         reference = F.silu(x.double()) @ weight.dequantize().double().t() + bias.double()
         assert ((out.double() - reference).norm() / reference.norm()).item() < 5e-2
     assert refusing.calls == (1 if name == "fp8_e5m2" else 2)
@@ -212,7 +218,7 @@ def test_what_linears_keep_is_made_on_a_thread_of_its_own(monkeypatch):
         patched = functools.partial(records, getattr(owner, name), name)
         monkeypatch.setattr(owner, name, patched if owner is torch else lambda *a, p=patched, **k: p(*a, **k))
     Scratch().take((((8,), torch.float32),), device)
-    linear_paths._kept_ones(3, device)
+    linear_8bit._kept_ones(3, device)
     decode._e2m1_table(device)
     decode_rows.unrotation_matrix(64, device, torch.float32)
     assert threads.keys() == {"empty", "tensor", "to"}
@@ -309,7 +315,7 @@ def test_scratch_made_in_inference_mode_can_be_written_outside():
     scratch, spec = Scratch(), ((8,), torch.float32)
     with torch.inference_mode():
         scratch.take((spec,), torch.device("cpu"))
-    scratch.take((spec, None), torch.device("cpu"))[0].copy_(torch.ones(8))
+    scratch.take((spec, None), torch.device("cpu")).tensors[0].copy_(torch.ones(8))
 
 
 def test_scratch_released_by_another_thread_while_it_is_taken(monkeypatch):
@@ -323,10 +329,114 @@ def test_scratch_released_by_another_thread_while_it_is_taken(monkeypatch):
             scratch.release()
             return False
 
-    monkeypatch.setattr(scratch_module, "_MOST_VIEWS", OtherThread())
-    views = scratch.take(specs, device)
-    assert all(view is not None for view in views)
+    monkeypatch.setattr(scratch_module, "_MOST_CUTS", OtherThread())
+    cut = scratch.take(specs, device)
+    assert all(tensor is not None for tensor in cut.tensors)
     assert scratch.nbytes == 0
-    monkeypatch.setattr(scratch_module, "_MOST_VIEWS", 256)
-    assert scratch.take(specs, device)[0] is not views[0]
+    monkeypatch.setattr(scratch_module, "_MOST_CUTS", 256)
+    assert scratch.take(specs, device) is not cut
     assert scratch.nbytes > 0
+
+
+class _Launches(list):
+    """What is launched, as the compiled kernels are given it; nothing is compiled."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.compiled = 0
+        patch.setattr(launch_module, "_DIRECT", True)
+        patch.setattr(launch_module, "_launches", {})
+        patch.setattr(launch_module, "_hooked", lambda: False)
+        patch.setattr(launch_module, "_launch_by_triton", self._launch)
+        patch.setattr(launch_module, "make_tensordesc_arg", self._describe, raising=False)
+        patch.setattr(scratch_module, "INTERPRETED", True)  # kept, as a GPU's is
+        for owner in (linear_few_rows, matmul_rows, matmul_hopper):
+            patch.setattr(owner, "multiprocessor_count", lambda index: 132)
+        patch.setattr(matmul_hopper, "compute_capability", lambda index: (9, 0))
+        for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
+            patch.setattr(torch._C, name, lambda *args: 0, raising=False)
+
+    def _launch(self, kernel, grid, arguments, constants, options):
+        self.compiled += 1
+        before = (kernel.fn.__name__, *options.items())
+        known = launch_module._Launch(lambda *given: self.append(given), before, tuple(constants.items()), (1, 2, 3))
+        known.call(*grid, 0, *before, *launch_module._values(known, arguments), *known.after)
+        return known
+
+    def _describe(self, descriptor, metadata):
+        return [(descriptor.base.data_ptr(), metadata, *descriptor.block_shape), *descriptor.shape, *descriptor.strides]
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Fails at every operation of PyTorch but a view."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.is_view, func
+        return func(*args, **(kwargs or {}))
+
+
+class _Watched(Replay):
+    """Its function must do nothing that a later call would leave out, and is called once."""
+
+    __slots__ = ("called",)
+
+    def __call__(self, addresses, function, *arguments):
+        def watched(*arguments):
+            assert not hasattr(self, "called")
+            self.called = True
+            with _OnlyViews():
+                function(*arguments)
+
+        super().__call__(addresses, watched, *arguments)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    name=st.sampled_from(sorted(MAKERS)),
+    rows=st.sampled_from([1, 2, 5, 17, 40, 1030]),
+    steps=st.sampled_from([(1, 0), (2, 0), (1, 1)]),
+    count=st.sampled_from([24, 64, 132]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    bias=st.sampled_from([None, torch.float32, torch.bfloat16]),
+    activation=st.sampled_from([None, "silu"]),
+    fast=st.booleans(),
+    shared=st.booleans(),
+    gpu=st.sampled_from([Gpu((9, 0), triton=True), Gpu((8, 6), triton=True), Gpu((12, 0), triton=True)]),
+)
+def test_later_calls_launch_what_the_first_would_have(
+    name, rows, steps, count, dtype, bias, activation, fast, shared, gpu
+):
+    """With their own tensors, to the last argument, and without Triton's front end."""
+    columns = 512
+
+    def tensors():
+        x = torch.randn(rows * steps[0], columns + 16 * steps[1]).to(dtype)[:: steps[0], :columns]
+        # With ComfyUI in the process, the layout of e5m2 is another.
+        weight = make("e4m3" if name == "e5m2" else name, count, columns, torch.device("cpu"))
+        if name == "e5m2":
+            weight = dataclasses.replace(weight, data=weight.data.float().to(torch.float8_e5m2))
+        return x, weight, None if bias is None else torch.randn(count).to(bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        launches, (x, weight, values), others = _Launches(patch), tensors(), tensors()
+        path = choose_path(weight.kind, fast, rows, count, columns, dtype, gpu)
+        if path in (KITCHEN, REFERENCE):
+            return
+        activated: dict[int, torch.Tensor] = {}
+        activate = lambda x, activation: activated.setdefault(id(x), F.silu(x)) if activation else x  # noqa: E731
+        for owner in (linear_8bit, linear_few_rows, linear_paths):
+            patch.setattr(owner, "Replay", _Watched)
+        patch.setattr(linear_few_rows, "apply_activation", activate)
+        patch.setattr(linear_paths, "apply_activation", activate)
+        product = product_of(path, x, weight, values, activation, gpu, shared)
+        product(x, weight, values, FIRST)
+        out, compiled = torch.empty(rows, count, dtype=dtype), launches.compiled
+        patch.setattr(torch.Tensor, "new_empty", lambda *args: out)
+        launches.clear()
+        product(*others, FIRST)
+        again = list(launches)
+        assert launches.compiled == compiled
+        launches.clear()
+        launch_module._launches.clear()
+        product_of(path, *others, activation, gpu, shared)(*others, FIRST)
+        assert again == launches
+        assert again

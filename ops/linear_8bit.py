@@ -1,0 +1,259 @@
+"""Quantizes an input row by row, to e4m3 or int8, and multiplies it with 8-bit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import re
+from typing import Any
+
+import torch
+
+from ..kernels.decode_rows import decode_rows
+from ..kernels.launch import Replay, addresses_of
+from ..kernels.matmul_rows import matmul_rows
+from ..kernels.quantize_rows import quantize_rows, quantize_rows_reference
+from ..kernels.rotate_rows import rotate_rows
+from ..kernels.runtime import made_to_keep
+from ..kernels.stored_weight import INT8, MXFP8, NVFP4
+from .linear_call import LinearCall, Product, bias_like, straight
+from .linear_reference import linear_reference
+from .linear_table import Gpu
+from .scratch import Spec, scratch_here
+from .shared_input import SharedInput
+
+_log = logging.getLogger("lowbit.linear")
+
+_E4M3 = torch.float8_e4m3fn
+
+CHUNK_NBYTES = 512 << 20
+"""Quantized activations kept in scratch at once; longer inputs are multiplied in pieces of rows."""
+
+
+def rows_or_pieces(product: type[Product], call: LinearCall) -> Product:
+    """`Int8Rows` or `Fp8Rows`, one after the other for the pieces of a long input."""
+    return _InPieces(call, product) if call.rows * call.weight.columns > CHUNK_NBYTES else product(call)
+
+
+class _InPieces(Product):
+    """An input whose quantized rows are more than `CHUNK_NBYTES`: equal pieces of it, one after the other."""
+
+    def __init__(self, call: LinearCall, product: type[Product]) -> None:
+        super().__init__(call)
+        rows = torch.empty_strided(call.shape, call.strides, device="meta").reshape(self.rows, self.columns)
+        self.pieces = _row_chunks(self.rows, self.columns)
+        sizes = {stop - start for start, stop in self.pieces}
+        alone = dataclasses.replace(call, strides=rows.stride(), shared=False)
+        self.products = {size: product(dataclasses.replace(alone, shape=(size, self.columns))) for size in sizes}
+
+    def __call__(self, x, weight, bias, group="", out=None):
+        x, out = self._as_rows(x), torch.empty(self.rows, self.count, dtype=self.dtype, device=self.device)
+        for start, stop in self.pieces:
+            piece = out[start:stop]
+            made = self.products[stop - start](x[start:stop], weight, bias, "", piece)
+            if made is not piece:
+                piece.copy_(made)
+        return out.view(self.out_shape)
+
+
+def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
+    """(start, stop) of equal pieces whose quantized rows stay under `CHUNK_NBYTES`."""
+    pieces = -(-rows * columns // CHUNK_NBYTES)
+    size = -(-rows // pieces // 128) * 128
+    size = max(size, -(-rows // pieces))
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+class Int8Rows(Product):
+    """x is rotated (convrot) and quantized to int8 row by row, and multiplied with the int8 grid of an integer weight."""
+
+    def __init__(self, call: LinearCall) -> None:
+        super().__init__(call)
+        decodes = call.weight.kind != INT8
+        self.specs: tuple[Spec, ...] = (
+            ((self.rows, self.columns), torch.int8),
+            ((self.rows, 1), torch.float32),
+            ((self.count, self.columns), torch.int8) if decodes else None,
+            call.codes_spec(1 if decodes else 16),
+        )
+        self.how = torch.int8, call.weight.rotation, call.activation
+        self.quantize, self.multiply = Replay(), Replay()
+
+    def __call__(self, x, weight, bias, group="", out=None):
+        out = x.new_empty(self.out_shape) if out is None else out
+        shared = SharedInput.of(x, group, self.how) if self.call.shared else None
+        scratch = scratch_here(self.device)
+        left, cut = scratch.left, scratch.take(self.specs, self.device)
+        (q, row_scale, decoded, codes), places = cut
+        weight = straight(weight, codes)
+        places = addresses_of(places, x, out, bias, *weight.tensors)
+        if shared is None or not shared.is_left(left, cut):
+            self.quantize(places, self._quantize, x, q, row_scale)
+        self.multiply(places, self._multiply, q, row_scale, weight, decoded, bias, out)
+        if shared is not None:
+            scratch.left = cut, shared
+        return out
+
+    def _quantize(self, x, q, row_scale):
+        x, rotation = self._as_rows(x), self.call.weight.rotation
+        if rotation:
+            rotate_rows(x, q, row_scale, rotation, self.call.activation)
+        else:
+            quantize_rows(x, q, row_scale, self.call.activation)
+
+    def _multiply(self, q, row_scale, weight, decoded, bias, out):
+        if decoded is not None:
+            decode_rows(weight, decoded, hardware_e4m3=self.call.hardware_e4m3)
+        codes, descriptors = weight.data if decoded is None else decoded, self.call.has_room_for_descriptors
+        matmul_rows(q, codes, row_scale, weight.scale, bias, self._as_rows(out), descriptors=descriptors)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_ones(count: int, device: torch.device) -> torch.Tensor:
+    # Copied from the host, which waits: a kernel that fills them would run on no stream of the caller's.
+    return made_to_keep(lambda: torch.ones(1, count).to(device))
+
+
+def _ones(count: int, device: torch.device) -> torch.Tensor:
+    """(1, count) ones, kept; while a CUDA graph is captured, ones of that graph, which only its replay writes."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.ones(1, count, device=device)
+    return _kept_ones(count, device)
+
+
+_FATAL = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+"""Errors that another product would run into as well."""
+
+_UNSUPPORTED = re.compile("support|float8|invalid scaling config|not implemented|arch_mismatch", re.IGNORECASE)
+"""What PyTorch and cuBLAS say of a call that they never take here; of any other failure, the next call may succeed."""
+
+
+_scaled_mm_refused: set[tuple[tuple[int, int], torch.dtype]] = set()
+"""(compute capability, dtype of the weight's codes) that it refused: below cc 9.0 it takes e4m3 only."""
+
+_scaled_mm_said: set[tuple[bool, torch.dtype]] = set()
+"""Warnings given: whether the call is supported, and the dtype of the weight's codes."""
+
+
+def _scaled_mm_failed(error: Exception, gpu: Gpu, dtype: torch.dtype) -> None:
+    """Say what multiplies instead: for good where the call is unsupported, else for this once."""
+    supported = not (isinstance(error, NotImplementedError) or _UNSUPPORTED.search(str(error)))
+    if not supported:
+        _scaled_mm_refused.add((gpu.cc, dtype))
+    if (supported, dtype) not in _scaled_mm_said:
+        _scaled_mm_said.add((supported, dtype))
+        _log.warning(
+            "torch._scaled_mm %s here (%s); %s instead.",
+            "failed this time" if supported else "does not take scales per row",
+            str(error).partition("\n")[0],
+            "Triton multiplies FP8" if gpu.triton else "the product is 16-bit",
+        )
+
+
+def _takes_scaled_mm(call: LinearCall) -> bool:
+    weight = call.weight
+    return (
+        call.dtype == torch.bfloat16
+        and weight.rows % 16 == 0
+        and weight.columns % 16 == 0
+        and call.device.type == "cuda"
+    )
+
+
+class Fp8Rows(Product):
+    """x is quantized to e4m3 row by row and multiplied with FP8 codes; mxfp8 and nvfp4 become e4m3 with a scale per row."""
+
+    def __init__(self, call: LinearCall) -> None:
+        super().__init__(call)
+        weight, row_scale = call.weight, ((self.rows, 1), torch.float32)
+        self.blocks = weight.kind in (MXFP8, NVFP4)
+        self.codes_dtype = _E4M3 if self.blocks else weight.dtype
+        self.by_scaled_mm = _takes_scaled_mm(call)
+        # One scale for the weight goes into those of x's rows; into a copy of them, where others read them too.
+        self.folds = weight.scale_mode == 1 and not self.blocks
+        self.how = _E4M3, call.activation
+        self.specs: tuple[Spec, ...] = (
+            ((self.rows, self.columns), _E4M3),
+            row_scale,
+            row_scale if call.shared and self.folds else None,
+            ((self.count, self.columns), _E4M3) if self.blocks else None,
+            ((1, self.count), torch.float32) if self.blocks else None,
+            call.codes_spec(1 if self.blocks else 16),
+        )
+        self.decode, self.quantize, self.multiply = Replay(), Replay(), Replay()
+
+    def __call__(self, x, weight, bias, group="", out=None):
+        call = self.call
+        refused = (call.gpu.cc, self.codes_dtype) in _scaled_mm_refused
+        if refused and not call.gpu.triton:
+            return linear_reference(x, weight, bias, fast=False, activation=call.activation)
+        shared = SharedInput.of(x, group, self.how) if call.shared else None
+        scratch = scratch_here(self.device)
+        left, cut = scratch.left, scratch.take(self.specs, self.device)
+        (q, row_scale, scaled, decoded, decoded_scale, copied), places = cut
+        stored = straight(weight, copied)
+        column_scale = None if self.folds else decoded_scale if self.blocks else stored.scale_row
+        if decoded is not None:
+            self.decode(addresses_of(places, *stored.tensors), self._decode, stored, decoded, decoded_scale)
+        if shared is None or not shared.is_left(left, cut):
+            folded = stored.scale if self.folds and scaled is None else None
+            self.quantize(addresses_of(places, x, folded), self._quantize, x, q, row_scale, folded)
+        if scaled is not None:
+            row_scale = torch.mul(row_scale, stored.scale, out=scaled)
+        made = None
+        if self.by_scaled_mm and not refused:
+            codes = stored.transposed if decoded is None else decoded.t()
+            made = _by_scaled_mm(q, codes, row_scale, column_scale, bias_like(bias, self.dtype), out, call)
+        if made is None and call.gpu.triton:
+            made = x.new_empty(self.out_shape) if out is None else out
+            ones = _ones(1, self.device) if column_scale is None else None
+            places = addresses_of(places, made, bias, ones, *stored.tensors)
+            column_scale = column_scale if ones is None else ones
+            codes = stored.data if decoded is None else decoded
+            self.multiply(places, self._multiply, q, codes, row_scale, column_scale, bias, made)
+        elif made is None:
+            return linear_reference(x, weight, bias, fast=False, activation=call.activation)
+        if shared is not None:
+            scratch.left = cut, shared
+        return made if made.dim() == len(self.out_shape) else made.view(self.out_shape)
+
+    def _decode(self, weight, decoded, decoded_scale):
+        decode_rows(weight, decoded, decoded_scale, hardware_e4m3=self.call.hardware_e4m3)
+
+    def _quantize(self, x, q, row_scale, folded):
+        quantize = quantize_rows if self.call.gpu.triton else _quantize_without_triton
+        quantize(self._as_rows(x), q, row_scale, self.call.activation, folded)
+
+    def _multiply(self, q, codes, row_scale, column_scale, bias, out):
+        descriptors = self.call.has_room_for_descriptors
+        matmul_rows(q, codes, row_scale, column_scale, bias, self._as_rows(out), descriptors=descriptors)
+
+
+def _by_scaled_mm(
+    q: torch.Tensor,
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    call: LinearCall,
+) -> torch.Tensor | None:
+    """(q @ codes) x scales + bias by cuBLAS, (M, N), in `out` where that is given; None where it does not take it."""
+    columns = _ones(codes.shape[1], codes.device) if column_scale is None else column_scale
+    options: dict[str, Any] = {"out_dtype": call.dtype, "use_fast_accum": True, "out": out}
+    try:
+        return torch._scaled_mm(q, codes, row_scale, columns, bias=bias, **options)
+    except _FATAL:
+        raise
+    except (RuntimeError, ValueError) as error:
+        _scaled_mm_failed(error, call.gpu, codes.dtype)
+        return None
+
+
+def _quantize_without_triton(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, activation: str | None, folded: torch.Tensor | None
+) -> None:
+    quantized, row_scale = quantize_rows_reference(x, q.dtype, 0, activation)
+    q.copy_(quantized)
+    scale.view(-1).copy_(row_scale if folded is None else row_scale * folded)
