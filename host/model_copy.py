@@ -21,6 +21,7 @@ from ..attention.candidates import Policy
 from ..attention.schedule import Schedule
 from ..attention.sequence_split import Exchange
 from ..ops.checkpoint import open_checkpoint
+from ..ops.header import FileStamp, file_stamp
 from ..versions import find
 from .attention.installing import install_override
 from .attention.override import OVERRIDE, AttentionOverride, chosen_kernel
@@ -96,7 +97,7 @@ class Copies:
     """The models of one worker."""
 
     def __init__(self) -> None:
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[FileStamp | None, Any]] = {}
         self._copies: dict[str, tuple[str, Any]] = {}
         self._loaded: str | None = None
         self._limit = VramLimit(session().device)
@@ -104,18 +105,21 @@ class Copies:
     def load_file(self, file: Sequence[Any]) -> str:
         """What copies are made of; returns its name."""
         origin = json.dumps([str(part) for part in file])
-        if origin not in self._files:
-            loader, *arguments = file
+        loader, *arguments = file
+        path = Path(arguments[0])
+        # A file that was written anew is another one; what was read of one that is gone is still that model.
+        stamp = file_stamp(path) if path.exists() else None
+        if origin not in self._files or stamp not in (None, self._files[origin][0]):
             if LOADERS[loader] is load_diffusion_model:
                 # ComfyUI's own process looks at the numbers, and computes nothing before.
                 known_finite.add(open_checkpoint(arguments[0]).stamps)
-            self._files[origin] = LOADERS[loader](*arguments)
+            self._files[origin] = stamp, LOADERS[loader](*arguments)
         return origin
 
     def take(self, model: str, description: Any) -> None:
         """Builds the copy of a model, of the one from the same file if there is one."""
         origin = self.load_file(description["model"])
-        copy = self._files[origin].clone()
+        copy = self._files[origin][1].clone()
         copy.patches = {key: [_unpacked(patch) for patch in patches] for key, patches in description["patches"].items()}
         copy.patches_uuid = uuid4()
         for path, scale in description["model_patches"]:
