@@ -134,7 +134,7 @@ class Worker:
     def _do_file(self, message: Message, tensors: list[torch.Tensor]) -> None:
         # What goes wrong is said when the model is sent.
         with contextlib.suppress(Exception):
-            self._copies.load_file(plain_data.put_together(message["file"], tensors))
+            self._copies.load_file(message["model"], plain_data.put_together(message["file"], tensors))
             self._reach("model's file")
 
     def _do_model(self, message: Message, tensors: list[torch.Tensor]) -> None:
