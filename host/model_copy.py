@@ -21,6 +21,7 @@ from ..attention.candidates import Policy
 from ..attention.schedule import Schedule
 from ..attention.sequence_split import Exchange
 from ..ops.checkpoint import open_checkpoint
+from ..ops.header import FileStamp, file_stamp
 from ..versions import find
 from .attention.installing import install_override
 from .attention.override import OVERRIDE, AttentionOverride, chosen_kernel
@@ -96,32 +97,36 @@ class Copies:
     """The models of one worker."""
 
     def __init__(self) -> None:
-        self._files: dict[str, Any] = {}
-        self._copies: dict[str, tuple[str, Any]] = {}
+        self._files: dict[str, tuple[FileStamp | None, Any]] = {}
+        self._origins: dict[str, str] = {}
+        self._copies: dict[str, Any] = {}
         self._loaded: str | None = None
         self._limit = VramLimit(session().device)
 
-    def load_file(self, file: Sequence[Any]) -> str:
-        """What copies are made of; returns its name."""
+    def load_file(self, model: str, file: Sequence[Any]) -> Any:
+        """What the model's copies are made of."""
         origin = json.dumps([str(part) for part in file])
-        if origin not in self._files:
-            loader, *arguments = file
+        loader, *arguments = file
+        path = Path(arguments[0])
+        # A file that was written anew is another one; what was read of one that is gone is still that model.
+        stamp = file_stamp(path) if path.exists() else None
+        if origin not in self._files or stamp not in (None, self._files[origin][0]):
             if LOADERS[loader] is load_diffusion_model:
                 # ComfyUI's own process looks at the numbers, and computes nothing before.
                 known_finite.add(open_checkpoint(arguments[0]).stamps)
-            self._files[origin] = LOADERS[loader](*arguments)
-        return origin
+            self._files[origin] = stamp, LOADERS[loader](*arguments)
+        self._origins[model] = origin
+        return self._files[origin][1]
 
     def take(self, model: str, description: Any) -> None:
         """Builds the copy of a model, of the one from the same file if there is one."""
-        origin = self.load_file(description["model"])
-        copy = self._files[origin].clone()
+        copy = self.load_file(model, description["model"]).clone()
         copy.patches = {key: [_unpacked(patch) for patch in patches] for key, patches in description["patches"].items()}
         copy.patches_uuid = uuid4()
         for path, scale in description["model_patches"]:
             copy.set_model_patch(MultiTalkCrossAttnPatch(load_model_patch(path), scale), _PATCHED)
         self._limit.apply(description["limit"])
-        self._copies[model] = origin, _with_attention(copy, description["attention"], Path(description["timings"]))
+        self._copies[model] = _with_attention(copy, description["attention"], Path(description["timings"]))
         self._loaded = None
 
     def begin(self, model: str) -> None:
@@ -130,7 +135,7 @@ class Copies:
 
     def end(self) -> None:
         """Lets go of what belongs to the run."""
-        for _, copy in self._copies.values():
+        for copy in self._copies.values():
             copy.cleanup()
             if (override := _override(copy)) is not None:
                 override.dispatcher.end_run()
@@ -139,22 +144,23 @@ class Copies:
                 clean()
 
     def forget(self, model: str) -> None:
-        """The copy goes, and its file with the last copy that is of it."""
+        """The copy goes, and its file with the last model that is of it, or will be."""
         self._copies.pop(model, None)
-        used = {origin for origin, _ in self._copies.values()}
+        self._origins.pop(model, None)
+        used = set(self._origins.values())
         self._files = {origin: base for origin, base in self._files.items() if origin in used}
         self._loaded = None
 
     def splitting(self, model: str, group: Any, speeds: Sequence[float], exchange: Exchange) -> CoreForward:
         """How the model's forward is split."""
-        network = self._copies[model][1].model.diffusion_model
+        network = self._copies[model].model.diffusion_model
         family = family_of(network)
         assert family is not None
         return CoreForward(network, family, group, speeds, exchange)
 
     def forward(self, model: str, call: Any, split: CoreForward | None) -> Any:
         """One call of the diffusion model, with the run's options from ComfyUI and the model's own from here."""
-        copy = self._copies[model][1]
+        copy = self._copies[model]
         override = _override(copy)
         if self._loaded != model:
             self._load(model, copy, call["inputs"]["x"].shape, 1 if split is None else split.size)

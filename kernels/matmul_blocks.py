@@ -395,9 +395,9 @@ def block_splits(columns: int) -> int:
 
 
 def _block_scale(weight: StoredWeight, hardware_e4m3: bool) -> torch.Tensor:
-    """The scales as a kernel takes them: e4m3 as such where the GPU converts it, else as bytes; or float32."""
+    """The scales as a kernel takes them: e4m3 as such where the GPU converts it, else as bytes; wider ones as they are."""
     scale = weight.block_scale
-    if scale.dtype == torch.float32:
+    if scale.dtype.itemsize > 1:
         return scale
     return scale.view(torch.float8_e4m3fn if hardware_e4m3 else torch.uint8)
 

@@ -10,6 +10,9 @@ import torch
 
 _libraries: list[torch.library.Library] = []
 
+# What is looked up may be elsewhere, or be another, when a CUDA graph is replayed. PyTorch 2.8 has no such tag.
+_STAYS_OUT_OF_GRAPHS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
 
 def register_operator(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define `torch.ops.lowbit.<name>` once per process, also when the pack is imported under two names.
@@ -29,17 +32,25 @@ def register_own_operator(
 ) -> torch._ops.OpOverloadPacket:
     """As `register_operator`, for one that looks things up in tables of its module: each import of the pack has its own.
 
+    torch.compile's CUDA graphs ("cudagraphs", "reduce-overhead") leave it out.
+
     Args:
         schema: without a name in front.
     """
     own = next(own for own in (f"{name}_{n}" for n in itertools.count(1)) if not hasattr(torch.ops.lowbit, own))
-    _register(own, own + schema, run, fake)
+    _register(own, own + schema, run, fake, _STAYS_OUT_OF_GRAPHS)
     return getattr(torch.ops.lowbit, own)
 
 
-def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _register(
+    name: str,
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
+) -> None:
     library = torch.library.Library("lowbit", "FRAGMENT")
-    library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, *tags))
     for key in ("CPU", "CUDA"):
         library.impl(name, run, key)
     torch.library.register_fake(f"lowbit::{name}", fake, lib=library)

@@ -53,7 +53,7 @@ class WorkerProcess:
         self._channel, there = Channel.pair()
         with there:
             self.process = subprocess.Popen(
-                [sys.executable, str(_START), str(there.fileno())],
+                [sys.executable, str(_START), str(there.fileno()), str(os.getpid())],
                 pass_fds=[there.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | environment,

@@ -20,6 +20,15 @@ from typing import Any
 
 PACK = "lowbit_worker"
 _DRIVER = "libcuda.so.1"
+_LOOK_FOR_PARENT = 2.0
+"""Seconds; a process that ComfyUI has forked may hold the socket open after its death."""
+
+
+def end_with(parent: int) -> None:
+    """Ends this process once its parent is another than ComfyUI, which may die while Python imports."""
+    while os.getppid() == parent:
+        time.sleep(_LOOK_FOR_PARENT)
+    os._exit(0)
 
 
 def make_context() -> None:
@@ -73,8 +82,9 @@ def import_pack(folder: Path, name: str) -> None:
 
 
 def main() -> None:
-    """Takes the number of its socket from the command line, and everything else from there."""
+    """Takes the numbers of its socket and of ComfyUI's process from the command line, and everything else from the socket."""
     reached = {"Python": time.time()}
+    threading.Thread(target=end_with, args=(int(sys.argv[2]),), daemon=True).start()
     # What imports make stays: to look through it for garbage again and again is a fifth of their time.
     gc.disable()
     sys.path.pop(0)  # this folder, whose files would hide others

@@ -102,10 +102,10 @@ class Team:
             WorkerError, OSError: a worker is gone, or the system starts none.
         """
         with self._lock:
-            self._name_of(owner)
+            model = self._name_of(owner)
             self._start()
             for worker in self.workers:
-                worker.send({"do": "file", "file": file[0]}, file[1])
+                worker.send({"do": "file", "model": model, "file": file[0]}, file[1])
 
     def stages(self) -> dict[str, dict[str, float]]:
         """Seconds from a worker's start to each stage that it has reached, by its name. Raises as `forward`."""

@@ -29,8 +29,6 @@ _BY_LOADER = frozenset({"file", "model", "begin", "forget"})
 """What has to do with models, in its order."""
 _BESIDE_LOADER = frozenset({"join", "stages"})
 """What waits for no model."""
-_LOOK_FOR_PARENT = 2.0
-"""Seconds; a process that ComfyUI has forked may hold the socket open after its death."""
 
 
 def serve(connection: Connection, reached: dict[str, float]) -> None:
@@ -60,12 +58,10 @@ class Worker:
         self._groups: dict[str, process_group.ProcessGroup] = {}
         self._speeds: dict[str, Sequence[float]] = {}
         self._generation = self._stopped = -1
-        self._parent = os.getppid()
 
     def serve(self) -> None:
         """Does what it is told until ComfyUI is gone."""
         threading.Thread(target=self._listen, daemon=True).start()
-        threading.Thread(target=self._watch, daemon=True).start()
         self._reach("pack")
         self._channel.send({"reply": "started"})
         while True:
@@ -100,11 +96,6 @@ class Worker:
                     self._messages.put((message, tensors))
         except (EOFError, OSError):
             os._exit(0)  # the other thread may be waiting for a GPU
-
-    def _watch(self) -> None:
-        while os.getppid() == self._parent:
-            threading.Event().wait(_LOOK_FOR_PARENT)
-        os._exit(0)
 
     def _stop(self, generation: int) -> None:
         self._stopped = max(self._stopped, generation)
@@ -143,7 +134,7 @@ class Worker:
     def _do_file(self, message: Message, tensors: list[torch.Tensor]) -> None:
         # What goes wrong is said when the model is sent.
         with contextlib.suppress(Exception):
-            self._copies.load_file(plain_data.put_together(message["file"], tensors))
+            self._copies.load_file(message["model"], plain_data.put_together(message["file"], tensors))
             self._reach("model's file")
 
     def _do_model(self, message: Message, tensors: list[torch.Tensor]) -> None:

@@ -54,7 +54,7 @@ _layer = register_own_operator("layer", _SCHEMA, _run, _fake)
 def opaque_layer(x: torch.Tensor, handle: OpaqueHandle, columns: int, activation: str | None = None) -> torch.Tensor:
     """The call of the module that `handle` is of: x (..., K) -> (..., columns), as it runs uncompiled.
 
-    Page faults, casts and LoRAs happen inside: no graph depends on them.
+    Page faults, casts and LoRAs happen inside: no graph depends on them, and no gradient reaches them.
     """
     return _layer(x, handle.sized.shape[0], columns, activation or "")
 
@@ -69,7 +69,7 @@ class OpaqueWhilePaged(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Core's."""
-        if torch.compiler.is_compiling() and hasattr(self, "_v") and not (args or kwargs or x.requires_grad):
+        if torch.compiler.is_compiling() and hasattr(self, "_v") and not (args or kwargs or torch.is_grad_enabled()):
             return opaque_layer(x, self.handle, getattr(self, "out_features", x.shape[-1]))
         return super().forward(x, *args, **kwargs)
 

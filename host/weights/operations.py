@@ -73,7 +73,7 @@ class QuantizedLinear(torch.nn.Module):
         if (
             torch.compiler.is_compiling()
             and type(input) is torch.Tensor
-            and not (args or kwargs or input.requires_grad)
+            and not (args or kwargs or torch.is_grad_enabled())
         ):
             return opaque_layer(input, self.handle, self.out_features, activation)
         side_product = self.side_product

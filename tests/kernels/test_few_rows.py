@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -156,3 +158,14 @@ def test_blocks(device, tiles, name, activation, threads_from_first, monkeypatch
             matmul_blocks(x, weight, bias, out, partial, tiles=tiles, activation=activation, **options)
             activated = x if activation is None else torch.nn.functional.silu(x.double())
             _check(out, activated, weight, bias, max(BAR, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_blocks_whose_relative_scales_a_file_has_in_16_bits(device, dtype):
+    weight = make("int4_codebook", 24, 256, device)
+    weight = dataclasses.replace(weight, block_scale=weight.block_scale.to(dtype))
+    x = torch.randn(3, 256, device=device, dtype=PLAIN_DOTS)
+    out = torch.full((3, 24), torch.nan, device=device, dtype=PLAIN_DOTS)
+    partial = torch.full((block_splits(256), 3, 24), torch.nan, device=device)
+    matmul_blocks(x, weight, None, out, partial, assembly=not INTERPRETED, hardware_e4m3=not INTERPRETED)
+    _check(out, x, weight, None, max(BAR, 1e-5))

@@ -169,6 +169,24 @@ def test_a_file_that_a_worker_cannot_load(host, load, divide, run):
     assert relative_error(run.sample(divide(model)), run.sample(model)) < 0.01
 
 
+def test_a_file_that_is_written_anew_is_another_model(host, load, divide, run, tmp_path):
+    """Whose worker has the old one, which still lives."""
+    from testing import tiny
+
+    from .conftest import CONFIGS
+
+    path, config = tmp_path / "wan.safetensors", CONFIGS["wan"]
+    models = []
+    for seed in (1, 2):
+        written = tmp_path / "new"
+        tiny.write_file(written, tiny.draw(tiny.wan.shapes(config), seed), config.metadata())
+        written.rename(path)
+        models.append(host.loading.load_diffusion_model(str(path)))
+        expected = run.sample(models[-1])
+        assert relative_error(run.sample(divide(models[-1])), expected) <= EXACT
+    assert not divide.said
+
+
 def test_workers_go_with_the_last_model(host, run):
     """A team of its own: the other tests' models stay."""
     import comfy.model_management as management
@@ -211,7 +229,7 @@ def test_a_worker_that_was_started_for_nothing_goes_too(host):
 
 
 PARENT = """
-import os, sys, torch
+import os, sys, time, torch
 sys.path += [{comfyui!r}, {root!r}, {here!r}]
 from comfy.cli_args import args
 args.cpu = True
@@ -220,22 +238,28 @@ from lowbit.host.weights.loading import load_diffusion_model
 from support import Run
 with torch.inference_mode():
     model = divide(load_diffusion_model({path!r}), [torch.device("cpu")] * 2, "sequence")
+    pid = next(iter(_TEAMS.values())).workers[0].process.pid
     run = Run((1, 16, 3, 10, 14))
+    if {early}:
+        holder = os.fork() or time.sleep({early}) or os._exit(0)
+        print(pid, flush=True)
     run.sample(model)
-    print(next(iter(_TEAMS.values())).workers[0].process.pid, flush=True)
+    print(pid, flush=True)
     while True:
         run.sample(model, 20)
 """
 
 
-def test_comfyui_killed_leaves_no_worker(host):
-    """In the middle of a run."""
+@pytest.mark.parametrize("early", [0, 2 * SOON])
+def test_comfyui_killed_leaves_no_worker(host, early):
+    """In the middle of a run, or while the worker starts and a process that ComfyUI forked holds its socket open."""
     here = Path(__file__).resolve().parent
     script = PARENT.format(
         comfyui=str(comfyui.find()),
         root=str(comfyui.CHECKOUT),
         here=str(here),
         path=str(host.folder / "wan.safetensors"),
+        early=early,
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     pid = int(parent.stdout.readline())

@@ -151,11 +151,29 @@ def test_a_worker_does_not_look_for_nan_where_comfyui_does(host, monkeypatch, tm
     looked = []
     monkeypatch.setattr("lowbit.ops.finite._look", looked.append)
     path = shutil.copy(host.folder / "wan.safetensors", tmp_path / "a.safetensors")
-    host.model_copy.Copies().load_file(["lowbit", str(path)])
+    host.model_copy.Copies().load_file("a model", ["lowbit", str(path)])
     assert looked == []
     path = shutil.copy(host.folder / "wan.safetensors", tmp_path / "b.safetensors")
     host.loading.load_diffusion_model(str(path))
     assert looked
+
+
+def test_a_file_is_loaded_once_and_goes_with_the_last_model_of_it(host, monkeypatch, tmp_path):
+    """Also one that is loaded before its model is sent, while another model goes."""
+    loaded = []
+    monkeypatch.setattr(host.model_copy, "LOADERS", {"any": lambda path: loaded.append(path) or object()})
+    path, copies = tmp_path / "a.safetensors", host.model_copy.Copies()
+    path.touch()
+    copies.load_file("one", ["any", str(path)])
+    copies.forget("another")
+    for model in ("one", "two"):
+        copies.load_file(model, ["any", str(path)])
+    copies.forget("one")
+    copies.load_file("two", ["any", str(path)])
+    assert len(loaded) == 1
+    copies.forget("two")
+    copies.load_file("three", ["any", str(path)])
+    assert len(loaded) == 2
 
 
 def test_a_memory_limit_goes_along(host, load, monkeypatch):

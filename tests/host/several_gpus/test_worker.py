@@ -54,7 +54,6 @@ def test_processes_meet_while_a_model_is_loaded(host, monkeypatch):
     from lowbit.host.several_gpus import worker
 
     monkeypatch.setattr(worker.Worker, "_listen", lambda self: None)
-    monkeypatch.setattr(worker.Worker, "_watch", lambda self: None)
     loading, go_on, told, done = threading.Event(), threading.Event(), queue.Queue(), []
 
     def take(model, description):

@@ -157,6 +157,17 @@ def test_layers_in_16_bits_are_opaque_while_dynamic_vram_pages_them(host, name):
         assert not targets
 
 
+def test_what_is_trained_in_a_compiled_model_gets_its_gradient(host):
+    with torch.inference_mode(False), torch.enable_grad():
+        network = load(host, "int8").model.diffusion_model
+        quantized, paged = network.blocks[0].self_attn.q, network.text_embedding[0]
+        scale, paged._v = torch.ones(256, 1, requires_grad=True), object()
+        quantized.weight_function = [lambda weight: weight * scale]
+        for linear, trained in ((quantized, scale), (paged, paged.weight.requires_grad_())):
+            torch.compile(linear, backend="aot_eager")(torch.randn(3, 256)).sum().backward()
+            assert trained.grad.norm() > 0
+
+
 def test_a_model_without_quantized_layers_keeps_cores_classes(host):
     model = load(host, "none").model
     assert not any(isinstance(module, host.opaque_layer.OpaqueWhilePaged) for module in model.modules())
