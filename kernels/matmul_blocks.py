@@ -1,10 +1,11 @@
 """Weight-only matmul for few rows of x and nvfp4 or int4_codebook weights, decoded in 64-bit words.
 
-A word is 16 columns that share a scale. Tensor core operands hold pairs of neighbours
-along K, so column j of two neighbouring words is decoded in one register and multiplied by the pair of their scales, and
-every j has its own small dot. Words are loaded in a shape that gives each thread what the tensor cores want of it: no
-number has to move to another thread after it is decoded. A program keeps its part of x, some steps of words, and goes over
-some tiles of the weight's rows; the words of the next step arrive while it multiplies. A second kernel adds up the parts.
+A word is 16 columns that share a scale. Tensor core operands hold pairs of neighbours along K, each in one register: of
+nvfp4 column j of two neighbouring words, multiplied by the pair of their scales; of a codebook two neighbouring columns
+of a word. Every pair has its own small dot. Words are loaded in a shape that gives each thread what the tensor cores want
+of it: no number has to move to another thread after it is decoded. A program keeps its part of x, some steps of words,
+and goes over some tiles of the weight's rows; the words of the next step arrive while it multiplies. A second kernel adds
+up the parts.
 """
 
 from __future__ import annotations
@@ -17,81 +18,17 @@ from .matmul_decode import prefetch_lines, sum_splits
 from .quantize_rows import _activate
 from .runtime import SMALLEST_DOT, THREADS_FROM_FIRST, ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import INT4_CODEBOOK, StoredWeight
+from .words_assembly import (
+    CODEBOOK_CONSTRAINTS,
+    CODEBOOK_FIRST,
+    CODEBOOK_SECOND,
+    NVFP4_BFLOAT16,
+    NVFP4_CONSTRAINTS,
+    NVFP4_FLOAT16,
+)
 
-
-def _pair(byte: int) -> list[str]:
-    """p = this byte of word a, twice, in the low lane and of word b, twice, in the high one."""
-    index = byte % 4
-    select = (4 + index) << 12 | (4 + index) << 8 | index << 4 | index
-    half = byte // 4
-    return [f"prmt.b32 p, a{half}, b{half}, {select:#06x};"]
-
-
-def _assembly(body: list[str]) -> str:
-    """Instructions for two words, $16 and $17, around what turns them and their two scales, $18, to 16 pairs."""
-    head = ["{", ".reg .b32 a0, a1, b0, b1, p, t;", "mov.b64 {a0, a1}, $16;", "mov.b64 {b0, b1}, $17;"]
-    return "\n".join([*head, *body, "}"])
-
-
-def _nvfp4_assembly(kind: str, high: int, low: int, mask: str) -> str:
-    """A nibble's sign goes to bit 15, its code to the lane's `mask`; the scale does the rest."""
-    body = [".reg .b32 zero;", "mov.b32 zero, 0x80008000;"]
-    for byte in range(8):
-        body += _pair(byte)
-        body += [
-            f"shl.b32 t, p, {high};",
-            f"and.b32 t, t, {mask};",
-            "lop3.b32 t, p, 0x80008000, t, 0xEA;",
-            f"fma.rn.{kind} ${2 * byte}, t, $18, zero;",
-            f"shl.b32 t, p, {low};",
-            f"and.b32 t, t, {mask};",
-            "shl.b32 p, p, 4;",
-            "lop3.b32 t, p, 0x80008000, t, 0xEA;",
-            f"fma.rn.{kind} ${2 * byte + 1}, t, $18, zero;",
-        ]
-    return _assembly(body)
-
-
-def _codebook_assembly() -> str:
-    """A nibble picks the two bytes of a float16 level; times the scale it is rounded by what it is added to, 1,024.
-
-    Its seven bits then make a bfloat16 number of 128 and more, and 128 less is the magnitude on the int8 grid.
-    """
-    body = [".reg .b32 s, u, v, w, low, high, l0, l1, l2, l3, h0, h1, h2, h3, one, less, least, most;"]
-    planes = ("l0, l1", "l2, l3", "h0, h1", "h2, h3")
-    body += [f"mov.b64 {{{plane}}}, ${19 + 2 * place};" for place, plane in enumerate(planes)]
-    body += ["mov.b32 one, 0x3f803f80;", "mov.b32 less, 0xc300c300;"]
-    body += ["mov.b32 least, 0x64006400;", "mov.b32 most, 0x647f647f;"]
-    for byte in range(8):
-        index, half = byte % 4, byte // 4
-        body += [
-            f"prmt.b32 s, a{half}, b{half}, {(4 + index) << 4 | index:#06x};",
-            "shr.b32 u, s, 1;",
-            "lop3.b32 u, u, 0x4444, 0x3210, 0xEA;",
-            "and.b32 s, s, 0x7777;",
-        ]
-        for plane, name in (("l", "low"), ("h", "high")):
-            body += [f"prmt.b32 v, {plane}0, {plane}1, s;", f"prmt.b32 w, {plane}2, {plane}3, s;"]
-            body.append(f"prmt.b32 {name}, v, w, u;")
-        for odd, select in enumerate(("0x6240", "0x7351")):
-            body += [
-                f"prmt.b32 p, low, high, {select};",
-                "and.b32 t, p, 0x7fff7fff;",
-                "fma.rn.f16x2 t, t, $18, least;",
-                "min.f16x2 t, t, most;",
-                "lop3.b32 t, t, 0x007f007f, 0x43004300, 0xEA;",
-                "fma.rn.bf16x2 t, t, one, less;",
-                f"lop3.b32 ${2 * byte + odd}, p, 0x80008000, t, 0xEA;",
-            ]
-    return _assembly(body)
-
-
-_NVFP4_BFLOAT16 = constexpr(_nvfp4_assembly("bf16x2", 2, 6, "0x01c001c0"))
-_NVFP4_FLOAT16 = constexpr(_nvfp4_assembly("f16x2", 5, 9, "0x0e000e00"))
-_NVFP4_CONSTRAINTS = constexpr(",".join(["=r"] * 16 + ["l", "l", "r"]))
-_CODEBOOK_BFLOAT16 = constexpr(_codebook_assembly())
-_CODEBOOK_CONSTRAINTS = constexpr(",".join(["=r"] * 16 + ["l", "l", "r"] + ["l"] * 8))
 _THREADS_FROM_FIRST = constexpr(THREADS_FROM_FIRST)
+_BFLOAT16_8 = constexpr((tl.bfloat16,) * 8)
 _BFLOAT16_16 = constexpr((tl.bfloat16,) * 16)
 _FLOAT16_16 = constexpr((tl.float16,) * 16)
 
@@ -112,14 +49,22 @@ def _word_scale(stored, CODEBOOK: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: t
 
 
 @triton.jit
+def _one_of_two(words, second: tl.constexpr):
+    """(n, k) to the first or second ones of its neighbours: (n, k / 2, 1)."""
+    pair = tl.split(tl.reshape(words, (words.shape[0], words.shape[1] // 2, 2)))
+    return pair[second][:, :, None]
+
+
+@triton.jit
 def _column_of_words(
     words, scale, levels_ptr, j: tl.constexpr, CODEBOOK: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr
 ):
     """Column j of every word, decoded in plain operations."""
     if CODEBOOK:
-        code = (words >> (4 * j)).to(tl.int32) & 0xF
+        words, scale = _one_of_two(words, j // 8), _one_of_two(scale, j // 8)
+        code = (words >> (8 * (j % 8) + 4 * tl.arange(0, 2)[None, None, :])).to(tl.int32) & 0xF
         level = tl.load(levels_ptr + code) if LEVELS else code.to(tl.float32) - 8.0
-        value = to_grid(level * scale)
+        value = tl.reshape(to_grid(level * scale), (words.shape[0], 2 * words.shape[1]))
     else:
         code = (words >> (8 * (j // 2) + 4 * (1 - j % 2))).to(tl.int32) & 0xF
         value = e2m1_to_float32(code) * scale.to(tl.float32)
@@ -127,20 +72,21 @@ def _column_of_words(
 
 
 @triton.jit
-def _level_planes(levels_ptr, LEVELS: tl.constexpr):
-    """The 16 levels in float16, as bytes: the low ones of the first eight and of the others, then the high ones."""
-    place = tl.arange(0, 16)
-    level = tl.load(levels_ptr + place) if LEVELS else place.to(tl.float32) - 8.0
-    bits = level.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int64)
-    shift = place % 8 * 8
-    low, high = (bits & 0xFF) << shift, (bits >> 8) << shift
-    first = place < 8
-    return (
-        tl.sum(tl.where(first, low, 0), axis=0),
-        tl.sum(tl.where(first, 0, low), axis=0),
-        tl.sum(tl.where(first, high, 0), axis=0),
-        tl.sum(tl.where(first, 0, high), axis=0),
-    )
+def _level_pair(levels_ptr, place: tl.constexpr, LEVELS: tl.constexpr):
+    """A level and the next but one in float16."""
+    low = tl.load(levels_ptr + place) if LEVELS else tl.full((), place - 8.0, tl.float32)
+    high = tl.load(levels_ptr + place + 2) if LEVELS else tl.full((), place - 6.0, tl.float32)
+    low = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+    return low | high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+
+
+@triton.jit
+def _level_pairs(levels_ptr, LEVELS: tl.constexpr):
+    """The 16 levels as pairs: 0 and 2, 1 and 3, 4 and 6, ..."""
+    pairs = ()
+    for pair in tl.static_range(8):
+        pairs = pairs + (_level_pair(levels_ptr, pair // 2 * 4 + pair % 2, LEVELS),)  # type: ignore[assignment]
+    return pairs
 
 
 @triton.jit
@@ -179,6 +125,49 @@ def _columns(first, stride_column, column_left, MASKED: tl.constexpr, ACTIVATION
     x6, x14 = tl.split(even_06)
     x7, x15 = tl.split(odd_07)
     return (x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15)
+
+
+@triton.jit
+def _pairs_of_columns(first, stride_column, column_left, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The 16 pairs of columns of the two words of x that start at `first` (words / 2, m, 1), each (words, m)."""
+    pairs = ()
+    for octet in tl.static_range(4):
+        column = octet * 8 + tl.arange(0, 8)[None, None, :]
+        if MASKED:
+            x = tl.load(first + column * stride_column, mask=column < column_left, other=0.0)
+        else:
+            x = tl.load(first + column * stride_column)
+        if ACTIVATION is not None:
+            x = _activate(x.to(tl.float32), ACTIVATION).to(x.dtype)
+        x = tl.permute(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2, 2)), (0, 4, 1, 2, 3))
+        even, odd = tl.split(tl.reshape(x, (x.shape[0] * 2, x.shape[2], 2, 2)))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        pairs = pairs + (x0, x1, x2, x3)
+    return pairs
+
+
+@triton.jit
+def _part_of_x(
+    x_ptr,
+    m,
+    word,
+    M,
+    stride_xm,
+    stride_xk,
+    K: tl.constexpr,
+    CODEBOOK: tl.constexpr,
+    MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """x of the WORDS words from `word`, sixteen times (WORDS, m), as the decoded pieces of the weight's words want it."""
+    first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :, None] * stride_xm
+    if CODEBOOK:
+        column = (word + 2 * tl.arange(0, WORDS // 2))[:, None, None] * 16
+        return _pairs_of_columns(first + column * stride_xk, stride_xk, K - column, MASKED, ACTIVATION)
+    column = (word + tl.arange(0, WORDS))[:, None, None, None] * 16
+    return _columns(first[:, :, :, None] + column * stride_xk, stride_xk, K - column, MASKED, ACTIVATION)
 
 
 @triton.jit
@@ -243,7 +232,7 @@ def _add_product(
     stored,
     x,
     levels_ptr,
-    planes,
+    levels,
     CODEBOOK: tl.constexpr,
     LEVELS: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -254,27 +243,32 @@ def _add_product(
     """acc (ROWS, m) plus the product of a tile's words and x, of nvfp4 short of a power of two in assembly."""
     words = _fragment(words, ROWS, WORDS)
     scale = _fragment(_word_scale(stored, CODEBOOK, DTYPE, ASSEMBLY), ROWS, WORDS)
-    if ASSEMBLY:
-        if CODEBOOK:
+    if ASSEMBLY and CODEBOOK:
+        for second in tl.static_range(2):
             pieces = tl.inline_asm_elementwise(
-                _CODEBOOK_BFLOAT16,
-                _CODEBOOK_CONSTRAINTS,
-                [words, scale, planes[0], planes[1], planes[2], planes[3]],
-                _BFLOAT16_16,
+                CODEBOOK_SECOND if second else CODEBOOK_FIRST,
+                CODEBOOK_CONSTRAINTS,
+                [words, scale, levels[0], levels[1], levels[2], levels[3], levels[4], levels[5], levels[6], levels[7]],
+                _BFLOAT16_8,
                 is_pure=True,
                 pack=2,
             )
+            for j in tl.static_range(8):
+                acc = tl.dot(pieces[j], x[8 * second + j], acc)
+    else:
+        if not ASSEMBLY:
+            pieces = ()
         elif DTYPE == tl.bfloat16:  # noqa: SIM300
             pieces = tl.inline_asm_elementwise(
-                _NVFP4_BFLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _BFLOAT16_16, is_pure=True, pack=2
+                NVFP4_BFLOAT16, NVFP4_CONSTRAINTS, [words, scale], _BFLOAT16_16, is_pure=True, pack=2
             )
         else:
             pieces = tl.inline_asm_elementwise(
-                _NVFP4_FLOAT16, _NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
+                NVFP4_FLOAT16, NVFP4_CONSTRAINTS, [words, scale], _FLOAT16_16, is_pure=True, pack=2
             )
-    for j in tl.static_range(16):
-        w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, levels_ptr, j, CODEBOOK, LEVELS, DTYPE)
-        acc = tl.dot(w, x[j], acc)
+        for j in tl.static_range(16):
+            w = pieces[j] if ASSEMBLY else _column_of_words(words, scale, levels_ptr, j, CODEBOOK, LEVELS, DTYPE)
+            acc = tl.dot(w, x[j], acc)
     return acc
 
 
@@ -322,7 +316,7 @@ def _matmul_blocks_kernel(
     PART: tl.constexpr = WORDS * STEPS
     MASKED: tl.constexpr = not EVEN or TOTAL % PART != 0
     SCALE_STEP: tl.constexpr = 1 if CODEBOOK else 128
-    LACKS: tl.constexpr = 1.0 if CODEBOOK or not ASSEMBLY else (256.0 if DTYPE == tl.bfloat16 else 128.0)  # noqa: SIM300
+    LACKS: tl.constexpr = 1.0 if not ASSEMBLY else (256.0 if DTYPE == tl.bfloat16 and not CODEBOOK else 128.0)  # noqa: SIM300
     part = tl.program_id(1)
     half, two = tl.arange(0, ROWS // 2), tl.arange(0, 2)
     four, half, below, octet, pair = _across(tl.arange(0, 4), half, two, tl.arange(0, WORDS // 8), two)
@@ -333,7 +327,7 @@ def _matmul_blocks_kernel(
     scale_offset = _scale_offset(row, word, scale_pitch, CODEBOOK)
     w_ptr += part * PART
     block_scale_ptr += part * PART * SCALE_STEP
-    planes = _level_planes(levels_ptr, LEVELS) if CODEBOOK and ASSEMBLY else ()
+    levels = _level_pairs(levels_ptr, LEVELS) if CODEBOOK and ASSEMBLY else ()
     tile = tl.program_id(0) * TILES
     last = tl.minimum(tile + TILES, (N + ROWS - 1) // ROWS) - 1
     if OVERLAP:
@@ -346,13 +340,22 @@ def _matmul_blocks_kernel(
         N, stride_wn, scale_pitch, CODEBOOK, ROWS, MASKED,
     )  # fmt: skip
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = (part * PART + tl.arange(0, WORDS))[:, None, None, None] * 16
-    first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :, None, None] * stride_xm + column * stride_xk
     x = ()
     for step in tl.static_range(STEPS):
-        skipped = step * 16 * WORDS
         x = x + (  # type: ignore[assignment]
-            _columns(first + skipped * stride_xk, stride_xk, K - skipped - column, K % (16 * PART) != 0, ACTIVATION),
+            _part_of_x(
+                x_ptr,
+                m,
+                part * PART + step * WORDS,
+                M,
+                stride_xm,
+                stride_xk,
+                K,
+                CODEBOOK,
+                K % (16 * PART) != 0,
+                ACTIVATION,
+                WORDS,
+            ),
         )
     for _ in range(TILES):
         # Beyond the last tile it is done once more, by words that the cache holds: less than a branch costs.
@@ -376,7 +379,7 @@ def _matmul_blocks_kernel(
                 MASKED,
             )
             acc = _add_product(
-                acc, words, stored, x[step], levels_ptr, planes, CODEBOOK, LEVELS, DTYPE, ASSEMBLY, ROWS, WORDS
+                acc, words, stored, x[step], levels_ptr, levels, CODEBOOK, LEVELS, DTYPE, ASSEMBLY, ROWS, WORDS
             )
             words, stored = next_words, next_stored
         _store_partial(out_ptr, acc, tile, part, m, M, N, LACKS, ROWS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.kernels import decode_tiles, matmul_blocks, matmul_split, quantize_rows
+from lowbit.kernels import decode_tiles, matmul_split, quantize_rows, words_assembly
 
 HALVES = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}
 
@@ -19,6 +19,9 @@ def _pair(value: np.ndarray, kind: str) -> torch.Tensor:
 
 
 def _register(halves: torch.Tensor, kind: str) -> np.ndarray:
+    if kind == "f16x2":  # torch rounds float64 to float32 first
+        with np.errstate(over="ignore"):
+            return halves.numpy().astype(np.float16).reshape(-1).view(np.uint32)
     return halves.to(HALVES[kind]).reshape(-1).view(torch.int16).numpy().copy().view(np.uint32)
 
 
@@ -75,8 +78,11 @@ def run(assembly: str, outputs: int, inputs: list[np.ndarray]) -> list[np.ndarra
                 registers[target] = _logic(a, b, c, int(table[0]))
             case "min", [a, b]:
                 registers[target] = _register(torch.minimum(_pair(a, kind), _pair(b, kind)), kind)
+            case "mad", [a, b, c]:
+                registers[target] = a * b + c
             case "fma", [a, b, c]:
-                registers[target] = _register(_pair(a, kind) * _pair(b, kind) + _pair(c, kind), kind)
+                exact = _pair(a, kind) * _pair(b, kind) + _pair(c, kind)
+                registers[target] = _register(exact.clamp(min=0) if ".relu." in operation else exact, kind)
             case "add", [a, b]:
                 registers[target] = (a.view(np.float32) + b.view(np.float32)).view(np.uint32)
             case "ex2", [a]:
@@ -103,7 +109,7 @@ def _e2m1(codes: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("assembly", "kind", "shift"),
-    [(matmul_blocks._NVFP4_BFLOAT16, "bf16x2", 8), (matmul_blocks._NVFP4_FLOAT16, "f16x2", 7)],
+    [(words_assembly.NVFP4_BFLOAT16, "bf16x2", 8), (words_assembly.NVFP4_FLOAT16, "f16x2", 7)],
 )
 def test_nvfp4_words(assembly, kind, shift):
     """A pair is the same column of two words; what the product lacks is a power of two."""
@@ -117,20 +123,28 @@ def test_nvfp4_words(assembly, kind, shift):
     assert torch.equal(made, _e2m1(codes) * scale[:, None, :])
 
 
-def test_codebook_words():
-    """To the int8 grid, as comfy-kitchen rounds it: levels that float16 holds give its very numbers, beyond 127 none."""
-    first, second = _words(200), _words(200)
-    levels = torch.cat([torch.zeros(1), torch.randn(15)])[torch.randperm(16)].half()
-    scale = torch.rand(200, 2).mul(120).to(torch.float8_e4m3fn).double()
-    scale[:3] = 448
-    by_byte = levels.view(torch.uint8).reshape(16, 2).t().reshape(4, 8).numpy().copy().view(np.uint64)[:, 0]
-    planes = [np.full(200, plane, dtype=np.uint64) for plane in np.repeat(by_byte, 2)]
-    outputs = run(matmul_blocks._CODEBOOK_BFLOAT16.value, 16, [first, second, _register(scale, "f16x2"), *planes])
-    made = torch.stack([_pair(output, "bf16x2") for output in outputs], dim=1)
-    codes = torch.stack([_nibbles(first), _nibbles(second)], dim=2)
-    expected = (levels.double()[codes] * scale[:, None, :]).round().clamp(-127, 127)
-    assert expected.abs().max() == 127
-    assert torch.equal(made, expected)
+@pytest.mark.parametrize("grid", [True, False])
+def test_codebook_words(grid):
+    """Every byte with every scale, to the int8 grid as comfy-kitchen rounds it, in 128th parts.
+
+    Levels that float16 holds give its very numbers; some times a scale are halfway between two integers, some beyond
+    what float16 holds.
+    """
+    scale = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double()
+    scale = scale[(scale >= 0) & scale.isfinite()].repeat_interleave(32)
+    scale = torch.stack([scale, scale.roll(32 * int(torch.randint(1, 100, ())))], dim=1)
+    every = np.arange(256, dtype=np.uint8)
+    words = [np.tile(np.random.default_rng().permutation(every), len(scale) // 32).view(np.uint64) for _ in range(2)]
+    levels = torch.arange(-8, 8) if grid else torch.cat([torch.zeros(1), torch.randn(13), torch.tensor([3e4, -200])])
+    levels = levels.half() if grid else levels[torch.randperm(16)].half()
+    paired = levels.reshape(4, 2, 2).transpose(1, 2).contiguous().view(torch.int16).numpy().view(np.uint32).reshape(8)
+    inputs = [*words, _register(scale, "f16x2"), *(np.full(len(scale), pair) for pair in np.repeat(paired, 2))]
+    for word, assembly in enumerate((words_assembly.CODEBOOK_FIRST, words_assembly.CODEBOOK_SECOND)):
+        outputs = run(assembly.value, 8, inputs)
+        made = torch.cat([_pair(output, "bf16x2") for output in outputs], dim=1) * 128
+        expected = (levels.double()[_nibbles(words[word])] * scale[:, word, None]).round().clamp(-127, 127)
+        assert expected.abs().max() == 127
+        assert torch.equal(made, expected)
 
 
 @pytest.mark.parametrize(
