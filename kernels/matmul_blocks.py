@@ -143,31 +143,31 @@ def _pairs_of_columns(first, stride_column, column_left, MASKED: tl.constexpr, A
         even, odd = tl.split(tl.reshape(x, (x.shape[0] * 2, x.shape[2], 2, 2)))
         x0, x2 = tl.split(even)
         x1, x3 = tl.split(odd)
-        pairs = pairs + (x0, x1, x2, x3)
+        pairs = pairs + (x0, x1, x2, x3)  # type: ignore[assignment]
     return pairs
 
 
 @triton.jit
 def _part_of_x(
-    x_ptr,
-    m,
+    row,
     word,
-    M,
-    stride_xm,
-    stride_xk,
+    stride_column,
     K: tl.constexpr,
-    CODEBOOK: tl.constexpr,
+    WORDS: tl.constexpr,
     MASKED: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    WORDS: tl.constexpr,
+    CODEBOOK: tl.constexpr,
 ):
-    """x of the WORDS words from `word`, sixteen times (WORDS, m), as the decoded pieces of the weight's words want it."""
-    first = x_ptr + tl.where(m < M, m, 0).to(tl.int64)[None, :, None] * stride_xm
+    """x of WORDS words from `word` on in rows that start at `row` (m,): what 16 pieces meet, each (WORDS, m)."""
     if CODEBOOK:
         column = (word + 2 * tl.arange(0, WORDS // 2))[:, None, None] * 16
-        return _pairs_of_columns(first + column * stride_xk, stride_xk, K - column, MASKED, ACTIVATION)
-    column = (word + tl.arange(0, WORDS))[:, None, None, None] * 16
-    return _columns(first[:, :, :, None] + column * stride_xk, stride_xk, K - column, MASKED, ACTIVATION)
+        first = row[None, :, None] + column * stride_column
+        pieces = _pairs_of_columns(first, stride_column, K - column, MASKED, ACTIVATION)
+    else:
+        column = (word + tl.arange(0, WORDS))[:, None, None, None] * 16
+        first = row[None, :, None, None] + column * stride_column
+        pieces = _columns(first, stride_column, K - column, MASKED, ACTIVATION)
+    return pieces
 
 
 @triton.jit
@@ -340,23 +340,12 @@ def _matmul_blocks_kernel(
         N, stride_wn, scale_pitch, CODEBOOK, ROWS, MASKED,
     )  # fmt: skip
     m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    x_row = x_ptr + tl.where(m < M, m, 0).to(tl.int64) * stride_xm
     x = ()
     for step in tl.static_range(STEPS):
-        x = x + (  # type: ignore[assignment]
-            _part_of_x(
-                x_ptr,
-                m,
-                part * PART + step * WORDS,
-                M,
-                stride_xm,
-                stride_xk,
-                K,
-                CODEBOOK,
-                K % (16 * PART) != 0,
-                ACTIVATION,
-                WORDS,
-            ),
-        )
+        first_word = part * PART + step * WORDS
+        part_of_x = _part_of_x(x_row, first_word, stride_xk, K, WORDS, K % (16 * PART) != 0, ACTIVATION, CODEBOOK)
+        x = x + (part_of_x,)  # type: ignore[assignment]
     for _ in range(TILES):
         # Beyond the last tile it is done once more, by words that the cache holds: less than a branch costs.
         following = tl.minimum(tile + 1, last)

@@ -45,15 +45,15 @@ def _nvfp4_assembly(kind: str, high: int, low: int, mask: str) -> str:
 def _codebook_table(scales: int) -> list[str]:
     """t0 to t3 = 127 less what a word's 16 codes stand for: levels times its scale, on the int8 grid, a byte each.
 
-    Added to 1,536 a float16 number is rounded as to an integer, half to even. The two clamps are sums that end at zero;
-    the unit of the second is the smallest float16 number, so that its bits are the integer.
+    Added to 1,536 a float16 number is rounded as to an integer, half to even. The upper clamp is a sum that ends at zero;
+    its unit is the smallest float16 number, so that its bits are the integer.
     """
     body = [f"prmt.b32 scale, $10, $10, {scales:#06x};"]
     for quarter in range(4):
         for place, name in enumerate(("even", "odd")):
             body += [
                 f"fma.rn.f16x2 {name}, ${11 + 4 * quarter + 2 * place}, scale, middle;",
-                f"fma.rn.relu.f16x2 {name}, {name}, one, least;",
+                f"max.f16x2 {name}, {name}, least;",
                 f"fma.rn.relu.f16x2 {name}, {name}, unit, most;",
             ]
         body.append(f"mad.lo.u32 t{quarter}, odd, 256, even;")
@@ -87,10 +87,9 @@ def _codebook_assembly(word: int) -> str:
     """
     constants = {
         "middle": 0x66006600,  # 1,536
-        "one": 0x3C003C00,
-        "least": 0xE581E581,  # 127 - 1,536
+        "least": 0x65816581,  # 1,536 - 127
         "unit": 0x80018001,  # -2^-24
-        "most": 0x00FE00FE,  # 254 x 2^-24
+        "most": 0x067F067F,  # (1,536 + 127) x 2^-24
         "times": 0xFE80FE80,  # -2^126
         "plus": 0x3F7E3F7E,  # 127 / 128
         "zero": 0,
