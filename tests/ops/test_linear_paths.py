@@ -440,3 +440,4 @@ def test_later_calls_launch_what_the_first_would_have(
         product_of(path, *others, activation, gpu, shared)(*others, FIRST)
         assert again == launches
         assert again
+        scratch_module.release_scratch()
