@@ -31,7 +31,7 @@ _SCALE = ".weight_scale"
 _CONFIG = ".comfy_quant"
 _SMALL_FILE = 64 << 20
 _SMALL_TENSOR = 16 << 20
-_BESIDE_LOADING = 1
+_BESIDE_LOADING = 2
 """Threads that look at a file while a GPU takes its weights: more of them hold up whoever maps the same pages."""
 _loading = threading.RLock()
 known_finite: set[tuple[FileStamp, ...]] = set()
