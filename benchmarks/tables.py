@@ -266,6 +266,16 @@ SHOWN: dict[str, Shown] = {
         "Microseconds of the processor from the module's call to its return, 3,072 to 3,072, the GPU not waited for.",
         rows=by_stage,
     ),
+    "load_check": Shown(
+        "load_check.json",
+        {
+            "file": "kind",
+            "GB": "gigabytes",
+            "load, s": "load_seconds",
+            "with the look, s": "load_seconds_with_the_check",
+        },
+        "Eight blocks of Wan 14B from the page cache to a first small sample, dynamic VRAM on; medians of five, in turns.",
+    ),
     "formats": Shown("formats.json", FORMAT_ERRORS, "Relative, on Gaussian weights."),
     "lora": Shown(
         "lora.json",

@@ -42,11 +42,11 @@ def test_goals_name_contenders_that_there_are_and_are_judged_on_their_case():
     assert {name for _, contender, beside, _ in steps.GOALS for name in (contender, beside)} <= names
     assert {case for case, *_ in steps.GOALS} <= steps.CASES.keys()
     rows = [
-        {"case": "wan480", "contender": steps.STOCK, "seconds": 1.9},
+        {"case": "wan480", "contender": steps.STOCK, "seconds": 2.2},
         {"case": "wan480", "contender": "auto, attention fast", "seconds": 1.0},
     ]
     (goal,) = steps.goals(rows)
-    assert (goal["measured"], goal["met"], goal["target"]) == (1.9, True, 1.9)
+    assert (goal["measured"], goal["met"], goal["target"]) == (2.2, True, 2.2)
 
 
 def test_it_runs(tmp_path):
