@@ -9,7 +9,6 @@ NEEDED = dotted(
         "comfy_kitchen": "int8_linear quantize_mxfp8 quantize_nvfp4 scaled_mm_mxfp8 scaled_mm_nvfp4 use_backend",
         "comfy_kitchen.registry": "registry",
         "comfy_kitchen.tensor": "QuantizedTensor TensorCoreFP8Layout register_layout_class",
-        "comfy_kitchen.tensor.TensorCoreFP8Layout": "quantize",
         "comfy_kitchen.tensor.base": "LAYOUTS get_layout_class",
         "comfy_kitchen.tensor.convrot_w4a4": "convrot_w4a4_linear",
         "comfy_kitchen.tensor.w4a8_int8": "w4a8_int8_linear",

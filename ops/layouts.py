@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 from comfy_kitchen.tensor import TensorCoreFP8Layout, register_layout_class
@@ -10,9 +10,18 @@ from comfy_kitchen.tensor.base import LAYOUTS
 
 
 class Float8E5M2Layout(TensorCoreFP8Layout):
-    """E5M2 weights (finite range 57344) under the layout name that ComfyUI uses for them; otherwise as the E4M3 layout."""
+    """E5M2 weights under the layout name that ComfyUI uses for them."""
 
-    quantize = staticmethod(partial(TensorCoreFP8Layout.quantize, dtype=torch.float8_e5m2))
+    @classmethod
+    def quantize(
+        cls,
+        tensor: torch.Tensor,
+        scale: torch.Tensor | float | str | None = None,
+        dtype: torch.dtype = torch.float8_e5m2,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        """As the E4M3 layout, stored as float8_e5m2 (finite range 57344)."""
+        return super().quantize(tensor, scale=scale, dtype=dtype, **kwargs)
 
 
 def register_layouts() -> None:
