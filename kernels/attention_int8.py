@@ -1,4 +1,4 @@
-"""Attention with int8 scores and e4m3 or 16-bit values, for every GPU from cc 8.0 on; its plain-torch reference beside it."""
+"""Attention with int8 scores and e4m3 or 16-bit values, for every GPU from cc 8.0 on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_quantize import KEY_BLOCK, QuantizedAttention, _batch_and_head, mask_strides, padded_head_dim, sylvester
+from .attention_quantize import KEY_BLOCK, QuantizedAttention, _batch_and_head, mask_strides
 from .launch import launch
-from .quantize_rows import SMALLEST_SCALE
-from .runtime import AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER, INTERPRETED, ceil_div, constexpr, tl, triton
+from .runtime import AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER, INTERPRETED, constexpr, tl, triton
 
 VALUE_SHIFT = math.log2(448)
 """Weights are at most 448 before they become e4m3, whose largest number that is: a weight of one stays exact."""
@@ -246,51 +245,3 @@ def attend_int8(
         warps=tiles.warps,
         stages=tiles.stages,
     )  # fmt: skip
-
-
-def attention_int8_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    fp8_values: bool,
-) -> torch.Tensor:
-    """What the kernels compute, in float32 with the same codes: (batch, heads, queries, head_dim).
-
-    q, k, v: (batch, heads or kv_heads, length, head_dim). mask: (batch or 1, keys) bool.
-    """
-    batch, heads, _, head_dim = q.shape
-    kv_heads, keys = k.shape[1:3]
-    d, blocks = padded_head_dim(head_dim), ceil_div(keys, KEY_BLOCK)
-    kept = torch.ones(batch, keys, dtype=torch.bool, device=q.device) if mask is None else mask.expand(batch, keys)
-    kept = kept[:, None, :, None]
-    matrix = sylvester(d, q.device, torch.float32)
-    pad = torch.nn.functional.pad
-
-    def rotated(x: torch.Tensor) -> torch.Tensor:
-        return pad(x, (0, d - head_dim)).to(torch.float32 if INTERPRETED else torch.bfloat16).float() @ matrix
-
-    k32, v32 = torch.where(kept, k.float(), 0.0), torch.where(kept, v.float(), 0.0)
-    mean = k32.sum(2, keepdim=True) / kept.sum(2, keepdim=True).clamp_min(1)
-    k32 = pad(rotated(torch.where(kept, k32 - mean, 0.0)), (0, 0, 0, blocks * KEY_BLOCK - keys))
-    grouped = k32.view(batch, kv_heads, blocks, KEY_BLOCK, d)
-    k_scale = (grouped.abs().amax((3, 4), keepdim=True) / 127).clamp_min(SMALLEST_SCALE)
-    k32 = ((grouped / k_scale).round() * k_scale).reshape(k32.shape)[:, :, :keys]
-    q32 = rotated(q.float())
-    q_scale = (q32.abs().amax(3, keepdim=True) / 127).clamp_min(SMALLEST_SCALE)
-    q32 = (q32 / q_scale).round() * q_scale
-    k32, v32 = (x.repeat_interleave(heads // kv_heads, 1) for x in (k32, v32))
-    scores = (q32 @ k32.transpose(2, 3) * (scale * d)).masked_fill(~kept.transpose(2, 3), -torch.inf)
-    weights = torch.exp(scores - scores.amax(3, keepdim=True).clamp_min(NO_SCORE))
-    total = weights.sum(3, keepdim=True)
-    if fp8_values:
-        v_scale = (v32.abs().amax(2, keepdim=True) / 448).clamp_min(SMALLEST_SCALE)
-        v32 = (v32 / v_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * v_scale
-        most = 2.0**VALUE_SHIFT
-        weights = (weights * most).to(torch.float8_e4m3fn).float() / most
-    else:
-        weights = weights.to(v.dtype).float()
-    out = weights @ v32 / total.clamp_min(1e-30)
-    limit = torch.finfo(q.dtype).max
-    return out.clamp(-limit, limit).to(q.dtype)

@@ -12,31 +12,6 @@ from .runtime import ceil_div, multiprocessor_count, tl, triton
 from .scaled_tiles import _column_values, _scaled, _tile_position
 
 
-def matmul_rows_reference(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    row_scale: torch.Tensor,
-    column_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """(a @ b.T) x row_scale[:, None] x column_scale[None, :] + bias, exact sums for int8.
-
-    Args:
-        a: (M, K) int8 or float8.
-        b: (N, K), same dtype.
-        row_scale: (M,) float32.
-        column_scale: (N,) or (1,) float32.
-        bias: (N,) or None.
-        dtype: of the (M, N) result.
-    """
-    product = a.double() @ b.double().t()
-    product = product * row_scale.double().unsqueeze(1) * column_scale.double().reshape(1, -1)
-    if bias is not None:
-        product = product + bias.double()
-    return product.to(dtype)
-
-
 @triton.jit
 def _matmul_rows_descriptor_kernel(
     a_desc,

@@ -11,7 +11,7 @@ import torch
 
 from .launch import launch
 from .matmul_decode import sum_splits
-from .quantize_rows import SMALLEST_SCALE, _activate, _magnitude_bits, apply_activation
+from .quantize_rows import SMALLEST_SCALE, _activate, _magnitude_bits
 from .runtime import SMALLEST_DOT, ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import INT4, StoredWeight
 
@@ -19,31 +19,6 @@ INTEGER_TERM = 254.0
 FLOAT8_TERM = 16.0
 _INTEGER_TERM = constexpr(INTEGER_TERM)
 _FLOAT8_TERM = constexpr(FLOAT8_TERM)
-
-
-def split_rows_reference(
-    x: torch.Tensor, terms: int, integer: bool, activation: str | None = None, planes: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(terms, M, K) int8 or e4m3 and (M,) float32 so that x ~ scale x sum over t of terms[t] / base ** t.
-
-    base is 254 for int8 (each term covers half a step of the one before) and 16 for e4m3. With planes 2 the even columns
-    come first and the odd ones after them.
-    """
-    wide = apply_activation(x.float(), activation)
-    wide = torch.cat([wide[:, plane::planes] for plane in range(planes)], dim=1)
-    largest = wide.abs().amax(dim=1)
-    if integer:
-        scale = (largest / 127.0).clamp(min=SMALLEST_SCALE)
-    else:
-        scale = torch.exp2(torch.floor(torch.log2(largest.clamp(min=SMALLEST_SCALE))) - 7.0)
-        scale = torch.where(largest.isfinite(), scale, largest)
-    rest = torch.nan_to_num(wide / scale.unsqueeze(1), nan=0.0, posinf=0.0, neginf=0.0)
-    parts = []
-    for _ in range(terms):
-        part = rest.round() if integer else rest.to(torch.float8_e4m3fn).float()
-        parts.append(part)
-        rest = (rest - part) * (INTEGER_TERM if integer else FLOAT8_TERM)
-    return torch.stack(parts).to(torch.int8 if integer else torch.float8_e4m3fn), scale
 
 
 @triton.jit

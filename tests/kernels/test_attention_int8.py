@@ -13,9 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lowbit.attention.int8  # noqa: F401  (registers the operator)
 from lowbit.kernels import attention_quantize
 from lowbit.kernels.attention_hopper import QUERY_BLOCK, attend_hopper, can_copy_in_bulk
-from lowbit.kernels.attention_int8 import AttentionTiles, attend_int8, attention_int8_reference, tiles_for
+from lowbit.kernels.attention_int8 import AttentionTiles, attend_int8, tiles_for
 from lowbit.kernels.attention_quantize import KEY_BLOCK, key_order, quantize_attention
 from lowbit.kernels.runtime import GLUON_FOUND, INTERPRETED, compute_capability
+
+from .references import attention_int8_reference
 
 ON_HOPPER = GLUON_FOUND and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 KERNELS = ("any GPU", "hopper") if ON_HOPPER else ("any GPU",)

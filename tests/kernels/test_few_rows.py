@@ -11,10 +11,11 @@ from lowbit.kernels import matmul_blocks as matmul_blocks_module
 from lowbit.kernels.decode import decode_reference
 from lowbit.kernels.matmul_blocks import block_splits, matmul_blocks
 from lowbit.kernels.matmul_decode import matmul_decode, matvec_decode
-from lowbit.kernels.matmul_split import matmul_split, split_rows, split_rows_reference, term_count
+from lowbit.kernels.matmul_split import matmul_split, split_rows, term_count
 from lowbit.kernels.runtime import INTERPRETED
 from lowbit.kernels.stored_weight import INT4
 
+from .references import split_rows_reference
 from .stored import ROTATED, UNROTATED, make
 
 HARDWARE = not INTERPRETED

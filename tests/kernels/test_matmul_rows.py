@@ -9,8 +9,10 @@ from lowbit.kernels import matmul_hopper
 from lowbit.kernels import matmul_rows as module
 from lowbit.kernels.launch import Described
 from lowbit.kernels.matmul_hopper import MANY_ROWS, multiply_hopper, takes_hopper
-from lowbit.kernels.matmul_rows import NARROW, WIDE, matmul_rows, matmul_rows_reference
+from lowbit.kernels.matmul_rows import NARROW, WIDE, matmul_rows
 from lowbit.kernels.runtime import DESCRIPTORS_FIT, GLUON_FOUND, INTERPRETED, compute_capability
+
+from .references import matmul_rows_reference
 
 
 def _codes(rows, columns, dtype, device):
