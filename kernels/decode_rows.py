@@ -238,7 +238,6 @@ def decode_rows(
     row_scale: torch.Tensor | None = None,
     *,
     hardware_e4m3: bool = True,
-    unrotate: bool = True,
 ) -> None:
     """Decode the whole weight into the row-major `out` (rows, columns).
 
@@ -248,7 +247,6 @@ def decode_rows(
             (mxfp8, nvfp4): W over the new scale per row.
         row_scale: (rows,) float32, written for float8_e4m3fn only.
         hardware_e4m3: the GPU converts e4m3 (cc 8.9 and later).
-        unrotate: bring values back from the rotated basis.
     """
     output = {torch.int8: GRID, torch.float8_e4m3fn: FLOAT8}.get(out.dtype, VALUES)
     codes = _kernel_codes(weight, hardware_e4m3)
@@ -256,30 +254,26 @@ def decode_rows(
     block_scale = codes if weight.block_scale is None else weight.block_scale
     if block_scale.dtype == torch.float8_e4m3fn:
         block_scale = block_scale.view(torch.uint8)
-    codebook = scale if weight.codebook is None else weight.codebook
-    if output == VALUES and weight.rotation and unrotate:
+    stored = codes, scale, block_scale, scale if weight.codebook is None else weight.codebook
+    constants = {
+        "K": weight.columns,
+        "KIND": weight.code_name,
+        "GROUP": weight.group,
+        "SCALE": weight.scale_mode,
+        "HAS_CODEBOOK": weight.codebook is not None,
+    }
+    if output == VALUES and weight.rotation:
         launch(
             _decode_rotated_kernel,
             (ceil_div(weight.rows, 64), ceil_div(weight.columns, 256), 1),
             (
-                codes,
-                scale,
-                block_scale,
-                codebook,
+                *stored,
                 *unrotation_of(weight.rotation, out.device, out.dtype),
                 out,
                 weight.rows,
                 codes.stride(0),
             ),
-            {
-                "K": weight.columns,
-                "KIND": weight.code_name,
-                "GROUP": weight.group,
-                "SCALE": weight.scale_mode,
-                "HAS_CODEBOOK": weight.codebook is not None,
-                "WHOLE": weight.rotation == 256,
-                "BLOCK_N": 64,
-            },
+            {**constants, "WHOLE": weight.rotation == 256, "BLOCK_N": 64},
         )
         return
     rows_together, width = (4, 1024) if output == FLOAT8 else (1, 2048)
@@ -287,10 +281,7 @@ def decode_rows(
         _decode_rows_kernel,
         (ceil_div(weight.rows, rows_together), 1, 1),
         (
-            codes,
-            scale,
-            block_scale,
-            codebook,
+            *stored,
             out,
             scale if row_scale is None else row_scale,
             weight.rows,
@@ -298,12 +289,8 @@ def decode_rows(
             weight.scale_tiles_per_row,
         ),
         {
-            "K": weight.columns,
-            "KIND": weight.code_name,
-            "GROUP": weight.group,
-            "SCALE": weight.scale_mode,
+            **constants,
             "OUTPUT": output,
-            "HAS_CODEBOOK": weight.codebook is not None,
             "HARDWARE_E4M3": hardware_e4m3,
             "BLOCK_N": rows_together,
             "BLOCK_K": width,

@@ -278,6 +278,27 @@ def sum_splits(
     )
 
 
+def _operands(
+    x: torch.Tensor, weight: StoredWeight, codes: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
+) -> tuple:
+    """What both kernels here take besides constants: what they do not read is another tensor of the call."""
+    return (
+        x,
+        codes,
+        codes if weight.scale is None else weight.scale,
+        codes if weight.block_scale is None else weight.block_scale,
+        out if bias is None else bias,
+        out,
+        x.shape[0],
+        weight.rows,
+        x.stride(0),
+        x.stride(1),
+        codes.stride(0),
+        out.stride(-2),
+        weight.scale_tiles_per_row,
+    )
+
+
 def matvec_decode(
     x: torch.Tensor,
     weight: StoredWeight,
@@ -301,25 +322,10 @@ def matvec_decode(
     block_n, block_k = (4, 1024) if not wide else (16, 512) if x.shape[0] == 1 else (8, 1024)
     if weight.kind in PACKED_KINDS:
         block_k //= 2
-    scale = codes if weight.scale is None else weight.scale
     launch(
         _decode_matvec_kernel,
         (ceil_div(weight.rows, block_n), 1, 1),
-        (
-            x,
-            codes,
-            scale,
-            codes if weight.block_scale is None else weight.block_scale,
-            out if bias is None else bias,
-            out,
-            x.shape[0],
-            weight.rows,
-            x.stride(0),
-            x.stride(1),
-            codes.stride(0),
-            out.stride(0),
-            weight.scale_tiles_per_row,
-        ),
+        _operands(x, weight, codes, bias, out),
         {
             "K": weight.columns,
             "TWO_ROWS": x.shape[0] == 2,
@@ -359,21 +365,7 @@ def matmul_decode(
     launch(
         _decode_matmul_kernel,
         (ceil_div(weight.rows, 32), splits, ceil_div(rows, block_m)),
-        (
-            x,
-            codes,
-            codes if weight.scale is None else weight.scale,
-            codes if weight.block_scale is None else weight.block_scale,
-            out if bias is None else bias,
-            target,
-            rows,
-            weight.rows,
-            x.stride(0),
-            x.stride(1),
-            codes.stride(0),
-            target.stride(-2),
-            weight.scale_tiles_per_row,
-        ),
+        _operands(x, weight, codes, bias, target),
         {
             "K": weight.columns,
             "KIND": weight.code_name,
