@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from testing import imports
+from . import source_imports as imports
 
 LEAVES = {"errors", "versions"}
 """Files beside the folders, which everything may import and which import nothing of the pack."""

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from testing import comfyui, imports
+from testing import comfyui
+
+from .. import source_imports as imports
 
 pytestmark = pytest.mark.headless
 

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from .comfyui import CHECKOUT
+from testing.comfyui import CHECKOUT
 
 Module = tuple[str, ...]
 """A module's dotted name below the checkout, split at its dots; () is the pack itself."""
