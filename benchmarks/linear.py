@@ -23,7 +23,7 @@ from benchmarks import timing
 from benchmarks.goals import write
 from lowbit.ops.layouts import register_layouts
 from lowbit.ops.linear import quantized_linear, release_scratch
-from testing.measure import environment
+from testing.measure import environment, relative_error
 
 register_layouts()
 
@@ -71,6 +71,8 @@ CASES = (
 )
 
 
+ERROR_ROWS = 128
+"""The first ones, beside float64 with the unquantized weight."""
 PEER_CASES = (("wan_qkv", 32760), ("decode", 1))
 """Cases (name, M) on which torchao and gemlite are measured too: they compile and tune for a minute for each."""
 
@@ -161,13 +163,6 @@ def gemlite_linear(name: str, weight: torch.Tensor) -> torch.nn.Module | None:
     return processors[name](device="cuda:0", dtype=weight.dtype).from_linear(plain_linear(weight), del_orig=False)
 
 
-def relative_error(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> float:
-    """Relative Frobenius error of the first rows against float64 with the unquantized weight."""
-    rows = min(out.shape[0], 128)
-    reference = x[:rows].double() @ weight.double().t()
-    return ((out[:rows].double() - reference).norm() / reference.norm()).item()
-
-
 class Bench:
     """Measures the cases one by one and keeps the results."""
 
@@ -208,7 +203,8 @@ class Bench:
         result = Result(case.name, case.m, case.k, case.n, name, contender)
         try:
             with torch.no_grad():
-                result.relative_error = relative_error(calls[0](), x, plain[0])
+                exact = x[:ERROR_ROWS].double() @ plain[0].double().t()
+                result.relative_error = relative_error(calls[0]()[:ERROR_ROWS], exact)
                 result.extra_peak_mib = timing.extra_peak(calls[0]) / 2**20
         except Exception as error:
             result.note = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"

@@ -175,6 +175,12 @@ LINEAR = {
     "more memory at the peak, MiB": "extra_peak_mib",
     "error": key_percent("relative_error"),
 }
+CLIPS = {
+    "format": "name",
+    "PSNR, dB": "psnr_mean_db",
+    "worst clip": "psnr_worst_db",
+    "shows what was asked": lambda row: f"{row['as_asked']} of {row['clips']}",
+}
 STEPS_NOTE = "Whole steps of real ComfyUI at real dimensions with fewer blocks and random weights, CFG on."
 HEADLINE = (
     "stock, bf16",
@@ -289,25 +295,12 @@ SHOWN: dict[str, Shown] = {
     ),
     "quality": Shown(
         "quality.json",
-        {
-            "format": "name",
-            "PSNR, dB": "psnr_mean_db",
-            "worst clip": "psnr_worst_db",
-            "shows what was asked": lambda row: f"{row['as_asked']} of {row['clips']}",
-            "transformer, MiB": lambda row: f"{row['transformer_bytes'] / 2**20:.1f}",
-        },
+        CLIPS | {"transformer, MiB": lambda row: f"{row['transformer_bytes'] / 2**20:.1f}"},
         "On a CPU, where the `_fast` FP8 and FP4 formats do not quantize activations: their rows are those of the weights.",
     ),
     "mixed": Shown(
         "mixed.json",
-        {
-            "format": "name",
-            "PSNR, dB": "psnr_mean_db",
-            "worst clip": "psnr_worst_db",
-            "shows what was asked": lambda row: f"{row['as_asked']} of {row['clips']}",
-            "tensors, bytes": "tensor_bytes",
-            "error as the dry run tells it": key_percent("error_told"),
-        },
+        CLIPS | {"tensors, bytes": "tensor_bytes", "error as the dry run tells it": key_percent("error_told")},
         "The trained model again; a row of one format, and of mixes of no more bytes.",
     ),
     "mixed_large": Shown(
