@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -42,7 +43,7 @@ def quantized_linear(
 
     Args:
         x: floating point, last dimension K.
-        weight: (N, K) comfy-kitchen `QuantizedTensor` of any layout in `linear_weight.LAYOUT_READERS`; any other
+        weight: (N, K) comfy-kitchen `QuantizedTensor` of any layout in `linear_weight.LAYOUT_KINDS`; any other
             tensor is multiplied by `torch.nn.functional.linear`.
         bias: (N,) or None.
         fast: quantize x too, row by row, and multiply on low-precision tensor cores where the GPU has them. False:
@@ -143,53 +144,30 @@ def linear_stored(
     return product(x, weight, bias, input_group)
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(StoredWeight))
+
+
 def _flatten(
-    x: torch.Tensor,
-    weight: StoredWeight,
-    bias: torch.Tensor | None,
-    fast: bool,
-    activation: str | None,
+    x: torch.Tensor, weight: StoredWeight, bias: torch.Tensor | None, fast: bool, activation: str | None
 ) -> tuple:
-    return (
-        x,
-        weight.data,
-        weight.scale,
-        weight.block_scale,
-        weight.codebook,
-        weight.correction,
-        bias,
-        weight.kind,
-        weight.rows,
-        weight.columns,
-        weight.group,
-        weight.rotation,
-        weight.linear_dtype,
-        fast,
-        activation or "",
-    )
+    return x, *[getattr(weight, name) for name in _FIELDS], bias, fast, activation or ""
 
 
-def _linear_op(
-    x, data, scale, block_scale, codebook, correction, bias,
-    kind, rows, columns, group, rotation, linear_dtype, fast, activation,
-):  # fmt: skip
-    described = (rows, columns, block_scale, codebook, correction, group, rotation, linear_dtype)
-    weight = StoredWeight(kind, data, scale, *described)
-    return linear_stored(x, weight, bias, fast, activation or None)
+def _linear_op(x, *arguments):
+    *weight, bias, fast, activation = arguments
+    return linear_stored(x, StoredWeight(*weight), bias, fast, activation or None)
 
 
-def _linear_fake(
-    x, data, scale, block_scale, codebook, correction, bias,
-    kind, rows, columns, group, rotation, linear_dtype, fast, activation,
-):  # fmt: skip
+def _linear_fake(x, kind, data, scale, rows, *_arguments):
     return x.new_empty((*x.shape[:-1], rows))
 
 
 _SCHEMA = (
-    "linear(Tensor x, Tensor data, Tensor? scale, Tensor? block_scale, Tensor? codebook, Tensor? correction, "
-    "Tensor? bias, str kind, int rows, int columns, int group, int rotation, str linear_dtype, bool fast, "
-    "str activation) -> Tensor"
+    "linear(Tensor x, str kind, Tensor data, Tensor? scale, int rows, int columns, Tensor? block_scale, "
+    "Tensor? codebook, Tensor? correction, int group, int rotation, str linear_dtype, "
+    "Tensor? bias, bool fast, str activation) -> Tensor"
 )
+"""Of the weight what `StoredWeight` is made of, in its order."""
 
 
 register_operator("linear", _SCHEMA, _linear_op, _linear_fake)

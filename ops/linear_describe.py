@@ -9,21 +9,11 @@ import torch
 from ..kernels.runtime import ADA, AMPERE, BLACKWELL, TRITON_FOUND
 from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4
 from .linear_table import FP8_ROWS, INT8_ROWS, KITCHEN, PATHS, REFERENCE, Gpu, choose_path
+from .linear_weight import LAYOUT_KINDS
 
 NATIVE = "native"
 FALLBACK = "fallback"
 EMULATED = "emulated"
-
-LAYOUT_KINDS = {
-    "TensorCoreFP8Layout": FP8,
-    "TensorCoreFP8E4M3Layout": FP8,
-    "TensorCoreFP8E5M2Layout": FP8,
-    "TensorWiseINT8Layout": INT8,
-    "TensorCoreMXFP8Layout": MXFP8,
-    "TensorCoreNVFP4Layout": NVFP4,
-    "TensorCoreConvRotW4A4Layout": INT4,
-    "AsymW4A8Int8Layout": INT4_CODEBOOK,
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +41,6 @@ def describe_linear(
     *,
     fast: bool,
     cc: tuple[int, int] | None,
-    dtype: torch.dtype = torch.bfloat16,
     triton: bool = TRITON_FOUND,
     kitchen_cuda: bool = True,
 ) -> LinearDescription:
@@ -61,7 +50,6 @@ def describe_linear(
         layout_name: comfy-kitchen layout.
         fast: the format quantizes activations too.
         cc: compute capability, (major, minor).
-        dtype: of the activations.
         triton: Triton is installed.
         kitchen_cuda: comfy-kitchen's CUDA backend is loaded.
 
@@ -70,7 +58,7 @@ def describe_linear(
     """
     kind = LAYOUT_KINDS[layout_name]
     gpu = Gpu(cc or (0, 0), triton and cc is not None, kitchen_cuda and cc is not None)
-    path = choose_path(kind, fast, 4096, 4096, 4096, dtype, gpu)
+    path = choose_path(kind, fast, 4096, 4096, 4096, torch.bfloat16, gpu)
     support, why = _support(kind, fast, path, gpu)
     return LinearDescription(support, path, f"{support}: {why}")
 
@@ -83,11 +71,7 @@ def _support(kind: str, fast: bool, path: str, gpu: Gpu) -> tuple[str, str]:
             where = f"a GPU of compute capability {gpu.cc[0]}.{gpu.cc[1]}"
         how = "multiplied as INT8 in plain torch" if fast and integers else "decoded in plain torch at every call"
         return EMULATED, f"on {where} the weight is {how}"
-    if not fast:
-        return NATIVE, PATHS[path]
-    if path == KITCHEN:
-        return NATIVE, PATHS[path]
-    if path == FP8_ROWS and kind == FP8:
+    if not fast or path == KITCHEN or (path, kind) in ((FP8_ROWS, FP8), (INT8_ROWS, INT8)):
         return NATIVE, PATHS[path]
     if path == FP8_ROWS:
         return (
@@ -95,7 +79,7 @@ def _support(kind: str, fast: bool, path: str, gpu: Gpu) -> tuple[str, str]:
             "this GPU has no block-scaled tensor cores: the weight becomes e4m3 in scratch, the product is FP8",
         )
     if path == INT8_ROWS:
-        return (NATIVE if kind == INT8 else FALLBACK), PATHS[path]
+        return FALLBACK, PATHS[path]
     needed = {FP8: ADA, MXFP8: BLACKWELL, NVFP4: BLACKWELL}.get(kind, AMPERE)
     return EMULATED, (
         f"a fast product needs compute capability {needed[0]}.{needed[1]}; here the weight is decoded into a shared buffer "

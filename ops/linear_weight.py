@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -97,18 +97,21 @@ def _int4_codebook(data: torch.Tensor, params, rows: int, columns: int) -> Store
     )
 
 
-LAYOUT_READERS: Mapping[str, Callable[..., StoredWeight | None]] = MappingProxyType(
+LAYOUT_KINDS: Mapping[str, str] = MappingProxyType(
     {
-        "TensorCoreFP8Layout": _fp8,
-        "TensorCoreFP8E4M3Layout": _fp8,
-        "TensorCoreFP8E5M2Layout": _fp8,
-        "TensorWiseINT8Layout": _int8,
-        "TensorCoreMXFP8Layout": _mxfp8,
-        "TensorCoreNVFP4Layout": _nvfp4,
-        "TensorCoreConvRotW4A4Layout": _int4,
-        "AsymW4A8Int8Layout": _int4_codebook,
+        "TensorCoreFP8Layout": FP8,
+        "TensorCoreFP8E4M3Layout": FP8,
+        "TensorCoreFP8E5M2Layout": FP8,
+        "TensorWiseINT8Layout": INT8,
+        "TensorCoreMXFP8Layout": MXFP8,
+        "TensorCoreNVFP4Layout": NVFP4,
+        "TensorCoreConvRotW4A4Layout": INT4,
+        "AsymW4A8Int8Layout": INT4_CODEBOOK,
     }
 )
+"""comfy-kitchen's layout -> storage kind."""
+
+_READERS = {FP8: _fp8, INT8: _int8, MXFP8: _mxfp8, NVFP4: _nvfp4, INT4: _int4, INT4_CODEBOOK: _int4_codebook}
 
 
 def stored_weight(weight: Any) -> StoredWeight | None:
@@ -118,17 +121,17 @@ def stored_weight(weight: Any) -> StoredWeight | None:
         CheckpointError: its codes or block scales are smaller than its shape needs.
     """
     layout = getattr(weight, "_layout_cls", None)
-    reader = LAYOUT_READERS.get(layout) if isinstance(layout, str) else None
-    if reader is None:
+    kind = LAYOUT_KINDS.get(layout) if isinstance(layout, str) else None
+    if kind is None:
         return None
     data, params = weight._qdata, weight._params
     if torch.compiler.is_compiling():
-        return _read(reader, data, params)
+        return _read(kind, data, params)
     # Reading takes microseconds, as long as a small product: remember it with the weight, as long as its parts stay.
     known = weight.__dict__.get(_ATTRIBUTE)
     if known is not None and known[0] is data and known[1] is params:
         return known[2]
-    stored = _read(reader, data, params)
+    stored = _read(kind, data, params)
     weight.__dict__[_ATTRIBUTE] = (data, params, stored)
     return stored
 
@@ -136,8 +139,8 @@ def stored_weight(weight: Any) -> StoredWeight | None:
 _ATTRIBUTE = "_lowbit_stored_weight"
 
 
-def _read(reader: Callable[..., StoredWeight | None], data: torch.Tensor, params) -> StoredWeight | None:
+def _read(kind: str, data: torch.Tensor, params) -> StoredWeight | None:
     if getattr(params, "transposed", False) or len(params.orig_shape) != 2:
         return None
     rows, columns = params.orig_shape
-    return reader(data, params, rows, columns)
+    return _READERS[kind](data, params, rows, columns)

@@ -11,7 +11,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ...ops.linear import quantized_linear
-from ...ops.linear_weight import LAYOUT_READERS
+from ...ops.linear_weight import LAYOUT_KINDS
 from ...ops.side_product import SideProduct
 from ...versions import find
 from .opaque_layer import OpaqueHandle, OpaqueWhilePaged, is_opaque_while_paged, opaque_layer
@@ -143,7 +143,7 @@ class QuantizedLinear(torch.nn.Module):
             and not isinstance(input, QuantizedTensor)
             and not input.requires_grad
             and input.is_floating_point()
-            and weight._layout_cls in LAYOUT_READERS
+            and weight._layout_cls in LAYOUT_KINDS
             and len(self.weight_function) == 0
             and len(self.bias_function) == 0
         )

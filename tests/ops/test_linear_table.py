@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lowbit.ops.linear import describe_linear
 from lowbit.ops.linear_table import PATHS, RULES, Gpu, choose_path
-from lowbit.ops.linear_weight import LAYOUT_READERS
+from lowbit.ops.linear_weight import LAYOUT_KINDS
 
 KINDS = sorted({kind for rule in RULES for kind in rule.kinds})
 CAPABILITIES = [(0, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
@@ -65,7 +65,7 @@ def test_description(layout, fast, cc, support):
 
 
 def test_every_layout_is_described():
-    for layout in LAYOUT_READERS:
+    for layout in LAYOUT_KINDS:
         for cc in CAPABILITIES[1:]:
             for fast in (False, True):
                 assert describe_linear(layout, fast=fast, cc=cc, triton=False).sentence
