@@ -14,6 +14,7 @@ from ...ops.linear import quantized_linear
 from ...ops.linear_weight import LAYOUT_KINDS
 from ...ops.side_product import SideProduct
 from ...versions import find
+from ..in_front import class_in_front
 from .opaque_layer import OpaqueHandle, OpaqueWhilePaged, is_opaque_while_paged, opaque_layer
 from .resident import weight_for
 
@@ -176,11 +177,11 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
         if isinstance(module, QuantizedLinear):
             adopted += 1
         elif isinstance(getattr(module, "weight", None), QuantizedTensor) and is_core_linear(module):
-            _mix_in(QuantizedLinear, module)
+            _put_in_front(QuantizedLinear, module)
             adopted += 1
     for module in model.modules() if adopted else ():
         if not isinstance(module, (QuantizedLinear, OpaqueWhilePaged)) and is_opaque_while_paged(module):
-            _mix_in(OpaqueWhilePaged, module)
+            _put_in_front(OpaqueWhilePaged, module)
     return adopted
 
 
@@ -189,12 +190,6 @@ def is_core_linear(module: torch.nn.Module) -> bool:
     return hasattr(module, "_full_precision_mm_config") and hasattr(module, "forward_comfy_cast_weights")
 
 
-def _mix_in(mixin: type, module: Any) -> None:
-    """Give `module` the class that comes of `mixin` and its own: one for each that core makes, which keeps it."""
-    core_class = type(module)
-    subclass = core_class.__dict__.get(f"_lowbit_{mixin.__name__}")
-    if subclass is None:
-        subclass = type(core_class.__name__, (mixin, core_class), {"__module__": __name__})
-        setattr(core_class, f"_lowbit_{mixin.__name__}", subclass)
-    module.__class__ = subclass
+def _put_in_front(mixin: type, module: Any) -> None:
+    module.__class__ = class_in_front(type(module), mixin)
     module.handle = OpaqueHandle(module)

@@ -124,7 +124,7 @@ def _facts(module: torch.nn.Module) -> dict:
         weight = getattr(child, "weight", None)
         if isinstance(child, torch.nn.Linear) or type(child).__name__ == "Linear":
             layers[name] = {
-                "class": f"{type(child).__module__}.{type(child).__qualname__}",
+                "forward": f"{child.forward.__module__}.{child.forward.__qualname__}",
                 "weight": type(weight).__name__,
                 "dtype": str(weight.dtype) if weight is not None else None,
                 "format": getattr(child, "quant_format", None),
@@ -134,7 +134,7 @@ def _facts(module: torch.nn.Module) -> dict:
 
 @node("TinyFacts", None, {"after": ANY}, value=ANY, name=TEXT)
 def facts(value: Any, name: str, after: Any = None) -> dict[str, list[str]]:
-    """Writes output/{name}.json about a MODEL, CLIP, VAE or MODEL_PATCH: bytes its tensors hold, class and format of each Linear.
+    """Writes output/{name}.json about a MODEL, CLIP, VAE or MODEL_PATCH: bytes its tensors hold, forward and format of each Linear.
 
     `loaded` is what ComfyUI counts as loaded on its device: under dynamic VRAM these bytes are not the module's own.
     `after` orders it behind another node, so that it sees the model loaded.

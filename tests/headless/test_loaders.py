@@ -95,7 +95,8 @@ def test_linears_are_stored_in_the_format_and_multiply_through_the_pack(made, na
     assert {quantized[layer]["format"] for layer in quantized.keys() - modulation} <= allowed
     eight_bits = allowed if STORAGES[row.storage].bits == 8 else {STORAGES["int8"].core_format}
     assert {quantized[layer]["format"] for layer in modulation} <= eight_bits
-    assert all(layer["class"].endswith("lowbit.host.weights.operations.Linear") for layer in quantized.values())
+    ours = "lowbit.host.weights.operations.QuantizedLinear.forward"
+    assert all(layer["forward"].endswith(ours) for layer in quantized.values())
 
 
 @pytest.mark.parametrize("format", ["fp8_e4m3fn_scaled", "int8", "fp4_scaled", "int4_asym_fast"])
