@@ -27,14 +27,13 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a memory cgroup, and the lines of its statistics that count what can and cannot be taken back."""
+    """The files of a memory cgroup, and the lines of its statistics that count the page cache."""
 
     limit: str
     swap: str
     current: str
     peak: str
     events: str
-    anonymous: tuple[str, ...]
     file: tuple[str, ...]
 
 
@@ -44,7 +43,6 @@ V2 = Layout(
     "memory.current",
     "memory.peak",
     "memory.events",
-    ("anon", "shmem"),
     ("active_file", "inactive_file"),
 )
 V1 = Layout(
@@ -53,7 +51,6 @@ V1 = Layout(
     "memory.usage_in_bytes",
     "memory.max_usage_in_bytes",
     "memory.oom_control",
-    ("total_rss", "total_shmem"),
     ("total_active_file", "total_inactive_file"),
 )
 
@@ -81,18 +78,9 @@ class MemoryGroup:
         with suppress(OSError):  # a kernel without swap accounting has no such file
             (self.folder / self.layout.swap).write_text("0" if self.layout == V2 else str(nbytes))
 
-    def statistics(self) -> dict[str, int]:
-        """All counters of memory.stat."""
-        return _pairs(self.folder / "memory.stat")
-
-    def anonymous(self) -> int:
-        """What no file backs, shared memory and registered (pinned) pages included."""
-        found = self.statistics()
-        return sum(found.get(name, 0) for name in self.layout.anonymous)
-
     def unreclaimable(self) -> int:
         """All that is charged but the page cache, which the kernel takes back when it must."""
-        found = self.statistics()
+        found = _pairs(self.folder / "memory.stat")
         cached = sum(found.get(name, 0) for name in self.layout.file)
         return max(0, int((self.folder / self.layout.current).read_text()) - cached)
 
