@@ -72,6 +72,11 @@ def _once(call: Callable[[], torch.Tensor], device: torch.device, repeats: int) 
         return (time.perf_counter() - start) * 1e3 / repeats
     for _ in range(repeats if repeats > 1 else 0):
         call()
+    return milliseconds_on_gpu(call, repeats)
+
+
+def milliseconds_on_gpu(call: Callable[[], object], repeats: int) -> float:
+    """Of one of `repeats` calls in a row, between two events."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(repeats):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from lowbit.attention.measure import milliseconds_on_gpu
+
 Call = Callable[[], object]
 WINDOW = 40_000
 """Microseconds that a sample of `settled` lasts at least."""
@@ -30,23 +32,13 @@ def settled(call: Call) -> Callable[[], list[float]]:
     A big kernel is limited by power, and what ran before it would decide its clock; many calls between two events drown theirs.
     """
     call()
-    count = max(1, int(WINDOW / max(_batch_time(call, 2), 1)))
+    count = max(1, int(WINDOW / max(1e3 * milliseconds_on_gpu(call, 2), 1)))
 
     def measure() -> list[float]:
-        _batch_time(call, count)
-        return [_batch_time(call, count)]
+        milliseconds_on_gpu(call, count)
+        return [1e3 * milliseconds_on_gpu(call, count)]
 
     return measure
-
-
-def _batch_time(call: Call, count: int) -> float:
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(count):
-        call()
-    stop.record()
-    stop.synchronize()
-    return 1e3 * start.elapsed_time(stop) / count
 
 
 def capture(calls: Sequence[Call], least: int = 20) -> tuple[torch.cuda.CUDAGraph, int]:
