@@ -22,7 +22,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 from benchmarks import timing
 from benchmarks.goals import write
 from lowbit.ops.layouts import register_layouts
-from lowbit.ops.linear import quantized_linear, release_scratch
+from lowbit.ops.linear import quantized_linear
+from lowbit.ops.scratch import release_scratch
 from testing.measure import environment, relative_error
 
 register_layouts()

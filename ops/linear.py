@@ -14,15 +14,11 @@ from ..kernels.quantize_rows import ACTIVATIONS, apply_activation
 from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
 from ..kernels.stored_weight import StoredWeight, WeightTraits
 from .linear_call import LinearCall, Product
-from .linear_describe import LinearDescription, describe_linear
 from .linear_kitchen import kitchen_cuda_available
 from .linear_paths import LINEAR_PATHS, kernels_take
 from .linear_reference import linear_reference
 from .linear_table import REFERENCE, Gpu, choose_path
 from .linear_weight import stored_weight
-from .scratch import release_scratch, scratch_nbytes
-
-__all__ = ["LinearDescription", "describe_linear", "quantized_linear", "release_scratch", "scratch_nbytes"]
 
 MOST_OFFSET = 1 << 31
 """Kernels count within a row in 32 bits: a row that spans more elements than this is copied first."""

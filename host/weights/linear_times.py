@@ -16,9 +16,10 @@ from ...kernels.measured import MeasuredNumbers
 from ...ops.device_info import device_info
 from ...ops.formats import FORMATS
 from ...ops.keep_rules import KEEP
-from ...ops.linear import quantized_linear, release_scratch
+from ...ops.linear import quantized_linear
 from ...ops.plan import QuantizationPlan
 from ...ops.quantize import quantize_to_tensor
+from ...ops.scratch import release_scratch
 from ...ops.trade import Product
 
 logger = logging.getLogger("lowbit.host")

@@ -11,8 +11,9 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from lowbit.kernels.decode import decode_reference
 from lowbit.ops.layouts import register_layouts
-from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes
+from lowbit.ops.linear import quantized_linear
 from lowbit.ops.linear_weight import stored_weight
+from lowbit.ops.scratch import release_scratch, scratch_nbytes
 from lowbit.ops.shared_input import FIRST
 
 pytestmark = [

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.errors import CheckpointError, FormatError
-from lowbit.ops.linear import quantized_linear, release_scratch, scratch_nbytes
+from lowbit.ops.linear import quantized_linear
 from lowbit.ops.linear_weight import stored_weight
+from lowbit.ops.scratch import release_scratch, scratch_nbytes
 
 from .linear_weights import FORMATS, WEIGHTS, K, N, random_weight
 

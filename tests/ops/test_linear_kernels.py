@@ -17,11 +17,11 @@ from lowbit.errors import FormatError
 from lowbit.kernels.hadamard import rotate_reference
 from lowbit.ops import linear as linear_module
 from lowbit.ops import linear_8bit
-from lowbit.ops.linear import quantized_linear, release_scratch
+from lowbit.ops.linear import quantized_linear
 from lowbit.ops.linear_reference import linear_reference
 from lowbit.ops.linear_table import Gpu
 from lowbit.ops.linear_weight import stored_weight
-from lowbit.ops.scratch import scratch_here
+from lowbit.ops.scratch import release_scratch, scratch_here
 from lowbit.ops.shared_input import FIRST
 
 if os.environ.get("TRITON_INTERPRET") != "1":

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowbit.ops.linear import describe_linear
+from lowbit.ops.linear_describe import describe_linear
 from lowbit.ops.linear_table import PATHS, RULES, Gpu, choose_path
 from lowbit.ops.linear_weight import LAYOUT_KINDS
 
