@@ -7,7 +7,7 @@ import torch
 from .attention_int8 import LARGEST_FACTOR, NO_SCORE, VALUE_SHIFT
 from .attention_quantize import KEY_BLOCK, QuantizedAttention, mask_strides
 from .launch import in_blocks, launch
-from .runtime import GLUON_FOUND, constexpr, gl, gluon, hopper, multiprocessor_count
+from .runtime import constexpr, gl, gluon, hopper, multiprocessor_count
 
 GROUPS = 3
 ROWS = 64
@@ -295,6 +295,3 @@ def attend_hopper(
         },
         warps=4,
     )  # fmt: skip
-
-
-__all__ = ["GLUON_FOUND", "QUERY_BLOCK", "attend_hopper", "can_copy_in_bulk"]

@@ -15,12 +15,11 @@ from testing.workflows.bundled import FOLDER, WORKFLOWS, saved
 
 WIDTH, HEIGHT, TITLE_HEIGHT, MARGIN = 640, 400, 96, 20
 _SCALE, _NODE_TITLE, _POINTS = 2, 30, 48
-_BACKGROUND, _GROUP, _NODE, _TITLE, _OWN, _NOTE = "#1b1c20", "#22303c", "#3a3c42", "#4b4e55", "#2f8f6b", "#57472f"
+_BACKGROUND, _GROUP, _NODE, _TITLE, _OWN = "#1b1c20", "#22303c", "#3a3c42", "#4b4e55", "#2f8f6b"
 _LINKS = {
     "MODEL": "#b39ddb", "CLIP": "#ffd500", "VAE": "#ff6e6e", "CONDITIONING": "#ffa931", "LATENT": "#ff9cf9",
     "IMAGE": "#64b5f6", "VIDEO": "#7fbf8f", "AUDIO": "#7fd6d6", "MODEL_PATCH": "#9bd27f",
 }  # fmt: skip
-
 
 Point = tuple[float, float]
 
