@@ -6,12 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import where
+from benchmarks.shown import RESULTS, where
 
-RESULTS = Path(__file__).resolve().parent / "results"
 WIDTH, BAR, GAP, LEFT, LENGTH = 860, 13, 7, 300, 400
 FAST = ("fp8_e4m3fn_scaled_fast", "int8_convrot_fast", "mxfp8_fast", "fp4_scaled_fast", "fp4_scaled")
 FEW_ROWS = ("fp8_e4m3fn_scaled", "int8", "mxfp8", "fp4_scaled", "int4_convrot_fast")

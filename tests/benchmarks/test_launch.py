@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import launch, tables
+from benchmarks import launch
+from benchmarks.shown import STAGES, by_stage
 from testing import comfyui
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,11 +32,11 @@ def test_the_goals_are_judged_on_the_worst_number_of_rows_beside_the_same_call()
 
 
 def test_the_table_has_every_stage_and_the_time_before():
-    stages = dict.fromkeys(tables.STAGES, 1.5)
+    stages = dict.fromkeys(STAGES, 1.5)
     record = {"rows": [row("int8_fast", True, 512, 30.0, **stages)], "before": [row("int8_fast", True, 512, 60.0)]}
-    (shown,) = tables.by_stage(record)
+    (shown,) = by_stage(record)
     assert shown["before"] == 60.0
-    assert all(shown[stage] == 1.5 for stage in tables.STAGES)
+    assert all(shown[stage] == 1.5 for stage in STAGES)
 
 
 def test_it_runs_without_a_gpu_and_says_so(tmp_path):
@@ -60,5 +61,5 @@ def test_it_runs_without_a_gpu_and_says_so(tmp_path):
     record = json.loads(out.read_text())
     assert record["launched"] is False
     (ours,) = (row for row in record["rows"] if row["format"] != "bf16" and row["rows"] == 512)
-    assert ours["stages"].keys() == set(tables.STAGES)
+    assert ours["stages"].keys() == set(STAGES)
     assert 0 < ours["call"] < 10_000

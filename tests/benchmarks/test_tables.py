@@ -8,7 +8,8 @@ import re
 import pytest
 
 from benchmarks import cells, tables
-from benchmarks.tables import LONG, PAGES, RESULTS, ROOT, SHOWN, TABLES
+from benchmarks.shown import RESULTS, SHOWN
+from benchmarks.tables import LONG, PAGES, ROOT, TABLES
 
 GIB = 2**30
 ROW = {
@@ -56,7 +57,7 @@ def test_the_readme_is_read_in_a_minute():
 
 @pytest.mark.parametrize("name", SHOWN)
 def test_what_was_not_measured_says_so(monkeypatch, tmp_path, name):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.shown.RESULTS", tmp_path)
     assert "Not measured yet" in TABLES[name]()
 
 
@@ -64,7 +65,7 @@ def test_the_memory_table_says_what_was_measured(monkeypatch, tmp_path):
     failed = ROW | {"contender": "stock ComfyUI", "completed": False, "error": "Failed: a | b", "step_seconds": None}
     record = {"gpu": "NVIDIA H200", "rows": [ROW, failed | {"seconds_per_step": None}], "goals": []}
     (tmp_path / "memory.json").write_text(json.dumps(record))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr("benchmarks.shown.RESULTS", tmp_path)
     text = SHOWN["memory"].text()
     assert (
         "| 24.0 GiB | memory manager, bf16 files | completed | 23.0 GiB | 41.0 GiB | 1.234 | 1.1 | 31.23 | 66.6 |"
