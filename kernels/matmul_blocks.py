@@ -96,18 +96,25 @@ def _scale_offset(row, word, pitch, CODEBOOK: tl.constexpr):
 
 
 @triton.jit
-def _columns(first, stride_column, column_left, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
-    """The 16 columns of the words of x that start at `first` (words, m, 1, 1), each (words, m).
-
-    column_left: of the same shape, columns from a word's start to the end of x; MASKED: some are fewer than 16.
-    """
-    column = tl.arange(0, 2)[None, None, :, None] * 8 + tl.arange(0, 8)[None, None, None, :]
+def _loaded(first, column, stride_column, column_left, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
+    """x at `column` from `first`, after the activation; MASKED: 0 from `column_left` on, where x ends."""
     if MASKED:
         x = tl.load(first + column * stride_column, mask=column < column_left, other=0.0)
     else:
         x = tl.load(first + column * stride_column)
     if ACTIVATION is not None:
         x = _activate(x.to(tl.float32), ACTIVATION).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _columns(first, stride_column, column_left, MASKED: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The 16 columns of the words of x that start at `first` (words, m, 1, 1), each (words, m).
+
+    column_left: of the same shape, columns from a word's start to the end of x; MASKED: some are fewer than 16.
+    """
+    column = tl.arange(0, 2)[None, None, :, None] * 8 + tl.arange(0, 8)[None, None, None, :]
+    x = _loaded(first, column, stride_column, column_left, MASKED, ACTIVATION)
     x = tl.reshape(x, (x.shape[0], x.shape[1], 2, 2, 2, 2))
     even, odd = tl.split(x)
     even_0, even_2 = tl.split(even)
@@ -133,12 +140,7 @@ def _pairs_of_columns(first, stride_column, column_left, MASKED: tl.constexpr, A
     pairs = ()
     for octet in tl.static_range(4):
         column = octet * 8 + tl.arange(0, 8)[None, None, :]
-        if MASKED:
-            x = tl.load(first + column * stride_column, mask=column < column_left, other=0.0)
-        else:
-            x = tl.load(first + column * stride_column)
-        if ACTIVATION is not None:
-            x = _activate(x.to(tl.float32), ACTIVATION).to(x.dtype)
+        x = _loaded(first, column, stride_column, column_left, MASKED, ACTIVATION)
         x = tl.permute(tl.reshape(x, (x.shape[0], x.shape[1], 2, 2, 2)), (0, 4, 1, 2, 3))
         even, odd = tl.split(tl.reshape(x, (x.shape[0] * 2, x.shape[2], 2, 2)))
         x0, x2 = tl.split(even)
