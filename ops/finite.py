@@ -19,7 +19,7 @@ Python's lock, for which the thread that loads has to wait in turn."""
 _PIECE = 64 << 20
 _SMALL = 64 << 10
 """Bytes of a tensor up to which it is looked at with others: a model has hundreds of biases and scales."""
-_MOST_THREADS = 16
+MOST_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class FiniteCheck:
         threads: at most; half of the processor's too, since the caller works at the same time.
     """
 
-    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], threads: int = _MOST_THREADS) -> None:
+    def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], threads: int = MOST_THREADS) -> None:
         threads = min(threads, max(1, (os.cpu_count() or 1) // 2))
         pieces = _Shared(_pieces(tensors))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")

@@ -17,7 +17,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.quant_ops import QuantizedTensor
 
 from ...errors import CheckpointError
-from ...ops.finite import FiniteCheck
+from ...ops.finite import MOST_THREADS, FiniteCheck
 from ...ops.header import FileStamp
 from ...ops.multiplied_out import multiplied_out
 from ...ops.quantize import not_finite
@@ -149,8 +149,8 @@ class NumbersCheck:
             looked_at = [(name, tensor) for name, tensor in looked_at if tensor.nbytes <= _SMALL_TENSOR]
         # Core takes what is built out of `normalized`.
         configs = {name: tensor for name, tensor in normalized.items() if name.endswith(_CONFIG)}
-        most = {"threads": _BESIDE_LOADING} if diffusion_model else {}
-        self._check = FiniteCheck(_numbers(looked_at, configs), **most)
+        threads = _BESIDE_LOADING if diffusion_model else MOST_THREADS
+        self._check = FiniteCheck(_numbers(looked_at, configs), threads)
 
     def settle(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         """Judge the file that `patcher` was loaded from.
