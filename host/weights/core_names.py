@@ -40,6 +40,7 @@ PATCHING = dotted(
 """Without one of these LoRAs go into the weights: half of the others would apply them twice."""
 
 _MLP = "the MLPs of Wan and of some text encoders multiply 8-bit weights as ComfyUI does"
+_ROWS = "modulation and the norms of heads run in PyTorch's kernels, a little slower"
 _DETECTION = "a file of a kind that ComfyUI does not know is noticed only when it is loaded"
 _HEAD = "Qwen2.5-VL is loaded without its output head, so it cannot write text"
 OPTIONAL = {
@@ -50,6 +51,15 @@ OPTIONAL = {
     **dict.fromkeys(
         dotted({"comfy_aimdo.model_vbar": "vbar_fault vbar_signature_compare vbar_unpin"}),
         "dynamic VRAM is asked for weights that are on the GPU already, a little slower",
+    ),
+    **dict.fromkeys(
+        (
+            "comfy.ldm.flux.layers.apply_mod",
+            "comfy.ldm.qwen_image.model.QwenImageTransformerBlock",
+            "comfy.ldm.wan.model.repeat_e",
+            "comfy.ops.disable_weight_init.RMSNorm",
+        ),
+        _ROWS,
     ),
     "comfy.memory_management.aimdo_enabled": "a load that main memory cannot hold is not refused beforehand",
     "comfy.ldm.qwen_image.model.FeedForward": "Qwen-Image's MLPs run without their fused activation, a little slower",

@@ -23,6 +23,7 @@ from ...ops.stored_names import metadata_below
 from ...versions import advice, find
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .checked import NumbersCheck, settle, watched
+from .elementwise import speed_up_elementwise
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .input_groups import group_inputs
 from .operations import adopt_quantized_linears
@@ -161,6 +162,7 @@ def take_over(model: torch.nn.Module) -> int:
         fuse_feed_forwards(model)
         group_inputs(model)
         route_input_activations()
+        speed_up_elementwise(model)
     return adopted
 
 
