@@ -7,7 +7,7 @@ import torch
 from .launch import launch
 from .runtime import ceil_div, kernels_run_on, power_of_two, tl, triton
 
-_COLUMNS, _ROWS = 1024, 8
+_COLUMNS, _ROWS = 1024, 4
 
 
 @triton.jit

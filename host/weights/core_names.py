@@ -40,7 +40,7 @@ PATCHING = dotted(
 """Without one of these LoRAs go into the weights: half of the others would apply them twice."""
 
 _MLP = "the MLPs of Wan and of some text encoders multiply 8-bit weights as ComfyUI does"
-_ROWS = "modulation and the norms of heads run in PyTorch's kernels, a little slower"
+_ROWS = "modulation, norms and rotary embeddings run in ComfyUI's kernels, a little slower"
 _DETECTION = "a file of a kind that ComfyUI does not know is noticed only when it is loaded"
 _HEAD = "Qwen2.5-VL is loaded without its output head, so it cannot write text"
 OPTIONAL = {
@@ -55,8 +55,11 @@ OPTIONAL = {
     **dict.fromkeys(
         (
             "comfy.ldm.flux.layers.apply_mod",
+            "comfy.ldm.flux.math.apply_rope",
+            "comfy.ldm.flux.math.apply_rope1",
             "comfy.ldm.qwen_image.model.QwenImageTransformerBlock",
             "comfy.ldm.wan.model.repeat_e",
+            "comfy.ops.disable_weight_init.LayerNorm",
             "comfy.ops.disable_weight_init.RMSNorm",
         ),
         _ROWS,

@@ -1,4 +1,4 @@
-"""Puts modulation, gates and the norms of heads through the pack's kernels, where PyTorch's are far below the memory's rate."""
+"""Puts modulation, gates, norms and rotary embeddings through the pack's kernels, which are near the memory's rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import comfy.ops
 import torch
 
 from ...kernels.modulate_rows import modulate_rows
-from ...kernels.norm_heads import norm_heads
+from ...kernels.normalize import normalize
+from ...kernels.rope import rope
 from ...versions import find
 from ..in_front import class_in_front
 
@@ -23,18 +24,18 @@ def _stays_with_torch() -> bool:
     return torch.compiler.is_compiling() or torch.is_grad_enabled()
 
 
-class _HeadNorm(torch.nn.Module):
-    """Mixin over core's RMSNorm."""
+class _Norm(torch.nn.Module):
+    """Mixin over core's LayerNorm and RMSNorm."""
 
     weight: torch.Tensor | None
     eps: float | None
+    normalized_shape: tuple[int, ...]
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
-        core: Any = super()
-        if _stays_with_torch():
-            return core.forward_comfy_cast_weights(input)
+        if _stays_with_torch() or len(self.normalized_shape) > 1:
+            return super().forward_comfy_cast_weights(input)  # type: ignore[misc]
         with comfy.ops.CastBiasWeightContext(None if self.weight is None else self, input, offloadable=True) as cast:
-            return norm_heads(input, cast[0], self.eps)
+            return normalize(input, *cast, self.eps, centered=isinstance(self, torch.nn.LayerNorm))
 
 
 class _QwenBlock(torch.nn.Module):
@@ -44,8 +45,7 @@ class _QwenBlock(torch.nn.Module):
         self, x: torch.Tensor, mod_params: torch.Tensor, timestep_zero_index: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if timestep_zero_index is not None or _stays_with_torch():
-            core: Any = super()
-            return core._modulate(x, mod_params, timestep_zero_index)
+            return super()._modulate(x, mod_params, timestep_zero_index)  # type: ignore[misc]
         shift, scale, gate = mod_params.unsqueeze(1).chunk(3, dim=-1)
         return modulate_rows(shift, x, 1 + scale), gate
 
@@ -53,8 +53,7 @@ class _QwenBlock(torch.nn.Module):
         self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, timestep_zero_index: Any = None
     ) -> torch.Tensor:
         if timestep_zero_index is not None or _stays_with_torch():
-            core: Any = super()
-            return core._apply_gate(x, y, gate, timestep_zero_index)
+            return super()._apply_gate(x, y, gate, timestep_zero_index)  # type: ignore[misc]
         return modulate_rows(y, x, gate)
 
 
@@ -72,9 +71,10 @@ class _RowFactor(torch.Tensor):
 
 
 def speed_up_elementwise(model: torch.nn.Module) -> int:
-    """Give RMSNorms and blocks of `model` this pack's arithmetic; returns how many modules.
+    """Give norms and blocks of `model` this pack's arithmetic; returns how many modules.
 
-    What blocks of Wan and Flux call for their modulation is a function of ComfyUI's, which ours goes in front of for all models.
+    What blocks call for rotary embeddings, and those of Wan and Flux for modulation, are functions of ComfyUI's: ours go in
+    front of them for all models.
     """
     changed = 0
     module: Any
@@ -105,11 +105,27 @@ def _apply_mod(
     return modulate_rows(m_add, tensor, m_mult)
 
 
+def _apply_rope1(core: Callable[..., torch.Tensor], x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    turned = None if _stays_with_torch() else rope(x, freqs_cis)
+    return core(x, freqs_cis) if turned is None else turned
+
+
+def _apply_rope(core: Callable[..., Any], xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> Any:
+    turned = (None,) if _stays_with_torch() else (rope(xq, freqs_cis), rope(xk, freqs_cis))
+    return core(xq, xk, freqs_cis) if None in turned else turned
+
+
 _CLASSES = {
     "comfy.ldm.qwen_image.model.QwenImageTransformerBlock": _QwenBlock,
-    "comfy.ops.disable_weight_init.RMSNorm": _HeadNorm,
+    "comfy.ops.disable_weight_init.LayerNorm": _Norm,
+    "comfy.ops.disable_weight_init.RMSNorm": _Norm,
 }
-_FUNCTIONS = {"comfy.ldm.wan.model.repeat_e": _repeat_e, "comfy.ldm.flux.layers.apply_mod": _apply_mod}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "comfy.ldm.flux.layers.apply_mod": _apply_mod,
+    "comfy.ldm.flux.math.apply_rope": _apply_rope,
+    "comfy.ldm.flux.math.apply_rope1": _apply_rope1,
+    "comfy.ldm.wan.model.repeat_e": _repeat_e,
+}
 
 
 def _route(full_name: str, in_front: Callable[..., torch.Tensor]) -> None:

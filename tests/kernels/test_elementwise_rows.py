@@ -1,4 +1,4 @@
-"""Modulation and the norms of heads: the kernels beside float64, in every layout that models hand them."""
+"""Modulation, norms and rotary embeddings: the kernels beside float64, in every layout that models hand them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit.kernels.modulate_rows import modulate_rows
-from lowbit.kernels.norm_heads import norm_heads
+from lowbit.kernels.normalize import normalize
+from lowbit.kernels.rope import rope
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HALF_STEP = {torch.float16: 2**-11, torch.bfloat16: 2**-8, torch.float32: 2**-22}
 
@@ -31,10 +33,10 @@ def near(got: torch.Tensor, want: torch.Tensor, size: torch.Tensor) -> None:
     st.integers(0, 2**31),
 )
 def test_modulation_and_gate(dtype, batch, rows, columns, shared_base, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, rows, columns, generator=generator).to(dtype)
-    shift, factor = torch.randn(batch, 2, 1, columns, generator=generator).to(dtype).unbind(1)
-    base = shift if shared_base else torch.randn(x.shape, generator=generator).to(dtype)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    x = torch.randn(batch, rows, columns, generator=generator, device=DEVICE).to(dtype)
+    shift, factor = torch.randn(batch, 2, 1, columns, generator=generator, device=DEVICE).to(dtype).unbind(1)
+    base = shift if shared_base else torch.randn(x.shape, generator=generator, device=DEVICE).to(dtype)
     got = modulate_rows(base, x, factor)
     assert got.dtype == dtype
     product = x.double() * factor.double()
@@ -42,11 +44,11 @@ def test_modulation_and_gate(dtype, batch, rows, columns, shared_base, seed):
 
 
 def test_modulation_of_other_layouts_is_torchs_own():
-    x = torch.randn(2, 6, 8)
-    row, gate = torch.randn(2, 1, 8), torch.randn(1, 1, 8)
+    x = torch.randn(2, 6, 8, device=DEVICE)
+    row, gate = torch.randn(2, 1, 8, device=DEVICE), torch.randn(1, 1, 8, device=DEVICE)
     for base, value, factor in (
         (x, x, gate),
-        (x.transpose(1, 2), x.transpose(1, 2), torch.randn(2, 1, 6)),
+        (x.transpose(1, 2), x.transpose(1, 2), torch.randn(2, 1, 6, device=DEVICE)),
         (row, x, x),
         (x, x, row.double().float().repeat(1, 1, 2)[..., ::2]),
         (row[0], x[0], gate[0]),
@@ -56,7 +58,7 @@ def test_modulation_of_other_layouts_is_torchs_own():
 
 
 def test_modulation_carries_what_is_no_number():
-    x, row = torch.randn(1, 9, 40), torch.randn(1, 1, 40)
+    x, row = torch.randn(1, 9, 40, device=DEVICE), torch.randn(1, 1, 40, device=DEVICE)
     x[0, 3, 5], x[0, 8, 39] = float("nan"), float("inf")
     got = modulate_rows(row, x, row.abs() + 1)
     assert got.isnan().nonzero().tolist() == [[0, 3, 5]] and got.isinf().nonzero().tolist() == [[0, 8, 39]]
@@ -68,34 +70,94 @@ LAYOUTS = {
     "of one product": lambda x: torch.cat([x, x, x], dim=-1).transpose(1, 2)[..., x.shape[-1] : 2 * x.shape[-1]],
     "rows": lambda x: x.flatten(0, 2),
 }
+PARTS = st.sampled_from([(), ("weight",), ("weight", "bias")])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("centered", [True, False])
 @given(
     st.sampled_from(DTYPES),
     st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 3)),
-    st.sampled_from([1, 40, 64, 128, 256, 384]),
+    st.sampled_from([1, 40, 64, 128, 256, 384, 1030]),
+    PARTS,
     st.integers(0, 2**31),
 )
-def test_norms_of_heads(layout, dtype, sizes, columns, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = LAYOUTS[layout](torch.randn(*sizes, columns, generator=generator).to(dtype))
-    weight = torch.randn(columns, generator=generator).to(dtype)
-    got = norm_heads(x, weight, 1e-6)
+def test_norms(centered, layout, dtype, sizes, columns, parts, seed):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    x = LAYOUTS[layout](torch.randn(*sizes, columns, generator=generator, device=DEVICE).add_(0.5).to(dtype))
+    weight, bias = torch.randn(2, columns, generator=generator, device=DEVICE).to(dtype)
+    weight, bias = weight if "weight" in parts else None, bias if "bias" in parts and centered else None
+    got = normalize(x, weight, bias, 1e-3, centered=centered)
     assert got.dtype == dtype and got.is_contiguous()
-    wide = x.double()
-    want = wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
-    near(got, want, want.abs() * 4)
+    wide = x.double() - (x.double().mean(-1, keepdim=True) if centered else 0)
+    scale = (wide.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+    want = wide * scale * (1 if weight is None else weight.double())
+    size = want.abs() + 8 * scale * (x.double().abs().amax(-1, keepdim=True) if centered else 0)
+    near(
+        got,
+        want + (0 if bias is None else bias.double()),
+        size * (1 if weight is None else 1 + weight.double().abs()) * 4,
+    )
 
 
-def test_a_row_with_no_number_does_not_touch_the_others():
-    x, weight = torch.randn(1, 2, 50, 128), torch.randn(128)
+@pytest.mark.parametrize("centered", [True, False])
+def test_a_row_with_no_number_does_not_touch_the_others(centered):
+    x, weight = torch.randn(1, 2, 50, 128, device=DEVICE), torch.randn(128, device=DEVICE)
     x[0, 1, 7, 3] = float("nan")
-    got = norm_heads(x, weight, 1e-6)
+    got = normalize(x, weight, None, 1e-6, centered=centered)
     assert got[0, 1, 7].isnan().all() and int(got.isnan().sum()) == 128
 
 
-def test_norms_without_weight_or_eps_are_torchs_own():
-    x = torch.randn(1, 2, 5, 128)
-    assert torch.equal(norm_heads(x, None, 1e-6), F.rms_norm(x, (128,), None, 1e-6))
-    assert torch.equal(norm_heads(x, torch.ones(128), None), F.rms_norm(x, (128,), torch.ones(128)))
+def test_norms_of_other_kinds_are_torchs_own():
+    x, ones, apart = (
+        torch.randn(1, 2, 5, 128, device=DEVICE),
+        torch.ones(128, device=DEVICE),
+        torch.randn(256, device=DEVICE)[::2],
+    )
+    assert torch.equal(normalize(x, ones, None, None, centered=False), F.rms_norm(x, (128,), ones))
+    assert torch.equal(normalize(x, apart, ones, 1e-6, centered=True), F.layer_norm(x, (128,), apart, ones, 1e-6))
+    assert normalize(x[:, :, :0], None, None, 1e-6, centered=True).shape == (1, 2, 0, 128)
+
+
+def frequencies(layout: str, batch: int, length: int, pairs: int, generator: torch.Generator) -> torch.Tensor:
+    freqs = torch.randn(batch, length, pairs, 2, 2, generator=generator, device=DEVICE)
+    return freqs.unsqueeze(1 if layout == "heads first" else 2)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "positions first"])
+@given(
+    st.sampled_from(DTYPES),
+    st.sampled_from(DTYPES),
+    st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 11)),
+    st.booleans(),
+    st.sampled_from([1, 20, 32, 64]),
+    st.integers(0, 2**31),
+)
+def test_rotary_embeddings(layout, dtype, freqs_dtype, sizes, shared, pairs, seed):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    batch, length, _ = sizes
+    x = torch.randn(*sizes, 2 * pairs, generator=generator, device=DEVICE).to(dtype)
+    x = x.transpose(1, 2) if layout == "heads first" else x
+    freqs = frequencies(layout, 1 if shared else batch, length, pairs, generator).to(freqs_dtype)
+    got = rope(x, freqs)
+    assert got.dtype == dtype and got.is_contiguous()
+    pair = x.double().unflatten(-1, (-1, 1, 2))
+    parts = freqs.double() * pair
+    near(got, parts.sum(-1).flatten(-2), parts.abs().sum(-1).flatten(-2))
+
+
+def test_rotary_embeddings_of_other_shapes_are_not_ours():
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x, freqs = torch.randn(2, 6, 5, 16, device=DEVICE), frequencies("heads first", 1, 5, 8, generator)
+    assert rope(x, freqs) is not None
+    for other, of in (
+        (x, freqs[:, :, :4]),
+        (x, freqs.expand(2, 6, -1, -1, -1, -1)),
+        (x[..., :8], freqs),
+        (x[..., ::2], freqs[..., :4, :, :]),
+        (x[0], freqs[0]),
+        (x, freqs.transpose(-1, -2)),
+        (x.long(), freqs),
+        (x, torch.cat([freqs, freqs, freqs])),
+    ):
+        assert rope(other, of) is None

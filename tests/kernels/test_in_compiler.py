@@ -24,7 +24,10 @@ from lowbit.kernels.gate_rows import gate_rows
 from lowbit.kernels.gather_prompt import gather_prompt
 from lowbit.kernels.launch import as_triton
 from lowbit.kernels.matvec_together import matvec_together
+from lowbit.kernels.modulate_rows import modulate_rows
 from lowbit.kernels.norm_rows import add_norm
+from lowbit.kernels.normalize import normalize
+from lowbit.kernels.rope import rope
 from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
 from lowbit.ops import linear_few_rows
 from lowbit.ops.linear_table import FEW_ROWS, KITCHEN, REFERENCE, Gpu, choose_path
@@ -51,8 +54,11 @@ LAUNCHING = (
     "matmul_rows",
     "matmul_split",
     "matvec_together",
+    "modulate_rows",
     "norm_rows",
+    "normalize",
     "quantize_rows",
+    "rope",
     "rotate_rows",
 )
 COUNTING = (
@@ -62,7 +68,17 @@ COUNTING = (
     "kernels.attend_cache",
     "kernels.attention_hopper",
 )
-DECODING = ("attend_cache", "cache_heads", "evict_slot", "gate_rows", "gather_prompt", "norm_rows")
+CHOOSING = (
+    "attend_cache",
+    "cache_heads",
+    "evict_slot",
+    "gate_rows",
+    "gather_prompt",
+    "modulate_rows",
+    "norm_rows",
+    "normalize",
+    "rope",
+)
 """Of them, those that choose between Triton and plain torch themselves."""
 
 SHARED_KIB = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
@@ -128,7 +144,7 @@ def compiled(monkeypatch):
     matmul_hopper = importlib.import_module("lowbit.kernels.matmul_hopper")
     number = lambda index: divmod(triton.runtime.driver.active.get_current_device(), 10)  # noqa: E731
     monkeypatch.setattr(matmul_hopper, "compute_capability", number)
-    for name in DECODING:
+    for name in CHOOSING:
         monkeypatch.setattr(importlib.import_module(f"lowbit.kernels.{name}"), "kernels_run_on", lambda x: True)
     driver = triton.runtime.driver
     active = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.5
@@ -205,6 +221,25 @@ def test_every_launch_of_a_decoding_step_compiles_and_fits(cc, sizes, dtype, com
     for mask in (None, torch.zeros(505, 505, dtype=dtype)):
         gather_prompt(torch.randn(heads, 505, width, dtype=dtype), caches[0], mask, 0.1)
     assert len(compiled.kernels) == 11
+    for metadata in compiled.kernels:
+        assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
+
+
+@pytest.mark.parametrize("cc", SHARED_KIB)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_stands_around_the_linears_compiles_and_fits(cc, dtype, compiled):
+    compiled.use(cc)
+    x, row = torch.randn(2, 9, 5120, dtype=dtype), torch.randn(2, 1, 5120, dtype=dtype)
+    modulate_rows(row, x, row)
+    modulate_rows(x, x, row)
+    normalize(x, None, None, 1e-6, centered=True)
+    normalize(x, row[0, 0], row[0, 0], 1e-6, centered=True)
+    normalize(x, row[0, 0], None, 1e-6, centered=False)
+    heads = x.view(2, 9, 40, 128)
+    normalize(heads.transpose(1, 2), row[0, 0, :128], None, 1e-6, centered=False)
+    rope(heads, torch.randn(1, 9, 1, 64, 2, 2))
+    rope(heads.transpose(1, 2), torch.randn(1, 1, 9, 64, 2, 2, dtype=dtype))
+    assert len(compiled.kernels) == 8
     for metadata in compiled.kernels:
         assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
 

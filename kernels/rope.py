@@ -1,0 +1,98 @@
+"""Rotary position embedding of neighbouring pairs, for queries or keys by heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .launch import launch
+from .runtime import ceil_div, kernels_run_on, power_of_two, tl, triton
+
+_ROWS, _HEADS = 16, 8
+"""Positions and heads of a program: the heads share what is loaded for a position, which is four times as much as one has."""
+
+
+@triton.jit
+def _rope_kernel(
+    x_ptr,
+    freqs_ptr,
+    out_ptr,
+    length,
+    heads,
+    x_batch,
+    x_head,
+    x_row,
+    out_batch,
+    out_head,
+    out_row,
+    freqs_batch,
+    freqs_row,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = (row < length)[:, None]
+    row = row.to(tl.int64)[:, None]
+    four = tl.arange(0, 4 * PAIRS)[None, :]
+    freqs = tl.load(freqs_ptr + batch * freqs_batch + row * freqs_row + four, mask=live & (four < 2 * K), other=0.0)
+    first, second = tl.split(tl.reshape(freqs.to(tl.float32), [ROWS, PAIRS, 2, 2]))
+    even_first, odd_first = tl.split(first)
+    even_second, odd_second = tl.split(second)
+    lane = tl.arange(0, 2 * PAIRS)[None, :]
+    inside = live & (lane < K)
+    for step in range(HEADS):
+        head = tl.program_id(1) * HEADS + step
+        here = inside & (head < heads)
+        x = tl.load(x_ptr + batch * x_batch + head * x_head + row * x_row + lane, mask=here, other=0.0)
+        even, odd = tl.split(tl.reshape(x.to(tl.float32), [ROWS, PAIRS, 2]))
+        turned = tl.join(even_first * even + even_second * odd, odd_first * even + odd_second * odd)
+        out = tl.reshape(turned, [ROWS, 2 * PAIRS]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + batch * out_batch + head * out_head + row * out_row + lane, out, mask=here)
+
+
+class _Layout(NamedTuple):
+    """Dimensions of heads and of positions, in x and in the frequencies."""
+
+    heads: int
+    rows: int
+
+
+def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor | None:
+    """Each pair of x's last dimension multiplied by a 2 x 2 matrix of its position, in float32, rounded once.
+
+    Source: RoFormer (arXiv:2104.09864), in the form of Flux: `freqs[..., 0] * x[even] + freqs[..., 1] * x[odd]`.
+
+    Args:
+        x: (batch, heads, length, K) or (batch, length, heads, K), rows of K contiguous.
+        freqs: (batch or 1, 1, length, K / 2, 2, 2), or (batch or 1, length, 1, K / 2, 2, 2), of any float dtype.
+
+    Returns:
+        x's shape and dtype, contiguous; None for anything else, which the caller leaves to ComfyUI.
+    """
+    layout = _layout(x, freqs)
+    if layout is None or not kernels_run_on(x):
+        return None
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, heads, length, columns = x.shape[0], x.shape[layout.heads], x.shape[layout.rows], x.shape[3]
+    strides = [tensor.stride(place) for tensor in (x, out) for place in (0, layout.heads, layout.rows)]
+    batch_stride = 0 if freqs.shape[0] == 1 else freqs.stride(0)
+    arguments = (x, freqs, out, length, heads, *strides, batch_stride, freqs.stride(layout.rows))
+    constants = {"K": columns, "ROWS": _ROWS, "HEADS": _HEADS, "PAIRS": power_of_two(columns // 2)}
+    launch(_rope_kernel, (ceil_div(length, _ROWS), ceil_div(heads, _HEADS), batch), arguments, constants)
+    return out
+
+
+def _layout(x: torch.Tensor, freqs: torch.Tensor) -> _Layout | None:
+    if x.ndim != 4 or freqs.ndim != 6 or not x.numel() or not (x.is_floating_point() and freqs.is_floating_point()):
+        return None
+    pairs = x.shape[3] // 2
+    together = x.stride(3) == 1 and freqs.stride()[3:] == (4, 2, 1) and freqs.shape[3:] == (pairs, 2, 2)
+    if not together or x.shape[3] != 2 * pairs or freqs.shape[0] not in (1, x.shape[0]) or freqs.device != x.device:
+        return None
+    layouts = (_Layout(heads=1, rows=2), _Layout(heads=2, rows=1))
+    fits = [of for of in layouts if freqs.shape[of.heads] == 1 and freqs.shape[of.rows] == x.shape[of.rows]]
+    return fits[0] if fits else None
