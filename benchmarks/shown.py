@@ -212,6 +212,19 @@ SHOWN: dict[str, Shown] = {
         goals=False,
         rows=by_kernel,
     ),
+    "elementwise": Shown(
+        "elementwise.json",
+        {
+            "model": "case",
+            "operation": "operation",
+            "us": "us",
+            "ComfyUI's, us": "comfyui_us",
+            "a copy, us": "copy_us",
+            "TB/s": "terabytes_per_second",
+            "error": key_percent("error"),
+        },
+        "Activations of a block, prompts in one batch; read from memory, not from the cache.",
+    ),
     "several_gpus": Shown(
         "several_gpus.json",
         {

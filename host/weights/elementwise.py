@@ -34,8 +34,9 @@ class _Norm(torch.nn.Module):
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
         if _stays_with_torch() or len(self.normalized_shape) > 1:
             return super().forward_comfy_cast_weights(input)  # type: ignore[misc]
-        with comfy.ops.CastBiasWeightContext(None if self.weight is None else self, input, offloadable=True) as cast:
-            return normalize(input, *cast, self.eps, centered=isinstance(self, torch.nn.LayerNorm))
+        held = None if self.weight is None else self
+        with comfy.ops.CastBiasWeightContext(held, input, offloadable=True) as (weight, bias):
+            return normalize(input, weight, bias, self.eps, centered=isinstance(self, torch.nn.LayerNorm))
 
 
 class _QwenBlock(torch.nn.Module):

@@ -61,7 +61,8 @@ def test_modulation_carries_what_is_no_number():
     x, row = torch.randn(1, 9, 40, device=DEVICE), torch.randn(1, 1, 40, device=DEVICE)
     x[0, 3, 5], x[0, 8, 39] = float("nan"), float("inf")
     got = modulate_rows(row, x, row.abs() + 1)
-    assert got.isnan().nonzero().tolist() == [[0, 3, 5]] and got.isinf().nonzero().tolist() == [[0, 8, 39]]
+    assert got.isnan().nonzero().tolist() == [[0, 3, 5]]
+    assert got.isinf().nonzero().tolist() == [[0, 8, 39]]
 
 
 LAYOUTS = {
@@ -88,7 +89,8 @@ def test_norms(centered, layout, dtype, sizes, columns, parts, seed):
     weight, bias = torch.randn(2, columns, generator=generator, device=DEVICE).to(dtype)
     weight, bias = weight if "weight" in parts else None, bias if "bias" in parts and centered else None
     got = normalize(x, weight, bias, 1e-3, centered=centered)
-    assert got.dtype == dtype and got.is_contiguous()
+    assert got.dtype == dtype
+    assert got.is_contiguous()
     wide = x.double() - (x.double().mean(-1, keepdim=True) if centered else 0)
     scale = (wide.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
     want = wide * scale * (1 if weight is None else weight.double())
@@ -105,7 +107,8 @@ def test_a_row_with_no_number_does_not_touch_the_others(centered):
     x, weight = torch.randn(1, 2, 50, 128, device=DEVICE), torch.randn(128, device=DEVICE)
     x[0, 1, 7, 3] = float("nan")
     got = normalize(x, weight, None, 1e-6, centered=centered)
-    assert got[0, 1, 7].isnan().all() and int(got.isnan().sum()) == 128
+    assert got[0, 1, 7].isnan().all()
+    assert int(got.isnan().sum()) == 128
 
 
 def test_norms_of_other_kinds_are_torchs_own():
@@ -140,7 +143,8 @@ def test_rotary_embeddings(layout, dtype, freqs_dtype, sizes, shared, pairs, see
     x = x.transpose(1, 2) if layout == "heads first" else x
     freqs = frequencies(layout, 1 if shared else batch, length, pairs, generator).to(freqs_dtype)
     got = rope(x, freqs)
-    assert got.dtype == dtype and got.is_contiguous()
+    assert got.dtype == dtype
+    assert got.is_contiguous()
     pair = x.double().unflatten(-1, (-1, 1, 2))
     parts = freqs.double() * pair
     near(got, parts.sum(-1).flatten(-2), parts.abs().sum(-1).flatten(-2))
