@@ -164,8 +164,10 @@ def main() -> None:
     out = arguments.out.resolve()
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     counts = [count for count in arguments.gpus if count <= len(devices)]
-    # What was measured of other models and numbers of GPUs stays.
-    rows = [row for row in before if row["case"] not in arguments.model or row["gpus"] not in (1, *counts)]
+    ways = arguments.only or [way.name for way in WAYS]
+    # What was measured of other models, ways and numbers of GPUs stays.
+    anew = [(name, way, count) for name in arguments.model for way in ways for count in (1, *counts)]
+    rows = [row for row in before if (row["case"], row["way"], row["gpus"]) not in anew]
     alone: dict[str, Any] = {}
     kept: dict[int, Any] = {}
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -175,7 +177,7 @@ def main() -> None:
             case = ALL_CASES[name]()
             path = write_checkpoint(folder / f"{name}.safetensors", case.shapes, case.metadata)
             for way in WAYS:
-                if (arguments.only and way.name not in arguments.only) or (way.cases and name not in way.cases):
+                if way.name not in ways or (way.cases and name not in way.cases):
                     continue
                 for count in (1, *counts):
                     if count == 1 and f"{name} {way.weights}" in alone:
