@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -41,12 +42,13 @@ class Exchange:
     """How queries, keys and values travel between processes.
 
     Attributes:
-        pieces: in how many pieces each process's heads travel: while one is attended to, the next is on its way.
+        pieces: in what parts each process's heads travel: while one is attended to, the next is on its way. For the first and
+            for the way back of the last everyone waits.
         small: bytes of all queries below which they travel whole, since pieces take the processor's time.
         eight_bits: whether keys and values travel as int8 with a scale for each token of each head: a quarter less in all.
     """
 
-    pieces: int = 1
+    pieces: Sequence[float] = (1.0,)
     small: int = 1 << 28
     eight_bits: bool = False
 
@@ -74,7 +76,7 @@ class SequenceSplit:
         self.group = group
         self.rank: int = group.rank()
         self.tokens = list(tokens)
-        self.speeds = list(speeds or [1.0] * len(tokens))
+        self.speeds = tuple(speeds or [1.0] * len(tokens))
         self.exchange = exchange or Exchange()
 
     def attend(
@@ -98,7 +100,7 @@ class SequenceSplit:
         if mask is not None:
             mask = self._on_all(mask)
         whole = q.element_size() * batch * heads * width * sum(self.tokens) < self.exchange.small
-        dealt = self._dealt(heads, 1 if whole else self.exchange.pieces)
+        dealt = _dealt(heads, self.speeds, (1.0,) if whole else tuple(self.exchange.pieces))
         arriving = [self._to_heads(q, k, v, ranges) for ranges in dealt]
         returning = []
         for ranges, arrival in zip(dealt, arriving, strict=True):
@@ -127,16 +129,6 @@ class SequenceSplit:
         received = [tokens * batch * channels * takes[self.rank] for tokens in self.tokens]
         whole = _Transfer(self.group, x.transpose(0, 1).reshape(-1).repeat(sum(takes)), sent, received).wait()
         return whole.view(-1, batch, channels).transpose(0, 1) if takes[self.rank] else None
-
-    def _dealt(self, heads: int, pieces: int) -> list[list[tuple[int, int]]]:
-        """For each piece the first and last head of every process."""
-        counts = shares(heads, self.speeds)
-        starts = [0, *accumulate(counts)]
-        cuts = [
-            [start, *accumulate(shares(count, [1.0] * pieces), initial=start)][1:]
-            for start, count in zip(starts, counts, strict=False)
-        ]
-        return [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(pieces)]
 
     def _to_heads(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: list[tuple[int, int]]) -> _Transfer:
         """Sends each process its heads of this one's tokens; token by token, so that what arrives is one sequence."""
@@ -174,6 +166,16 @@ class SequenceSplit:
         received = [tokens * per_key for tokens in self.tokens]
         whole = _Transfer(self.group, rows.reshape(-1).repeat(len(self.tokens)), sent, received).wait()
         return whole.view(-1, *rows.shape[1:]).movedim(0, -1)
+
+
+@functools.cache
+def _dealt(heads: int, speeds: tuple[float, ...], pieces: tuple[float, ...]) -> list[list[tuple[int, int]]]:
+    """For each piece that has any the first and last head of every process."""
+    counts = shares(heads, speeds)
+    starts = accumulate(counts[:-1], initial=0)
+    cuts = [list(accumulate(shares(count, pieces), initial=start)) for start, count in zip(starts, counts, strict=True)]
+    dealt = [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(len(pieces))]
+    return [ranges for ranges in dealt if any(last > first for first, last in ranges)]
 
 
 def _alike(ranges: Sequence[tuple[int, int]], heads: int) -> bool:

@@ -6,7 +6,10 @@
 Weights are random at the scale of a trained model's, with fewer blocks, as in benchmarks/steps.py. Workers start once and stay for
 the other ways and cases; how long that takes is measured with a small sample, for which attention has nothing to compile. They
 start with the node: what comes before "model's file" among a worker's stages costs nothing where ComfyUI has as long to do with
-other nodes. Here it has nothing else to do.
+other nodes. Here it has nothing else to do. What Python compiles of ComfyUI is on disk by then, as it is wherever ComfyUI was
+started before, whatever PYTHONDONTWRITEBYTECODE says here: without it the workers' imports take three times as long.
+
+auto is timed after the steps in which it tries how many processes are the fastest; "tried" has the seconds of each number.
 `--devices cpu cpu` tries it without a GPU, on the tiny case.
 """
 
@@ -14,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,6 +108,7 @@ def run(
         kept: the last model of each number of GPUs, with which its workers stay; filled as well.
     """
     from lowbit.host.dividing import divide, start_stages
+    from lowbit.host.several_gpus.trial import FILE_NAME, TRIES
 
     contender = Contender(way.name, way.weights, False, "exact")
     small = replace(case, latent=SMALL)
@@ -129,6 +135,10 @@ def run(
             for worker, stages in row["start_stages"].items():
                 print(worker, {stage: round(seconds, 2) for stage, seconds in stages.items()}, flush=True)
         kept[len(devices)] = model
+    if way.split == "auto" and len(devices) > 1:
+        sample(model, case, TRIES * len(devices).bit_length())
+        tried = json.loads((folder / "cache" / FILE_NAME).read_text())["measured"] if len(devices) > 2 else {}
+        row["tried"] = {what: seconds for machine in tried.values() for what, seconds in machine.items()}
     latent, times = sample(model, case, STEPS)
     row |= {"seconds": statistics.median(times[FIRST_TIMED:]), "steps": times, "said": said}
     key = f"{name} {way.weights}"
@@ -154,16 +164,20 @@ def main() -> None:
     out = arguments.out.resolve()
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     counts = [count for count in arguments.gpus if count <= len(devices)]
-    # What was measured of other models and numbers of GPUs stays.
-    rows = [row for row in before if row["case"] not in arguments.model or row["gpus"] not in (1, *counts)]
+    ways = arguments.only or [way.name for way in WAYS]
+    # What was measured of other models, ways and numbers of GPUs stays.
+    anew = [(name, way, count) for name in arguments.model for way in ways for count in (1, *counts)]
+    rows = [row for row in before if (row["case"], row["way"], row["gpus"]) not in anew]
     alone: dict[str, Any] = {}
     kept: dict[int, Any] = {}
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
     with core_in_memory(devices[0].type) as folder:
         for name in arguments.model:
             case = ALL_CASES[name]()
             path = write_checkpoint(folder / f"{name}.safetensors", case.shapes, case.metadata)
             for way in WAYS:
-                if (arguments.only and way.name not in arguments.only) or (way.cases and name not in way.cases):
+                if way.name not in ways or (way.cases and name not in way.cases):
                     continue
                 for count in (1, *counts):
                     if count == 1 and f"{name} {way.weights}" in alone:

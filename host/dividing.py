@@ -16,6 +16,7 @@ from ..errors import CapabilityError
 from .in_front import set_wrappers
 from .several_gpus.hooks import AUTO, CFG, KEY, DividingHooks
 from .several_gpus.team import Team
+from .weights.folders import cache_folder
 
 log = logging.getLogger("lowbit.several_gpus")
 
@@ -77,7 +78,7 @@ def divide(
         say(lacking)
         return clone
     if devices not in _TEAMS:
-        _TEAMS[devices] = Team(devices)
+        _TEAMS[devices] = Team(devices, cache_folder())
     hooks = DividingHooks(_TEAMS[devices], split, say, eight_bits)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,

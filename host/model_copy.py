@@ -100,7 +100,8 @@ class Copies:
         self._files: dict[str, tuple[FileStamp | None, Any]] = {}
         self._origins: dict[str, str] = {}
         self._copies: dict[str, Any] = {}
-        self._loaded: str | None = None
+        # The model whose weights are where it computes, and how many processes it made room for.
+        self._loaded: tuple[str | None, int] = None, 0
         self._limit = VramLimit(session().device)
 
     def load_file(self, model: str, file: Sequence[Any]) -> Any:
@@ -127,11 +128,11 @@ class Copies:
             copy.set_model_patch(MultiTalkCrossAttnPatch(load_model_patch(path), scale), _PATCHED)
         self._limit.apply(description["limit"])
         self._copies[model] = _with_attention(copy, description["attention"], Path(description["timings"]))
-        self._loaded = None
+        self._loaded = None, 0
 
     def begin(self, model: str) -> None:
         """The next forward loads the model to the GPU, where another may have taken its place."""
-        self._loaded = None
+        self._loaded = None, 0
 
     def end(self) -> None:
         """Lets go of what belongs to the run."""
@@ -149,7 +150,7 @@ class Copies:
         self._origins.pop(model, None)
         used = set(self._origins.values())
         self._files = {origin: base for origin, base in self._files.items() if origin in used}
-        self._loaded = None
+        self._loaded = None, 0
 
     def splitting(self, model: str, group: Any, speeds: Sequence[float], exchange: Exchange) -> CoreForward:
         """How the model's forward is split."""
@@ -162,8 +163,9 @@ class Copies:
         """One call of the diffusion model, with the run's options from ComfyUI and the model's own from here."""
         copy = self._copies[model]
         override = _override(copy)
-        if self._loaded != model:
-            self._load(model, copy, call["inputs"]["x"].shape, 1 if split is None else split.size)
+        processes = 1 if split is None else split.size
+        if self._loaded[0] != model or processes < self._loaded[1]:
+            self._load(model, copy, call["inputs"]["x"].shape, processes)
         if override is not None:
             override.exact_model_call = call["exact"]
             override.dispatcher.begin_model_call()
@@ -184,7 +186,7 @@ class Copies:
         copy.pre_run()
         if (override := _override(copy)) is not None:
             override.dispatcher.begin_run()
-        self._loaded = model
+        self._loaded = model, processes
 
 
 class _Same:

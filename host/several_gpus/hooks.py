@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,14 +20,15 @@ from .. import model_copy
 from ..in_front import seeing_free_memory
 from .sending import NotSentError, call_inputs, call_options, check_model, encoded
 from .split_families import CoreFamily
-from .team import ALL, FIRST, LINK, SECOND, Part, Team
+from .team import Part, Team
+from .trial import Trial
 
 log = logging.getLogger("lowbit.several_gpus")
 
 KEY = "lowbit_several_gpus"
+_TEXT = "c_crossattn"
+"""ComfyUI's name of the encoded text among a conditioning's inputs of the model, which it makes for every run."""
 AUTO, SEQUENCE, CFG, BOTH = SPLITS = ("auto", "sequence", "cfg", "both")
-
-_EVERYONE, _FIRST, _SECOND = Part(ALL, ALL), Part(FIRST, FIRST), Part(LINK, SECOND, output=True)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class DividingHooks:
         self._tell = say
         self._said: set[str] = set()
         self._model: str | None = None
+        self._file = ""
         self._family: CoreFamily | None = None
         self._patches: dict[str, list[Any]] = {}
 
@@ -93,6 +97,8 @@ class DividingHooks:
         self, executor: Callable[..., Any], model: Any, conds: Any, x_in: Any, timestep: Any, model_options: Any
     ) -> Any:
         """One step: where prompts go to different GPUs, ComfyUI is to batch them as if each had a GPU to itself."""
+        if self._model is not None:
+            _move_texts(conds, x_in.device)
         halves = self._model is not None and self._halves()
         with seeing_free_memory(model.current_patcher, 2) if halves else contextlib.nullcontext():
             return executor(model, conds, x_in, timestep, model_options)
@@ -104,7 +110,9 @@ class DividingHooks:
         names = tuple(inspect.signature(executor.class_obj.forward).parameters)
         named = dict(zip(names, args, strict=False)) | kwargs
         try:
-            calls = self._calls(named)
+            by_prompt = self._by_prompt(named)
+            trial = self._trial(executor.class_obj, named, by_prompt)
+            calls = self._calls(named, by_prompt, self._team.counts(by_prompt)[0] if trial is None else trial.count)
         except NotSentError as error:
             self._say(str(error))
             return executor(*args, **kwargs)
@@ -116,22 +124,52 @@ class DividingHooks:
                 **{name: value for name, value in own.items() if name not in positional},
             )
 
-        parts = [call.part for call in calls]
-        return self._team.forward(lambda: self._run(executor.class_obj, calls, forward), parts)
+        def run() -> Any:
+            return self._run(executor.class_obj, calls, forward)
 
-    def _calls(self, named: dict[str, Any]) -> list[_Call]:
-        """One call for all processes, or one for each half of them."""
+        parts = [call.part for call in calls]
+        if trial is None or trial.settled:
+            return self._team.forward(run, parts)
+        out, seconds = self._team.forward(lambda: _timed(run, self._team.devices[0]), parts)
+        trial.took(seconds)
+        return out
+
+    def _by_prompt(self, named: Mapping[str, Any]) -> bool:
+        """Whether each half of the processes takes one of the two prompts of this call."""
+        if self._halves() and len(_chunks(named)) > 1:
+            return True
+        if self._split == CFG:
+            self._say_once("ComfyUI could not batch the prompts of this run: its tokens are split instead.")
+        return False
+
+    def _trial(self, network: Any, named: Mapping[str, Any], by_prompt: bool) -> Trial | None:
+        """Of how many processes a call like this is the fastest; None where the user has said it, or there is no choice."""
+        counts = self._team.counts(by_prompt)
+        if self._split != AUTO or len(counts) < 2:
+            return None
         family = self._family
         assert family is not None
-        chunks = named["transformer_options"].get("cond_or_uncond") or [0]
-        if not self._halves() or len(chunks) < 2:
-            if self._split == CFG:
-                self._say_once("ComfyUI could not batch the prompts of this run: its tokens are split instead.")
-            return [self._call(family, named, _EVERYONE)]
+        blocks, exact = len(getattr(network, family.blocks)), model_copy.is_exact_now(named["transformer_options"])
+        size = "x".join(map(str, named["x"].shape))
+        what = (
+            f"{self._file}, {blocks} blocks; {size}; by prompt: {by_prompt}; 8 bits: {self._eight_bits}; exact: {exact}"
+        )
+        return self._team.trial(what, counts)
+
+    def _calls(self, named: dict[str, Any], by_prompt: bool, count: int) -> list[_Call]:
+        """One call for `count` processes, or one for each prompt."""
+        family = self._family
+        assert family is not None
+        parts, chunks = self._team.parts(by_prompt, count), _chunks(named)
+        if not by_prompt:
+            return [self._call(family, named, parts[0])]
         rows, per_chunk = len(named["x"]), len(named["x"]) // len(chunks)
         first = shares(len(chunks), (1.0, 1.0))[0]
-        halves = (_FIRST, slice(0, first)), (_SECOND, slice(first, len(chunks)))
-        return [self._call(family, _rows(named, rows, per_chunk, half), part) for part, half in halves]
+        halves = slice(0, first), slice(first, len(chunks))
+        return [
+            self._call(family, _rows(named, rows, per_chunk, half), part)
+            for part, half in zip(parts, halves, strict=True)
+        ]
 
     def _call(self, family: CoreFamily, named: dict[str, Any], part: Part) -> _Call:
         options = named["transformer_options"]
@@ -155,13 +193,13 @@ class DividingHooks:
         results = [out]
         for call in calls[1:]:
             rows = len(call.named["x"])
-            results.append(self._team.take_over(out.new_empty(rows, *out.shape[1:])))
+            results.append(self._team.take_over(out.new_empty(rows, *out.shape[1:]), call.part))
         return out if len(results) == 1 else torch.cat(results)
 
     def _halves(self) -> bool:
-        """Whether each half of the processes takes one of the two prompts."""
+        """Whether each half of the processes takes one of two prompts, where ComfyUI batches them."""
         team = self._team
-        if self._split == SEQUENCE or FIRST not in team.ranks:
+        if self._split == SEQUENCE or not team.counts(True):
             return False
         return self._split != AUTO or len(set(team.speeds)) == 1
 
@@ -181,7 +219,33 @@ class DividingHooks:
         if KEY in wrappers:  # what is outside sees the whole forward, what is inside would see a part
             wrappers[KEY] = wrappers.pop(KEY)
         version = model_copy.version(patcher, own)
+        self._file = Path(model_copy.file_of(patcher)[1]).name
         self._model = self._team.prepare(patcher.model, version, lambda: encoded(model_copy.describe(patcher, own)))
+
+
+def _chunks(named: Mapping[str, Any]) -> list[int]:
+    """The prompts that ComfyUI has batched in a call."""
+    return named["transformer_options"].get("cond_or_uncond") or [0]
+
+
+def _move_texts(conds: Any, device: torch.device) -> None:
+    """To the GPU for the whole run: ComfyUI would join them on the processor, and copy them there, at every step."""
+    for cond in (cond for listed in conds for cond in listed or ()):
+        text = cond.get("model_conds", {}).get(_TEXT)
+        if isinstance(getattr(text, "cond", None), torch.Tensor):
+            text.cond = text.cond.to(device)
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """What comes of it, and the seconds until the device has it."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    began = now()
+    return run(), now() - began
 
 
 def _rows(named: Mapping[str, Any], rows: int, per_chunk: int, half: slice) -> dict[str, Any]:

@@ -17,20 +17,23 @@ from typing import Any
 import comfy.model_management
 import torch
 
+from ...attention.environment import detect
 from ...attention.sequence_split import Exchange
 from ...errors import MemoryBudgetError, WorkerError
+from ...kernels.measured import MeasuredNumbers
 from . import plain_data, process_group
 from .channel import Message
 from .forward import CoreForward
 from .process import WorkerProcess
+from .trial import FILE_NAME, Trial
 
 log = logging.getLogger("lowbit.several_gpus")
 
 ALL, FIRST, SECOND, LINK = "all", "first", "second", "link"
-"""All processes; those of the one prompt and of the other; the first process with those of the other."""
+"""All processes; those of the one prompt and of the other; the first process with those of the other. Fewer of them: `_few`."""
 _UNEQUAL = 1.1
 """GPUs within a tenth of each other get equal parts."""
-_PIECES, _PIECES_ON_SLOW_LINKS = 2, 4
+_PIECES, _PIECES_ON_SLOW_LINKS = (1.0, 1.0), (1.0, 1.0, 1.0, 1.0)
 """In which heads travel between GPUs: all but one are on their way while another is attended to."""
 _CAUSE = 2.0
 """Seconds to wait for the cause when a transfer breaks off."""
@@ -62,9 +65,10 @@ class Team:
 
     Args:
         devices: this process's, then the workers'. Those on a CPU are for tests.
+        folder: where it is kept how many of them are the fastest; None: nowhere.
     """
 
-    def __init__(self, devices: Sequence[torch.device]):
+    def __init__(self, devices: Sequence[torch.device], folder: Path | None = None):
         self.devices = tuple(devices)
         self.workers: list[WorkerProcess] = []
         # Names are never used again, as addresses are.
@@ -72,6 +76,8 @@ class Team:
         self._models: set[str] = set()
         self._count = itertools.count()
         self._known_speeds: list[float] | None = None
+        self._kept = MeasuredNumbers(folder, FILE_NAME)
+        self._trials: dict[str, Trial] = {}
         self._joined: set[str] = set()
         self._groups: dict[str, process_group.ProcessGroup] = {}
         self._meeting: tempfile.TemporaryDirectory[str] | None = None
@@ -86,10 +92,37 @@ class Team:
     def ranks(self) -> dict[str, list[int]]:
         """The processes of each group."""
         every, half = list(range(len(self.devices))), len(self.devices) // 2
-        groups = {ALL: every}
-        if half and len(every) == 2 * half:
-            groups |= {FIRST: every[:half], SECOND: every[half:], LINK: [0, *every[half:]]}
+        groups = {self._few(ALL, count): every[:count] for count in self.counts(False)}
+        for count in self.counts(True):
+            second = every[half : half + count]
+            groups |= {self._few(FIRST, count): every[:count], self._few(SECOND, count): second}
+            groups[self._few(LINK, count)] = [0, *second]
         return groups
+
+    def counts(self, by_prompt: bool) -> list[int]:
+        """Of how many processes a forward can be, all of them and ever half as many; `by_prompt`: for each of two prompts, or none."""
+        most = len(self.devices)
+        if by_prompt:
+            most = 0 if most % 2 else most // 2
+        return [most >> halvings for halvings in range(most.bit_length())]
+
+    def parts(self, by_prompt: bool, count: int) -> list[Part]:
+        """What the processes do in a forward of `count` of them, or of as many for each of two prompts."""
+        if not by_prompt:
+            return [Part(self._few(ALL, count), self._few(ALL, count))]
+        first, second, link = (self._few(name, count) for name in (FIRST, SECOND, LINK))
+        return [Part(first, first), Part(link, second, output=True)]
+
+    def trial(self, what: str, counts: Sequence[int]) -> Trial:
+        """Which of `counts` is the fastest for a model and size, `what`."""
+        if what not in self._trials:
+            where = f"{detect(self.devices[0]).fingerprint()}; {', '.join(map(_kind, self.devices))}"
+            self._trials[what] = Trial(counts, self._kept, where, what)
+        return self._trials[what]
+
+    def _few(self, name: str, count: int) -> str:
+        """The name of a group where only so many processes are in ALL, FIRST or SECOND."""
+        return name if count == self.counts(name != ALL)[0] else f"{name} {count}"
 
     def start(self, owner: object, file: tuple[Any, list[torch.Tensor]]) -> None:
         """Starts the workers that are missing, and has them load the file of a model that they will be sent, without waiting.
@@ -203,9 +236,9 @@ class Team:
     def _exchange(self, part: Part) -> Exchange:
         return Exchange(self._pieces, eight_bits=part.eight_bits)
 
-    def take_over(self, out: torch.Tensor) -> torch.Tensor:
-        """Fills `out` with the result of the second part."""
-        return self._groups[LINK].take_over(out)
+    def take_over(self, out: torch.Tensor, part: Part) -> torch.Tensor:
+        """Fills `out` with the result of the part of others."""
+        return self._groups[part.inputs].take_over(out)
 
     def settle(self) -> None:
         """Waits for every worker to be done with what it was given. Raises as `forward`."""
@@ -225,8 +258,8 @@ class Team:
     def speeds(self) -> list[float]:
         """How fast each process is beside the others; all alike where the GPUs have one name or nearly one speed."""
         if self._known_speeds is None:
-            names = {torch.cuda.get_device_name(d) if d.type == "cuda" else d.type for d in self.devices}
-            self._known_speeds = [1.0] * len(self.devices) if len(names) == 1 else self._measured()
+            alike = len(set(map(_kind, self.devices))) == 1
+            self._known_speeds = [1.0] * len(self.devices) if alike else self._measured()
         return self._known_speeds
 
     def _name_of(self, owner: Any) -> str:
@@ -358,6 +391,11 @@ class Team:
 def _as_error(trouble: Message) -> Exception:
     kind = MemoryBudgetError if trouble.get("memory") else WorkerError
     return kind(trouble["worker"].sentence(trouble))
+
+
+def _kind(device: torch.device) -> str:
+    """The GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _name(device: torch.device, place: int) -> str:

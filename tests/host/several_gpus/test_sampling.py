@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.host.several_gpus.trial import TRIES
 from testing.measure import relative_error
 
 from .conftest import CPUS, HEADS
@@ -58,7 +59,16 @@ def test_equal_to_one_process(load, divide, parts, name, split):
     alone = run.sample(model)
     assert relative_error(run.sample(divide(model, split)), alone) <= EXACT
     assert divide.said == []
-    assert set(parts) == ({"first", "second"} if split == "auto" and name in BATCHED else {"all"})
+    # auto tries fewer processes of a group as well.
+    groups = {part.split()[0] for part in parts}
+    assert groups == ({"first", "second"} if split == "auto" and name in BATCHED else {"all"})
+
+
+def test_auto_tries_fewer_processes_and_the_sample_stays_the_same(load, divide, parts):
+    model, run = load("wan"), Run((1, 16, 2, 6, 12), cfg=1.0)
+    assert relative_error(run.sample(divide(model, "auto"), 2 * TRIES + 1), run.sample(model, 2 * TRIES + 1)) <= EXACT
+    assert parts[: 2 * TRIES] == ["all"] * TRIES + ["all 1"] * TRIES
+    assert len(parts) == 2 * TRIES + 1
 
 
 def test_a_split_by_prompts_that_cannot_be_batched_says_so_and_splits_tokens(load, divide, parts):
@@ -89,9 +99,9 @@ def test_unequal_gpus_get_unequal_parts(host, load, divide, workers, monkeypatch
     workers().leave()
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("pieces", [(1.0, 1.0), (1.0, 2.0, 1.0)])
 def test_heads_may_travel_in_pieces(host, load, divide, monkeypatch, pieces):
-    """As they do where there is much of them, and in more where links are slow."""
+    """As they do where there is much of them."""
     model, run = load("wan"), RUNS["wan"][1]
     alone, divided = run.sample(model), divide(model)
     monkeypatch.setattr(host.team.Team, "_exchange", lambda team, part: host.team.Exchange(pieces, small=0))
