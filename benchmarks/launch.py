@@ -156,8 +156,9 @@ def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
     from lowbit.ops.side_product import LowRankUpdate, SideProduct
 
     def held_for_nothing(module: Any, x: torch.Tensor) -> None:
-        with weight_for(module, x):
-            pass
+        _, _, release = weight_for(module, x)
+        if release is not None:
+            release()
 
     dtype = module.weight.dtype if choice == BF16 else torch.bfloat16
     x = torch.randn(1, rows, module.in_features, device=DEVICE, dtype=dtype)
@@ -165,11 +166,13 @@ def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
     if choice == BF16:
         return Row(choice, dynamic, rows, call, {})
     stages = {"weight": microseconds(lambda: held_for_nothing(module, x))}
-    with weight_for(module, x) as (weight, bias):
-        linear = microseconds(lambda: quantized_linear(x, weight, bias))
-        without_bias = microseconds(lambda: quantized_linear(x, weight, None))
-        with launches_left_out():
-            prepared = microseconds(lambda: quantized_linear(x, weight, bias))
+    weight, bias, release = weight_for(module, x)
+    linear = microseconds(lambda: quantized_linear(x, weight, bias))
+    without_bias = microseconds(lambda: quantized_linear(x, weight, None))
+    with launches_left_out():
+        prepared = microseconds(lambda: quantized_linear(x, weight, bias))
+    if release is not None:
+        release()
     stages |= {"choose and prepare": prepared, "launches": linear - prepared, "bias": linear - without_bias}
     stages["module"] = call - linear - stages["weight"]
     factors = [torch.randn(shape) for shape in ((module.out_features, LORA_RANK), (LORA_RANK, module.in_features))]
