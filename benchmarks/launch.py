@@ -112,7 +112,7 @@ def nothing_launched() -> Iterator[None]:
         (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
         (linear, "_gpu", lambda device: Gpu((9, 0), True)),
         (scratch, "INTERPRETED", True),  # kept, as a GPU's is
-        (linear_8bit, "_takes_scaled_mm", lambda call: True),
+        (linear_8bit, "_takes_scaled_mm", lambda call: not linear_8bit._own_is_as_fast(call)),
         (linear_few_rows, "multiprocessor_count", lambda index: 132),
         (matmul_rows, "multiprocessor_count", lambda index: 132),
         (matmul_hopper, "multiprocessor_count", lambda index: 132),

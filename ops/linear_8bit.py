@@ -13,10 +13,11 @@ import torch
 
 from ..kernels.decode_rows import decode_rows
 from ..kernels.launch import Replay, addresses_of
+from ..kernels.matmul_hopper import matches_cublas
 from ..kernels.matmul_rows import matmul_rows
 from ..kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from ..kernels.rotate_rows import rotate_rows
-from ..kernels.runtime import made_to_keep
+from ..kernels.runtime import GLUON_FOUND, HOPPER, made_to_keep
 from ..kernels.stored_weight import FP8, INT8, MXFP8, NVFP4
 from .linear_call import LinearCall, Product, bias_like, straight
 from .linear_reference import linear_reference
@@ -173,7 +174,15 @@ def _takes_scaled_mm(call: LinearCall) -> bool:
         and weight.rows % 16 == 0
         and weight.columns % 16 == 0
         and call.device.type == "cuda"
+        and not _own_is_as_fast(call)
     )
+
+
+def _own_is_as_fast(call: LinearCall) -> bool:
+    # Where Triton itself launches, that takes longer than cuBLAS.
+    if not GLUON_FOUND or call.gpu.cc != HOPPER:
+        return False
+    return matches_cublas(call.rows, call.weight.rows, call.weight.columns, call.device.index or 0)
 
 
 class ScaledMm(Product):
