@@ -25,6 +25,7 @@ import torch
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.goals import Goal, write
 from benchmarks.steps import DEVICE, Case, core_in_memory, sample
+from lowbit.ops.formats import FORMATS as ALL_FORMATS
 from testing.measure import environment
 from testing.tiny import qwen_image
 
@@ -33,15 +34,7 @@ LINEAR = "transformer_blocks.0.attn.to_out.0"
 LORA_RANK = 16
 ROWS = (1, 512, 4096)
 BF16 = "bf16"
-FORMATS = (
-    "fp8_e4m3fn_scaled_fast",
-    "int8_fast",
-    "int8_convrot_fast",
-    "mxfp8_fast",
-    "fp4_scaled_fast",
-    "int4_convrot_fast",
-    "int4_asym_fast",
-)
+FORMATS = tuple(name for name, row in ALL_FORMATS.items() if row.fast)
 STEPS, FIRST_TIMED = 8, 3
 LATENT = (1, 16, 1, 16, 16)
 """So small that a step waits for the processor."""

@@ -90,7 +90,7 @@ class QuantizedRows(Product):
         self.launches = Replay(), Replay()
 
     def __call__(self, x, weight, bias, group="", out=None):
-        out = x.new_empty(self.out_shape) if out is None else out
+        out = self.new_output() if out is None else out
         scratch = scratch_here(self.device)
         left, cut = scratch.left, scratch.take(self.specs, self.device)
         shared = SharedInput.of(x, group, self.how) if self.call.shared else None
