@@ -25,6 +25,7 @@ import torch
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.goals import Goal, write
 from benchmarks.steps import DEVICE, Case, core_in_memory, sample
+from lowbit.ops.formats import FORMATS as ALL_FORMATS
 from testing.measure import environment
 from testing.tiny import qwen_image
 
@@ -33,15 +34,7 @@ LINEAR = "transformer_blocks.0.attn.to_out.0"
 LORA_RANK = 16
 ROWS = (1, 512, 4096)
 BF16 = "bf16"
-FORMATS = (
-    "fp8_e4m3fn_scaled_fast",
-    "int8_fast",
-    "int8_convrot_fast",
-    "mxfp8_fast",
-    "fp4_scaled_fast",
-    "int4_convrot_fast",
-    "int4_asym_fast",
-)
+FORMATS = tuple(name for name, row in ALL_FORMATS.items() if row.fast)
 STEPS, FIRST_TIMED = 8, 3
 LATENT = (1, 16, 1, 16, 16)
 """So small that a step waits for the processor."""
@@ -112,7 +105,7 @@ def nothing_launched() -> Iterator[None]:
         (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
         (linear, "_gpu", lambda device: Gpu((9, 0), True)),
         (scratch, "INTERPRETED", True),  # kept, as a GPU's is
-        (linear_8bit, "_takes_scaled_mm", lambda call: True),
+        (linear_8bit, "_takes_scaled_mm", lambda call: not linear_8bit._own_is_as_fast(call)),
         (linear_few_rows, "multiprocessor_count", lambda index: 132),
         (matmul_rows, "multiprocessor_count", lambda index: 132),
         (matmul_hopper, "multiprocessor_count", lambda index: 132),
@@ -156,8 +149,9 @@ def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
     from lowbit.ops.side_product import LowRankUpdate, SideProduct
 
     def held_for_nothing(module: Any, x: torch.Tensor) -> None:
-        with weight_for(module, x):
-            pass
+        _, _, release = weight_for(module, x)
+        if release is not None:
+            release()
 
     dtype = module.weight.dtype if choice == BF16 else torch.bfloat16
     x = torch.randn(1, rows, module.in_features, device=DEVICE, dtype=dtype)
@@ -165,11 +159,13 @@ def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
     if choice == BF16:
         return Row(choice, dynamic, rows, call, {})
     stages = {"weight": microseconds(lambda: held_for_nothing(module, x))}
-    with weight_for(module, x) as (weight, bias):
-        linear = microseconds(lambda: quantized_linear(x, weight, bias))
-        without_bias = microseconds(lambda: quantized_linear(x, weight, None))
-        with launches_left_out():
-            prepared = microseconds(lambda: quantized_linear(x, weight, bias))
+    weight, bias, release = weight_for(module, x)
+    linear = microseconds(lambda: quantized_linear(x, weight, bias))
+    without_bias = microseconds(lambda: quantized_linear(x, weight, None))
+    with launches_left_out():
+        prepared = microseconds(lambda: quantized_linear(x, weight, bias))
+    if release is not None:
+        release()
     stages |= {"choose and prepare": prepared, "launches": linear - prepared, "bias": linear - without_bias}
     stages["module"] = call - linear - stages["weight"]
     factors = [torch.randn(shape) for shape in ((module.out_features, LORA_RANK), (LORA_RANK, module.in_features))]

@@ -168,44 +168,43 @@ class _Recorder(threading.local):
 _recorder = _Recorder()
 
 
-class _Relaunch:
-    """One launch of a `Replay`: everything but addresses is in place."""
+class _Relaunch(NamedTuple):
+    """One launch of a `Replay`: everything but addresses is in place.
 
-    __slots__ = ("_call", "_descriptors", "_places", "_template")
+    Attributes:
+        call: as in `_Launch`.
+        template: all that it takes, as it was the first time.
+        places: of addresses among that, and which of the addresses each is.
+        descriptors: the same of tensor descriptors.
+    """
 
-    def __init__(
-        self, known: _Launch | None, grid: tuple[int, int, int], arguments: tuple, addresses: Sequence[int]
-    ) -> None:
-        """Raises ValueError for what only Triton launches, or a tensor that is at none of `addresses` or at several."""
-        if known is None:
-            raise ValueError
-        self._call = known.call
-        self._template: list[Any] = [*grid, 0, *known.before]
-        self._places: list[tuple[int, int]] = []
-        self._descriptors: list[tuple[int, int, _Descriptors]] = []
-        for argument in arguments:
-            place, kind = len(self._template), type(argument)
-            if kind is int or kind is float:
-                self._template.append(argument)
-                continue
-            slot = _only(addresses, (argument.tensor if kind is Described else argument).data_ptr())
-            if kind is Described:
-                descriptors = _Descriptors(as_triton(argument), known.metadata[len(self._descriptors)])
-                self._descriptors.append((place, slot, descriptors))
-                self._template += descriptors[addresses[slot]]
-            else:
-                self._places.append((place, slot))
-                self._template.append(addresses[slot])
-        self._template += known.after
+    call: Callable[..., None]
+    template: list[Any]
+    places: list[tuple[int, int]]
+    descriptors: list[tuple[int, int, _Descriptors]]
 
-    def __call__(self, addresses: Sequence[int], stream: int) -> None:
-        arguments = self._template.copy()
-        arguments[_STREAM] = stream
-        for place, slot in self._places:
-            arguments[place] = addresses[slot]
-        for place, slot, descriptors in self._descriptors:
-            arguments[place] = descriptors[addresses[slot]][0]
-        self._call(*arguments)
+
+def _again(known: _Launch | None, grid: tuple[int, int, int], arguments: tuple, addresses: Sequence[int]) -> _Relaunch:
+    """Raises ValueError for what only Triton launches, or a tensor that is at none of `addresses` or at several."""
+    if known is None:
+        raise ValueError
+    again = _Relaunch(known.call, [*grid, 0, *known.before], [], [])
+    template = again.template
+    for argument in arguments:
+        place, kind = len(template), type(argument)
+        if kind is int or kind is float:
+            template.append(argument)
+            continue
+        slot = _only(addresses, (argument.tensor if kind is Described else argument).data_ptr())
+        if kind is Described:
+            descriptors = _Descriptors(as_triton(argument), known.metadata[len(again.descriptors)])
+            again.descriptors.append((place, slot, descriptors))
+            template += descriptors[addresses[slot]]
+        else:
+            again.places.append((place, slot))
+            template.append(addresses[slot])
+    template += known.after
+    return again
 
 
 _STREAM = 3
@@ -250,10 +249,13 @@ def addresses_of(aligned: list[int], *tensors: torch.Tensor | None) -> list[int]
 
     None where another is on none: Triton compiles another kernel for it.
     """
-    addresses = [tensor.data_ptr() for tensor in tensors if tensor is not None]
+    addresses: list[int] = []
     bits = 0
-    for address in addresses:
-        bits |= address
+    for tensor in tensors:
+        if tensor is not None:
+            address = tensor.data_ptr()
+            bits |= address
+            addresses.append(address)
     return None if bits & 15 else addresses + aligned
 
 
@@ -279,8 +281,14 @@ class Replay:
         launches = self._launches
         if launches and addresses is not None and not _hooked():
             stream = torch._C._cuda_getCurrentRawStream(self._device)
-            for again in launches:
-                again(addresses, stream)
+            for call, template, places, descriptors in launches:
+                given = template.copy()
+                given[_STREAM] = stream
+                for place, slot in places:
+                    given[place] = addresses[slot]
+                for place, slot, known in descriptors:
+                    given[place] = known[addresses[slot]][0]
+                call(*given)
             return
         made: list[_Made] = []
         _recorder.made = made
@@ -290,7 +298,7 @@ class Replay:
             _recorder.made = None
         if addresses is not None and made:
             with contextlib.suppress(ValueError):
-                relaunches = tuple(_Relaunch(*one, addresses) for one in made)
+                relaunches = tuple(_again(*one, addresses) for one in made)
                 self._device, self._launches = torch._C._cuda_getDevice(), relaunches
 
 

@@ -47,6 +47,11 @@ except (ImportError, ValueError):
     TRITON_VERSION = (0, 0)
     TRITON_FOUND = False
 
+try:
+    from torch._C._dynamo.guards import _empty_strided_cuda
+except ImportError:
+    _empty_strided_cuda = None
+
 GLUON_FOUND = TRITON_FOUND and TRITON_VERSION == (3, 6) and os.environ.get("TRITON_INTERPRET") != "1"
 """Triton's lower language is there, as the kernels written in it know it; nothing interprets it."""
 if GLUON_FOUND:
@@ -96,6 +101,17 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_two(n: int) -> int:
     """The least power of two that is no less than n >= 1."""
     return 1 << (n - 1).bit_length()
+
+
+def maker_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Makes uninitialized tensors, row-major, on `device`, which is the current one.
+
+    On a GPU as the code does that PyTorch's own compiler writes: its dispatcher takes as long as half a launch.
+    """
+    if device.type != "cuda" or _empty_strided_cuda is None:
+        return functools.partial(torch.empty, shape, dtype=dtype, device=device)
+    strides = torch.empty(shape, device="meta").stride()
+    return functools.partial(_empty_strided_cuda, shape, strides, dtype)
 
 
 def made_to_keep(make: Callable[[], T]) -> T:

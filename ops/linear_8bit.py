@@ -6,17 +6,19 @@ import dataclasses
 import functools
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ..kernels.decode_rows import decode_rows
 from ..kernels.launch import Replay, addresses_of
+from ..kernels.matmul_hopper import matches_cublas
 from ..kernels.matmul_rows import matmul_rows
 from ..kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from ..kernels.rotate_rows import rotate_rows
-from ..kernels.runtime import made_to_keep
-from ..kernels.stored_weight import INT8, MXFP8, NVFP4
+from ..kernels.runtime import GLUON_FOUND, HOPPER, made_to_keep
+from ..kernels.stored_weight import FP8, INT8, MXFP8, NVFP4
 from .linear_call import LinearCall, Product, bias_like, straight
 from .linear_reference import linear_reference
 from .linear_table import Gpu
@@ -31,21 +33,21 @@ CHUNK_NBYTES = 512 << 20
 """Quantized activations kept in scratch at once; longer inputs are multiplied in pieces of rows."""
 
 
-def rows_or_pieces(product: type[Product], call: LinearCall) -> Product:
-    """`Int8Rows` or `Fp8Rows`, one after the other for the pieces of a long input."""
-    return _InPieces(call, product) if call.rows * call.weight.columns > CHUNK_NBYTES else product(call)
+def rows_or_pieces(make: Callable[[LinearCall], Product], call: LinearCall) -> Product:
+    """What `make` makes of a call, one after the other for the pieces of a long input."""
+    return _InPieces(call, make) if call.rows * call.weight.columns > CHUNK_NBYTES else make(call)
 
 
 class _InPieces(Product):
     """An input whose quantized rows are more than `CHUNK_NBYTES`: equal pieces of it, one after the other."""
 
-    def __init__(self, call: LinearCall, product: type[Product]) -> None:
+    def __init__(self, call: LinearCall, make: Callable[[LinearCall], Product]) -> None:
         super().__init__(call)
         rows = torch.empty_strided(call.shape, call.strides, device="meta").reshape(self.rows, self.columns)
         self.pieces = _row_chunks(self.rows, self.columns)
         sizes = {stop - start for start, stop in self.pieces}
         alone = dataclasses.replace(call, strides=rows.stride(), shared=False)
-        self.products = {size: product(dataclasses.replace(alone, shape=(size, self.columns))) for size in sizes}
+        self.products = {size: make(dataclasses.replace(alone, shape=(size, self.columns))) for size in sizes}
 
     def __call__(self, x, weight, bias, group="", out=None):
         x, out = self._as_rows(x), torch.empty(self.rows, self.count, dtype=self.dtype, device=self.device)
@@ -65,35 +67,50 @@ def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-class Int8Rows(Product):
-    """x is rotated (convrot) and quantized to int8 row by row, and multiplied with the int8 grid of an integer weight."""
+class QuantizedRows(Product):
+    """x is rotated (convrot) and quantized row by row, and this pack's kernel multiplies it with codes of 8 bits.
 
-    def __init__(self, call: LinearCall) -> None:
+    Integer weights become int8 for it, mxfp8 and nvfp4 e4m3 with a scale per row.
+    """
+
+    def __init__(self, call: LinearCall, dtype: torch.dtype) -> None:
+        """dtype: of the quantized rows, e4m3 or int8."""
         super().__init__(call)
-        decodes = call.weight.kind != INT8
+        weight, blocks = call.weight, call.weight.kind in (MXFP8, NVFP4)
+        decodes = weight.kind not in (FP8, INT8)
         self.specs: tuple[Spec, ...] = (
-            ((self.rows, self.columns), torch.int8),
+            ((self.rows, self.columns), dtype),
             ((self.rows, 1), torch.float32),
-            ((self.count, self.columns), torch.int8) if decodes else None,
+            ((self.count, self.columns), dtype) if decodes else None,
+            ((1, self.count), torch.float32) if blocks else None,
             call.codes_spec(1 if decodes else 16),
         )
-        self.how = torch.int8, call.weight.rotation, call.activation
-        self.quantize, self.multiply = Replay(), Replay()
+        self.how = dtype, weight.rotation, call.activation
+        # By whether the quantized rows are there: what launches the rest, and all.
+        self.launches = Replay(), Replay()
 
     def __call__(self, x, weight, bias, group="", out=None):
-        out = x.new_empty(self.out_shape) if out is None else out
-        shared = SharedInput.of(x, group, self.how) if self.call.shared else None
+        out = self.new_output() if out is None else out
         scratch = scratch_here(self.device)
         left, cut = scratch.left, scratch.take(self.specs, self.device)
-        (q, row_scale, decoded, codes), places = cut
+        shared = SharedInput.of(x, group, self.how) if self.call.shared else None
+        quantized = shared is not None and shared.is_left(left, cut)
+        (*scratched, codes), places = cut
         weight = straight(weight, codes)
         places = addresses_of(places, x, out, bias, *weight.tensors)
-        if shared is None or not shared.is_left(left, cut):
-            self.quantize(places, self._quantize, x, q, row_scale)
-        self.multiply(places, self._multiply, q, row_scale, weight, decoded, bias, out)
+        self.launches[quantized](places, self._launch, quantized, x, weight, bias, out, *scratched)
         if shared is not None:
             scratch.left = cut, shared
         return out
+
+    def _launch(self, quantized, x, weight, bias, out, q, row_scale, decoded, decoded_scale):
+        call, codes, scale = self.call, weight.data, weight.scale
+        if decoded is not None:
+            decode_rows(weight, decoded, decoded_scale, hardware_e4m3=call.hardware_e4m3)
+            codes, scale = decoded, scale if decoded_scale is None else decoded_scale
+        if not quantized:
+            self._quantize(x, q, row_scale)
+        matmul_rows(q, codes, row_scale, scale, bias, self._as_rows(out), descriptors=call.has_room_for_descriptors)
 
     def _quantize(self, x, q, row_scale):
         x, rotation = self._as_rows(x), self.call.weight.rotation
@@ -101,12 +118,6 @@ class Int8Rows(Product):
             rotate_rows(x, q, row_scale, rotation, self.call.activation)
         else:
             quantize_rows(x, q, row_scale, self.call.activation)
-
-    def _multiply(self, q, row_scale, weight, decoded, bias, out):
-        if decoded is not None:
-            decode_rows(weight, decoded, hardware_e4m3=self.call.hardware_e4m3)
-        codes, descriptors = weight.data if decoded is None else decoded, self.call.has_room_for_descriptors
-        matmul_rows(q, codes, row_scale, weight.scale, bias, self._as_rows(out), descriptors=descriptors)
 
 
 @functools.lru_cache(maxsize=64)
@@ -151,6 +162,11 @@ def _scaled_mm_failed(error: Exception, gpu: Gpu, dtype: torch.dtype) -> None:
         )
 
 
+def fp8_rows(call: LinearCall) -> Product:
+    """What multiplies FP8: cuBLAS, or where it does not take the call this pack's kernel."""
+    return ScaledMm(call) if _takes_scaled_mm(call) else QuantizedRows(call, _E4M3)
+
+
 def _takes_scaled_mm(call: LinearCall) -> bool:
     weight = call.weight
     return (
@@ -158,21 +174,30 @@ def _takes_scaled_mm(call: LinearCall) -> bool:
         and weight.rows % 16 == 0
         and weight.columns % 16 == 0
         and call.device.type == "cuda"
+        and not _own_is_as_fast(call)
     )
 
 
-class Fp8Rows(Product):
-    """x is quantized to e4m3 row by row and multiplied with FP8 codes; mxfp8 and nvfp4 become e4m3 with a scale per row."""
+def _own_is_as_fast(call: LinearCall) -> bool:
+    # Where Triton itself launches, that takes longer than cuBLAS.
+    if not GLUON_FOUND or call.gpu.cc != HOPPER:
+        return False
+    return matches_cublas(call.rows, call.weight.rows, call.weight.columns, call.device.index or 0)
+
+
+class ScaledMm(Product):
+    """x is quantized to e4m3 row by row, and cuBLAS multiplies it with FP8 codes; mxfp8 and nvfp4 become e4m3 for it.
+
+    What it does not take is multiplied by `QuantizedRows`, or without Triton in 16 bits.
+    """
 
     def __init__(self, call: LinearCall) -> None:
         super().__init__(call)
         weight, row_scale = call.weight, ((self.rows, 1), torch.float32)
         self.blocks = weight.kind in (MXFP8, NVFP4)
         self.codes_dtype = _E4M3 if self.blocks else weight.dtype
-        self.by_scaled_mm = _takes_scaled_mm(call)
         # One scale for the weight goes into those of x's rows; into a copy of them, where others read them too.
         self.folds = weight.scale_mode == 1 and not self.blocks
-        self.how = _E4M3, call.activation
         self.specs: tuple[Spec, ...] = (
             ((self.rows, self.columns), _E4M3),
             row_scale,
@@ -181,69 +206,67 @@ class Fp8Rows(Product):
             ((1, self.count), torch.float32) if self.blocks else None,
             call.codes_spec(1 if self.blocks else 16),
         )
-        self.decode, self.quantize, self.multiply = Replay(), Replay(), Replay()
+        self.how = _E4M3, weight.rotation, call.activation
+        # By whether the quantized rows are there.
+        self.launches = Replay(), Replay()
+        self.otherwise = QuantizedRows(call, _E4M3) if call.gpu.triton else None
 
     def __call__(self, x, weight, bias, group="", out=None):
-        call = self.call
-        refused = (call.gpu.cc, self.codes_dtype) in _scaled_mm_refused
-        if refused and not call.gpu.triton:
-            return linear_reference(x, weight, bias, fast=False, activation=call.activation)
-        shared = SharedInput.of(x, group, self.how) if call.shared else None
+        made = None
+        if (self.call.gpu.cc, self.codes_dtype) not in _scaled_mm_refused:
+            made = self._multiplied(x, weight, bias, group, out)
+        if made is not None:
+            return made if made.dim() == len(self.out_shape) else made.view(self.out_shape)
+        if self.otherwise is not None:
+            return self.otherwise(x, weight, bias, group, out)
+        return linear_reference(x, weight, bias, fast=False, activation=self.call.activation)
+
+    def _multiplied(self, x, weight, bias, group, out):
         scratch = scratch_here(self.device)
         left, cut = scratch.left, scratch.take(self.specs, self.device)
+        shared = SharedInput.of(x, group, self.how) if self.call.shared else None
+        quantized = shared is not None and shared.is_left(left, cut)
         (q, row_scale, scaled, decoded, decoded_scale, copied), places = cut
-        stored = straight(weight, copied)
-        column_scale = None if self.folds else decoded_scale if self.blocks else stored.scale_row
-        if decoded is not None:
-            self.decode(addresses_of(places, *stored.tensors), self._decode, stored, decoded, decoded_scale)
-        if shared is None or not shared.is_left(left, cut):
-            folded = stored.scale if self.folds and scaled is None else None
-            self.quantize(addresses_of(places, x, folded), self._quantize, x, q, row_scale, folded)
+        weight = straight(weight, copied)
+        if self.blocks or not quantized:
+            places = addresses_of(places, x, *weight.tensors)
+            folded = weight.scale if self.folds and scaled is None else None
+            self.launches[quantized](
+                places, self._launch, quantized, x, weight, q, row_scale, folded, *cut.tensors[3:5]
+            )
         if scaled is not None:
-            row_scale = torch.mul(row_scale, stored.scale, out=scaled)
-        made = None
-        if self.by_scaled_mm and not refused:
-            codes = stored.transposed if decoded is None else decoded.t()
-            made = _by_scaled_mm(q, codes, row_scale, column_scale, bias_like(bias, self.dtype), out, call)
-        if made is None and call.gpu.triton:
-            made = x.new_empty(self.out_shape) if out is None else out
-            ones = _ones(1, self.device) if column_scale is None else None
-            places = addresses_of(places, made, bias, ones, *stored.tensors)
-            column_scale = column_scale if ones is None else ones
-            codes = stored.data if decoded is None else decoded
-            self.multiply(places, self._multiply, q, codes, row_scale, column_scale, bias, made)
-        elif made is None:
-            return linear_reference(x, weight, bias, fast=False, activation=call.activation)
-        if shared is not None:
+            row_scale = torch.mul(row_scale, weight.scale, out=scaled)
+        if self.folds:
+            decoded_scale = _ones(self.count, self.device)
+        elif not self.blocks:
+            decoded_scale = weight.scale_row
+        codes = weight.transposed if decoded is None else decoded.t()
+        made = _by_scaled_mm(q, codes, row_scale, decoded_scale, bias_like(bias, self.dtype), out, self.call)
+        if shared is not None and made is not None:
             scratch.left = cut, shared
-        return made if made.dim() == len(self.out_shape) else made.view(self.out_shape)
+        return made
 
-    def _decode(self, weight, decoded, decoded_scale):
-        decode_rows(weight, decoded, decoded_scale, hardware_e4m3=self.call.hardware_e4m3)
-
-    def _quantize(self, x, q, row_scale, folded):
-        quantize = quantize_rows if self.call.gpu.triton else _quantize_without_triton
-        quantize(self._as_rows(x), q, row_scale, self.call.activation, folded)
-
-    def _multiply(self, q, codes, row_scale, column_scale, bias, out):
-        descriptors = self.call.has_room_for_descriptors
-        matmul_rows(q, codes, row_scale, column_scale, bias, self._as_rows(out), descriptors=descriptors)
+    def _launch(self, quantized, x, weight, q, row_scale, folded, decoded, decoded_scale):
+        if decoded is not None:
+            decode_rows(weight, decoded, decoded_scale, hardware_e4m3=self.call.hardware_e4m3)
+        if not quantized:
+            quantize = quantize_rows if self.call.gpu.triton else _quantize_without_triton
+            quantize(self._as_rows(x), q, row_scale, self.call.activation, folded)
 
 
 def _by_scaled_mm(
     q: torch.Tensor,
     codes: torch.Tensor,
     row_scale: torch.Tensor,
-    column_scale: torch.Tensor | None,
+    column_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor | None,
     call: LinearCall,
 ) -> torch.Tensor | None:
     """(q @ codes) x scales + bias by cuBLAS, (M, N), in `out` where that is given; None where it does not take it."""
-    columns = _ones(codes.shape[1], codes.device) if column_scale is None else column_scale
     options: dict[str, Any] = {"out_dtype": call.dtype, "use_fast_accum": True, "out": out}
     try:
-        return torch._scaled_mm(q, codes, row_scale, columns, bias=bias, **options)
+        return torch._scaled_mm(q, codes, row_scale, column_scale, bias=bias, **options)
     except _FATAL:
         raise
     except (RuntimeError, ValueError) as error:

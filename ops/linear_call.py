@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.runtime import ADA, CAN_OVERLAP, DESCRIPTORS_FIT, GEFORCE_BLACKWELL, HOPPER, INTERPRETED
+from ..kernels.runtime import ADA, CAN_OVERLAP, DESCRIPTORS_FIT, GEFORCE_BLACKWELL, HOPPER, INTERPRETED, maker_of
 from ..kernels.stored_weight import StoredWeight, WeightTraits
 from .linear_table import Gpu
 from .scratch import Spec
@@ -76,6 +76,7 @@ class Product:
     def __init__(self, call: LinearCall) -> None:
         self.call, self.device, self.dtype = call, call.device, call.dtype
         self.out_shape = (*call.shape[:-1], call.weight.rows)
+        self.new_output = maker_of(self.out_shape, call.dtype, call.device)
         self.rows, self.columns, self.count = call.rows, call.weight.columns, call.weight.rows
 
     def __call__(

@@ -89,7 +89,7 @@ class FewRows(Product):
         )
 
     def __call__(self, x, weight, bias, group="", out=None):
-        out = x.new_empty(self.out_shape)
+        out = self.new_output()
         (*scratch, codes), places = scratch_here(self.device).take(self.specs, self.device)
         weight, x = straight(weight, codes), apply_activation(x, self.first)
         places = addresses_of(places, x, out, bias, *weight.tensors)

@@ -15,7 +15,7 @@ from ..kernels.matmul_blocks import COLUMNS_PER_WORD
 from ..kernels.quantize_rows import apply_activation
 from ..kernels.rotate_rows import KERNEL_ROTATIONS
 from ..kernels.stored_weight import INT4_CODEBOOK, StoredWeight
-from .linear_8bit import Fp8Rows, Int8Rows, rows_or_pieces
+from .linear_8bit import QuantizedRows, fp8_rows, rows_or_pieces
 from .linear_call import LinearCall, Product, bias_like, straight
 from .linear_few_rows import FewRows
 from .linear_kitchen import kitchen_linear
@@ -67,8 +67,8 @@ LINEAR_PATHS: Mapping[str, Callable[[LinearCall], Product]] = MappingProxyType(
         REFERENCE: _Reference,
         SCRATCH: _Decoded,
         FEW_ROWS: _few_rows,
-        FP8_ROWS: functools.partial(rows_or_pieces, Fp8Rows),
-        INT8_ROWS: functools.partial(rows_or_pieces, Int8Rows),
+        FP8_ROWS: functools.partial(rows_or_pieces, fp8_rows),
+        INT8_ROWS: functools.partial(rows_or_pieces, functools.partial(QuantizedRows, dtype=torch.int8)),
         KITCHEN: _Kitchen,
     }
 )

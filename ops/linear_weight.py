@@ -120,19 +120,19 @@ def stored_weight(weight: Any) -> StoredWeight | None:
     Raises:
         CheckpointError: its codes or block scales are smaller than its shape needs.
     """
+    # Reading takes microseconds, as long as a small product: remember it with the weight, as long as its parts stay.
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else getattr(weight, _ATTRIBUTE, None)
+    if known is not None and known[0] is weight._qdata and known[1] is weight._params:
+        return known[2]
     layout = getattr(weight, "_layout_cls", None)
     kind = LAYOUT_KINDS.get(layout) if isinstance(layout, str) else None
     if kind is None:
         return None
     data, params = weight._qdata, weight._params
-    if torch.compiler.is_compiling():
-        return _read(kind, data, params)
-    # Reading takes microseconds, as long as a small product: remember it with the weight, as long as its parts stay.
-    known = weight.__dict__.get(_ATTRIBUTE)
-    if known is not None and known[0] is data and known[1] is params:
-        return known[2]
     stored = _read(kind, data, params)
-    weight.__dict__[_ATTRIBUTE] = (data, params, stored)
+    if not compiling:
+        setattr(weight, _ATTRIBUTE, (data, params, stored))
     return stored
 
 

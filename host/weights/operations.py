@@ -62,6 +62,9 @@ class QuantizedLinear(torch.nn.Module):
     handle: OpaqueHandle
     out_features: int
     comfy_patched_weights: bool
+    # Where core has not set them.
+    comfy_force_cast_weights: bool = False
+    quant_format: str | None = None
     weight: Any
     weight_function: list[Any]
     bias_function: list[Any]
@@ -113,17 +116,17 @@ class QuantizedLinear(torch.nn.Module):
             if activation is not None:
                 input, activation = INPUT_ACTIVATIONS[activation](input), None
             input = input * comfy.model_management.cast_to_device(pre_quant_scale, input.device, input.dtype)
-        with weight_for(self, input) as (weight, bias):
+        group = self.input_group
+        if group and not _reads_alone(self):
+            group = ""
+        weight, bias, release = weight_for(self, input)
+        try:
             if not isinstance(weight, QuantizedTensor):
                 weight = weight.to(input.dtype)
-            return quantized_linear(
-                input,
-                weight,
-                bias,
-                fast=self.fast,
-                activation=activation,
-                input_group=self.input_group if _reads_alone(self) else "",
-            )
+            return quantized_linear(input, weight, bias, fast=self.fast, activation=activation, input_group=group)
+        finally:
+            if release is not None:
+                release()
 
     @property
     def fast(self) -> bool:
@@ -133,9 +136,9 @@ class QuantizedLinear(torch.nn.Module):
         patcher says it once more by forcing the compute dtype. A format that core only emulates on this GPU sets the
         same flag; that one says nothing about what we may do.
         """
-        if self._full_precision_mm_config or getattr(self, "comfy_force_cast_weights", False):
+        if self._full_precision_mm_config or self.comfy_force_cast_weights:
             return False
-        emulated_by_core = getattr(self, "quant_format", None) in self._disabled_formats
+        emulated_by_core = self.quant_format in self._disabled_formats
         return emulated_by_core or not self._full_precision_mm
 
     def _multiplies_here(self, weight: Any, input: torch.Tensor) -> bool:
@@ -145,8 +148,8 @@ class QuantizedLinear(torch.nn.Module):
             and not input.requires_grad
             and input.is_floating_point()
             and weight._layout_cls in LAYOUT_KINDS
-            and len(self.weight_function) == 0
-            and len(self.bias_function) == 0
+            and not self.weight_function
+            and not self.bias_function
         )
 
 

@@ -236,7 +236,7 @@ def test_launches_and_descriptors_are_kept_in_bounds(monkeypatch):
         launch(kernel, (1, 1, 1), arguments, {"BLOCK": 64, "FAST": True})
         assert len(module._launches) <= 4
         (again,) = replay._launches
-        assert all(len(descriptors) <= 4 for *_, descriptors in again._descriptors)
+        assert all(len(descriptors) <= 4 for *_, descriptors in again.descriptors)
 
 
 def test_a_replay_keeps_no_tensor_alive(monkeypatch):

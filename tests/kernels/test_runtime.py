@@ -28,6 +28,29 @@ def test_what_is_kept_is_made_on_a_thread_of_its_own():
         runtime.made_to_keep(lambda: 1 / 0)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("short_cut", [False, True])
+def test_outputs_are_made_row_major_and_as_pytorch_would(short_cut, inference, monkeypatch):
+    """On a GPU past the dispatcher, where PyTorch has the way; here a CPU stands in for it."""
+    from torch._C._dynamo.guards import _empty_strided_cpu
+
+    calls = []
+
+    def short(*args):
+        calls.append(args)
+        return _empty_strided_cpu(*args)
+
+    monkeypatch.setattr(runtime, "_empty_strided_cuda", short if short_cut else None)
+    device = torch.device("cuda", 0) if short_cut else torch.device("cpu")
+    with torch.inference_mode(inference):
+        first, second = (runtime.maker_of((2, 1, 5), torch.bfloat16, device)() for _ in range(2))
+    assert len(calls) == (2 if short_cut else 0)
+    assert first.data_ptr() != second.data_ptr()
+    assert (first.shape, first.stride(), first.dtype) == ((2, 1, 5), (5, 5, 1), torch.bfloat16)
+    assert first.is_inference() == inference
+    assert not first.requires_grad
+
+
 class _Driver:
     """Triton's driver: compiles a helper in C when it is first asked for, which needs gcc and Python's headers."""
 

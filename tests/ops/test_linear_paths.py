@@ -28,6 +28,7 @@ from lowbit.kernels.stored_weight import FP8, MXFP8, NVFP4, StoredWeight
 from lowbit.ops import linear_8bit, linear_few_rows, linear_paths
 from lowbit.ops import linear_reference as linear_reference_module
 from lowbit.ops import scratch as scratch_module
+from lowbit.ops.linear_call import LinearCall
 from lowbit.ops.linear_kitchen import kitchen_linear
 from lowbit.ops.linear_table import FP8_ROWS, KITCHEN, REFERENCE, Gpu, choose_path
 from lowbit.ops.linear_weight import stored_weight
@@ -102,6 +103,30 @@ def refused(monkeypatch):
     monkeypatch.setattr(linear_8bit, "_takes_scaled_mm", lambda call: True)
     monkeypatch.setattr(linear_8bit, "quantize_rows", lambda *args: None)
     return linear_8bit._scaled_mm_refused
+
+
+@pytest.mark.parametrize(
+    ("cc", "rows", "columns", "own"),
+    [
+        ((9, 0), 512, 3072, True),
+        ((9, 0), 513, 3072, False),  # 60 tiles for 132 multiprocessors
+        ((9, 0), 4096, 3072, True),  # 384, in three rounds
+        ((9, 0), 2048, 3072, False),  # 192, in two
+        ((9, 0), 4096, 12288, False),  # the GPU is at it for longer than the processor at a linear
+        ((8, 9), 40, 3072, False),
+        ((10, 0), 40, 3072, False),
+    ],
+)
+def test_fp8_goes_to_cublas_where_that_is_faster(cc, rows, columns, own, monkeypatch):
+    monkeypatch.setattr(linear_8bit, "GLUON_FOUND", True)
+    monkeypatch.setattr(matmul_hopper, "multiprocessor_count", lambda index: 132)
+    data = torch.empty(3072, columns, dtype=torch.float8_e4m3fn, device="meta")
+    traits = StoredWeight(FP8, data, torch.ones(1, device="meta"), 3072, columns).traits
+    shape, device = ((rows, columns), (columns, 1)), torch.device("cuda", 0)
+    call = LinearCall(traits, True, *shape, torch.bfloat16, device, None, None, False, Gpu(cc, triton=True))
+    assert type(linear_8bit.fp8_rows(call)) is (linear_8bit.QuantizedRows if own else linear_8bit.ScaledMm)
+    monkeypatch.setattr(linear_8bit, "GLUON_FOUND", False)
+    assert type(linear_8bit.fp8_rows(call)) is linear_8bit.ScaledMm
 
 
 @pytest.fixture
@@ -430,14 +455,16 @@ def test_later_calls_launch_what_the_first_would_have(
         product = product_of(path, x, weight, values, activation, gpu, shared)
         product(x, weight, values, FIRST)
         out, compiled = torch.empty(rows, count, dtype=dtype), launches.compiled
-        patch.setattr(torch.Tensor, "new_empty", lambda *args: out)
+        product.new_output = lambda: out
         launches.clear()
         product(*others, FIRST)
         again = list(launches)
         assert launches.compiled == compiled
         launches.clear()
         launch_module._launches.clear()
-        product_of(path, *others, activation, gpu, shared)(*others, FIRST)
+        other = product_of(path, *others, activation, gpu, shared)
+        other.new_output = lambda: out
+        other(*others, FIRST)
         assert again == launches
         assert again
         scratch_module.release_scratch()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -57,15 +59,15 @@ def paged(monkeypatch, host, linear, signature: int | None, loaded: int | None =
 
 
 def test_weights_on_the_inputs_device_are_taken_as_they_are(host, linear, asked):
-    with host.resident.weight_for(linear, torch.randn(3, 256)) as (weight, bias):
-        assert weight is linear.weight
-        assert bias is linear.bias
-    with host.resident.weight_for(linear, torch.randn(3, 256).bfloat16()) as (weight, bias):
-        assert bias.dtype == torch.bfloat16
-        torch.testing.assert_close(bias, linear.bias.bfloat16())
+    weight, bias, release = host.resident.weight_for(linear, torch.randn(3, 256))
+    assert weight is linear.weight
+    assert bias is linear.bias
+    assert release is None
+    bias = host.resident.weight_for(linear, torch.randn(3, 256).bfloat16())[1]
+    assert bias.dtype == torch.bfloat16
+    torch.testing.assert_close(bias, linear.bias.bfloat16())
     linear.bias = None
-    with host.resident.weight_for(linear, torch.randn(3, 256)) as (weight, bias):
-        assert bias is None
+    assert host.resident.weight_for(linear, torch.randn(3, 256))[1] is None
     assert not asked
 
 
@@ -78,10 +80,11 @@ def test_a_streamed_weight_is_cores_to_bring(host, asked):
 def test_pages_that_are_still_loaded_are_held_for_the_product_alone(host, linear, monkeypatch, asked):
     pages = paged(monkeypatch, host, linear, 5)
     x = torch.empty(3, 256, device="meta")
-    with host.resident.weight_for(linear, x) as (weight, bias):
-        assert weight is linear._v_weight
-        assert bias is linear._v_bias
-        assert pages.held == 1
+    weight, bias, release = host.resident.weight_for(linear, x)
+    assert weight is linear._v_weight
+    assert bias is linear._v_bias
+    assert pages.held == 1
+    release()
     assert pages.held == 0
     monkeypatch.setattr(host.operations, "quantized_linear", lambda *args, **options: pages.held / 0)
     with pytest.raises(ZeroDivisionError):
@@ -90,19 +93,39 @@ def test_pages_that_are_still_loaded_are_held_for_the_product_alone(host, linear
     assert not asked
 
 
+def _given_by_core(host, monkeypatch, pages: Pages) -> list:
+    """The modules that core has cast and not let go of; it gives the module itself and how often its pages are held."""
+    given = []
+
+    @contextlib.contextmanager
+    def cast(module, **options):
+        given.append(module)
+        yield module, pages.held
+        given.remove(module)
+
+    monkeypatch.setattr(host.resident.comfy.ops, "CastBiasWeightContext", cast)
+    return given
+
+
 @pytest.mark.parametrize(("signature", "loaded"), [(6, 5), (None, 5), (5, None)])
 def test_pages_that_left_are_cores_to_bring(host, linear, monkeypatch, signature, loaded):
     pages = paged(monkeypatch, host, linear, signature, loaded)
-    monkeypatch.setattr(
-        host.resident.comfy.ops, "CastBiasWeightContext", lambda module, **options: (module, pages.held)
-    )
-    assert host.resident.weight_for(linear, torch.empty(3, 256, device="meta")) == (linear, 0)
+    given = _given_by_core(host, monkeypatch, pages)
+    weight, held, release = host.resident.weight_for(linear, torch.empty(3, 256, device="meta"))
+    assert weight is linear
+    assert held == 0
+    assert given == [linear]
+    release()
+    assert given == []
 
 
 def test_pages_that_core_has_begun_to_fetch_are_left_to_it(host, linear, monkeypatch):
     pages = paged(monkeypatch, host, linear, 5)
     linear._prefetch = {"resident": True}
-    monkeypatch.setattr(
-        host.resident.comfy.ops, "CastBiasWeightContext", lambda module, **options: (module, pages.held)
-    )
-    assert host.resident.weight_for(linear, torch.empty(3, 256, device="meta")) == (linear, 0)
+    given = _given_by_core(host, monkeypatch, pages)
+    weight, held, release = host.resident.weight_for(linear, torch.empty(3, 256, device="meta"))
+    assert weight is linear
+    assert held == 0
+    assert given == [linear]
+    release()
+    assert given == []
