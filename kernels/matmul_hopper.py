@@ -23,9 +23,6 @@ from .runtime import (
 )
 from .scaled_tiles import _column_values, _scaled, _tile_position
 
-MANY_ROWS = 1024
-"""With more rows, wide tiles keep every multiprocessor at work."""
-
 FEW_ROWS = 512
 FULL = 0.95
 SHORT = 40_000_000_000
@@ -187,7 +184,6 @@ def takes_hopper(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> bool:
     """Whether `multiply_hopper` multiplies these, as far as they suit tensor descriptors."""
     return (
         GLUON_FOUND
-        and a.shape[0] > MANY_ROWS
         and a.dtype == b.dtype
         and out.element_size() == 2
         and compute_capability(a.device.index or 0) == HOPPER

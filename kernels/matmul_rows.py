@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .launch import Described, launch
-from .matmul_hopper import MANY_ROWS, multiply_hopper, takes_hopper
+from .matmul_hopper import multiply_hopper, takes_hopper
 from .runtime import ceil_div, multiprocessor_count, tl, triton
 from .scaled_tiles import _column_values, _scaled, _tile_position
 
@@ -127,12 +127,26 @@ WIDE = Tiles(128, 256, 128, 8, 8, 4)
 NARROW = Tiles(64, 128, 128, 8, 4, 4, store_descriptor=True, flatten=False, waves=2)
 
 
-def choose_tiles(rows: int, out_bytes: int) -> Tiles:
-    """Tiles for so many rows and bytes of an output element, as measured on an H200.
+MANY_ROWS = 1024
+WIDE_TIME = 1.8
+"""What a round of wide tiles takes, one on each multiprocessor, in rounds of narrow ones, as measured on an H200."""
 
-    The wide tiles of a float32 output do not fit into shared memory.
+
+def choose_tiles(rows: int, columns: int, out_bytes: int, multiprocessors: int) -> Tiles:
+    """Tiles for so many rows, columns and bytes of an output element, as measured on an H200.
+
+    With few rows, those that are done earlier: how often a multiprocessor has to begin another decides on that. The wide
+    tiles of a float32 output do not fit into shared memory.
     """
-    return NARROW if rows <= MANY_ROWS or out_bytes > 2 else WIDE
+    if out_bytes > 2:
+        return NARROW
+    wide, narrow = (_rounds(rows, columns, tiles, multiprocessors) for tiles in (WIDE, NARROW))
+    return WIDE if rows > MANY_ROWS or WIDE_TIME * wide <= narrow else NARROW
+
+
+def _rounds(rows: int, columns: int, tiles: Tiles, multiprocessors: int) -> int:
+    count = ceil_div(rows, tiles.block_m) * ceil_div(columns, tiles.block_n)
+    return ceil_div(count, multiprocessors * tiles.waves)
 
 
 def matmul_rows(
@@ -166,10 +180,13 @@ def matmul_rows(
         "SCALE_PER_COLUMN": column_scale.numel() > 1,
         "HAS_BIAS": bias is not None,
     }
-    if described and tiles is None and takes_hopper(a, b, out):
-        multiply_hopper(a, b, out, vectors, flags)
-        return
     rows, columns = a.shape[0], b.shape[0]
+    multiprocessors = multiprocessor_count(a.device.index or 0)
+    if described and tiles is None:
+        tiles = choose_tiles(rows, columns, out.element_size(), multiprocessors)
+        if tiles is WIDE and takes_hopper(a, b, out):
+            multiply_hopper(a, b, out, vectors, flags)
+            return
     if not described:
         small = rows <= 64
         block_m, block_n = (64, 64) if small else (128, 128)
@@ -189,8 +206,7 @@ def matmul_rows(
             warps=4 if small else 8,
         )
         return
-    tiles = tiles or choose_tiles(rows, out.element_size())
-    programs = multiprocessor_count(a.device.index or 0) * tiles.waves
+    programs = multiprocessors * tiles.waves
     count = ceil_div(rows, tiles.block_m) * ceil_div(columns, tiles.block_n)
     launch(
         _matmul_rows_descriptor_kernel,

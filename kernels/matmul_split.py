@@ -11,13 +11,11 @@ import torch
 
 from .launch import launch
 from .matmul_decode import sum_splits
-from .quantize_rows import SMALLEST_SCALE, _activate, _magnitude_bits
+from .quantize_rows import _INTEGER_TERM, SMALLEST_SCALE, _activate, _magnitude_bits
 from .runtime import SMALLEST_DOT, ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import INT4, StoredWeight
 
-INTEGER_TERM = 254.0
 FLOAT8_TERM = 16.0
-_INTEGER_TERM = constexpr(INTEGER_TERM)
 _FLOAT8_TERM = constexpr(FLOAT8_TERM)
 
 
@@ -245,8 +243,8 @@ def matmul_split(
     """Weight-only product of split rows and an e4m3, e5m2, int8 or int4 weight into `out` (M, N).
 
     Args:
-        q: (terms, M, K) from `split_rows`, planes 2 for int4.
-        row_scale: (M,) float32 from `split_rows`.
+        q: (terms, M, K) from `split_rows` or `rotate_rows`, planes 2 for int4.
+        row_scale: (M,) float32 from the same.
         weight: kind fp8, int8 or int4, in whatever basis x is; codes row by row.
         bias: (N,) or None.
         out: (M, N), last stride 1, written.
@@ -255,7 +253,7 @@ def matmul_split(
         assembly: compiled for a GPU (the interpreter has no inline assembly).
         step: stored bytes of a row that are multiplied together, a power of two.
         stages: steps in flight.
-        overlap: the kernel before is `split_rows` with `overlap`: start while it runs, then wait for it.
+        overlap: the kernel before is that one with `overlap`: start while it runs, then wait for it.
     """
     terms, rows, columns = q.shape
     integer = q.dtype == torch.int8

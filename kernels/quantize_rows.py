@@ -13,7 +13,11 @@ LIMITS = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 SMALLEST_SCALE = 2.0**-100
 """Rows below this times the limit quantize to zero: their reciprocal scale would overflow float32."""
 
+INTEGER_TERM = 254.0
+"""What an int8 term counts for in units of the next one, where a row is a sum of several."""
+
 ACTIVATIONS = (None, "gelu_tanh", "silu")
+_INTEGER_TERM = constexpr(INTEGER_TERM)
 _INTERPRETED = constexpr(INTERPRETED)
 
 

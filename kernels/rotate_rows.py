@@ -1,11 +1,22 @@
-"""Rows rotated by the regular Hadamard matrix of convrot and, in the same pass, quantized to int8."""
+"""Rows rotated by the regular Hadamard matrix of convrot and, in the same pass, quantized to int8 or split into int8 terms."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
 from .launch import launch
-from .quantize_rows import LIMITS, SMALLEST_SCALE, _activate, _magnitude_bits, _row_scale, _to_grid, row_warps
+from .quantize_rows import (
+    _INTEGER_TERM,
+    LIMITS,
+    SMALLEST_SCALE,
+    _activate,
+    _magnitude_bits,
+    _row_scale,
+    _to_grid,
+    row_warps,
+)
 from .runtime import INTERPRETED, tl, triton
 
 KERNEL_ROTATIONS = (16, 64, 256)
@@ -47,10 +58,13 @@ def _rotated(x, inner, outer, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _store_rotated(q_row, z, first, K: tl.constexpr, GROUPS: tl.constexpr):
+def _store_rotated(q_row, z, first, K: tl.constexpr, GROUPS: tl.constexpr, PLANES: tl.constexpr):
     column = _columns(first, GROUPS)
     z = tl.permute(tl.reshape(z, [2, 4, 2, 2, GROUPS, 4, 2]), (4, 1, 2, 5, 0, 3, 6))
-    tl.store(q_row + column, tl.reshape(z, [GROUPS * 32, 8]), mask=column < K)
+    target = q_row + column
+    if PLANES > 1:
+        target = q_row + (column % PLANES) * (K // PLANES) + column // PLANES
+    tl.store(target, tl.reshape(z, [GROUPS * 32, 8]), mask=column < K)
 
 
 @triton.jit
@@ -66,13 +80,17 @@ def _rotate_rows_kernel(
     GROUPS: tl.constexpr,
     ROTATION: tl.constexpr,
     DOTS_IN_BFLOAT16: tl.constexpr,
-    QUANTIZE: tl.constexpr,
+    TERMS: tl.constexpr,
+    PLANES: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One row a program, in pieces of GROUPS x 256 columns; QUANTIZE False: the rotated row in q's own dtype.
+    """One row a program, in pieces of GROUPS x 256 columns; TERMS 0: the rotated row in q's own dtype.
 
-    A rotation of 256 is two dots with 16 x 16 matrices, each of which rotates two of a column's four base-4 digits.
+    More than one: as `split_rows` splits what is rotated into x's own dtype. A rotation of 256 is two dots with 16 x 16 matrices, each of which rotates two of a column's four base-4 digits.
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     PIECES: tl.constexpr = (K + GROUPS * 256 - 1) // (GROUPS * 256)
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride_m
@@ -88,16 +106,25 @@ def _rotate_rows_kernel(
     rotated = ()
     for piece in tl.static_range(PIECES):
         z = _rotated(loaded[piece], inner, outer, GROUPS, ACTIVATION)
+        if TERMS > 1 and x_ptr.dtype.element_ty == tl.bfloat16:
+            z = z.to(tl.bfloat16).to(tl.float32)
         rotated = rotated + (z,)  # type: ignore[assignment]
-    if QUANTIZE:
+    if TERMS > 0:
         bits = tl.zeros([16, GROUPS * 16], dtype=tl.int32)
         for piece in tl.static_range(PIECES):
             bits = tl.maximum(bits, _magnitude_bits(rotated[piece]))
-        scale, inverse = _row_scale(tl.max(bits), limit, smallest)
+        scale, inverse = _row_scale(tl.max(bits), 127.0 if TERMS > 1 else limit, smallest)
         tl.store(scale_ptr + row, scale)
     for piece in tl.static_range(PIECES):
-        z = _to_grid(rotated[piece] * inverse, True) if QUANTIZE else rotated[piece].to(q_ptr.dtype.element_ty)
-        _store_rotated(q_row, z, piece * GROUPS * 256, K, GROUPS)
+        first = piece * GROUPS * 256
+        if TERMS == 0:
+            _store_rotated(q_row, rotated[piece].to(q_ptr.dtype.element_ty), first, K, GROUPS, PLANES)
+        else:
+            rest = rotated[piece] * inverse
+            for term in tl.static_range(TERMS):
+                stored = _to_grid(rest, True)
+                _store_rotated(q_row + term * tl.num_programs(0) * K, stored, first, K, GROUPS, PLANES)
+                rest = (rest - stored.to(tl.float32)) * _INTEGER_TERM
 
 
 def rotate_rows(
@@ -106,12 +133,16 @@ def rotate_rows(
     scale: torch.Tensor | None,
     rotation: int,
     activation: str | None = None,
+    planes: int = 1,
+    overlap: bool = False,
 ) -> None:
     """Rotate x (M, K), of any strides, into the row-major `out`: int8 with `scale` (M,) written, or a float dtype.
 
+    Into (terms, M, K) int8 as `split_rows` would split what is rotated, with `planes` and `overlap` as there.
+
     Args:
         x: float16, bfloat16 or float32; K a multiple of `rotation`.
-        out: (M, K) int8, or float16, bfloat16, float32 (then scale is None).
+        out: (M, K) or (terms, M, K) int8, or (M, K) float16, bfloat16, float32 (then scale is None).
         scale: float32, written.
         rotation: group size, one of `KERNEL_ROTATIONS`.
         activation: applied to x first.
@@ -129,8 +160,10 @@ def rotate_rows(
             "GROUPS": warps,
             "ROTATION": rotation,
             "DOTS_IN_BFLOAT16": halves,
-            "QUANTIZE": scale is not None,
+            "TERMS": 0 if scale is None else math.prod(out.shape[:-2]),
+            "PLANES": planes,
             "ACTIVATION": activation,
+            "OVERLAP": overlap,
         },
         warps=warps,
     )

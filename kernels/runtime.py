@@ -47,10 +47,8 @@ except (ImportError, ValueError):
     TRITON_VERSION = (0, 0)
     TRITON_FOUND = False
 
-try:
-    from torch._C._dynamo.guards import _empty_strided_cuda
-except ImportError:
-    _empty_strided_cuda = None
+_guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+_empty_strided_cuda = getattr(_guards, "_empty_strided_cuda", None)
 
 GLUON_FOUND = TRITON_FOUND and TRITON_VERSION == (3, 6) and os.environ.get("TRITON_INTERPRET") != "1"
 """Triton's lower language is there, as the kernels written in it know it; nothing interprets it."""

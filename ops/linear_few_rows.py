@@ -81,7 +81,7 @@ class FewRows(Product):
         q_shape = (term_count(self.dtype, integer) if split else 0, rows, columns)
         partial = self.splits > 1 or self.method == "blocks"
         return (
-            ((rows, columns), rotated) if weight.rotation else None,
+            ((rows, columns), rotated) if weight.rotation and not split else None,
             (q_shape, torch.int8 if integer else torch.float8_e4m3fn) if split else None,
             ((rows,), torch.float32) if split else None,
             ((self.splits, rows, self.count), torch.float32) if partial else None,
@@ -98,20 +98,24 @@ class FewRows(Product):
 
     def _multiply(self, x, weight, bias, out, rotated, q, row_scale, partial):
         x, out, activation = self._as_rows(x), self._as_rows(out), self.call.activation
+        if self.method == "split":
+            self._multiply_split(x, weight, bias, activation, out, q, row_scale, partial)
+            return
         if weight.rotation:
             rotate_rows(x, rotated, None, weight.rotation, activation)
             x, activation = rotated, None
-        if self.method == "split":
-            self._multiply_split(x, weight, bias, activation, out, q, row_scale, partial)
-        elif self.method == "blocks":
+        if self.method == "blocks":
             self._multiply_blocks(x, weight, bias, activation, out, partial)
         else:
             self._multiply_decoded(x, weight, bias, out, partial)
 
     def _multiply_split(self, x, weight, bias, activation, out, q, row_scale, partial):
         """x as a sum of 8-bit terms, each multiplied with the stored codes on 8-bit tensor cores."""
-        overlap, splits = self.call.overlaps, self.splits
-        split_rows(x, q, row_scale, activation, planes=2 if weight.kind == INT4 else 1, overlap=overlap)
+        overlap, splits, planes = self.call.overlaps, self.splits, 2 if weight.kind == INT4 else 1
+        if weight.rotation:
+            rotate_rows(x, q, row_scale, weight.rotation, activation, planes, overlap)
+        else:
+            split_rows(x, q, row_scale, activation, planes, overlap)
         step, stages = _split_tile(q.shape[0] * self.rows, self.call.weight, splits, self.call.gpu)
         options = {"splits": splits, "assembly": not INTERPRETED, "overlap": overlap, "step": step, "stages": stages}
         matmul_split(q, row_scale, weight, bias, out, partial, **options)

@@ -6,8 +6,8 @@ import torch
 
 from lowbit.kernels.attention_int8 import NO_SCORE, VALUE_SHIFT
 from lowbit.kernels.attention_quantize import KEY_BLOCK, padded_head_dim, sylvester
-from lowbit.kernels.matmul_split import FLOAT8_TERM, INTEGER_TERM
-from lowbit.kernels.quantize_rows import SMALLEST_SCALE, apply_activation
+from lowbit.kernels.matmul_split import FLOAT8_TERM
+from lowbit.kernels.quantize_rows import INTEGER_TERM, SMALLEST_SCALE, apply_activation
 from lowbit.kernels.runtime import INTERPRETED, ceil_div
 
 

@@ -93,6 +93,7 @@ CALLS = (
     ("int8", torch.float16, 1, False),
     ("int8", torch.float16, 60, False),
     ("int8", torch.bfloat16, 2000, True),
+    ("int8_convrot", torch.float16, 5, True),
     ("int8_convrot", torch.float32, 2000, True),
     ("int8_convrot", torch.bfloat16, 2000, False),
     ("int4", torch.bfloat16, 1, False),

@@ -8,8 +8,8 @@ import torch
 from lowbit.kernels import matmul_hopper
 from lowbit.kernels import matmul_rows as module
 from lowbit.kernels.launch import Described
-from lowbit.kernels.matmul_hopper import MANY_ROWS, multiply_hopper, takes_hopper
-from lowbit.kernels.matmul_rows import NARROW, WIDE, matmul_rows
+from lowbit.kernels.matmul_hopper import multiply_hopper, takes_hopper
+from lowbit.kernels.matmul_rows import MANY_ROWS, NARROW, WIDE, choose_tiles, matmul_rows
 from lowbit.kernels.runtime import DESCRIPTORS_FIT, GLUON_FOUND, INTERPRETED, compute_capability
 
 from .references import matmul_rows_reference
@@ -79,35 +79,55 @@ def test_descriptors_need_aligned_rows(device, monkeypatch):
     assert used.pop() is False
 
 
-def test_the_product_of_hopper_is_for_many_rows_of_one_dtype_and_16_bits_there(monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "columns", "out_bytes", "tiles"),
+    [
+        (512, 3072, 2, NARROW),  # all at once
+        (512, 5120, 2, WIDE),  # 80 wide ones at once, 320 narrow ones in two rounds
+        (512, 12288, 2, NARROW),  # 192 in two rounds, 768 in three
+        (512, 13824, 2, WIDE),  # 216 in two, 864 in four
+        (1024, 5120, 2, NARROW),
+        (MANY_ROWS + 1, 5120, 2, WIDE),
+        (MANY_ROWS + 1, 5120, 4, NARROW),
+    ],
+)
+def test_tiles_are_those_that_are_done_earlier(rows, columns, out_bytes, tiles):
+    assert choose_tiles(rows, columns, out_bytes, 132) is tiles
+
+
+def test_the_product_of_hopper_is_for_one_dtype_and_16_bits_there(monkeypatch):
     monkeypatch.setattr(matmul_hopper, "GLUON_FOUND", True)
     for cc in ((9, 0), (8, 9), (10, 0)):
         monkeypatch.setattr(matmul_hopper, "compute_capability", lambda index, cc=cc: cc)
-        for rows, dtype, other, out_dtype, fits in (
-            (MANY_ROWS + 1, torch.int8, torch.int8, torch.bfloat16, True),
-            (MANY_ROWS + 1, torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float16, True),
-            (MANY_ROWS, torch.int8, torch.int8, torch.bfloat16, False),
-            (MANY_ROWS + 1, torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, False),
-            (MANY_ROWS + 1, torch.int8, torch.int8, torch.float32, False),
+        for dtype, other, out_dtype, fits in (
+            (torch.int8, torch.int8, torch.bfloat16, True),
+            (torch.float8_e4m3fn, torch.float8_e4m3fn, torch.float16, True),
+            (torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, False),
+            (torch.int8, torch.int8, torch.float32, False),
         ):
-            a, b = torch.empty(rows, 16, dtype=dtype), torch.empty(8, 16, dtype=other)
-            assert takes_hopper(a, b, torch.empty(rows, 8, dtype=out_dtype)) is (fits and cc == (9, 0))
+            a, b = torch.empty(4, 16, dtype=dtype), torch.empty(8, 16, dtype=other)
+            assert takes_hopper(a, b, torch.empty(4, 8, dtype=out_dtype)) is (fits and cc == (9, 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("more_rows", "n", "k"),
-    [(1, 8, 16), (100, 264, 1040), (1300, 1000, 400), pytest.param(7000, 5128, 528, id="several tiles a program")],
+    ("m", "n", "k"),
+    [
+        (1025, 8, 16),
+        (1124, 264, 1040),
+        (2324, 1000, 400),
+        (424, 5128, 528),
+        pytest.param(8024, 5128, 528, id="several tiles a program"),
+    ],
 )
-def test_the_product_of_hopper(device, dtype, out_dtype, more_rows, n, k, monkeypatch):
+def test_the_product_of_hopper(device, dtype, out_dtype, m, n, k, monkeypatch):
     if not GLUON_FOUND or compute_capability(device.index or 0) != (9, 0):
         pytest.skip("Gluon and cc 9.0")
     made: list[torch.Tensor] = []
     monkeypatch.setattr(
         module, "multiply_hopper", lambda *arguments: made.append(arguments[2]) or multiply_hopper(*arguments)
     )
-    m = MANY_ROWS + more_rows
     a, b = _codes(m, k, dtype, device), _codes(n, k, dtype, device)
     row_scale = torch.rand(m, device=device) + 0.5
     for column_scale in (torch.rand(n, device=device) + 0.5, torch.tensor([0.3], device=device)):

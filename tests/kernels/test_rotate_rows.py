@@ -7,6 +7,7 @@ import torch
 from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
 from lowbit.kernels.hadamard import hadamard, rotate_reference
+from lowbit.kernels.matmul_split import split_rows
 from lowbit.kernels.quantize_rows import quantize_rows_reference
 from lowbit.kernels.rotate_rows import rotate_rows
 
@@ -49,3 +50,20 @@ def test_rotates_alone(device, columns, group, dtype):
     back = torch.empty_like(x)
     rotate_rows(out, back, None, group)
     torch.testing.assert_close(back, x, rtol=4 * tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize(("columns", "group"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("planes", [1, 2])
+def test_rotates_and_splits_as_one_after_the_other(device, columns, group, dtype, planes):
+    x = torch.randn(6, columns, device=device, dtype=dtype)[::2]
+    x[1] = 0
+    x[2] *= 1e-3
+    rotated = torch.empty(3, columns, device=device, dtype=torch.float32 if dtype == torch.float16 else dtype)
+    rotate_rows(x, rotated, None, group, "silu")
+    expected, q = (torch.full((2, 3, columns), 99, dtype=torch.int8, device=device) for _ in range(2))
+    expected_scale, scale = (torch.full((3,), torch.nan, device=device) for _ in range(2))
+    split_rows(rotated, expected, expected_scale, None, planes)
+    rotate_rows(x, q, scale, group, "silu", planes)
+    assert torch.equal(scale, expected_scale)
+    assert torch.equal(q, expected)
