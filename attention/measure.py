@@ -9,12 +9,12 @@ import torch
 
 ROUNDS = 3
 ENOUGH_MS = 500.0
-"""Rounds end early past this: long calls need no second look, and the first step of a run may cost little."""
+"""Rounds end early past this: long calls need no third look, and the first step of a run may cost little."""
 WINDOW_MS = 10.0
 """Shorter calls are timed several in a row: the GPU then does not wait for the processor, as it does not in a model."""
 MOST_REPEATS = 8
 FAR_BEHIND, SHORT_MS = 1.5, 1.0
-"""A call of no less than a millisecond that took so many times the fastest's time, at every look, is not timed again."""
+"""A call of no less than a millisecond that took so many times the fastest's time, at two looks, is not timed again."""
 
 
 def milliseconds(
@@ -27,7 +27,8 @@ def milliseconds(
     shares: which part of the work a call does, where that is not all; its time is that of all.
 
     A first round warms up, so that nothing is compiled while it is timed, and a second says how many calls a time is
-    taken over; the others are interleaved, so that a warming GPU hurts all alike and no single call decides. A call that
+    taken over; the others are interleaved, so that a warming GPU hurts all alike. Two looks at least, so that no single one
+    decides: a host that stalls while kernels are launched makes it longer by as much. A call that
     raises, in whichever round, has no time.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -53,7 +54,9 @@ def milliseconds(
             if number >= 0 or (number == -1 and repeats[name] == 1):
                 spent += taken * repeats[name]
                 samples[name].append(taken / part)
-        if spent > ENOUGH_MS and all(samples[name] for name in remaining if name not in failed):
+        if number < 0:
+            continue
+        if spent > ENOUGH_MS:
             break
         most = max(FAR_BEHIND * min(seen.values(), default=0.0), SHORT_MS)
         remaining = [name for name in remaining if not samples[name] or seen[name] <= most]

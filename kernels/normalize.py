@@ -86,7 +86,7 @@ def normalize(
         "HAS_BIAS": bias is not None,
     }
     arguments = (*tensors, rows, heads, length, *strides, eps)
-    launch(_normalize_kernel, (ceil_div(rows, taken), 1, 1), arguments, constants, warps=8 if block > 1024 else 4)
+    launch(_normalize_kernel, (ceil_div(rows, taken), 1, 1), arguments, constants)
     return out
 
 

@@ -9,8 +9,10 @@ import torch
 from .launch import launch
 from .runtime import ceil_div, kernels_run_on, power_of_two, tl, triton
 
-_ROWS, _HEADS = 16, 8
-"""Positions and heads of a program: the heads share what is loaded for a position, which is four times as much as one has."""
+_ROWS, _HEADS = 16, 12
+"""Positions and heads of a program: heads share what is loaded for a position, up to four times as much as one of them has."""
+_ENOUGH = 2048
+"""Programs of all heads each that keep any GPU busy."""
 
 
 @triton.jit
@@ -80,9 +82,11 @@ def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor | None:
     batch, heads, length, columns = x.shape[0], x.shape[layout.heads], x.shape[layout.rows], x.shape[3]
     strides = [tensor.stride(place) for tensor in (x, out) for place in (0, layout.heads, layout.rows)]
     batch_stride = 0 if freqs.shape[0] == 1 else freqs.stride(0)
+    positions = ceil_div(length, _ROWS)
+    groups = 1 if positions * batch >= _ENOUGH else ceil_div(heads, _HEADS)
     arguments = (x, freqs, out, length, heads, *strides, batch_stride, freqs.stride(layout.rows))
-    constants = {"K": columns, "ROWS": _ROWS, "HEADS": _HEADS, "PAIRS": power_of_two(columns // 2)}
-    launch(_rope_kernel, (ceil_div(length, _ROWS), ceil_div(heads, _HEADS), batch), arguments, constants)
+    constants = {"K": columns, "ROWS": _ROWS, "HEADS": ceil_div(heads, groups), "PAIRS": power_of_two(columns // 2)}
+    launch(_rope_kernel, (positions, groups, batch), arguments, constants)
     return out
 
 
