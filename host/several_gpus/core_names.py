@@ -19,7 +19,7 @@ NEEDED = dotted(
         "comfy.patcher_extension.WrappersMP": "APPLY_MODEL CALC_COND_BATCH DIFFUSION_MODEL OUTER_SAMPLE",
         "comfy.sd": "load_diffusion_model",
         "comfy.weight_adapter": "adapters",
-        "comfy_aimdo.control": "init init_devices",
+        "comfy_aimdo.control": "init init_devices set_log_warning",
     }
 )
 OPTIONAL = {

@@ -66,6 +66,8 @@ def start_core(told: dict[str, Any], context: threading.Thread | None = None) ->
         except TypeError:  # an older comfy-aimdo
             working = comfy_aimdo.control.init_devices([index])
         if working:
+            # It starts out telling Python of every weight's pages, which takes the processor's time at each of them.
+            comfy_aimdo.control.set_log_warning()
             comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
             comfy.memory_management.aimdo_enabled = True
 
