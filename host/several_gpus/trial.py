@@ -26,7 +26,8 @@ class Trial:
     def __init__(self, counts: Sequence[int], kept: MeasuredNumbers, where: str, what: str):
         self._counts = list(counts)
         self._kept, self._where, self._what = kept, where, what
-        self._seconds = {int(count): seconds for count, seconds in (kept.get(where, what) or {}).items()}
+        known = kept.get(where, what) or {}
+        self._seconds = {count: known[str(count)] for count in counts if str(count) in known}
         self._taken: list[float] = []
         self.settled = bool(self._seconds)
 
