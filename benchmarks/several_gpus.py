@@ -16,6 +16,7 @@ auto is timed after the steps in which it tries how many processes are the faste
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -105,7 +106,7 @@ def run(
 
     Args:
         alone: what one GPU made of the same, by case and weights; filled when it is its turn.
-        kept: the last model of each number of GPUs, with which its workers stay; filled as well.
+        kept: the last model of this number of GPUs, with which its workers stay; filled as well.
     """
     from lowbit.host.dividing import divide, start_stages
     from lowbit.host.several_gpus.trial import FILE_NAME, TRIES
@@ -150,8 +151,13 @@ def run(
     return row
 
 
+def _place(row: dict[str, Any]) -> tuple[int, int, int]:
+    """Where a row stands in the table."""
+    return [*ALL_CASES].index(row["case"]), [way.name for way in WAYS].index(row["way"]), row["gpus"]
+
+
 def main() -> None:
-    """Every case, with one GPU first and then with each number of them."""
+    """Every case on one GPU, then on each number of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", nargs="*", choices=ALL_CASES, default=list(CASES))
@@ -173,25 +179,27 @@ def main() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     with core_in_memory(devices[0].type) as folder:
-        for name in arguments.model:
-            case = ALL_CASES[name]()
-            path = write_checkpoint(folder / f"{name}.safetensors", case.shapes, case.metadata)
-            for way in WAYS:
-                if way.name not in ways or (way.cases and name not in way.cases):
-                    continue
-                for count in (1, *counts):
-                    if count == 1 and f"{name} {way.weights}" in alone:
-                        continue
-                    try:
-                        row = run(name, case, way, path, folder, devices[:count], alone, kept)
-                    except Exception as error:
-                        text = f"{type(error).__name__}: {error}"
-                        row = {"case": name, "way": way.name, "gpus": count, "failed": text}
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
-                    write(out, {"environment": environment(), "rows": rows, "goals": goals(rows)})
+        from lowbit.host.dividing import close_all
+
+        cases = {name: ALL_CASES[name]() for name in arguments.model}
+        paths = {name: folder / f"{name}.safetensors" for name in cases}
+        for name, case in cases.items():
+            write_checkpoint(paths[name], case.shapes, case.metadata)
+        for count, (name, case), way in itertools.product((1, *counts), cases.items(), WAYS):
+            if count not in kept:  # workers of another number of GPUs take nothing from these
+                kept.clear()
+                close_all()
+            skipped = way.name not in ways or (way.cases and name not in way.cases)
+            if skipped or (count == 1 and f"{name} {way.weights}" in alone):
+                continue
+            try:
+                row = run(name, case, way, paths[name], folder, devices[:count], alone, kept)
+            except Exception as error:
+                row = {"case": name, "way": way.name, "gpus": count, "failed": f"{type(error).__name__}: {error}"}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            write(out, {"environment": environment(), "rows": sorted(rows, key=_place), "goals": goals(rows)})
             clean()
-            path.unlink()
 
 
 if __name__ == "__main__":
