@@ -405,14 +405,14 @@ class _Watched(Replay):
 
     __slots__ = ("called",)
 
-    def __call__(self, addresses, function, *arguments):
+    def record(self, addresses, function, *arguments):
         def watched(*arguments):
             assert not hasattr(self, "called")
             self.called = True
             with _OnlyViews():
                 function(*arguments)
 
-        super().__call__(addresses, watched, *arguments)
+        super().record(addresses, watched, *arguments)
 
 
 @settings(deadline=None, max_examples=150)
