@@ -184,7 +184,9 @@ class _Relaunch(NamedTuple):
     descriptors: list[tuple[int, int, _Descriptors]]
 
 
-def _again(known: _Launch | None, grid: tuple[int, int, int], arguments: tuple, addresses: Sequence[int]) -> _Relaunch:
+def _relaunch(
+    known: _Launch | None, grid: tuple[int, int, int], arguments: tuple, addresses: Sequence[int]
+) -> _Relaunch:
     """Raises ValueError for what only Triton launches, or a tensor that is at none of `addresses` or at several."""
     if known is None:
         raise ValueError
@@ -271,25 +273,28 @@ class Replay:
         self._device = 0
         self._launches: tuple[_Relaunch, ...] = ()
 
-    def __call__(self, addresses: list[int] | None, function: Callable[..., None], *arguments: Any) -> None:
-        """function(*arguments), which launches on the current stream and does nothing besides.
+    def again(self, addresses: list[int] | None) -> bool:
+        """Launch what was recorded, on the current stream; False: nothing is, or only Triton can launch now.
 
         Args:
-            addresses: of all tensors that its kernels take, in the same order each time; None: it is called itself, as
-                it is wherever launches cannot be made without Triton.
+            addresses: of all tensors that the kernels take, in the same order each time; None: they are not aligned.
         """
         launches = self._launches
-        if launches and addresses is not None and not _hooked():
-            stream = torch._C._cuda_getCurrentRawStream(self._device)
-            for call, template, places, descriptors in launches:
-                given = template.copy()
-                given[_STREAM] = stream
-                for place, slot in places:
-                    given[place] = addresses[slot]
-                for place, slot, known in descriptors:
-                    given[place] = known[addresses[slot]][0]
-                call(*given)
-            return
+        if not launches or addresses is None or _hooked():
+            return False
+        stream = torch._C._cuda_getCurrentRawStream(self._device)
+        for call, template, places, descriptors in launches:
+            given = template.copy()
+            given[_STREAM] = stream
+            for place, slot in places:
+                given[place] = addresses[slot]
+            for place, slot, known in descriptors:
+                given[place] = known[addresses[slot]][0]
+            call(*given)
+        return True
+
+    def record(self, addresses: list[int] | None, function: Callable[..., None], *arguments: Any) -> None:
+        """function(*arguments), which launches on the current stream and does nothing besides; `addresses` as for `again`."""
         made: list[_Made] = []
         _recorder.made = made
         try:
@@ -298,7 +303,7 @@ class Replay:
             _recorder.made = None
         if addresses is not None and made:
             with contextlib.suppress(ValueError):
-                relaunches = tuple(_again(*one, addresses) for one in made)
+                relaunches = tuple(_relaunch(*one, addresses) for one in made)
                 self._device, self._launches = torch._C._cuda_getDevice(), relaunches
 
 

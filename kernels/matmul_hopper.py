@@ -21,10 +21,10 @@ from .runtime import (
     hopper,
     multiprocessor_count,
 )
-from .scaled_tiles import _column_values, _scaled, _tile_position
+from .scaled_tiles import _column_values, _row_values, _scaled, _tile_position
 
 FEW_ROWS = 512
-FULL = 0.95
+FULL = 0.9
 SHORT = 40_000_000_000
 """Multiplications that take about 60 us, as long as a linear takes on the processor."""
 
@@ -105,7 +105,7 @@ def _multiply_tiles(
             count += 1
         row = first_m + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, PART))
         column = first_n + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, PART))
-        row_scale = gl.load(row_scale_ptr + row, mask=row < M, other=0.0)
+        row_scale = _row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
         scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
         acc = hopper.warpgroup_mma_wait(0, deps=[acc])
         hopper.mbarrier.arrive(empty.index((count + _STAGES - 1) % _STAGES))

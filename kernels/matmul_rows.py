@@ -9,7 +9,7 @@ import torch
 from .launch import Described, launch
 from .matmul_hopper import multiply_hopper, takes_hopper
 from .runtime import ceil_div, multiprocessor_count, tl, triton
-from .scaled_tiles import _column_values, _scaled, _tile_position
+from .scaled_tiles import _column_values, _row_values, _scaled, _tile_position
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _matmul_rows_descriptor_kernel(
             b = b_desc.load([first_n, step * BLOCK_K])
             acc = tl.dot(a, b.T, acc, out_dtype=ACCUMULATOR)
         row = first_m + tl.arange(0, BLOCK_M)
-        row_scale = tl.load(row_scale_ptr + row, mask=row < M, other=0.0)
+        row_scale = _row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
         column = first_n + tl.arange(0, BLOCK_N)
         scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
         out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
@@ -101,7 +101,7 @@ def _matmul_rows_pointer_kernel(
             a = tl.load(a_row + start, mask=(lane < K - start)[None, :], other=0.0)
             b = tl.load(b_row + start, mask=(lane < K - start)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, out_dtype=ACCUMULATOR)
-    row_scale = tl.load(row_scale_ptr + row, mask=row < M, other=0.0)
+    row_scale = _row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
     scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
     out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
     target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
@@ -127,21 +127,20 @@ WIDE = Tiles(128, 256, 128, 8, 8, 4)
 NARROW = Tiles(64, 128, 128, 8, 4, 4, store_descriptor=True, flatten=False, waves=2)
 
 
-MANY_ROWS = 1024
-WIDE_TIME = 1.8
+WIDE_TIME = 1.65
 """What a round of wide tiles takes, one on each multiprocessor, in rounds of narrow ones, as measured on an H200."""
 
 
 def choose_tiles(rows: int, columns: int, out_bytes: int, multiprocessors: int) -> Tiles:
-    """Tiles for so many rows, columns and bytes of an output element, as measured on an H200.
+    """Tiles for so many rows, columns and bytes of an output element: those that are done earlier.
 
-    With few rows, those that are done earlier: how often a multiprocessor has to begin another decides on that. The wide
-    tiles of a float32 output do not fit into shared memory.
+    That depends on how often a multiprocessor has to begin again. The wide tiles of a float32 output do not fit into
+    shared memory.
     """
     if out_bytes > 2:
         return NARROW
     wide, narrow = (_rounds(rows, columns, tiles, multiprocessors) for tiles in (WIDE, NARROW))
-    return WIDE if rows > MANY_ROWS or WIDE_TIME * wide <= narrow else NARROW
+    return WIDE if WIDE_TIME * wide <= narrow else NARROW
 
 
 def _rounds(rows: int, columns: int, tiles: Tiles, multiprocessors: int) -> int:

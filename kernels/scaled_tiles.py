@@ -20,13 +20,21 @@ def _scaled(acc, row_scale, column_scale, bias):
 
 
 @triton.jit
+def _row_values(row, M, row_scale_ptr, scale_ptr, SCALE_PER_COLUMN: tl.constexpr):
+    """The scales of rows, times the one of all columns where there is but one."""
+    scale = tl.load(row_scale_ptr + row, mask=row < M, other=0.0)
+    if not SCALE_PER_COLUMN:
+        scale *= tl.load(scale_ptr)
+    return scale
+
+
+@triton.jit
 def _column_values(column, N, scale_ptr, bias_ptr, SCALE_PER_COLUMN: tl.constexpr, HAS_BIAS: tl.constexpr):
     inside = column < N
     zero = (column * 0).to(tl.float32)
+    scale = zero + 1.0
     if SCALE_PER_COLUMN:
         scale = tl.load(scale_ptr + column, mask=inside, other=0.0)
-    else:
-        scale = tl.load(scale_ptr) + zero
     bias = zero
     if HAS_BIAS:
         bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)

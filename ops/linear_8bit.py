@@ -95,10 +95,11 @@ class QuantizedRows(Product):
         left, cut = scratch.left, scratch.take(self.specs, self.device)
         shared = SharedInput.of(x, group, self.how) if self.call.shared else None
         quantized = shared is not None and shared.is_left(left, cut)
-        (*scratched, codes), places = cut
-        weight = straight(weight, codes)
-        places = addresses_of(places, x, out, bias, *weight.tensors)
-        self.launches[quantized](places, self._launch, quantized, x, weight, bias, out, *scratched)
+        weight = straight(weight, cut.tensors[-1])
+        places = addresses_of(cut.addresses, x, out, bias, *weight.tensors)
+        launches = self.launches[quantized]
+        if not launches.again(places):
+            launches.record(places, self._launch, quantized, x, weight, bias, out, *cut.tensors[:-1])
         if shared is not None:
             scratch.left = cut, shared
         return out
@@ -226,30 +227,29 @@ class ScaledMm(Product):
         left, cut = scratch.left, scratch.take(self.specs, self.device)
         shared = SharedInput.of(x, group, self.how) if self.call.shared else None
         quantized = shared is not None and shared.is_left(left, cut)
-        (q, row_scale, scaled, decoded, decoded_scale, copied), places = cut
+        q, row_scale, scaled, decoded, column_scale, copied = cut.tensors
         weight = straight(weight, copied)
         if self.blocks or not quantized:
-            places = addresses_of(places, x, *weight.tensors)
-            folded = weight.scale if self.folds and scaled is None else None
-            self.launches[quantized](
-                places, self._launch, quantized, x, weight, q, row_scale, folded, *cut.tensors[3:5]
-            )
+            places, launches = addresses_of(cut.addresses, x, *weight.tensors), self.launches[quantized]
+            if not launches.again(places):
+                launches.record(places, self._launch, quantized, x, weight, *cut.tensors[:-1])
         if scaled is not None:
             row_scale = torch.mul(row_scale, weight.scale, out=scaled)
         if self.folds:
-            decoded_scale = _ones(self.count, self.device)
+            column_scale = _ones(self.count, self.device)
         elif not self.blocks:
-            decoded_scale = weight.scale_row
+            column_scale = weight.scale_row
         codes = weight.transposed if decoded is None else decoded.t()
-        made = _by_scaled_mm(q, codes, row_scale, decoded_scale, bias_like(bias, self.dtype), out, self.call)
+        made = _by_scaled_mm(q, codes, row_scale, column_scale, bias_like(bias, self.dtype), out, self.call)
         if shared is not None and made is not None:
             scratch.left = cut, shared
         return made
 
-    def _launch(self, quantized, x, weight, q, row_scale, folded, decoded, decoded_scale):
+    def _launch(self, quantized, x, weight, q, row_scale, scaled, decoded, column_scale):
         if decoded is not None:
-            decode_rows(weight, decoded, decoded_scale, hardware_e4m3=self.call.hardware_e4m3)
+            decode_rows(weight, decoded, column_scale, hardware_e4m3=self.call.hardware_e4m3)
         if not quantized:
+            folded = weight.scale if self.folds and scaled is None else None
             quantize = quantize_rows if self.call.gpu.triton else _quantize_without_triton
             quantize(self._as_rows(x), q, row_scale, self.call.activation, folded)
 

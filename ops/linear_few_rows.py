@@ -70,7 +70,7 @@ class FewRows(Product):
         self.specs = self._specs()
         # What decodes in registers takes its input as it is.
         self.first = call.activation if self.method in ("matvec", "decode") and not call.weight.rotation else None
-        self.multiply = Replay()
+        self.launches = Replay()
 
     def _specs(self) -> tuple[Spec, ...]:
         """Of x rotated, of its terms, of their scales, of the sums over parts of K, and of the codes row by row."""
@@ -90,10 +90,11 @@ class FewRows(Product):
 
     def __call__(self, x, weight, bias, group="", out=None):
         out = self.new_output()
-        (*scratch, codes), places = scratch_here(self.device).take(self.specs, self.device)
-        weight, x = straight(weight, codes), apply_activation(x, self.first)
-        places = addresses_of(places, x, out, bias, *weight.tensors)
-        self.multiply(places, self._multiply, x, weight, bias, out, *scratch)
+        cut = scratch_here(self.device).take(self.specs, self.device)
+        weight, x = straight(weight, cut.tensors[-1]), apply_activation(x, self.first)
+        places = addresses_of(cut.addresses, x, out, bias, *weight.tensors)
+        if not self.launches.again(places):
+            self.launches.record(places, self._multiply, x, weight, bias, out, *cut.tensors[:-1])
         return out
 
     def _multiply(self, x, weight, bias, out, rotated, q, row_scale, partial):

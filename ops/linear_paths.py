@@ -45,12 +45,14 @@ class _Decoded(Product):
         super().__init__(call)
         self.specs: tuple[Spec, ...] = ((self.count, self.columns), call.dtype), call.codes_spec(1)
         self.unrotation = unrotation_of(call.weight.rotation, call.device, call.dtype)
-        self.decode = Replay()
+        self.launches = Replay()
 
     def __call__(self, x, weight, bias, group="", out=None):
         (decoded, codes), places = scratch_here(self.device).take(self.specs, self.device)
         weight = straight(weight, codes)
-        self.decode(addresses_of(places, *weight.tensors, *self.unrotation), self._decode, weight, decoded)
+        places = addresses_of(places, *weight.tensors, *self.unrotation)
+        if not self.launches.again(places):
+            self.launches.record(places, self._decode, weight, decoded)
         return F.linear(apply_activation(x, self.call.activation), decoded, bias_like(bias, self.dtype))
 
     def _decode(self, weight: StoredWeight, decoded: torch.Tensor) -> None:
