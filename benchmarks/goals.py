@@ -130,10 +130,15 @@ def memory(record: Record) -> list[Record]:
         slower = entry["slower_by"]
         goal = Goal("a step with a manager on auto, memory to spare: slower by", 1, "%", at_most=True)
         entries.append(goal.judged([None if slower is None else 100 * slower]))
-    totals = {(row["case"], row["vram_cap"], row["contender"]): row["total_seconds"] for row in record["rows"]}
+    # The least of the runs of one and the same: what disturbs one, such as a file that is read for the first time, adds to it.
+    totals: dict[tuple[str, int | None, str], float] = {}
+    for row in record["rows"]:
+        key, total = (row["case"], row["vram_cap"], row["contender"]), row["total_seconds"]
+        if total is not None:
+            totals[key] = min(total, totals.get(key, total))
     for (case, cap, contender), total in totals.items():
         stock = totals.get((case, cap, "stock ComfyUI"))
-        if contender == "memory manager, bf16 files" and stock and total:
+        if contender == "memory manager, bf16 files" and stock:
             name = f"{case}, {(cap or 0) >> 30} GiB, bf16 files: whole run beside ComfyUI's"
             entries.append(Goal(name, 1.01, "x", at_most=True).judged([total / stock]))
     return entries + small_cards(record["rows"])
