@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..errors import CapabilityError
 from .in_front import set_wrappers
+from .prompts import keep_prompts_near
 from .several_gpus.hooks import AUTO, CFG, KEY, DividingHooks
 from .several_gpus.team import Team
 from .weights.folders import cache_folder
@@ -86,6 +87,7 @@ def divide(
         WrappersMP.DIFFUSION_MODEL: hooks.diffusion_model,
     }
     set_wrappers(clone, KEY, wrappers)
+    keep_prompts_near(clone)
     hooks.start(clone)
     return clone
 

@@ -26,8 +26,6 @@ from .trial import Trial
 log = logging.getLogger("lowbit.several_gpus")
 
 KEY = "lowbit_several_gpus"
-_TEXT = "c_crossattn"
-"""ComfyUI's name of the encoded text among a conditioning's inputs of the model, which it makes for every run."""
 AUTO, SEQUENCE, CFG, BOTH = SPLITS = ("auto", "sequence", "cfg", "both")
 
 
@@ -97,8 +95,6 @@ class DividingHooks:
         self, executor: Callable[..., Any], model: Any, conds: Any, x_in: Any, timestep: Any, model_options: Any
     ) -> Any:
         """One step: where prompts go to different GPUs, ComfyUI is to batch them as if each had a GPU to itself."""
-        if self._model is not None:
-            _move_texts(conds, x_in.device)
         halves = self._model is not None and self._halves()
         with seeing_free_memory(model.current_patcher, 2) if halves else contextlib.nullcontext():
             return executor(model, conds, x_in, timestep, model_options)
@@ -226,14 +222,6 @@ class DividingHooks:
 def _chunks(named: Mapping[str, Any]) -> list[int]:
     """The prompts that ComfyUI has batched in a call."""
     return named["transformer_options"].get("cond_or_uncond") or [0]
-
-
-def _move_texts(conds: Any, device: torch.device) -> None:
-    """To the GPU for the whole run: ComfyUI would join them on the processor, and copy them there, at every step."""
-    for cond in (cond for listed in conds for cond in listed or ()):
-        text = cond.get("model_conds", {}).get(_TEXT)
-        if isinstance(getattr(text, "cond", None), torch.Tensor):
-            text.cond = text.cond.to(device)
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -21,6 +21,7 @@ from ...ops.diffusion_names import diffusion_names
 from ...ops.stored import normalize_state_dict
 from ...ops.stored_names import metadata_below
 from ...versions import advice, find
+from ..prompts import keep_prompts_near
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .checked import NumbersCheck, settle, watched
 from .elementwise import speed_up_elementwise
@@ -69,6 +70,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
     numbers.settle(patcher)
     take_over(patcher.model)
     remove_with(patcher.model, path)
+    keep_prompts_near(patcher)
     patcher.cached_patcher_init = (load_diffusion_model, (path,))
     return patch_beside_weights(patcher)
 

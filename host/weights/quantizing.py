@@ -17,6 +17,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...errors import CheckpointError
 from ...ops.checkpoint import Checkpoint, TensorEntry, read_elements, spread
+from ..prompts import keep_prompts_near
 from .core_build import on_meta, under_core_names
 from .loading import load_diffusion_model
 from .patching import patch_beside_weights
@@ -123,6 +124,7 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
         result.add_callback(CallbacksMP.ON_LOAD, callback)
     for wrapper in quantized.get_all_wrappers(WrappersMP.APPLY_MODEL):
         result.add_wrapper(WrappersMP.APPLY_MODEL, wrapper)
+    keep_prompts_near(result)
     # Core falls back to the parent when a clone goes: it must be a patcher of the same model.
     result.parent = quantized
     # What is done to the other model's weights at the moment.

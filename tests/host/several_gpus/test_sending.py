@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import types
 
 import pytest
 import torch
@@ -210,16 +209,3 @@ def test_what_is_not_plain_is_named(core_modules, foreign):
 
     with pytest.raises(plain_data.NotPlainError, match=r"here\.there"):
         plain_data.take_apart({"here": {"there": [foreign]}})
-
-
-def test_the_text_goes_to_the_gpu_once_a_run(host):
-    """At every step ComfyUI joins the texts of both prompts where they are, and copies them."""
-    from comfy.conds import CONDRegular
-
-    from lowbit.host.several_gpus.hooks import DividingHooks
-
-    hooks = DividingHooks(None, "sequence", print)
-    hooks._model = "model"
-    conds = [[{"model_conds": {"c_crossattn": CONDRegular(torch.ones(1, 3, 4))}}], None, [{"model_conds": {}}]]
-    hooks.calc_cond_batch(lambda *_: None, types.SimpleNamespace(), conds, torch.ones(1, device="meta"), None, {})
-    assert conds[0][0]["model_conds"]["c_crossattn"].cond.device.type == "meta"
