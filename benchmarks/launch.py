@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,18 +45,22 @@ ROUNDS, CALLS = 15, 20
 
 @dataclass(frozen=True)
 class Row:
-    """Microseconds of the processor for one linear called once; stages are parts of `call`, as far as they can be told."""
+    """Microseconds of the processor for one linear called once; stages are parts of `call`, as far as they can be told.
+
+    bf16: ComfyUI's own linear in 16 bits, by turns with this one; None without a GPU, where it is multiplied.
+    """
 
     format: str
     dynamic: bool
     rows: int
     call: float
+    bf16: float | None
     stages: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
         """As it is written."""
         stages = {name: round(us, 2) for name, us in self.stages.items()}
-        return {"format": self.format, "dynamic": self.dynamic, "rows": self.rows, "call": self.call, "stages": stages}
+        return dataclasses.asdict(self) | {"stages": stages}
 
 
 def wait() -> None:
@@ -63,28 +69,33 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def microseconds(call: Callable[[], object]) -> float:
-    """What `call` takes to return: the least median of some rounds, since another program's turn makes others slower.
+def microseconds(*calls: Callable[[], object]) -> list[float]:
+    """What each of `calls` takes to return: the least median of some rounds, since another program's turn makes others slower.
 
-    The GPU's queue never runs full.
+    They take turns, so that a slower minute is everybody's. The GPU's queue never runs full.
     """
-    for _ in range(10):
-        call()
-    rounds = []
-    for _ in range(ROUNDS):
-        wait()
-        times = []
-        for _ in range(CALLS):
-            started = time.perf_counter_ns()
-            call()
-            times.append(time.perf_counter_ns() - started)
-        rounds.append(statistics.median(times))
+    medians: list[list[float]] = [[] for _ in calls]
+    for number in range(-1, ROUNDS):
+        for call, found in zip(calls, medians, strict=True):
+            wait()
+            times = []
+            for _ in range(CALLS):
+                started = time.perf_counter_ns()
+                call()
+                times.append(time.perf_counter_ns() - started)
+            if number >= 0:
+                found.append(statistics.median(times))
     wait()
-    return round(min(rounds) / 1e3, 2)
+    return [round(min(found) / 1e3, 2) for found in medians]
 
 
 def nothing(*_: Any) -> None:
     """In the place of what launches."""
+
+
+def done(*_: Any) -> bool:
+    """In the place of what launches again."""
+    return True
 
 
 @contextlib.contextmanager
@@ -136,44 +147,48 @@ def launches_left_out() -> Iterator[None]:
         return multiplied
 
     with (
-        mock.patch.object(launch.Replay, "again", return_value=True),
+        mock.patch.object(launch.Replay, "again", done),
         mock.patch.object(torch, "_scaled_mm", scaled_mm),
     ):
         yield
 
 
-def linear_row(choice: str, dynamic: bool, module: Any, rows: int) -> Row:
-    """One linear as it is called, and its stages; ours has more of them."""
+def linear_row(choice: str, dynamic: bool, module: Any, core: Any, rows: int) -> Row:
+    """One linear as it is called, and its stages; ours has more of them. core: ComfyUI's own of the same sizes, or None."""
     from lowbit.host.weights.resident import weight_for
     from lowbit.ops.linear import quantized_linear
     from lowbit.ops.side_product import LowRankUpdate, SideProduct
 
-    def held_for_nothing(module: Any, x: torch.Tensor) -> None:
+    def held_for_nothing() -> None:
         _, _, release = weight_for(module, x)
         if release is not None:
             release()
 
     dtype = module.weight.dtype if choice == BF16 else torch.bfloat16
     x = torch.randn(1, rows, module.in_features, device=DEVICE, dtype=dtype)
-    call = microseconds(lambda: module(x))
     if choice == BF16:
-        return Row(choice, dynamic, rows, call, {})
-    stages = {"weight": microseconds(lambda: held_for_nothing(module, x))}
+        (call,) = microseconds(lambda: module(x))
+        return Row(choice, dynamic, rows, call, call, {})
     weight, bias, release = weight_for(module, x)
-    linear = microseconds(lambda: quantized_linear(x, weight, bias))
-    without_bias = microseconds(lambda: quantized_linear(x, weight, None))
+    call, held, linear, without_bias, *others = microseconds(
+        lambda: module(x),
+        held_for_nothing,
+        lambda: quantized_linear(x, weight, bias),
+        lambda: quantized_linear(x, weight, None),
+        *([] if core is None else [lambda: core(x)]),
+    )
     with launches_left_out():
-        prepared = microseconds(lambda: quantized_linear(x, weight, bias))
+        (prepared,) = microseconds(lambda: quantized_linear(x, weight, bias))
     if release is not None:
         release()
-    stages |= {"choose and prepare": prepared, "launches": linear - prepared, "bias": linear - without_bias}
-    stages["module"] = call - linear - stages["weight"]
+    stages = {"weight": held, "choose and prepare": prepared, "launches": linear - prepared}
+    stages |= {"bias": linear - without_bias, "module": call - linear - held}
     factors = [torch.randn(shape) for shape in ((module.out_features, LORA_RANK), (LORA_RANK, module.in_features))]
     module.side_product = SideProduct([LowRankUpdate(*factors, 0.5, 0)])
     module.side_product.keep(x.device, x.dtype)
-    stages["LoRA"] = microseconds(lambda: module(x)) - call
+    stages["LoRA"] = microseconds(lambda: module(x))[0] - call
     module.side_product = None
-    return Row(choice, dynamic, rows, call, stages)
+    return Row(choice, dynamic, rows, call, others[0] if others else None, stages)
 
 
 def step_milliseconds(model: Any, case: Case) -> float:
@@ -190,36 +205,38 @@ def rows_of(choice: str, dynamic: bool, path: Path, case: Case) -> tuple[list[Ro
     from lowbit.host.weights.loading import load_diffusion_model
     from lowbit.host.weights.preparing import Request, plan_diffusion_model, prepared_file
 
+    load_core = partial(comfy.sd.load_diffusion_model, str(path), disable_dynamic=not dynamic)
     if choice == BF16:
-        model = comfy.sd.load_diffusion_model(str(path), disable_dynamic=not dynamic)
+        model = load_core()
     else:
         file = prepared_file(plan_diffusion_model(path, Request(choice)))
         model = load_diffusion_model(str(file), disable_dynamic=not dynamic)
     step = step_milliseconds(model, case)
-    comfy.model_management.load_models_gpu([model])
-    module = model.model.diffusion_model.get_submodule(LINEAR)
+    core = model if choice == BF16 else load_core()
+    comfy.model_management.load_models_gpu([model, core])
+    module, plain = (one.model.diffusion_model.get_submodule(LINEAR) for one in (model, core))
     if DEVICE != "cuda" and choice != BF16:
         # On a multiple of 16 bytes, and in bfloat16, as a GPU's are.
         module.weight._qdata = module.weight._qdata.clone()
         module.bias = torch.nn.Parameter(module.bias.bfloat16(), requires_grad=False)
-    rows = [linear_row(choice, dynamic, module, count) for count in ROWS]
+    rows = [linear_row(choice, dynamic, module, plain if DEVICE == "cuda" else None, count) for count in ROWS]
     comfy.model_management.unload_all_models()
     return rows, {"format": choice, "dynamic": dynamic, "step": step}
 
 
 def goals(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Halved against `before`, where there is one, and no more than ComfyUI's own 16-bit linear and 10 us."""
-    calls = {(row["format"], row["dynamic"], row["rows"]): row["call"] for row in record["rows"]}
     before = {(row["format"], row["dynamic"], row["rows"]): row["call"] for row in record.get("before", [])}
     entries = []
     for dynamic in sorted({row["dynamic"] for row in record["rows"]}):
         where = "dynamic VRAM" if dynamic else "no dynamic VRAM"
         for choice in FORMATS:
-            ours = {rows: calls[choice, dynamic, rows] for rows in ROWS if (choice, dynamic, rows) in calls}
-            more = [us - calls[BF16, dynamic, rows] for rows, us in ours.items() if (BF16, dynamic, rows) in calls]
+            rows = [row for row in record["rows"] if (row["format"], row["dynamic"]) == (choice, dynamic)]
+            more = [row["call"] - row["bf16"] for row in rows if row["bf16"] is not None]
             if more:
                 entries.append(Goal(f"{choice}, {where}: more than bf16", 10, "us", at_most=True).judged(more))
-            old = [us / before[choice, dynamic, rows] for rows, us in ours.items() if (choice, dynamic, rows) in before]
+            keys = [(choice, dynamic, row["rows"]) for row in rows]
+            old = [row["call"] / before[key] for row, key in zip(rows, keys, strict=True) if key in before]
             if old:
                 entries.append(Goal(f"{choice}, {where}: beside before", 0.5, "x", at_most=True).judged(old))
     return entries

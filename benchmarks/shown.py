@@ -258,6 +258,7 @@ SHOWN: dict[str, Shown] = {
             "dynamic VRAM": lambda row: "yes" if row["dynamic"] else "no",
             "rows": "rows",
             "us": "call",
+            "bf16, us": "bf16",
             "before": "before",
             **{f"{name}, us": name for name in STAGES},
         },
