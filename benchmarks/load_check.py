@@ -1,9 +1,10 @@
-"""What it costs a load to look whether a file holds nothing but numbers: the same load with and without, in turns.
+"""What it costs a load to look whether a file holds nothing but numbers: the same run with and without, in turns.
 
 python -m benchmarks.load_check --out benchmarks/results/load_check.json [--blocks 8] [--rounds 7] [--legacy]
 
 Files are random at the scale of a trained model's, none of them of this pack's cache, which is not looked at. A load goes from the
-file's name to weights that were used once: on a GPU to the end of the first small sample, on a CPU to the model being placed.
+file's name to weights that were used once, at the end of the first of four steps. What the look costs is what the whole run takes
+longer, all steps and the wait for the answer counted.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from testing.tiny import wan
 
 KINDS = {"bf16": None, "fp8": "fp8_e4m3fn_scaled", "int8": "int8_convrot_fast", "nvfp4": "fp4_scaled"}
 """What a file holds -> the format that it is written in; None for the source itself."""
-SMALL = (1, 16, 1, 16, 16)
+LATENT = (1, 16, 9, 60, 104) if DEVICE == "cuda" else (1, 16, 1, 16, 16)
+STEPS = 4
 LARGEST_SHARE = 5.0
 """Percent of a load."""
 
@@ -48,8 +49,8 @@ def write_files(folder: Path, case: Case) -> dict[str, Path]:
     return files
 
 
-def load_once(path: Path, case: Case, looked_at: bool) -> float:
-    """Seconds from the file's name to used weights."""
+def run_once(path: Path, case: Case, looked_at: bool) -> tuple[float, float]:
+    """Seconds from the file's name to used weights, and to the end of the run."""
     import comfy.model_management
 
     from lowbit.host.weights import checked, loading
@@ -60,48 +61,37 @@ def load_once(path: Path, case: Case, looked_at: bool) -> float:
     began = time.perf_counter()
     model = loading.load_diffusion_model(str(path))
     comfy.model_management.load_models_gpu([model])
-    if DEVICE == "cuda":
-        sample(model, replace(case, latent=SMALL), 1)
-        torch.cuda.synchronize()
+    placed = time.perf_counter() - began
+    _, steps = sample(model, case, STEPS)
     seconds = time.perf_counter() - began
     assert stamps in checked.known_finite
     del model
     clean()
-    return seconds
-
-
-def check_alone(path: Path) -> float:
-    """Seconds to look at a file that is mapped anew, and nothing else."""
-    import comfy.utils
-
-    from lowbit.ops.finite import first_not_finite
-
-    tensors = comfy.utils.load_torch_file(str(path))
-    began = time.perf_counter()
-    first_not_finite(tensors.items())
-    return time.perf_counter() - began
+    return placed + steps[0], seconds
 
 
 def measure(kind: str, path: Path, case: Case, rounds: int) -> dict[str, Any]:
-    """One row."""
-    times: dict[bool, list[float]] = {True: [], False: []}
-    alone = []
+    """One row: medians, of the difference that of two runs beside each other, since machines drift."""
+    runs: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for turn in range(rounds + 1):
         for looked_at in (turn % 2 == 0, turn % 2 == 1):
-            seconds = load_once(path, case, looked_at)
+            seconds = run_once(path, case, looked_at)
             if turn:
-                times[looked_at].append(seconds)
-        alone.append(check_alone(path))
-    without, with_check = statistics.median(times[False]), statistics.median(times[True])
-    nbytes = path.stat().st_size
+                runs[looked_at].append(seconds)
+    (load, run), (load_looked_at, run_looked_at) = (
+        map(statistics.median, zip(*runs[which], strict=True)) for which in (False, True)
+    )
+    longer = statistics.median(looked[1] - plain[1] for looked, plain in zip(runs[True], runs[False], strict=True))
     return {
         "kind": kind,
-        "gigabytes": nbytes / 1e9,
-        "load_seconds": without,
-        "load_seconds_with_the_check": with_check,
-        "all": {"without": times[False], "with": times[True]},
-        "check_alone_gigabytes_per_second": nbytes / 1e9 / statistics.median(alone),
-        "share_of_load": 100 * (with_check / without - 1),
+        "gigabytes": path.stat().st_size / 1e9,
+        "load_seconds": load,
+        "load_seconds_with_the_check": load_looked_at,
+        "run_seconds": run,
+        "run_seconds_with_the_check": run_looked_at,
+        "longer_seconds": longer,
+        "all": {"without": runs[False], "with": runs[True]},
+        "share_of_load": 100 * longer / load,
     }
 
 
@@ -117,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     config = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=arguments.blocks, text=4096)
-    case = Case(f"Wan 14B, {arguments.blocks} of 40 blocks", wan.shapes(config), config.metadata(), SMALL, (512, 4096))
+    case = Case(f"Wan 14B, {arguments.blocks} of 40 blocks", wan.shapes(config), config.metadata(), LATENT, (512, 4096))
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         options = [] if DEVICE == "cuda" else ["--cpu"]
         start_core(["--base-directory", folder, *options, *(["--disable-dynamic-vram"] if arguments.legacy else [])])

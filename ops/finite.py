@@ -88,6 +88,11 @@ class FiniteCheck:
         self._pool.shutdown(wait=False)
         self._drop = weakref.finalize(self, pieces.stop)
 
+    @property
+    def answered(self) -> bool:
+        """Whether `first` does not wait."""
+        return all(look.done() for look in self._looks)
+
     def first(self) -> str | None:
         """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers. No thread is left."""
         try:

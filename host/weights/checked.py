@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import comfy.model_patcher
@@ -31,8 +30,8 @@ _SCALE = ".weight_scale"
 _CONFIG = ".comfy_quant"
 _SMALL_FILE = 64 << 20
 _SMALL_TENSOR = 16 << 20
-_BESIDE_LOADING = 2
-"""Threads that look at a file while a GPU takes its weights: more of them hold up whoever maps the same pages."""
+_BESIDE_STEPS = 2
+"""Threads that look at a file while steps are made: more of them would hold up who launches kernels."""
 _loading = threading.RLock()
 known_finite: set[tuple[FileStamp, ...]] = set()
 """States of files whose weights are known to be numbers, for clones on other GPUs and models loaded again."""
@@ -112,12 +111,13 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
 
 
 class NumbersCheck:
-    """Whether a file holds nothing but numbers: looked at from now on, beside core's building of the model.
+    """Whether a file holds nothing but numbers.
 
-    A small file, or one whose model is in its place, is judged at once. Loading a large one reads only its header, and may be done
-    before it has been looked at: a diffusion model's is judged after its first evaluation, which brings its weights to the GPU
-    in the meantime, any other when the model is put on its device. Where main memory cannot hold the file, which would then be
-    read from the disk twice, only scales and other small tensors are looked at.
+    A small file, or one whose model is in its place, is judged at once. Loading a large one reads only its header: a text encoder's is
+    looked at beside core's building of it, and judged when it is put on its device. A diffusion model takes its weights in its first
+    evaluation, which any look at the same file would hold up: the look begins with that one's end. It is judged as soon as there is
+    an answer, but before sampling ends. Where main memory cannot hold the file, which would then be read from the disk twice, only
+    scales and other small tensors are looked at.
 
     Args:
         file: its name.
@@ -139,53 +139,64 @@ class NumbersCheck:
         diffusion_model: bool,
     ) -> None:
         self._file, self._key, self._diffusion_model = file, stamps, diffusion_model
+        self._numbers: Iterable[tuple[str, torch.Tensor]] | None = None
         self._check: FiniteCheck | None = None
         if stamps in known_finite or RECIPE_KEY in metadata:
             return
         nbytes = sum(tensor.nbytes for tensor in stored.values())
-        self._small = nbytes <= _SMALL_FILE
         looked_at = list(stored.items())
         if nbytes > psutil.virtual_memory().available:
             looked_at = [(name, tensor) for name, tensor in looked_at if tensor.nbytes <= _SMALL_TENSOR]
         # Core takes what is built out of `normalized`.
         configs = {name: tensor for name, tensor in normalized.items() if name.endswith(_CONFIG)}
-        threads = _BESIDE_LOADING if diffusion_model else MOST_THREADS
-        self._check = FiniteCheck(_numbers(looked_at, configs), threads)
+        self._numbers = _numbers(looked_at, configs)
+        self._small = nbytes <= _SMALL_FILE
+        if not diffusion_model:
+            self._look(MOST_THREADS)
 
     def settle(self, patcher: comfy.model_patcher.ModelPatcher) -> None:
         """Judge the file that `patcher` was loaded from.
 
         Raises:
-            CheckpointError: a weight or a scale is NaN or Inf; for a large file, from `patcher`'s own loading or the first
-                evaluation later on.
+            CheckpointError: a weight or a scale is NaN or Inf; for a large file, from `patcher`'s own loading or sampling later on.
         """
-        check = self._check
-        if check is None:
-            return
         # Core loads a text encoder that is to stay in main memory as it makes it.
-        if self._small or patcher.loaded_size() > 0:
-            self._judge(check)
+        if self._numbers is None or self._small or patcher.loaded_size() > 0:
+            self._judge()
             return
-        patcher.add_callback(CallbacksMP.ON_LOAD, partial(self._loaded, check))
+        patcher.add_callback(CallbacksMP.ON_LOAD, self._loaded)
         if self._diffusion_model:
-            patcher.add_wrapper(WrappersMP.APPLY_MODEL, partial(self._evaluated, check))
+            patcher.add_wrapper(WrappersMP.APPLY_MODEL, self._evaluated)
+            patcher.add_wrapper(WrappersMP.OUTER_SAMPLE, self._sampled)
 
-    def _loaded(
-        self, check: FiniteCheck, patcher: Any, device: Any, memory: Any, force_patch_weights: bool = False, *_: Any
-    ) -> None:
+    def _loaded(self, patcher: Any, device: Any, memory: Any, force_patch_weights: bool = False, *_: Any) -> None:
         # A diffusion model that is loaded to be saved is never evaluated.
         if force_patch_weights or not self._diffusion_model:
-            self._judge(check)
+            self._judge()
 
-    def _evaluated(self, check: FiniteCheck, evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    def _evaluated(self, evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         result = evaluate(*arguments, **options)
-        self._judge(check)
+        if self._numbers is not None and self._look(_BESIDE_STEPS).answered:
+            self._judge()
         return result
 
-    def _judge(self, check: FiniteCheck) -> None:
-        name = check.first()
+    def _sampled(self, sample: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        result = sample(*arguments, **options)
+        self._judge()
+        return result
+
+    def _look(self, threads: int) -> FiniteCheck:
+        if self._check is None:
+            self._check = FiniteCheck(self._numbers or (), threads)
+        return self._check
+
+    def _judge(self) -> None:
+        if self._numbers is None:
+            return
+        name = self._look(MOST_THREADS).first()
         if name is not None:
             raise not_finite(f"{self._file}: {name}")
+        self._numbers = self._check = None
         known_finite.add(self._key)
 
 

@@ -13,7 +13,7 @@ NEEDED = dotted(
         "comfy.model_patcher": "CoreModelPatcher ModelPatcher",
         "comfy.ops": "CastBiasWeightContext mixed_precision_ops",
         "comfy.patcher_extension": "CallbacksMP",
-        "comfy.patcher_extension.WrappersMP": "APPLY_MODEL CALC_COND_BATCH",
+        "comfy.patcher_extension.WrappersMP": "APPLY_MODEL CALC_COND_BATCH OUTER_SAMPLE",
         "comfy.quant_ops": "QuantizedTensor",
         "comfy.sd": "CLIP CLIPType VAE load_diffusion_model_state_dict load_text_encoder_state_dicts",
         "comfy.utils": "ProgressBar get_attr load_torch_file set_attr set_attr_param",

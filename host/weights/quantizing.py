@@ -122,8 +122,9 @@ def quantize_model(patcher: comfy.model_patcher.ModelPatcher, planned: Planned) 
     result.size = quantized.model_size()
     for callback in quantized.get_all_callbacks(CallbacksMP.ON_LOAD):
         result.add_callback(CallbacksMP.ON_LOAD, callback)
-    for wrapper in quantized.get_all_wrappers(WrappersMP.APPLY_MODEL):
-        result.add_wrapper(WrappersMP.APPLY_MODEL, wrapper)
+    for kind in (WrappersMP.APPLY_MODEL, WrappersMP.OUTER_SAMPLE):
+        for wrapper in quantized.get_all_wrappers(kind):
+            result.add_wrapper(kind, wrapper)
     keep_prompts_near(result)
     # Core falls back to the parent when a clone goes: it must be a patcher of the same model.
     result.parent = quantized

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import types
+from concurrent import futures
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError
+from lowbit.ops import finite
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.plan import make_plan
@@ -116,13 +118,13 @@ def test_a_file_is_looked_at_once_and_one_of_the_cache_was_when_it_was_written(h
     assert looked == []
 
 
-def sample(patcher):
+def sample(patcher, steps=1):
     import comfy.sample
 
     latent = torch.zeros(1, 16, 1, 8, 8)
     text = [[torch.zeros(1, 4, tiny.WAN.text), {}]]
     return comfy.sample.sample(
-        patcher, latent, 1, 1.0, "euler", "simple", text, text, latent, seed=1, disable_pbar=True
+        patcher, latent, steps, 1.0, "euler", "simple", text, text, latent, seed=1, disable_pbar=True
     )  # fmt: skip
 
 
@@ -167,15 +169,57 @@ def test_a_large_text_encoder_that_stays_in_main_memory_is_judged_at_once(host, 
         host.loading.load_text_encoder([str(damaged(path, name, b"\xff", 2))], comfy.sd.CLIPType.WAN)
 
 
-def test_a_file_is_looked_at_while_core_builds_the_model(host, tmp_path, monkeypatch):
+@pytest.fixture
+def evaluations(monkeypatch):
+    """One entry for each evaluation of a model that is over."""
+    import comfy.model_base
+
+    over, evaluate = [], comfy.model_base.BaseModel._apply_model
+    monkeypatch.setattr(
+        comfy.model_base.BaseModel,
+        "_apply_model",
+        lambda *args, **kwargs: [evaluate(*args, **kwargs), over.append(1)][0],
+    )
+    return over
+
+
+def test_a_large_diffusion_model_is_looked_at_once_its_weights_were_used(host, tmp_path, monkeypatch, evaluations):
+    """Beside the first evaluation, which brings them to the GPU, a look would hold that one up."""
+    monkeypatch.setattr("lowbit.host.weights.checked._SMALL_FILE", 0)
+    looked, look = [], finite._look
+    monkeypatch.setattr(finite, "_look", lambda piece: looked.append(len(evaluations)) or look(piece))
+    patcher = host.loading.load_diffusion_model(str(save(tiny.wan_tensors(), tmp_path / "wan.safetensors")))
+    assert not looked
+    sample(patcher, steps=3)
+    assert looked
+    assert min(looked) == 1
+    count = len(looked)
+    sample(patcher, steps=3)
+    assert len(looked) == count, "once"
+
+
+def test_what_was_found_is_said_in_the_step_that_finds_it_ready(host, tmp_path, monkeypatch, evaluations):
+    monkeypatch.setattr("lowbit.host.weights.checked._SMALL_FILE", 0)
+    monkeypatch.setattr(finite.FiniteCheck, "answered", property(lambda check: not futures.wait(check._looks).not_done))
+    path = damaged(save(tiny.wan_tensors(), tmp_path / "wan.safetensors"), KEPT, b"\xff", 2)
+    with pytest.raises(CheckpointError, match=f"{KEPT} holds NaN or Inf"):
+        sample(host.loading.load_diffusion_model(str(path)), steps=9)
+    assert len(evaluations) == 1
+
+
+def test_a_large_text_encoder_is_looked_at_while_core_builds_it(host, tmp_path, monkeypatch):
     import comfy.sd
 
-    looked, build = threading.Event(), comfy.sd.load_diffusion_model_state_dict
-    monkeypatch.setattr("lowbit.ops.finite._look", lambda piece: looked.set())
+    from testing.shims import detection
+
+    detection.install(monkeypatch.setattr)
+    looked, build = threading.Event(), comfy.sd.load_text_encoder_state_dicts
+    monkeypatch.setattr(finite, "_look", lambda piece: looked.set())
     monkeypatch.setattr(
-        comfy.sd, "load_diffusion_model_state_dict", lambda *args, **kwargs: looked.wait(10) and build(*args, **kwargs)
+        comfy.sd, "load_text_encoder_state_dicts", lambda *args, **kwargs: looked.wait(10) and build(*args, **kwargs)
     )
-    built(host, save(tiny.wan_tensors(), tmp_path / "wan.safetensors"))
+    path = save(tiny.umt5_tensors(), tmp_path / "umt5.safetensors", {})
+    host.loading.load_text_encoder([str(path)], comfy.sd.CLIPType.WAN)
     assert looked.is_set()
 
 
