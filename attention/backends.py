@@ -10,12 +10,11 @@ from types import FunctionType, ModuleType
 import torch
 from torch.backends.cuda import SDPAParams
 
-from ..kernels.runtime import ADA, AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER, TURING
+from ..kernels.runtime import ADA, AMPERE, BLACKWELL, FLOATS, GEFORCE_BLACKWELL, HOPPER, TURING
 from . import calls, int8
 from .environment import Environment, load
 
 HALF = (torch.float16, torch.bfloat16)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 ANY_FLOAT = (*FLOATS, torch.float64)
 INT32_ELEMENTS = 2**31
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .launch import launch
-from .runtime import ceil_div, kernels_run_on, power_of_two, tl, triton
+from .runtime import FLOATS, MOST_PROGRAMS, ceil_div, kernels_run_on, power_of_two, tl, triton
 
 _COLUMNS, _ROWS = 1024, 4
 
@@ -25,13 +25,14 @@ def _modulate_rows_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program takes ROWS rows of one sample, BLOCK_K columns of each."""
-    sample = tl.program_id(2).to(tl.int64)
-    lane = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    sample = tl.program_id(1).to(tl.int64)
+    across: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    lane = (tl.program_id(0) % across) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = lane < K
     factor = tl.load(factor_ptr + sample * factor_stride + lane, mask=inside, other=0.0).to(tl.float32)
     if SHARED_BASE:
         base = tl.load(base_ptr + sample * base_stride + lane, mask=inside, other=0.0).to(tl.float32)
-    first = tl.program_id(1) * ROWS
+    first = tl.program_id(0) // across * ROWS
     for step in tl.static_range(ROWS):
         row = first + step
         place = (sample * rows + row) * K + lane
@@ -61,7 +62,7 @@ def modulate_rows(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> 
     block = min(_COLUMNS, power_of_two(columns))
     launch(
         _modulate_rows_kernel,
-        (ceil_div(columns, block), ceil_div(rows, _ROWS), batch),
+        (ceil_div(columns, block) * ceil_div(rows, _ROWS), batch, 1),
         (base, x, factor, out, rows, base.stride(0), factor.stride(0)),
         {"K": columns, "SHARED_BASE": not whole, "ROWS": _ROWS, "BLOCK_K": block},
     )
@@ -69,7 +70,7 @@ def modulate_rows(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> 
 
 
 def _fits(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, whole: bool) -> bool:
-    if x.ndim != 3 or not x.is_contiguous() or x.numel() == 0 or not x.is_floating_point():
+    if x.ndim != 3 or not x.is_contiguous() or x.numel() == 0 or x.dtype not in FLOATS or len(x) > MOST_PROGRAMS:
         return False
     row = (x.shape[0], 1, x.shape[2])
     shared = all(part.shape == row and part.stride(2) == 1 for part in ([factor] if whole else [factor, base]))

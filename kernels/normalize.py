@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .launch import launch
-from .runtime import ceil_div, kernels_run_on, power_of_two, tl, triton
+from .runtime import FLOATS, ceil_div, kernels_run_on, power_of_two, tl, triton
 
 _LONGEST = 8192
 _ELEMENTS = 4096
@@ -64,7 +64,7 @@ def normalize(
     Returns:
         x's shape, contiguous; by PyTorch's own function for rows of more than 8,192 elements, other dtypes and devices.
     """
-    fits = all(part is None or _fits(x, part) for part in (weight, bias))
+    fits = x.dtype in FLOATS and all(part is None or _fits(x, part) for part in (weight, bias))
     ordered = x.is_contiguous() or (x.ndim == 4 and x.stride(-1) == 1)
     if not (fits and ordered and 0 < x.shape[-1] <= _LONGEST and x.numel() and eps is not None and kernels_run_on(x)):
         if centered:

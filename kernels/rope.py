@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .launch import launch
-from .runtime import ceil_div, kernels_run_on, power_of_two, tl, triton
+from .runtime import FLOATS, MOST_PROGRAMS, ceil_div, kernels_run_on, power_of_two, tl, triton
 
 _ROWS, _HEADS = 16, 12
 """Positions and heads of a program: heads share what is loaded for a position, up to four times as much as one of them has."""
@@ -47,7 +47,7 @@ def _rope_kernel(
     lane = tl.arange(0, 2 * PAIRS)[None, :]
     inside = live & (lane < K)
     for step in range(HEADS):
-        head = tl.program_id(1) * HEADS + step
+        head = tl.program_id(1).to(tl.int64) * HEADS + step
         here = inside & (head < heads)
         x = tl.load(x_ptr + batch * x_batch + head * x_head + row * x_row + lane, mask=here, other=0.0)
         even, odd = tl.split(tl.reshape(x.to(tl.float32), [ROWS, PAIRS, 2]))
@@ -70,7 +70,7 @@ def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor | None:
 
     Args:
         x: (batch, heads, length, K) or (batch, length, heads, K), rows of K contiguous.
-        freqs: (batch or 1, 1, length, K / 2, 2, 2), or (batch or 1, length, 1, K / 2, 2, 2), of any float dtype.
+        freqs: (batch or 1, 1, length, K / 2, 2, 2), or (batch or 1, length, 1, K / 2, 2, 2), in 16 or 32 bits.
 
     Returns:
         x's shape and dtype, contiguous; None for anything else, which the caller leaves to ComfyUI.
@@ -91,7 +91,9 @@ def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor | None:
 
 
 def _layout(x: torch.Tensor, freqs: torch.Tensor) -> _Layout | None:
-    if x.ndim != 4 or freqs.ndim != 6 or not x.numel() or not (x.is_floating_point() and freqs.is_floating_point()):
+    if x.ndim != 4 or freqs.ndim != 6 or not x.numel() or len(x) > MOST_PROGRAMS:
+        return None
+    if x.dtype not in FLOATS or freqs.dtype not in FLOATS:
         return None
     pairs = x.shape[3] // 2
     together = x.stride(3) == 1 and freqs.stride()[3:] == (4, 2, 1) and freqs.shape[3:] == (pairs, 2, 2)

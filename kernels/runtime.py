@@ -74,6 +74,12 @@ DESCRIPTORS_FIT = TRITON_VERSION >= (3, 5)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+"""What kernels take that compute in float32."""
+
+MOST_PROGRAMS = 65535
+"""Along the second axis of a grid, and the third; the first has 2**31 - 1."""
+
 TURING, AMPERE, ADA, HOPPER, BLACKWELL, GEFORCE_BLACKWELL = (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 """The lowest compute capability of each generation of GPUs."""
 

@@ -180,8 +180,8 @@ def _takes_scaled_mm(call: LinearCall) -> bool:
 
 
 def _own_is_as_fast(call: LinearCall) -> bool:
-    # Where Triton itself launches, that takes longer than cuBLAS.
-    if not GLUON_FOUND or call.gpu.cc != HOPPER:
+    # Where Triton itself launches, that takes longer than cuBLAS; without a C compiler nothing of it is built.
+    if not (GLUON_FOUND and call.gpu.triton and call.gpu.cc == HOPPER):
         return False
     return matches_cublas(call.rows, call.weight.rows, call.weight.columns, call.device.index or 0)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CapabilityError
-from ..kernels.runtime import ADA, AMPERE, BLACKWELL, HOPPER, TRITON_FOUND, TURING
+from ..kernels.runtime import ADA, AMPERE, BLACKWELL, FLOATS, HOPPER, TRITON_FOUND, TURING
 from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4
 
 REFERENCE = "reference"
@@ -31,7 +31,6 @@ PATHS = {
 FORCE_VARIABLE = "LOWBIT_LINEAR_PATH"
 
 HALF = (torch.float16, torch.bfloat16)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 EVERY_KIND = (FP8, INT8, MXFP8, NVFP4, INT4, INT4_CODEBOOK)
 ANY_CC = (0, 0)
 NO_CC = (99, 0)

@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ...attention.sequence_split import shares
-from ...errors import WorkerError
+from ...errors import MemoryBudgetError, WorkerError
 from .. import model_copy
 from ..in_front import seeing_free_memory
 from .sending import NotSentError, call_inputs, call_options, check_model, encoded
@@ -126,9 +127,17 @@ class DividingHooks:
         parts = [call.part for call in calls]
         if trial is None or trial.settled:
             return self._team.forward(run, parts)
-        out, seconds = self._team.forward(lambda: _timed(run, self._team.devices[0]), parts)
-        trial.took(seconds)
-        return out
+        try:
+            out, seconds = self._team.forward(lambda: _timed(run, self._team.devices[0]), parts)
+        except Exception as error:
+            few = isinstance(error, (MemoryBudgetError, WorkerError)) or comfy.model_management.is_oom(error)
+            if not (few and trial.failed()):
+                raise
+        else:
+            trial.took(seconds)
+            return out
+        # Not above, where the error still holds what the forward has made.
+        return self.diffusion_model(executor, *args, **kwargs)
 
     def _by_prompt(self, named: Mapping[str, Any]) -> bool:
         """Whether each half of the processes takes one of the two prompts of this call."""

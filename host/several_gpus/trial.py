@@ -46,6 +46,16 @@ class Trial:
         counted, self._taken = min(self._taken[1:]), []
         self._seconds[self.count] = counted
         slower = counted > min(self._seconds.values())
-        self.settled = slower or counted > LONG or len(self._seconds) == len(self._counts)
-        if self.settled:
-            self._kept.put(self._where, {self._what: {str(count): taken for count, taken in self._seconds.items()}})
+        if slower or counted > LONG or len(self._seconds) == len(self._counts):
+            self._settle()
+
+    def failed(self) -> bool:
+        """Whether the forward that failed can be done again by more processes: then these few are not tried any more."""
+        if self._seconds and not self.settled:
+            self._settle()
+            return True
+        return False
+
+    def _settle(self) -> None:
+        self.settled = True
+        self._kept.put(self._where, {self._what: {str(count): taken for count, taken in self._seconds.items()}})

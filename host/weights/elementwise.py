@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,9 +20,11 @@ from ..in_front import class_in_front
 _ROUTED = "_lowbit_routed"
 
 
-def _stays_with_torch() -> bool:
-    """A compiler fuses better, and a gradient needs PyTorch's own."""
-    return torch.compiler.is_compiling() or torch.is_grad_enabled()
+def _stays_with_torch(x: torch.Tensor) -> bool:
+    """A compiler fuses better, a gradient needs PyTorch's own, and kernels are launched on the current GPU."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return True
+    return x.is_cuda and x.device.index != torch._C._cuda_getDevice()
 
 
 class _Norm(torch.nn.Module):
@@ -32,11 +35,12 @@ class _Norm(torch.nn.Module):
     normalized_shape: tuple[int, ...]
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
-        if _stays_with_torch() or len(self.normalized_shape) > 1:
+        if _stays_with_torch(input) or input.shape[-1:] != self.normalized_shape:
             return super().forward_comfy_cast_weights(input)  # type: ignore[misc]
-        held = None if self.weight is None else self
+        held, centered = None if self.weight is None else self, isinstance(self, torch.nn.LayerNorm)
         with comfy.ops.CastBiasWeightContext(held, input, offloadable=True) as (weight, bias):
-            return normalize(input, weight, bias, self.eps, centered=isinstance(self, torch.nn.LayerNorm))
+            # What adds a bias to core's RMSNorm adds it itself.
+            return normalize(input, weight, bias if centered else None, self.eps, centered=centered)
 
 
 class _QwenBlock(torch.nn.Module):
@@ -45,7 +49,7 @@ class _QwenBlock(torch.nn.Module):
     def _modulate(
         self, x: torch.Tensor, mod_params: torch.Tensor, timestep_zero_index: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if timestep_zero_index is not None or _stays_with_torch():
+        if timestep_zero_index is not None or _stays_with_torch(x):
             return super()._modulate(x, mod_params, timestep_zero_index)  # type: ignore[misc]
         shift, scale, gate = mod_params.unsqueeze(1).chunk(3, dim=-1)
         return modulate_rows(shift, x, 1 + scale), gate
@@ -53,7 +57,7 @@ class _QwenBlock(torch.nn.Module):
     def _apply_gate(
         self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, timestep_zero_index: Any = None
     ) -> torch.Tensor:
-        if timestep_zero_index is not None or _stays_with_torch():
+        if timestep_zero_index is not None or _stays_with_torch(x):
             return super()._apply_gate(x, y, gate, timestep_zero_index)  # type: ignore[misc]
         return modulate_rows(y, x, gate)
 
@@ -71,27 +75,31 @@ class _RowFactor(torch.Tensor):
         return out.as_subclass(cls) if func is torch.Tensor.__radd__ and type(args[1]) is int else out
 
 
-def speed_up_elementwise(model: torch.nn.Module) -> int:
-    """Give norms and blocks of `model` this pack's arithmetic; returns how many modules.
+def speed_up_elementwise(model: torch.nn.Module) -> None:
+    """Give norms and blocks of `model` this pack's arithmetic.
 
     What blocks call for rotary embeddings, and those of Wan and Flux for modulation, are functions of ComfyUI's: ours go in
     front of them for all models.
     """
-    changed = 0
     module: Any
-    for core_class, mixin in _CLASSES.items():
+    for name, mixin in _CLASSES.items():
+        core_class = find(name, ())
         for module in model.modules():
-            if isinstance(module, find(core_class, ())):
+            if isinstance(module, core_class) and _computes_alike(type(module), core_class, mixin):
                 module.__class__ = class_in_front(type(module), mixin)
-                changed += 1
     for name, in_front in _FUNCTIONS.items():
         _route(name, in_front)
-    return changed
+
+
+def _computes_alike(kind: type, core_class: type, mixin: type) -> bool:
+    """Whether a class that may be made of core's, by another pack too, still has the methods that `mixin` stands in for."""
+    methods = [name for name, value in vars(mixin).items() if inspect.isfunction(value)]
+    return all(getattr(kind, name, None) is getattr(core_class, name, kind) for name in methods)
 
 
 def _repeat_e(core: Callable[..., torch.Tensor], e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     rows = core(e, x)
-    return rows if _stays_with_torch() or rows.shape[1] != 1 else rows.as_subclass(_RowFactor)
+    return rows if _stays_with_torch(x) or rows.shape[1] != 1 else rows.as_subclass(_RowFactor)
 
 
 def _apply_mod(
@@ -101,18 +109,18 @@ def _apply_mod(
     m_add: torch.Tensor | None = None,
     modulation_dims: Any = None,
 ) -> torch.Tensor:
-    if m_add is None or modulation_dims is not None or _stays_with_torch():
+    if m_add is None or modulation_dims is not None or _stays_with_torch(tensor):
         return core(tensor, m_mult, m_add, modulation_dims)
     return modulate_rows(m_add, tensor, m_mult)
 
 
 def _apply_rope1(core: Callable[..., torch.Tensor], x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    turned = None if _stays_with_torch() else rope(x, freqs_cis)
+    turned = None if _stays_with_torch(x) else rope(x, freqs_cis)
     return core(x, freqs_cis) if turned is None else turned
 
 
 def _apply_rope(core: Callable[..., Any], xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> Any:
-    turned = (None,) if _stays_with_torch() else (rope(xq, freqs_cis), rope(xk, freqs_cis))
+    turned = (None,) if _stays_with_torch(xq) else (rope(xq, freqs_cis), rope(xk, freqs_cis))
     return core(xq, xk, freqs_cis) if None in turned else turned
 
 

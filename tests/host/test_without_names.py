@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import types
 
 import pytest
@@ -14,11 +15,10 @@ from testing import tiny
 @pytest.fixture
 def lose(core_modules, monkeypatch):
     """Takes a name away from ComfyUI."""
-    from importlib import import_module
 
     def lost(name: str) -> None:
-        module, _, last = name.rpartition(".")
-        monkeypatch.delattr(import_module(module), last)
+        holder, _, last = name.rpartition(".")
+        monkeypatch.delattr(pkgutil.resolve_name(holder), last)
 
     return lost
 
@@ -34,6 +34,39 @@ def test_a_block_that_is_gone_is_not_fused(lose):
     assert fuse_feed_forwards(blocks()) == 3
     lose("comfy.ldm.qwen_image.model.FeedForward")
     assert fuse_feed_forwards(blocks()) == 0
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "RMSNorm"])
+def test_norms_that_are_gone_are_left_to_comfyui(lose, name):
+    import comfy.ops
+
+    from lowbit.host.weights import elementwise
+
+    norms = torch.nn.ModuleList([comfy.ops.manual_cast.LayerNorm(8), comfy.ops.manual_cast.RMSNorm(8)])
+    lose(f"comfy.ops.disable_weight_init.{name}")
+    elementwise.speed_up_elementwise(norms)
+    assert [isinstance(norm, elementwise._Norm) for norm in norms] == [name != "LayerNorm", name != "RMSNorm"]
+
+
+@pytest.mark.parametrize("name", ["_modulate", "_apply_gate"])
+def test_a_block_that_works_otherwise_is_left_to_comfyui(lose, name):
+    from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
+
+    from lowbit.host.weights import elementwise
+
+    lose(f"comfy.ldm.qwen_image.model.QwenImageTransformerBlock.{name}")
+    block = torch.nn.Module.__new__(QwenImageTransformerBlock)
+    torch.nn.Module.__init__(block)
+    elementwise.speed_up_elementwise(block)
+    assert type(block) is QwenImageTransformerBlock
+
+
+@pytest.mark.parametrize("name", ["flux.layers.apply_mod", "flux.math.apply_rope1", "wan.model.repeat_e"])
+def test_functions_that_are_gone_are_left_to_comfyui(lose, name):
+    from lowbit.host.weights import elementwise
+
+    lose(f"comfy.ldm.{name}")
+    elementwise.speed_up_elementwise(torch.nn.Module())
 
 
 @pytest.mark.parametrize("name", ["comfy.ops.linear_input_act", "comfy.ops.INPUT_ACT_EAGER"])

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowbit.kernels import modulate_rows as modulate_rows_module
+from lowbit.kernels import rope as rope_module
 from lowbit.kernels.modulate_rows import modulate_rows
 from lowbit.kernels.normalize import normalize
 from lowbit.kernels.rope import rope
@@ -53,8 +55,21 @@ def test_modulation_of_other_layouts_is_torchs_own():
         (x, x, row.double().float().repeat(1, 1, 2)[..., ::2]),
         (row[0], x[0], gate[0]),
         (row[:, :0], x[:, :0], row),
+        (row.double() / 3, x.double() / 3, row.double() / 7),
     ):
         assert torch.equal(modulate_rows(base, value, factor), torch.addcmul(base, value, factor))
+
+
+@pytest.mark.parametrize("sizes", [(1, 300_000, 8), (70_000, 1, 8)])
+def test_launches_stay_in_the_bounds_of_a_grid(monkeypatch, sizes):
+    """CUDA has 65,535 programs along the second axis and the third."""
+    grids = []
+    monkeypatch.setattr(modulate_rows_module, "launch", lambda kernel, grid, *_: grids.append(grid))
+    monkeypatch.setattr(rope_module, "launch", lambda kernel, grid, *_: grids.append(grid))
+    x = torch.zeros(sizes, dtype=torch.float16, device=DEVICE)
+    modulate_rows(x, x, x[:, :1])
+    rope(x[:, None], torch.zeros(1, 1, sizes[1], 4, 2, 2, device=DEVICE))
+    assert all(second <= 65535 and third <= 65535 for _, second, third in grids)
 
 
 def test_modulation_carries_what_is_no_number():
@@ -119,6 +134,9 @@ def test_norms_of_other_kinds_are_torchs_own():
     )
     assert torch.equal(normalize(x, ones, None, None, centered=False), F.rms_norm(x, (128,), ones))
     assert torch.equal(normalize(x, apart, ones, 1e-6, centered=True), F.layer_norm(x, (128,), apart, ones, 1e-6))
+    assert torch.equal(
+        normalize(x.double(), None, None, 1e-6, centered=True), F.layer_norm(x.double(), (128,), eps=1e-6)
+    )
     assert normalize(x[:, :, :0], None, None, 1e-6, centered=True).shape == (1, 2, 0, 128)
 
 
@@ -162,6 +180,17 @@ def test_rotary_embeddings_of_other_shapes_are_not_ours():
         (x[0], freqs[0]),
         (x, freqs.transpose(-1, -2)),
         (x.long(), freqs),
+        (x.double(), freqs),
+        (x, freqs.double()),
         (x, torch.cat([freqs, freqs, freqs])),
     ):
         assert rope(other, of) is None
+
+
+def test_rotary_embeddings_of_heads_far_apart():
+    """Their places do not fit into 32 bits, each head's distance from the next does."""
+    heads, apart, length = 3, 3 << 29, 2
+    x = torch.empty(heads * apart, dtype=torch.float16, device=DEVICE)
+    x = x.as_strided((1, heads, length, 4), (0, apart, 4, 1)).copy_(torch.randn(1, heads, length, 4))
+    freqs = frequencies("heads first", 1, length, 2, torch.Generator(DEVICE).manual_seed(0))
+    assert torch.equal(rope(x, freqs), rope(x.contiguous(), freqs))

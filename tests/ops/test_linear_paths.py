@@ -125,6 +125,8 @@ def test_fp8_goes_to_cublas_where_that_is_faster(cc, rows, columns, own, monkeyp
     shape, device = ((rows, columns), (columns, 1)), torch.device("cuda", 0)
     call = LinearCall(traits, True, *shape, torch.bfloat16, device, None, None, False, Gpu(cc, triton=True))
     assert type(linear_8bit.fp8_rows(call)) is (linear_8bit.QuantizedRows if own else linear_8bit.ScaledMm)
+    unbuilt = dataclasses.replace(call, gpu=Gpu(cc, triton=False))
+    assert type(linear_8bit.fp8_rows(unbuilt)) is linear_8bit.ScaledMm, "Triton is there, and cannot compile"
     monkeypatch.setattr(linear_8bit, "GLUON_FOUND", False)
     assert type(linear_8bit.fp8_rows(call)) is linear_8bit.ScaledMm
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lowbit.errors import MemoryBudgetError, WorkerError
+from lowbit.host.several_gpus.trial import TRIES
 from testing import comfyui
 from testing.measure import relative_error
 
@@ -154,6 +155,24 @@ def test_running_out_of_memory_here_is_done_again_by_all(load, divide, parts, ru
     before = len(parts)
     assert relative_error(run.sample(model), alone) <= EXACT
     assert len(parts) > before
+
+
+def test_running_out_of_memory_with_fewer_processes_is_done_again_by_all(host, load, divide, parts):
+    """A number that only `auto` tries never costs the run."""
+    model, run = load("wan"), Run((1, 16, 2, 8, 12), cfg=1.0)
+    forward, failed = host.team.Team.forward, []
+
+    def of_fewer(team, run, given):
+        if given[0].split == "all 1":
+            failed.append(given)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(team, run, given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host.team.Team, "forward", of_fewer)
+        got = run.sample(divide(model, "auto"), TRIES + 2)
+    assert relative_error(got, run.sample(model, TRIES + 2)) <= EXACT
+    assert (len(failed), parts) == (1, ["all"] * (TRIES + 2))
 
 
 def test_a_file_that_a_worker_cannot_load(host, load, divide, run):

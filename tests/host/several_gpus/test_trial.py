@@ -45,3 +45,18 @@ def test_another_machine_or_model_is_tried_anew(tmp_path):
     assert trial.Trial([2, 1], kept, "here", "model").settled
     assert not trial.Trial([2, 1], kept, "there", "model").settled
     assert not trial.Trial([2, 1], kept, "here", "another").settled
+
+
+def test_few_that_fail_are_not_tried_again(tmp_path):
+    kept = MeasuredNumbers(tmp_path, trial.FILE_NAME)
+    found = trial.Trial([4, 2, 1], kept, "here", "model")
+    assert not found.failed(), "all of them have to work"
+    for _ in range(trial.TRIES):
+        found.took(0.2)
+    assert found.count == 2
+    found.took(0.1)
+    assert found.failed()
+    assert found.settled
+    assert found.count == 4
+    again = trial.Trial([4, 2, 1], kept, "here", "model")
+    assert (again.settled, again.count) == (True, 4)

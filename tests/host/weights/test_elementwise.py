@@ -60,9 +60,67 @@ def test_an_architecture_gives_what_it_gave(elementwise, monkeypatch, name):
     elementwise.speed_up_elementwise(model)
     calls = counted(elementwise, monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(elementwise, "_stays_with_torch", lambda: True)
+        patch.setattr(elementwise, "_stays_with_torch", lambda x: True)
         want = of.run(model)
         assert not calls
     got = of.run(model)
     assert relative_error(got, want) < 1e-5
     assert calls == CALLED.get(name, calls)
+
+
+def plain_norm(x, weight, bias, eps, *, centered):
+    """What the kernel would give: PyTorch's RMSNorm, which is taken on a CPU, has no bias at all."""
+    assert not centered
+    out = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    return out if bias is None else out + bias
+
+
+@pytest.fixture
+def ops(core_modules):
+    import comfy.ops
+
+    return comfy.ops.manual_cast
+
+
+def test_a_bias_that_core_leaves_to_others_is_not_added_twice(elementwise, ops, monkeypatch):
+    monkeypatch.setattr(elementwise, "normalize", plain_norm)
+    norm = ops.RMSNorm(24)
+    norm.weight, norm.bias = (torch.nn.Parameter(torch.randn(24), requires_grad=False) for _ in range(2))
+    x = torch.randn(2, 5, 24)
+    elementwise.speed_up_elementwise(norm)
+    with torch.inference_mode():
+        assert torch.equal(norm(x), torch.nn.functional.rms_norm(x, (24,), norm.weight, norm.eps))
+
+
+def test_a_norm_is_told_of_rows_of_another_length(elementwise, ops):
+    norm = ops.LayerNorm(24, elementwise_affine=False)
+    elementwise.speed_up_elementwise(norm)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="normalized_shape"):
+        norm(torch.randn(2, 5, 12))
+
+
+def test_what_others_made_of_a_norm_is_theirs(elementwise, ops):
+    class Twice(ops.LayerNorm):
+        def forward_comfy_cast_weights(self, input):
+            return 2 * super().forward_comfy_cast_weights(input)
+
+    class Moved(ops.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+    norms = torch.nn.ModuleList([Twice(8), Moved(8)]).requires_grad_(False)
+    for norm in norms:
+        norm.weight, norm.bias = torch.nn.Parameter(torch.randn(8)), torch.nn.Parameter(torch.randn(8))
+    x = torch.randn(3, 8, 8)
+    with torch.inference_mode():
+        want = [norm(x) for norm in norms]
+        elementwise.speed_up_elementwise(norms)
+        assert all(torch.equal(norm(x), before) for norm, before in zip(norms, want, strict=True))
+    assert [isinstance(norm, elementwise._Norm) for norm in norms] == [False, True]
+
+
+def test_another_gpu_than_the_current_one_is_left_to_core(elementwise, monkeypatch):
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    x = [types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in range(2)]
+    with torch.inference_mode():
+        assert [elementwise._stays_with_torch(one) for one in x] == [True, False]
