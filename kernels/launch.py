@@ -247,18 +247,17 @@ class _Descriptors(dict[int, list[Any]]):
 
 
 def addresses_of(aligned: list[int], *tensors: torch.Tensor | None) -> list[int] | None:
-    """Of those that are tensors, then `aligned`, which are on multiples of 16 bytes.
+    """`aligned`, which are on multiples of 16 bytes, and those of `tensors`.
 
     None where another is on none: Triton compiles another kernel for it.
     """
-    addresses: list[int] = []
-    bits = 0
+    addresses, bits = aligned.copy(), 0
     for tensor in tensors:
         if tensor is not None:
             address = tensor.data_ptr()
             bits |= address
             addresses.append(address)
-    return None if bits & 15 else addresses + aligned
+    return None if bits & 15 else addresses
 
 
 class Replay:

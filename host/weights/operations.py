@@ -138,8 +138,7 @@ class QuantizedLinear(torch.nn.Module):
         """
         if self._full_precision_mm_config or self.comfy_force_cast_weights:
             return False
-        emulated_by_core = self.quant_format in self._disabled_formats
-        return emulated_by_core or not self._full_precision_mm
+        return not self._full_precision_mm or self.quant_format in self._disabled_formats
 
     def _multiplies_here(self, weight: Any, input: torch.Tensor) -> bool:
         return (
