@@ -154,6 +154,6 @@ def _route(full_name: str, in_front: Callable[..., torch.Tensor]) -> None:
         return in_front(core, *args, **kwargs)
 
     setattr(routed, _ROUTED, True)
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("comfy.") and vars(module).get(name) is core:
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("comfy.") and getattr(module, name, None) is core:
             setattr(module, name, routed)
