@@ -14,6 +14,7 @@ import torch
 from ...kernels.modulate_rows import modulate_rows
 from ...kernels.normalize import normalize
 from ...kernels.rope import rope
+from ...kernels.runtime import AMPERE, compute_capability
 from ...versions import find
 from ..in_front import class_in_front
 
@@ -21,10 +22,14 @@ _ROUTED = "_lowbit_routed"
 
 
 def _stays_with_torch(x: torch.Tensor) -> bool:
-    """A compiler fuses better, a gradient needs PyTorch's own, and kernels are launched on the current GPU."""
+    """A compiler fuses better, and a gradient needs PyTorch's own.
+
+    Kernels are launched on the current GPU, and before Ampere Triton does not compile all of them.
+    """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return True
-    return x.is_cuda and x.device.index != torch._C._cuda_getDevice()
+    index = x.device.index
+    return x.is_cuda and (index != torch._C._cuda_getDevice() or compute_capability(index) < AMPERE)
 
 
 class _Norm(torch.nn.Module):
@@ -120,8 +125,9 @@ def _apply_rope1(core: Callable[..., torch.Tensor], x: torch.Tensor, freqs_cis: 
 
 
 def _apply_rope(core: Callable[..., Any], xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> Any:
-    turned = (None,) if _stays_with_torch(xq) else (rope(xq, freqs_cis), rope(xk, freqs_cis))
-    return core(xq, xk, freqs_cis) if None in turned else turned
+    q = None if _stays_with_torch(xq) else rope(xq, freqs_cis)
+    k = None if q is None else rope(xk, freqs_cis)
+    return core(xq, xk, freqs_cis) if k is None else (q, k)
 
 
 _CLASSES = {
@@ -148,6 +154,6 @@ def _route(full_name: str, in_front: Callable[..., torch.Tensor]) -> None:
         return in_front(core, *args, **kwargs)
 
     setattr(routed, _ROUTED, True)
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("comfy.") and vars(module).get(name) is core:
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("comfy.") and getattr(module, name, None) is core:
             setattr(module, name, routed)

@@ -119,8 +119,11 @@ def test_what_others_made_of_a_norm_is_theirs(elementwise, ops):
     assert [isinstance(norm, elementwise._Norm) for norm in norms] == [False, True]
 
 
-def test_another_gpu_than_the_current_one_is_left_to_core(elementwise, monkeypatch):
+def test_what_kernels_do_not_run_on_is_left_to_core(elementwise, monkeypatch):
+    """Another GPU than the current one, and a GPU that is older than Ampere."""
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
     x = [types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", index)) for index in range(2)]
-    with torch.inference_mode():
-        assert [elementwise._stays_with_torch(one) for one in x] == [True, False]
+    for capability, stays in (((9, 0), [True, False]), ((7, 5), [True, True])):
+        monkeypatch.setattr(elementwise, "compute_capability", lambda index, capability=capability: capability)
+        with torch.inference_mode():
+            assert [elementwise._stays_with_torch(one) for one in x] == stays
