@@ -125,17 +125,16 @@ class DividingHooks:
             return self._run(executor.class_obj, calls, forward)
 
         parts = [call.part for call in calls]
-        if trial is None or trial.settled:
-            return self._team.forward(run, parts)
         try:
+            if trial is None or trial.settled:
+                return self._team.forward(run, parts)
             out, seconds = self._team.forward(lambda: _timed(run, self._team.devices[0]), parts)
-        except Exception as error:
-            few = isinstance(error, (MemoryBudgetError, WorkerError)) or comfy.model_management.is_oom(error)
-            if not (few and trial.failed()):
-                raise
-        else:
             trial.took(seconds)
             return out
+        except Exception as error:
+            no_memory = isinstance(error, MemoryBudgetError) or comfy.model_management.is_oom(error)
+            if trial is None or not (no_memory and trial.failed()):
+                raise
         # Not above, where the error still holds what the forward has made.
         return self.diffusion_model(executor, *args, **kwargs)
 

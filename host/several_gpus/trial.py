@@ -50,11 +50,12 @@ class Trial:
             self._settle()
 
     def failed(self) -> bool:
-        """Whether the forward that failed can be done again by more processes: then these few are not tried any more."""
-        if self._seconds and not self.settled:
+        """There was no memory for the forward: so few are not tried again. Whether it can be done again, by more."""
+        more = {count: taken for count, taken in self._seconds.items() if count > self.count}
+        if more:
+            self._seconds, self._taken = more, []
             self._settle()
-            return True
-        return False
+        return bool(more)
 
     def _settle(self) -> None:
         self.settled = True

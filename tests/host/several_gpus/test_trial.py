@@ -47,16 +47,19 @@ def test_another_machine_or_model_is_tried_anew(tmp_path):
     assert not trial.Trial([2, 1], kept, "here", "another").settled
 
 
-def test_few_that_fail_are_not_tried_again(tmp_path):
+@pytest.mark.parametrize("tried", [1, 2 * trial.TRIES])
+def test_few_without_memory_are_not_tried_again(tmp_path, tried):
+    """While they are tried, and where they were found to be the fastest, in other memory than there is now."""
     kept = MeasuredNumbers(tmp_path, trial.FILE_NAME)
     found = trial.Trial([4, 2, 1], kept, "here", "model")
     assert not found.failed(), "all of them have to work"
     for _ in range(trial.TRIES):
         found.took(0.2)
     assert found.count == 2
-    found.took(0.1)
+    for forward in range(tried):
+        found.took(0.1 + (forward >= trial.TRIES))
+    assert (found.settled, found.count) == (tried > 1, 2)
     assert found.failed()
-    assert found.settled
-    assert found.count == 4
-    again = trial.Trial([4, 2, 1], kept, "here", "model")
-    assert (again.settled, again.count) == (True, 4)
+    for now in (found, trial.Trial([4, 2, 1], kept, "here", "model")):
+        assert (now.settled, now.count) == (True, 4)
+        assert not now.failed()
