@@ -141,6 +141,8 @@ class NumbersCheck:
         self._file, self._key, self._diffusion_model = file, stamps, diffusion_model
         self._numbers: Iterable[tuple[str, torch.Tensor]] | None = None
         self._check: FiniteCheck | None = None
+        # ComfyUI evaluates clones of a model on several GPUs at once.
+        self._evaluating = threading.Lock()
         if stamps in known_finite or RECIPE_KEY in metadata:
             return
         nbytes = sum(tensor.nbytes for tensor in stored.values())
@@ -176,8 +178,9 @@ class NumbersCheck:
 
     def _evaluated(self, evaluate: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         result = evaluate(*arguments, **options)
-        if self._numbers is not None and self._look(_BESIDE_STEPS).answered:
-            self._judge()
+        with self._evaluating:
+            if self._numbers is not None and self._look(_BESIDE_STEPS).answered:
+                self._judge()
         return result
 
     def _sampled(self, sample: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

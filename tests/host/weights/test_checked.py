@@ -207,6 +207,23 @@ def test_what_was_found_is_said_in_the_step_that_finds_it_ready(host, tmp_path, 
     assert len(evaluations) == 1
 
 
+def test_evaluations_at_once_begin_one_look(host, monkeypatch):
+    from lowbit.host.weights import checked
+
+    begun = []
+
+    class Slow(finite.FiniteCheck):
+        def __init__(self, *args):
+            begun.append(threading.Event().wait(0.05))
+            super().__init__(*args)
+
+    monkeypatch.setattr(checked, "FiniteCheck", Slow)
+    check = checked.NumbersCheck("a file", (), {}, {"a": torch.ones(4)}, {}, diffusion_model=True)
+    with futures.ThreadPoolExecutor(4) as threads:
+        assert [made.result() for made in [threads.submit(check._evaluated, int) for _ in range(4)]] == [0] * 4
+    assert len(begun) == 1
+
+
 def test_a_large_text_encoder_is_looked_at_while_core_builds_it(host, tmp_path, monkeypatch):
     import comfy.sd
 
