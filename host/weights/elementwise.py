@@ -89,8 +89,10 @@ def speed_up_elementwise(model: torch.nn.Module) -> None:
     module: Any
     for name, mixin in _CLASSES.items():
         core_class = find(name, ())
+        kinds = {kind for kind in map(type, model.modules()) if issubclass(kind, core_class)}
+        kinds = {kind for kind in kinds if _computes_alike(kind, core_class, mixin)}
         for module in model.modules():
-            if isinstance(module, core_class) and _computes_alike(type(module), core_class, mixin):
+            if type(module) in kinds:
                 module.__class__ = class_in_front(type(module), mixin)
     for name, in_front in _FUNCTIONS.items():
         _route(name, in_front)
@@ -98,8 +100,16 @@ def speed_up_elementwise(model: torch.nn.Module) -> None:
 
 def _computes_alike(kind: type, core_class: type, mixin: type) -> bool:
     """Whether a class that may be made of core's, by another pack too, still has the methods that `mixin` stands in for."""
-    methods = [name for name, value in vars(mixin).items() if inspect.isfunction(value)]
-    return all(getattr(kind, name, None) is getattr(core_class, name, kind) for name in methods)
+    methods = [(name, own) for name, own in vars(mixin).items() if inspect.isfunction(own)]
+    return all(
+        getattr(kind, name, None) is getattr(core_class, name, kind) and _named_alike(getattr(kind, name), own)
+        for name, own in methods
+    )
+
+
+def _named_alike(core: Callable[..., Any], own: Callable[..., Any]) -> bool:
+    """Whether both take the same parameters: another ComfyUI may have more."""
+    return list(inspect.signature(core).parameters) == list(inspect.signature(own).parameters)
 
 
 def _repeat_e(core: Callable[..., torch.Tensor], e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -143,15 +153,18 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _route(full_name: str, in_front: Callable[..., torch.Tensor]) -> None:
+def _route(full_name: str, in_front: Callable[..., Any]) -> None:
     """Put a function in front of core's, in every module of core that has taken it under its name."""
     core, name = find(full_name), full_name.rpartition(".")[2]
     if core is None or getattr(core, _ROUTED, False):
         return
+    in_front = functools.partial(in_front, core)
+    if not _named_alike(core, in_front):
+        return
 
     @functools.wraps(core)
-    def routed(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return in_front(core, *args, **kwargs)
+    def routed(*args: Any, **kwargs: Any) -> Any:
+        return in_front(*args, **kwargs)
 
     setattr(routed, _ROUTED, True)
     for module_name, module in list(sys.modules.items()):

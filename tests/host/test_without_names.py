@@ -61,12 +61,33 @@ def test_a_block_that_works_otherwise_is_left_to_comfyui(lose, name):
     assert type(block) is QwenImageTransformerBlock
 
 
-@pytest.mark.parametrize("name", ["flux.layers.apply_mod", "flux.math.apply_rope1", "wan.model.repeat_e"])
+FUNCTIONS = ["flux.layers.apply_mod", "flux.math.apply_rope", "flux.math.apply_rope1", "wan.model.repeat_e"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_that_are_gone_are_left_to_comfyui(lose, name):
     from lowbit.host.weights import elementwise
 
     lose(f"comfy.ldm.{name}")
     elementwise.speed_up_elementwise(torch.nn.Module())
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "qwen_image.model.QwenImageTransformerBlock._apply_gate"])
+def test_what_takes_more_than_it_did_is_left_to_comfyui(core_modules, monkeypatch, name):
+    from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
+
+    from lowbit.host.weights import elementwise
+
+    def grown(x, y, and_more=None):
+        return x
+
+    holder, _, last = f"comfy.ldm.{name}".rpartition(".")
+    monkeypatch.setattr(pkgutil.resolve_name(holder), last, grown)
+    block = torch.nn.Module.__new__(QwenImageTransformerBlock)
+    torch.nn.Module.__init__(block)
+    elementwise.speed_up_elementwise(block)
+    assert getattr(pkgutil.resolve_name(holder), last) is grown
+    assert isinstance(block, elementwise._QwenBlock) == (name in FUNCTIONS)
 
 
 @pytest.mark.parametrize("name", ["comfy.ops.linear_input_act", "comfy.ops.INPUT_ACT_EAGER"])
