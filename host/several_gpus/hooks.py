@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,7 @@ class DividingHooks:
         family = self._family
         assert family is not None
         blocks, exact = len(getattr(network, family.blocks)), model_copy.is_exact_now(named["transformer_options"])
-        size = "x".join(map(str, named["x"].shape))
+        size = ", ".join("x".join(map(str, shape)) for shape in _latent_shapes(named))
         what = (
             f"{self._file}, {blocks} blocks; {size}; by prompt: {by_prompt}; 8 bits: {self._eight_bits}; exact: {exact}"
         )
@@ -230,6 +230,14 @@ class DividingHooks:
 def _chunks(named: Mapping[str, Any]) -> list[int]:
     """The prompts that ComfyUI has batched in a call."""
     return named["transformer_options"].get("cond_or_uncond") or [0]
+
+
+def _latent_shapes(named: Mapping[str, Any]) -> Iterator[tuple[int, ...]]:
+    """Of what a call makes most of its tokens of: its latent, references, controls. A text is of another length in every run."""
+    for value in named.values():
+        for part in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(part, torch.Tensor) and part.ndim > 3:
+                yield tuple(part.shape)
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

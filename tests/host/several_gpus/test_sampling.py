@@ -71,6 +71,17 @@ def test_auto_tries_fewer_processes_and_the_sample_stays_the_same(load, divide, 
     assert len(parts) == 2 * TRIES + 1
 
 
+def test_references_are_part_of_the_size_that_auto_tries(load, divide, workers):
+    def tried(*references: int) -> set[str]:
+        conds = {"reference_latents": [torch.ones(1, 16, 1, 6, width) for width in references]}
+        Run((1, 16, 1, 8, 10), cfg=1.0, conds=conds).sample(divide(load("qwen"), "auto"), 1)
+        return set(workers()._trials)
+
+    one = tried(6)
+    assert tried(6) == one
+    assert len(tried(6, 8)) == len(one) + 1
+
+
 def test_a_split_by_prompts_that_cannot_be_batched_says_so_and_splits_tokens(load, divide, parts):
     model, run = load("qwen"), RUNS["qwen, prompts of several lengths"][1]
     assert relative_error(run.sample(divide(model, "cfg")), run.sample(model)) <= EXACT
