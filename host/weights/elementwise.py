@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +14,7 @@ from ...kernels.normalize import normalize
 from ...kernels.rope import rope
 from ...kernels.runtime import AMPERE, compute_capability
 from ...versions import find
-from ..in_front import class_in_front
-
-_ROUTED = "_lowbit_routed"
+from ..in_front import class_in_front, named_alike, route
 
 
 def _stays_with_torch(x: torch.Tensor) -> bool:
@@ -95,21 +91,16 @@ def speed_up_elementwise(model: torch.nn.Module) -> None:
             if type(module) in kinds:
                 module.__class__ = class_in_front(type(module), mixin)
     for name, in_front in _FUNCTIONS.items():
-        _route(name, in_front)
+        route(name, in_front)
 
 
 def _computes_alike(kind: type, core_class: type, mixin: type) -> bool:
     """Whether a class that may be made of core's, by another pack too, still has the methods that `mixin` stands in for."""
     methods = [(name, own) for name, own in vars(mixin).items() if inspect.isfunction(own)]
     return all(
-        getattr(kind, name, None) is getattr(core_class, name, kind) and _named_alike(getattr(kind, name), own)
+        getattr(kind, name, None) is getattr(core_class, name, kind) and named_alike(getattr(kind, name), own)
         for name, own in methods
     )
-
-
-def _named_alike(core: Callable[..., Any], own: Callable[..., Any]) -> bool:
-    """Whether both take the same parameters: another ComfyUI may have more."""
-    return list(inspect.signature(core).parameters) == list(inspect.signature(own).parameters)
 
 
 def _repeat_e(core: Callable[..., torch.Tensor], e: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -151,22 +142,3 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "comfy.ldm.flux.math.apply_rope1": _apply_rope1,
     "comfy.ldm.wan.model.repeat_e": _repeat_e,
 }
-
-
-def _route(full_name: str, in_front: Callable[..., Any]) -> None:
-    """Put a function in front of core's, in every module of core that has taken it under its name."""
-    core, name = find(full_name), full_name.rpartition(".")[2]
-    if core is None or getattr(core, _ROUTED, False):
-        return
-    in_front = functools.partial(in_front, core)
-    if not _named_alike(core, in_front):
-        return
-
-    @functools.wraps(core)
-    def routed(*args: Any, **kwargs: Any) -> Any:
-        return in_front(*args, **kwargs)
-
-    setattr(routed, _ROUTED, True)
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("comfy.") and getattr(module, name, None) is core:
-            setattr(module, name, routed)

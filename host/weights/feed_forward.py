@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.ops
 import torch
 
 from ...versions import find
-from ..in_front import class_in_front
+from ..in_front import class_in_front, route
 from .operations import INPUT_ACTIVATIONS, QuantizedLinear, takes_activation
-
-_ROUTED = "_lowbit_routed"
 
 
 class FusedQwenFeedForward(torch.nn.Module):
@@ -43,16 +42,15 @@ def route_input_activations() -> None:
     Wan, LTX, MiniMax and Llama-like text encoders end their MLPs with that function, which multiplies INT8 weights itself
     with quantized activations, whatever the format asks for. Ours quantize the activation's output in the same pass.
     """
-    core, eager = find("comfy.ops.linear_input_act"), find("comfy.ops.INPUT_ACT_EAGER")
-    if core is None or eager is None or getattr(core, _ROUTED, False):
-        return
+    if find("comfy.ops.INPUT_ACT_EAGER") is not None:
+        route("comfy.ops.linear_input_act", _linear_input_act)
 
-    def linear_input_act(linear: Any, x: torch.Tensor, input_act: str) -> torch.Tensor:
-        if not isinstance(linear, QuantizedLinear):
-            return core(linear, x, input_act)
-        if input_act in INPUT_ACTIVATIONS and takes_activation(linear):
-            return linear(x, activation=input_act)
-        return linear(eager[input_act](x))
 
-    setattr(linear_input_act, _ROUTED, True)
-    comfy.ops.linear_input_act = linear_input_act
+def _linear_input_act(
+    core: Callable[[Any, torch.Tensor, str], torch.Tensor], linear: Any, x: torch.Tensor, input_act: str
+) -> torch.Tensor:
+    if not isinstance(linear, QuantizedLinear):
+        return core(linear, x, input_act)
+    if input_act in INPUT_ACTIVATIONS and takes_activation(linear):
+        return linear(x, activation=input_act)
+    return linear(comfy.ops.INPUT_ACT_EAGER[input_act](x))

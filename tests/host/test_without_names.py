@@ -61,33 +61,41 @@ def test_a_block_that_works_otherwise_is_left_to_comfyui(lose, name):
     assert type(block) is QwenImageTransformerBlock
 
 
-FUNCTIONS = ["flux.layers.apply_mod", "flux.math.apply_rope", "flux.math.apply_rope1", "wan.model.repeat_e"]
+FUNCTIONS = [
+    "ldm.flux.layers.apply_mod",
+    "ldm.flux.math.apply_rope",
+    "ldm.flux.math.apply_rope1",
+    "ldm.wan.model.repeat_e",
+]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_that_are_gone_are_left_to_comfyui(lose, name):
     from lowbit.host.weights import elementwise
 
-    lose(f"comfy.ldm.{name}")
+    lose(f"comfy.{name}")
     elementwise.speed_up_elementwise(torch.nn.Module())
 
 
-@pytest.mark.parametrize("name", [*FUNCTIONS, "qwen_image.model.QwenImageTransformerBlock._apply_gate"])
+@pytest.mark.parametrize(
+    "name", [*FUNCTIONS, "ops.linear_input_act", "ldm.qwen_image.model.QwenImageTransformerBlock._apply_gate"]
+)
 def test_what_takes_more_than_it_did_is_left_to_comfyui(core_modules, monkeypatch, name):
     from comfy.ldm.qwen_image.model import QwenImageTransformerBlock
 
-    from lowbit.host.weights import elementwise
+    from lowbit.host.weights import elementwise, feed_forward
 
     def grown(x, y, and_more=None):
         return x
 
-    holder, _, last = f"comfy.ldm.{name}".rpartition(".")
+    holder, _, last = f"comfy.{name}".rpartition(".")
     monkeypatch.setattr(pkgutil.resolve_name(holder), last, grown)
     block = torch.nn.Module.__new__(QwenImageTransformerBlock)
     torch.nn.Module.__init__(block)
     elementwise.speed_up_elementwise(block)
+    feed_forward.route_input_activations()
     assert getattr(pkgutil.resolve_name(holder), last) is grown
-    assert isinstance(block, elementwise._QwenBlock) == (name in FUNCTIONS)
+    assert isinstance(block, elementwise._QwenBlock) == ("Block" not in name)
 
 
 @pytest.mark.parametrize("name", ["comfy.ops.linear_input_act", "comfy.ops.INPUT_ACT_EAGER"])

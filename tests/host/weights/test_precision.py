@@ -70,8 +70,13 @@ def test_linears_of_core_keep_cores_function(host, monkeypatch):
     import comfy.ops
 
     calls = []
-    monkeypatch.setattr(comfy.ops, "linear_input_act", lambda *arguments: calls.append(arguments))
+
+    def core(linear, x, input_act):
+        calls.append((linear, x, input_act))
+
+    monkeypatch.setattr(comfy.ops, "linear_input_act", core)
     host.feed_forward.route_input_activations()
+    assert comfy.ops.linear_input_act is not core
     host.feed_forward.route_input_activations()
     plain, x = torch.nn.Linear(8, 8), torch.randn(2, 8)
     comfy.ops.linear_input_act(plain, x, "gelu_tanh")
@@ -81,7 +86,7 @@ def test_linears_of_core_keep_cores_function(host, monkeypatch):
 def test_loading_a_quantized_model_routes_cores_function(host, monkeypatch):
     import comfy.ops
 
-    def never(*arguments):
+    def never(linear, x, input_act):
         pytest.fail("core multiplied a weight of ours")
 
     monkeypatch.setattr(comfy.ops, "linear_input_act", never)
