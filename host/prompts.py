@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..versions import find
 from .in_front import set_wrappers
 
 KEY = "lowbit_prompts"
+_CONSTANT = find("comfy.conds.CONDConstant", ())
+"""What ComfyUI does not join but compare: where it is, it is read on the processor."""
 _LARGEST = 64 << 20
 """Bytes of one tensor that may stay on the GPU between steps: a text has a few MB, the latent of a first frame some tens."""
 
@@ -34,6 +37,6 @@ def _bring(conds: Iterable[Iterable[Mapping[str, Any]] | None], device: torch.de
     """A run has conditions of its own, which ComfyUI makes of the prompts when it begins."""
     for condition in (condition for listed in conds for condition in listed or ()):
         for part in condition.get("model_conds", {}).values():
-            tensor = getattr(part, "cond", None)
+            tensor = None if isinstance(part, _CONSTANT) else getattr(part, "cond", None)
             if isinstance(tensor, torch.Tensor) and tensor.device != device and tensor.nbytes <= _LARGEST:
                 part.cond = tensor.to(device)

@@ -23,12 +23,12 @@ def test_tensors_move_for_both_prompts_and_what_is_no_tensor_stays(bring, monkey
     monkeypatch.setattr(prompts, "_LARGEST", 64)
     texts = [comfy.conds.CONDCrossAttn(torch.randn(1, 2, 4)) for _ in range(2)]
     large = comfy.conds.CONDNoiseShape(torch.randn(1, 4, 4, 4))
-    listed, constant = comfy.conds.CONDList([torch.randn(2)]), comfy.conds.CONDConstant(7)
-    first = {"c_crossattn": texts[0], "c_concat": large, "images": listed, "frame_rate": constant}
+    listed, constant = comfy.conds.CONDList([torch.randn(2)]), comfy.conds.CONDConstant(torch.ones(3))
+    first = {"c_crossattn": texts[0], "c_concat": large, "images": listed, "ref_audio": constant}
     bring([[{"model_conds": first}, {}], None, [{"model_conds": {"c_crossattn": texts[1]}}]], torch.device("meta"))
     assert [text.cond.device.type for text in texts] == ["meta", "meta"]
     assert large.cond.device.type == listed.cond[0].device.type == "cpu"
-    assert constant.cond == 7
+    assert constant.cond.device.type == "cpu", "ComfyUI compares it on the processor"
 
 
 def test_prompts_are_batched_as_before_and_moved_once(core_modules):
