@@ -52,6 +52,7 @@ OPTIONAL = {
         dotted({"comfy_aimdo.model_vbar": "vbar_fault vbar_signature_compare vbar_unpin"}),
         "dynamic VRAM is asked for weights that are on the GPU already, a little slower",
     ),
+    "comfy.conds.CONDConstant": "conditions that ComfyUI compares are read from the GPU at every step",
     **dict.fromkeys(
         (
             "comfy.ldm.flux.layers.apply_mod",
