@@ -42,13 +42,13 @@ class Exchange:
     """How queries, keys and values travel between processes.
 
     Attributes:
-        pieces: in what parts each process's heads travel: while one is attended to, the next is on its way. For the first and
-            for the way back of the last everyone waits.
+        pieces: in how many pieces each process's heads travel: while one is attended to, the next is on its way. For the first
+            and for the way back of the last everyone waits.
         small: bytes of all queries below which they travel whole, since pieces take the processor's time.
         eight_bits: whether keys and values travel as int8 with a scale for each token of each head: a quarter less in all.
     """
 
-    pieces: Sequence[float] = (1.0,)
+    pieces: int = 1
     small: int = 1 << 28
     eight_bits: bool = False
 
@@ -100,7 +100,7 @@ class SequenceSplit:
         if mask is not None:
             mask = self._on_all(mask)
         whole = q.element_size() * batch * heads * width * sum(self.tokens) < self.exchange.small
-        dealt = _dealt(heads, self.speeds, (1.0,) if whole else tuple(self.exchange.pieces))
+        dealt = _dealt(heads, self.speeds, 1 if whole else self.exchange.pieces)
         arriving = [self._to_heads(q, k, v, ranges) for ranges in dealt]
         returning = []
         for ranges, arrival in zip(dealt, arriving, strict=True):
@@ -169,12 +169,13 @@ class SequenceSplit:
 
 
 @functools.cache
-def _dealt(heads: int, speeds: tuple[float, ...], pieces: tuple[float, ...]) -> list[list[tuple[int, int]]]:
+def _dealt(heads: int, speeds: tuple[float, ...], pieces: int) -> list[list[tuple[int, int]]]:
     """For each piece that has any the first and last head of every process."""
     counts = shares(heads, speeds)
     starts = accumulate(counts[:-1], initial=0)
-    cuts = [list(accumulate(shares(count, pieces), initial=start)) for start, count in zip(starts, counts, strict=True)]
-    dealt = [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(len(pieces))]
+    alike = [1.0] * pieces
+    cuts = [list(accumulate(shares(count, alike), initial=start)) for start, count in zip(starts, counts, strict=True)]
+    dealt = [[(cut[piece], cut[piece + 1]) for cut in cuts] for piece in range(pieces)]
     return [ranges for ranges in dealt if any(last > first for first, last in ranges)]
 
 

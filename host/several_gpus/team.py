@@ -33,7 +33,7 @@ ALL, FIRST, SECOND, LINK = "all", "first", "second", "link"
 """All processes; those of the one prompt and of the other; the first process with those of the other. Fewer of them: `_few`."""
 _UNEQUAL = 1.1
 """GPUs within a tenth of each other get equal parts."""
-_PIECES, _PIECES_ON_SLOW_LINKS = (1.0, 1.0), (1.0, 1.0, 1.0, 1.0)
+_PIECES, _PIECES_ON_SLOW_LINKS = 2, 4
 """In which heads travel between GPUs: all but one are on their way while another is attended to."""
 _CAUSE = 2.0
 """Seconds to wait for the cause when a transfer breaks off."""

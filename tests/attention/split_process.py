@@ -25,9 +25,7 @@ def main() -> None:
     cases = []
     shapes = ((1, 5, 23, 8), (2, 2, 13, 16), (2, 6, 7, 8))
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    exchanges = [
-        Exchange(pieces, small=0, eight_bits=eight) for pieces in ((1.0,), (1.0, 3.0, 1.0)) for eight in (False, True)
-    ]
+    exchanges = [Exchange(pieces, small=0, eight_bits=eight) for pieces in (1, 3) for eight in (False, True)]
     all_speeds = ([1.0, 2.0, 1.5], [1.0, 1.0, 1.0])
     for number, (shape, dtype, exchange, masked, speeds) in enumerate(
         itertools.product(shapes, dtypes, exchanges, (False, True), all_speeds)
