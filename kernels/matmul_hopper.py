@@ -164,6 +164,10 @@ def _matmul_hopper_kernel(
     )  # fmt: skip
 
 
+def _tile_count(rows: int, columns: int) -> int:
+    return ceil_div(rows, GROUPS * ROWS) * ceil_div(columns, COLUMNS)
+
+
 def matches_cublas(rows: int, columns: int, depth: int, index: int) -> bool:
     """Whether `matmul_rows` multiplies FP8 on CUDA device `index` (cc 9.0) as fast as cuBLAS, give or take a tenth.
 
@@ -172,7 +176,7 @@ def matches_cublas(rows: int, columns: int, depth: int, index: int) -> bool:
     """
     if rows <= FEW_ROWS:
         return True
-    rounds = ceil_div(rows, GROUPS * ROWS) * ceil_div(columns, COLUMNS) / multiprocessor_count(index)
+    rounds = _tile_count(rows, columns) / multiprocessor_count(index)
     return rows * columns * depth <= SHORT and rounds >= FULL * math.ceil(rounds)
 
 
@@ -195,7 +199,7 @@ def multiply_hopper(
     flags: INTEGER, SCALE_PER_COLUMN and HAS_BIAS.
     """
     (rows, depth), columns = a.shape, b.shape[0]
-    tiles = ceil_div(rows, GROUPS * ROWS) * ceil_div(columns, COLUMNS)
+    tiles = _tile_count(rows, columns)
     launch(
         _matmul_hopper_kernel,
         (min(tiles, multiprocessor_count(a.device.index or 0)), 1, 1),

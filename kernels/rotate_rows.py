@@ -87,7 +87,8 @@ def _rotate_rows_kernel(
 ):
     """One row a program, in pieces of GROUPS x 256 columns; TERMS 0: the rotated row in q's own dtype.
 
-    More than one: as `split_rows` splits what is rotated into x's own dtype. A rotation of 256 is two dots with 16 x 16 matrices, each of which rotates two of a column's four base-4 digits.
+    More than one: as `split_rows` splits what is rotated into x's own dtype. A rotation of 256 is two dots with 16 x 16
+    matrices, each of which rotates two of a column's four base-4 digits.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()

@@ -107,25 +107,24 @@ def _given_by_core(host, monkeypatch, pages: Pages) -> list:
     return given
 
 
-@pytest.mark.parametrize(("signature", "loaded"), [(6, 5), (None, 5), (5, None)])
-def test_pages_that_left_are_cores_to_bring(host, linear, monkeypatch, signature, loaded):
-    pages = paged(monkeypatch, host, linear, signature, loaded)
-    given = _given_by_core(host, monkeypatch, pages)
+def _is_brought_by_core(host, linear, given):
     weight, held, release = host.resident.weight_for(linear, torch.empty(3, 256, device="meta"))
     assert weight is linear
     assert held == 0
     assert given == [linear]
     release()
     assert given == []
+
+
+@pytest.mark.parametrize(("signature", "loaded"), [(6, 5), (None, 5), (5, None)])
+def test_pages_that_left_are_cores_to_bring(host, linear, monkeypatch, signature, loaded):
+    pages = paged(monkeypatch, host, linear, signature, loaded)
+    given = _given_by_core(host, monkeypatch, pages)
+    _is_brought_by_core(host, linear, given)
 
 
 def test_pages_that_core_has_begun_to_fetch_are_left_to_it(host, linear, monkeypatch):
     pages = paged(monkeypatch, host, linear, 5)
     linear._prefetch = {"resident": True}
     given = _given_by_core(host, monkeypatch, pages)
-    weight, held, release = host.resident.weight_for(linear, torch.empty(3, 256, device="meta"))
-    assert weight is linear
-    assert held == 0
-    assert given == [linear]
-    release()
-    assert given == []
+    _is_brought_by_core(host, linear, given)
