@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
@@ -149,16 +150,18 @@ def test_interrupt_in_mid_step_then_run_again(memory, gpu_mib):
 
 @pytest.mark.slow
 def test_20_prompts_do_not_grow(memory):
-    resident, objects = [], []
+    allocated, objects = [], []
     for seed in range(20):
         graph = managed(wan(seed=60 + seed, conditioning=UMT5), gpu_mib=ROOMY)
         got = memory.run(graph, count_objects=seed >= 10)
         assert got.notes == ""
-        resident.append(got.state["resident"])
+        allocated.append(got.state["allocated"])
         objects.append(sum(got.state["objects"].values()))
     # The first prompts fill ComfyUI's own cache of results; from the eleventh on garbage is collected and objects counted.
-    # The middle ones: a prompt in which an allocator's arena is full for once is no growth.
-    assert statistics.median(resident[15:]) - statistics.median(resident[10:15]) < 4 << 20, resident
+    # Not what is resident: the C library keeps and gives back tens of MiB of freed memory as it likes. ComfyUI's list of prompts
+    # takes 12 KiB a prompt.
+    grown = [after - before for before, after in itertools.pairwise(allocated[10:])]
+    assert statistics.median(grown) < 64 << 10, allocated
     assert objects[19] <= objects[10]
 
 

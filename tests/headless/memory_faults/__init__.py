@@ -7,9 +7,11 @@ so does working memory while a model runs. Its name in reports says what it is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -267,6 +269,25 @@ class TestLeak:
         return (value,)
 
 
+class Mallinfo(ctypes.Structure):
+    """The C library's account of its heap (mallinfo2 of glibc 2.33)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def allocated_bytes() -> int:
+    """What the process has allocated and not freed; where the C library does not say, what is resident."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if os.name == "posix" else None
+    if mallinfo is None:
+        return psutil.Process().memory_info().rss
+    mallinfo.restype = Mallinfo
+    heap = mallinfo()
+    return heap.uordblks + heap.hblkhd
+
+
 class TestMemoryState:
     """Writes output/{name}.json: what ComfyUI's accounting is set to and what is loaded.
 
@@ -301,7 +322,7 @@ class TestMemoryState:
             "reserve": management.EXTRA_RESERVED_VRAM,
             "limit": session.limit.nbytes,
             "loaded": components.component_bytes(session.device.torch_device),
-            "resident": psutil.Process().memory_info().rss,
+            "allocated": allocated_bytes(),
             "objects": kinds,
             "batches": {key: faults.batches for key, faults in TestOutOfMemory.made.items()},
             "decoded": {key: faults.batches for key, faults in TestOutOfMemoryVAE.made.items()},
