@@ -48,8 +48,10 @@ class Case:
     context: tuple[int, int]
 
 
-def _wan(title: str, layers: int, latent: tuple[int, ...]) -> Case:
+def wan_case(size: str, layers: int, latent: tuple[int, ...]) -> Case:
+    """Wan 14B with fewer blocks."""
     config = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=layers, text=4096)
+    title = f"Wan 14B, {size}, {layers} of 40 blocks"
     return Case(title, wan.shapes(config), config.metadata(), latent, (512, 4096))
 
 
@@ -59,8 +61,8 @@ def _qwen(title: str, layers: int, latent: tuple[int, ...]) -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "wan480": lambda: _wan("Wan 14B, 832x480x81, 8 of 40 blocks", 8, (1, 16, 21, 60, 104)),
-    "wan720": lambda: _wan("Wan 14B, 1280x720x81, 4 of 40 blocks", 4, (1, 16, 21, 90, 160)),
+    "wan480": lambda: wan_case("832x480x81", 8, (1, 16, 21, 60, 104)),
+    "wan720": lambda: wan_case("1280x720x81", 4, (1, 16, 21, 90, 160)),
     "qwen": lambda: _qwen("Qwen-Image, 1328x1328, 15 of 60 blocks", 15, (1, 16, 1, 166, 166)),
 }
 

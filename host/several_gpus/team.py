@@ -91,10 +91,11 @@ class Team:
     @property
     def ranks(self) -> dict[str, list[int]]:
         """The processes of each group."""
-        every, half = list(range(len(self.devices))), len(self.devices) // 2
+        every = list(range(len(self.devices)))
         groups = {self._few(ALL, count): every[:count] for count in self.counts(False)}
         for count in self.counts(True):
-            second = every[half : half + count]
+            # Neighbours: GPUs of one switch or processor have numbers next to each other.
+            second = every[count : 2 * count]
             groups |= {self._few(FIRST, count): every[:count], self._few(SECOND, count): second}
             groups[self._few(LINK, count)] = [0, *second]
         return groups
