@@ -15,13 +15,10 @@ from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
 from ..kernels.stored_weight import StoredWeight, WeightTraits
 from .linear_call import LinearCall, Product
 from .linear_kitchen import kitchen_cuda_available
-from .linear_paths import LINEAR_PATHS, kernels_take
+from .linear_paths import kernels_take, product_by
 from .linear_reference import linear_reference
 from .linear_table import REFERENCE, Gpu, choose_path
 from .linear_weight import stored_weight
-
-MOST_OFFSET = 1 << 31
-"""Kernels count within a row in 32 bits: a row that spans more elements than this is copied first."""
 
 _INTERPRETED_GPU = Gpu((9, 0))
 
@@ -111,7 +108,7 @@ def _product(
         raise FormatError(
             f"An input on {device} cannot be multiplied by a weight or bias on another device: move them there."
         )
-    return LINEAR_PATHS[path](call)
+    return product_by(path, call)
 
 
 def linear_stored(
@@ -132,11 +129,8 @@ def linear_stored(
         kind = bias.dtype, bias.device
         if not bias.is_contiguous():
             bias = bias.contiguous()
-    strides = x.stride()
-    if strides and strides[-1] * weight.columns >= MOST_OFFSET:
-        x = x.contiguous()
-        strides = x.stride()
-    product = _product(weight.traits, fast, x.shape, strides, x.dtype, device, kind, activation, input_group != "")
+    shared = input_group != ""
+    product = _product(weight.traits, fast, x.shape, x.stride(), x.dtype, device, kind, activation, shared)
     return product(x, weight, bias, input_group)
 
 

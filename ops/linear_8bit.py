@@ -43,7 +43,7 @@ class _InPieces(Product):
 
     def __init__(self, call: LinearCall, make: Callable[[LinearCall], Product]) -> None:
         super().__init__(call)
-        rows = torch.empty_strided(call.shape, call.strides, device="meta").reshape(self.rows, self.columns)
+        rows = torch.empty_strided(call.shape, call.strides, device="meta").view(self.rows, self.columns)
         self.pieces = _row_chunks(self.rows, self.columns)
         sizes = {stop - start for start, stop in self.pieces}
         alone = dataclasses.replace(call, strides=rows.stride(), shared=False)

@@ -91,7 +91,7 @@ class Product:
         raise NotImplementedError
 
     def _as_rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(self.rows, x.shape[-1])
+        return x.view(self.rows, x.shape[-1])
 
 
 def straight(weight: StoredWeight, copy: torch.Tensor | None) -> StoredWeight:

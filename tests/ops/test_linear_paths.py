@@ -471,3 +471,21 @@ def test_later_calls_launch_what_the_first_would_have(
         assert again == launches
         assert again
         scratch_module.release_scratch()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3, 700])
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_a_part_of_every_sample_is_launched_again(name, tokens, fast, monkeypatch):
+    """The texts' tokens, say, of two prompts' attention, whose rows no view shows."""
+    launches, gpu = _Launches(monkeypatch), Gpu((9, 0), triton=True)
+    weight = make(name, 24, 512, torch.device("cpu"))
+    path = choose_path(weight.kind, fast, 2 * tokens, 24, 512, torch.bfloat16, gpu)
+    for owner in (linear_8bit, linear_few_rows, linear_paths):
+        monkeypatch.setattr(owner, "Replay", _Watched)
+    xs = [torch.randn(2, tokens + 5, 512).bfloat16()[:, 2 : 2 + tokens] for _ in range(2)]
+    product = product_of(path, xs[0], weight, None, None, gpu)
+    for x in xs:
+        assert product(x, weight, None).shape == (2, tokens, 24)
+    assert launches
+    scratch_module.release_scratch()
