@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .launch import launch
+from .repeated_launch import MOST_KINDS, RepeatedLaunch, Traits, traits_of
 from .runtime import FLOATS, MOST_PROGRAMS, ceil_div, kernels_run_on, power_of_two, tl, triton
 
 _COLUMNS, _ROWS = 1024, 4
@@ -54,24 +57,31 @@ def modulate_rows(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> 
     Returns:
         (B, L, K); by `torch.addcmul` itself for other shapes, dtypes, strides and devices.
     """
-    whole = base.shape == x.shape and base.is_contiguous()
-    if not (_fits(base, x, factor, whole) and kernels_run_on(x)):
-        return torch.addcmul(base, x, factor)
-    out = torch.empty_like(x)
+    repeated = modulation_launch(traits_of(base), traits_of(x), traits_of(factor)) if kernels_run_on(x) else None
+    return torch.addcmul(base, x, factor) if repeated is None else repeated(base, x, factor)
+
+
+@functools.lru_cache(maxsize=MOST_KINDS)
+def modulation_launch(base: Traits, x: Traits, factor: Traits) -> RepeatedLaunch | None:
+    """What `modulate_rows` launches for inputs of these traits; None: it is left to PyTorch."""
+    whole = base.shape == x.shape and base.contiguous
+    if not _fits(base, x, factor, whole):
+        return None
     batch, rows, columns = x.shape
     block = min(_COLUMNS, power_of_two(columns))
-    launch(
-        _modulate_rows_kernel,
-        (ceil_div(columns, block) * ceil_div(rows, _ROWS), batch, 1),
-        (base, x, factor, out, rows, base.stride(0), factor.stride(0)),
-        {"K": columns, "SHARED_BASE": not whole, "ROWS": _ROWS, "BLOCK_K": block},
-    )
-    return out
+    grid = (ceil_div(columns, block) * ceil_div(rows, _ROWS), batch, 1)
+    numbers = rows, base.strides[0], factor.strides[0]
+    constants = {"K": columns, "SHARED_BASE": not whole, "ROWS": _ROWS, "BLOCK_K": block}
+
+    def launches(out: torch.Tensor, base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor) -> None:
+        launch(_modulate_rows_kernel, grid, (base, x, factor, out, *numbers), constants)
+
+    return RepeatedLaunch(launches, x.shape, x.dtype, x.device)
 
 
-def _fits(base: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, whole: bool) -> bool:
-    if x.ndim != 3 or not x.is_contiguous() or x.numel() == 0 or x.dtype not in FLOATS or len(x) > MOST_PROGRAMS:
+def _fits(base: Traits, x: Traits, factor: Traits, whole: bool) -> bool:
+    if len(x.shape) != 3 or not (x.contiguous and x.elements and x.dtype in FLOATS) or x.shape[0] > MOST_PROGRAMS:
         return False
     row = (x.shape[0], 1, x.shape[2])
-    shared = all(part.shape == row and part.stride(2) == 1 for part in ([factor] if whole else [factor, base]))
+    shared = all(part.shape == row and part.strides[2] == 1 for part in ([factor] if whole else [factor, base]))
     return shared and base.dtype == factor.dtype == x.dtype and base.device == factor.device == x.device

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from .launch import launch
+from .repeated_launch import MOST_KINDS, RepeatedLaunch, Traits, traits_of
 from .runtime import FLOATS, ceil_div, kernels_run_on, power_of_two, tl, triton
 
 _LONGEST = 8192
@@ -64,19 +67,30 @@ def normalize(
     Returns:
         x's shape, contiguous; by PyTorch's own function for rows of more than 8,192 elements, other dtypes and devices.
     """
+    parts = (None if part is None else traits_of(part) for part in (weight, bias))
+    repeated = norm_launch(traits_of(x), *parts, eps, centered) if kernels_run_on(x) else None
+    if repeated is not None:
+        return repeated(x, weight, bias)
+    if centered:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5 if eps is None else eps)
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+@functools.lru_cache(maxsize=MOST_KINDS)
+def norm_launch(
+    x: Traits, weight: Traits | None, bias: Traits | None, eps: float | None, centered: bool
+) -> RepeatedLaunch | None:
+    """What `normalize` launches for inputs of these traits; None: it is left to PyTorch."""
     fits = x.dtype in FLOATS and all(part is None or _fits(x, part) for part in (weight, bias))
-    ordered = x.is_contiguous() or (x.ndim == 4 and x.stride(-1) == 1)
-    if not (fits and ordered and 0 < x.shape[-1] <= _LONGEST and x.numel() and eps is not None and kernels_run_on(x)):
-        if centered:
-            return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5 if eps is None else eps)
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    columns, rows = x.shape[-1], x.numel() // x.shape[-1]
-    _, heads, length, _ = x.shape if x.ndim == 4 else (1, 1, rows, columns)
-    strides = x.stride()[:3] if x.ndim == 4 else (0, 0, columns)
+    in_order = x.contiguous or (len(x.shape) == 4 and x.strides[-1] == 1)
+    if not (fits and in_order and 0 < x.shape[-1] <= _LONGEST and x.elements and eps is not None):
+        return None
+    columns, rows = x.shape[-1], x.elements // x.shape[-1]
+    _, heads, length, _ = x.shape if len(x.shape) == 4 else (1, 1, rows, columns)
+    strides = x.strides[:3] if len(x.shape) == 4 else (0, 0, columns)
     block = power_of_two(columns)
     taken = max(1, _ELEMENTS // block)
-    tensors = (x, x if weight is None else weight, x if bias is None else bias, out)
+    grid, numbers = (ceil_div(rows, taken), 1, 1), (rows, heads, length, *strides, eps)
     constants = {
         "K": columns,
         "ROWS": taken,
@@ -85,11 +99,14 @@ def normalize(
         "HAS_WEIGHT": weight is not None,
         "HAS_BIAS": bias is not None,
     }
-    arguments = (*tensors, rows, heads, length, *strides, eps)
-    launch(_normalize_kernel, (ceil_div(rows, taken), 1, 1), arguments, constants)
-    return out
+
+    def launches(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
+        tensors = (x, x if weight is None else weight, x if bias is None else bias, out)
+        launch(_normalize_kernel, grid, (*tensors, *numbers), constants)
+
+    return RepeatedLaunch(launches, x.shape, x.dtype, x.device)
 
 
-def _fits(x: torch.Tensor, part: torch.Tensor) -> bool:
+def _fits(x: Traits, part: Traits) -> bool:
     alike = part.dtype == x.dtype and part.device == x.device
-    return alike and part.shape == x.shape[-1:] and part.is_contiguous()
+    return alike and part.shape == x.shape[-1:] and part.contiguous

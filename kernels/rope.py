@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
 from .launch import launch
+from .repeated_launch import MOST_KINDS, RepeatedLaunch, Traits, traits_of
 from .runtime import FLOATS, MOST_PROGRAMS, ceil_div, kernels_run_on, power_of_two, tl, triton
 
 _ROWS, _HEADS = 16, 12
@@ -75,28 +77,38 @@ def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor | None:
     Returns:
         x's shape and dtype, contiguous; None for anything else, which the caller leaves to ComfyUI.
     """
+    repeated = rope_launch(traits_of(x), traits_of(freqs)) if kernels_run_on(x) else None
+    return None if repeated is None else repeated(x, freqs)
+
+
+@functools.lru_cache(maxsize=MOST_KINDS)
+def rope_launch(x: Traits, freqs: Traits) -> RepeatedLaunch | None:
+    """What `rope` launches for inputs of these traits; None: it is left to ComfyUI."""
     layout = _layout(x, freqs)
-    if layout is None or not kernels_run_on(x):
+    if layout is None:
         return None
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     batch, heads, length, columns = x.shape[0], x.shape[layout.heads], x.shape[layout.rows], x.shape[3]
-    strides = [tensor.stride(place) for tensor in (x, out) for place in (0, layout.heads, layout.rows)]
-    batch_stride = 0 if freqs.shape[0] == 1 else freqs.stride(0)
+    out = torch.empty(x.shape, device="meta").stride()
+    strides = [strides[place] for strides in (x.strides, out) for place in (0, layout.heads, layout.rows)]
+    batch_stride = 0 if freqs.shape[0] == 1 else freqs.strides[0]
+    numbers = length, heads, *strides, batch_stride, freqs.strides[layout.rows]
     positions = ceil_div(length, _ROWS)
     groups = 1 if positions * batch >= _ENOUGH else ceil_div(heads, _HEADS)
-    arguments = (x, freqs, out, length, heads, *strides, batch_stride, freqs.stride(layout.rows))
     constants = {"K": columns, "ROWS": _ROWS, "HEADS": ceil_div(heads, groups), "PAIRS": power_of_two(columns // 2)}
-    launch(_rope_kernel, (positions, groups, batch), arguments, constants)
-    return out
+
+    def launches(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None:
+        launch(_rope_kernel, (positions, groups, batch), (x, freqs, out, *numbers), constants)
+
+    return RepeatedLaunch(launches, x.shape, x.dtype, x.device)
 
 
-def _layout(x: torch.Tensor, freqs: torch.Tensor) -> _Layout | None:
-    if x.ndim != 4 or freqs.ndim != 6 or not x.numel() or len(x) > MOST_PROGRAMS:
+def _layout(x: Traits, freqs: Traits) -> _Layout | None:
+    if len(x.shape) != 4 or len(freqs.shape) != 6 or not x.elements or x.shape[0] > MOST_PROGRAMS:
         return None
     if x.dtype not in FLOATS or freqs.dtype not in FLOATS:
         return None
     pairs = x.shape[3] // 2
-    together = x.stride(3) == 1 and freqs.stride()[3:] == (4, 2, 1) and freqs.shape[3:] == (pairs, 2, 2)
+    together = x.strides[3] == 1 and freqs.strides[3:] == (4, 2, 1) and freqs.shape[3:] == (pairs, 2, 2)
     if not together or x.shape[3] != 2 * pairs or freqs.shape[0] not in (1, x.shape[0]) or freqs.device != x.device:
         return None
     layouts = (_Layout(heads=1, rows=2), _Layout(heads=2, rows=1))

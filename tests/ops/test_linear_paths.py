@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from comfy_kitchen.tensor import QuantizedTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.kernels import launch as launch_module
-from lowbit.kernels import matmul_hopper, matmul_rows
+from lowbit.kernels import matmul_hopper
 from lowbit.kernels.decode import decode_reference
-from lowbit.kernels.launch import Replay
 from lowbit.kernels.stored_weight import FP8, MXFP8, NVFP4, StoredWeight
 from lowbit.ops import linear_8bit, linear_few_rows, linear_paths
 from lowbit.ops import linear_reference as linear_reference_module
@@ -35,6 +33,7 @@ from lowbit.ops.linear_weight import stored_weight
 from lowbit.ops.scratch import Scratch
 from lowbit.ops.shared_input import FIRST
 
+from ..kernels.launches import Launches, WatchedReplay
 from ..kernels.products import multiply, product_of
 from ..kernels.stored import MAKERS, make
 from .linear_weights import random_weight
@@ -365,58 +364,6 @@ def test_scratch_released_by_another_thread_while_it_is_taken(monkeypatch):
     assert scratch.nbytes > 0
 
 
-class _Launches(list):
-    """What is launched, as the compiled kernels are given it; nothing is compiled."""
-
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.compiled = 0
-        patch.setattr(launch_module, "_DIRECT", True)
-        patch.setattr(launch_module, "_launches", {})
-        patch.setattr(launch_module, "_hooked", lambda: False)
-        patch.setattr(launch_module, "_launch_by_triton", self._launch)
-        patch.setattr(launch_module, "make_tensordesc_arg", self._describe, raising=False)
-        patch.setattr(scratch_module, "INTERPRETED", True)  # kept, as a GPU's is
-        # One has its narrow tiles done after the wide ones.
-        for owner, count in ((linear_few_rows, 132), (matmul_rows, 1), (matmul_hopper, 132)):
-            patch.setattr(owner, "multiprocessor_count", lambda index, count=count: count)
-        patch.setattr(matmul_hopper, "compute_capability", lambda index: (9, 0))
-        for name in ("_cuda_getDevice", "_cuda_getCurrentRawStream"):
-            patch.setattr(torch._C, name, lambda *args: 0, raising=False)
-
-    def _launch(self, kernel, grid, arguments, constants, options):
-        self.compiled += 1
-        before = (kernel.fn.__name__, *options.items())
-        known = launch_module._Launch(lambda *given: self.append(given), before, tuple(constants.items()), (1, 2, 3))
-        known.call(*grid, 0, *before, *launch_module._values(known, arguments), *known.after)
-        return known
-
-    def _describe(self, descriptor, metadata):
-        return [(descriptor.base.data_ptr(), metadata, *descriptor.block_shape), *descriptor.shape, *descriptor.strides]
-
-
-class _OnlyViews(TorchDispatchMode):
-    """Fails at every operation of PyTorch but a view."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.is_view, func
-        return func(*args, **(kwargs or {}))
-
-
-class _Watched(Replay):
-    """Its function must do nothing that a later call would leave out, and is called once."""
-
-    __slots__ = ("called",)
-
-    def record(self, addresses, function, *arguments):
-        def watched(*arguments):
-            assert not hasattr(self, "called")
-            self.called = True
-            with _OnlyViews():
-                function(*arguments)
-
-        super().record(addresses, watched, *arguments)
-
-
 @settings(deadline=None, max_examples=150)
 @given(
     name=st.sampled_from(sorted(MAKERS)),
@@ -445,14 +392,14 @@ def test_later_calls_launch_what_the_first_would_have(
         return x, weight, None if bias is None else torch.randn(count).to(bias)
 
     with pytest.MonkeyPatch.context() as patch:
-        launches, (x, weight, values), others = _Launches(patch), tensors(), tensors()
+        launches, (x, weight, values), others = Launches(patch), tensors(), tensors()
         path = choose_path(weight.kind, fast, rows, count, columns, dtype, gpu)
         if path in (KITCHEN, REFERENCE):
             return
         activated: dict[int, torch.Tensor] = {}
         activate = lambda x, activation: activated.setdefault(id(x), F.silu(x)) if activation else x  # noqa: E731
         for owner in (linear_8bit, linear_few_rows, linear_paths):
-            patch.setattr(owner, "Replay", _Watched)
+            patch.setattr(owner, "Replay", WatchedReplay)
         patch.setattr(linear_few_rows, "apply_activation", activate)
         patch.setattr(linear_paths, "apply_activation", activate)
         product = product_of(path, x, weight, values, activation, gpu, shared)
@@ -478,11 +425,11 @@ def test_later_calls_launch_what_the_first_would_have(
 @pytest.mark.parametrize("name", sorted(MAKERS))
 def test_a_part_of_every_sample_is_launched_again(name, tokens, fast, monkeypatch):
     """The texts' tokens, say, of two prompts' attention, whose rows no view shows."""
-    launches, gpu = _Launches(monkeypatch), Gpu((9, 0), triton=True)
+    launches, gpu = Launches(monkeypatch), Gpu((9, 0), triton=True)
     weight = make(name, 24, 512, torch.device("cpu"))
     path = choose_path(weight.kind, fast, 2 * tokens, 24, 512, torch.bfloat16, gpu)
     for owner in (linear_8bit, linear_few_rows, linear_paths):
-        monkeypatch.setattr(owner, "Replay", _Watched)
+        monkeypatch.setattr(owner, "Replay", WatchedReplay)
     xs = [torch.randn(2, tokens + 5, 512).bfloat16()[:, 2 : 2 + tokens] for _ in range(2)]
     product = product_of(path, xs[0], weight, None, None, gpu)
     for x in xs:

@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from lowbit.kernels.rope import _layout
+from lowbit.kernels.repeated_launch import traits_of
+from lowbit.kernels.rope import rope_launch
 from testing.measure import relative_error
 from testing.tiny.architectures import ARCHITECTURES
 
@@ -30,7 +31,7 @@ def elementwise(host):
 
 def rope_in_plain_torch(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor | None:
     """What the kernel would give for what it takes: it has no other form on a CPU."""
-    if _layout(x, freqs) is None:
+    if rope_launch(traits_of(x), traits_of(freqs)) is None:
         return None
     return (freqs.float() * x.float().unflatten(-1, (-1, 1, 2))).sum(-1).flatten(-2).to(x.dtype)
 
