@@ -98,11 +98,29 @@ def _to_grid(x, INTEGER: tl.constexpr):
 
 
 @triton.jit
+def row_of_sample(x_ptr, rows, stride_b, stride_m):
+    """Where this program's row begins, among samples of `rows` each."""
+    row = tl.program_id(0)
+    return x_ptr + (row // rows).to(tl.int64) * stride_b + (row % rows).to(tl.int64) * stride_m
+
+
+_ONE_SAMPLE = 1 << 30
+"""Rows of it, whatever their number: the kernel would be compiled anew for a number of another kind."""
+
+
+def samples_of(x: torch.Tensor) -> tuple[int, ...]:
+    """(rows of a sample, its stride, a row's, an element's) of x (M, K), which is one sample, or (samples, rows, K)."""
+    return (x.shape[1], *x.stride()) if x.ndim == 3 else (_ONE_SAMPLE, 0, *x.stride())
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
     weight_scale_ptr,
+    rows,
+    stride_b,
     stride_m,
     stride_k,
     limit,
@@ -114,10 +132,10 @@ def _quantize_rows_kernel(
     FOLD_WEIGHT_SCALE: tl.constexpr,
     ONE_PASS: tl.constexpr,
 ):
-    """One row a program."""
+    """One row a program; `rows` of each sample."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_K)
-    x_row = x_ptr + row * stride_m
+    x_row = row_of_sample(x_ptr, rows, stride_b, stride_m)
     target = q_ptr + row * K + column
     if ONE_PASS:
         x = tl.load(x_row + column.to(tl.int64) * stride_k, mask=column < K, other=0.0).to(tl.float32)
@@ -156,21 +174,21 @@ def quantize_rows(
     activation: str | None = None,
     weight_scale: torch.Tensor | None = None,
 ) -> None:
-    """Quantize x (M, K), of any strides, to the row-major int8 or e4m3 `q` (M, K) and its `scale` (M,) float32.
+    """Quantize the rows of x, of any strides, to the row-major int8 or e4m3 `q` (M, K) and its `scale` (M,) float32.
 
     Args:
-        x: float16, bfloat16 or float32.
+        x: (M, K), or (samples, rows, K), in float16, bfloat16 or float32.
         q: written; its dtype is the target's.
         scale: written; times `weight_scale` (one float32 element) where that is given.
         activation: applied to x first.
         weight_scale: tensor-wide weight scale to fold into the row scales.
     """
-    columns, folds = x.shape[1], weight_scale is not None
+    (count, columns), folds = q.shape, weight_scale is not None
     one_pass = columns <= ONE_PASS_COLUMNS
     launch(
         _quantize_rows_kernel,
-        (x.shape[0], 1, 1),
-        (x, q, scale, weight_scale if folds else scale, *x.stride(), LIMITS[q.dtype], SMALLEST_SCALE),
+        (count, 1, 1),
+        (x, q, scale, weight_scale if folds else scale, *samples_of(x), LIMITS[q.dtype], SMALLEST_SCALE),
         {
             "K": columns,
             "BLOCK_K": power_of_two(columns) if one_pass else 4096,

@@ -15,7 +15,9 @@ from .quantize_rows import (
     _magnitude_bits,
     _row_scale,
     _to_grid,
+    row_of_sample,
     row_warps,
+    samples_of,
 )
 from .runtime import INTERPRETED, tl, triton
 
@@ -72,6 +74,8 @@ def _rotate_rows_kernel(
     x_ptr,
     q_ptr,
     scale_ptr,
+    rows,
+    stride_b,
     stride_m,
     stride_k,
     limit,
@@ -94,7 +98,7 @@ def _rotate_rows_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     PIECES: tl.constexpr = (K + GROUPS * 256 - 1) // (GROUPS * 256)
     row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row * stride_m
+    x_row = row_of_sample(x_ptr, rows, stride_b, stride_m)
     q_row = q_ptr + row * K
     loaded = ()
     for piece in tl.static_range(PIECES):
@@ -137,12 +141,12 @@ def rotate_rows(
     planes: int = 1,
     overlap: bool = False,
 ) -> None:
-    """Rotate x (M, K), of any strides, into the row-major `out`: int8 with `scale` (M,) written, or a float dtype.
+    """Rotate the rows of x, of any strides, into the row-major `out`: int8 with `scale` (M,) written, or a float dtype.
 
     Into (terms, M, K) int8 as `split_rows` would split what is rotated, with `planes` and `overlap` as there.
 
     Args:
-        x: float16, bfloat16 or float32; K a multiple of `rotation`.
+        x: (M, K), or (samples, rows, K), in float16, bfloat16 or float32; K a multiple of `rotation`.
         out: (M, K) or (terms, M, K) int8, or (M, K) float16, bfloat16, float32 (then scale is None).
         scale: float32, written.
         rotation: group size, one of `KERNEL_ROTATIONS`.
@@ -150,12 +154,12 @@ def rotate_rows(
     """
     # float16's range is too short for sums of 16, so only bfloat16 takes the 16-bit dots; tf32 serves the others.
     halves = x.dtype == torch.bfloat16 and not INTERPRETED
-    columns = x.shape[1]
+    count, columns = out.shape[-2:]
     warps = row_warps(columns)
     launch(
         _rotate_rows_kernel,
-        (x.shape[0], 1, 1),
-        (x, out, out if scale is None else scale, *x.stride(), LIMITS[torch.int8], SMALLEST_SCALE),
+        (count, 1, 1),
+        (x, out, out if scale is None else scale, *samples_of(x), LIMITS[torch.int8], SMALLEST_SCALE),
         {
             "K": columns,
             "GROUPS": warps,

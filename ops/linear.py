@@ -15,7 +15,7 @@ from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
 from ..kernels.stored_weight import StoredWeight, WeightTraits
 from .linear_call import LinearCall, Product
 from .linear_kitchen import kitchen_cuda_available
-from .linear_paths import kernels_take, product_by
+from .linear_paths import LINEAR_PATHS, kernels_take
 from .linear_reference import linear_reference
 from .linear_table import REFERENCE, Gpu, choose_path
 from .linear_weight import stored_weight
@@ -108,7 +108,7 @@ def _product(
         raise FormatError(
             f"An input on {device} cannot be multiplied by a weight or bias on another device: move them there."
         )
-    return product_by(path, call)
+    return LINEAR_PATHS[path](call)
 
 
 def linear_stored(

@@ -19,7 +19,7 @@ from ..kernels.quantize_rows import quantize_rows, quantize_rows_reference
 from ..kernels.rotate_rows import rotate_rows
 from ..kernels.runtime import GLUON_FOUND, HOPPER, made_to_keep
 from ..kernels.stored_weight import FP8, INT8, MXFP8, NVFP4
-from .linear_call import LinearCall, Product, bias_like, straight
+from .linear_call import CopiedFirst, LinearCall, Product, bias_like, straight
 from .linear_reference import linear_reference
 from .linear_table import Gpu
 from .scratch import Spec, scratch_here
@@ -34,8 +34,15 @@ CHUNK_NBYTES = 512 << 20
 
 
 def rows_or_pieces(make: Callable[[LinearCall], Product], call: LinearCall) -> Product:
-    """What `make` makes of a call, one after the other for the pieces of a long input."""
-    return _InPieces(call, make) if call.rows * call.weight.columns > CHUNK_NBYTES else make(call)
+    """What `make` makes of a call, one after the other for the pieces of a long input.
+
+    Samples may lie apart, such as the texts' part of two prompts' attention; rows further apart than that are copied.
+    """
+    if call.rows * call.weight.columns > CHUNK_NBYTES:
+        make = functools.partial(_InPieces, make=make)
+    elif len(call.shape) == 3 and call.short_rows:
+        return make(call)
+    return make(call) if call.even_rows and call.short_rows else CopiedFirst(call, make)
 
 
 class _InPieces(Product):
@@ -65,6 +72,11 @@ def _row_chunks(rows: int, columns: int) -> list[tuple[int, int]]:
     size = -(-rows // pieces // 128) * 128
     size = max(size, -(-rows // pieces))
     return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _rows_or_samples(x: torch.Tensor, call: LinearCall) -> torch.Tensor:
+    """(M, K), or (samples, rows, K) where no view shows it so."""
+    return x.view(call.rows, -1) if call.even_rows else x
 
 
 class QuantizedRows(Product):
@@ -114,7 +126,7 @@ class QuantizedRows(Product):
         matmul_rows(q, codes, row_scale, scale, bias, self._as_rows(out), descriptors=call.has_room_for_descriptors)
 
     def _quantize(self, x, q, row_scale):
-        x, rotation = self._as_rows(x), self.call.weight.rotation
+        x, rotation = _rows_or_samples(x, self.call), self.call.weight.rotation
         if rotation:
             rotate_rows(x, q, row_scale, rotation, self.call.activation)
         else:
@@ -251,7 +263,7 @@ class ScaledMm(Product):
         if not quantized:
             folded = weight.scale if self.folds and scaled is None else None
             quantize = quantize_rows if self.call.gpu.triton else _quantize_without_triton
-            quantize(self._as_rows(x), q, row_scale, self.call.activation, folded)
+            quantize(_rows_or_samples(x, self.call), q, row_scale, self.call.activation, folded)
 
 
 def _by_scaled_mm(
@@ -277,6 +289,6 @@ def _by_scaled_mm(
 def _quantize_without_triton(
     x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, activation: str | None, folded: torch.Tensor | None
 ) -> None:
-    quantized, row_scale = quantize_rows_reference(x, q.dtype, 0, activation)
+    quantized, row_scale = quantize_rows_reference(x.reshape(q.shape), q.dtype, 0, activation)
     q.copy_(quantized)
     scale.view(-1).copy_(row_scale if folded is None else row_scale * folded)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +47,17 @@ class LinearCall:
     def rows(self) -> int:
         """M, of the input."""
         return math.prod(self.shape[:-1])
+
+    @functools.cached_property
+    def even_rows(self) -> bool:
+        """Whether one step leads from each row of the input to the next: a view shows them as (M, K)."""
+        steps = [step for step in zip(self.shape[:-1], self.strides[:-1], strict=True) if step[0] != 1]
+        return all(outer == size * stride for (_, outer), (size, stride) in itertools.pairwise(steps))
+
+    @property
+    def short_rows(self) -> bool:
+        """Whether kernels, which count within a row in 32 bits, can count through one."""
+        return self.strides[-1] * self.shape[-1] < 1 << 31
 
     @property
     def hardware_e4m3(self) -> bool:
@@ -92,6 +105,18 @@ class Product:
 
     def _as_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(self.rows, x.shape[-1])
+
+
+class CopiedFirst(Product):
+    """An input whose rows kernels cannot count through."""
+
+    def __init__(self, call: LinearCall, make: Callable[[LinearCall], Product]) -> None:
+        super().__init__(call)
+        strides = torch.empty(call.shape, device="meta").stride()
+        self.product = make(dataclasses.replace(call, strides=strides, shared=False))
+
+    def __call__(self, x, weight, bias, group="", out=None):
+        return self.product(x.contiguous(), weight, bias, "", out)
 
 
 def straight(weight: StoredWeight, copy: torch.Tensor | None) -> StoredWeight:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,27 +16,12 @@ from ..kernels.quantize_rows import apply_activation
 from ..kernels.rotate_rows import KERNEL_ROTATIONS
 from ..kernels.stored_weight import INT4_CODEBOOK, StoredWeight
 from .linear_8bit import QuantizedRows, fp8_rows, rows_or_pieces
-from .linear_call import LinearCall, Product, bias_like, straight
+from .linear_call import CopiedFirst, LinearCall, Product, bias_like, straight
 from .linear_few_rows import FewRows
 from .linear_kitchen import kitchen_linear
 from .linear_reference import linear_reference
 from .linear_table import FEW_ROWS, FP8_ROWS, INT8_ROWS, KITCHEN, REFERENCE, SCRATCH
 from .scratch import Spec, scratch_here
-
-MOST_OFFSET = 1 << 31
-"""Kernels count within a row in 32 bits: a row that spans more elements than this is copied first."""
-
-
-class _Copied(Product):
-    """An input that kernels cannot count through, such as the texts' part of two prompts' attention: copied first."""
-
-    def __init__(self, call: LinearCall, make: Callable[[LinearCall], Product]) -> None:
-        super().__init__(call)
-        strides = torch.empty(call.shape, device="meta").stride()
-        self.product = make(dataclasses.replace(call, strides=strides, shared=False))
-
-    def __call__(self, x, weight, bias, group="", out=None):
-        return self.product(x.contiguous(), weight, bias, "", out)
 
 
 class _Reference(Product):
@@ -77,7 +61,9 @@ class _Decoded(Product):
 
 def _few_rows(call: LinearCall) -> Product:
     wide_groups = call.weight.kind == INT4_CODEBOOK and call.weight.group != COLUMNS_PER_WORD
-    return _Decoded(call) if wide_groups else FewRows(call)
+    if wide_groups:
+        return _Decoded(call)
+    return FewRows(call) if call.even_rows and call.short_rows else CopiedFirst(call, FewRows)
 
 
 LINEAR_PATHS: Mapping[str, Callable[[LinearCall], Product]] = MappingProxyType(
@@ -90,23 +76,6 @@ LINEAR_PATHS: Mapping[str, Callable[[LinearCall], Product]] = MappingProxyType(
         KITCHEN: _Kitchen,
     }
 )
-
-
-def product_by(path: str, call: LinearCall) -> Product:
-    """What multiplies the inputs of a call by a path."""
-    make = LINEAR_PATHS[path]
-    return make(call) if _rows_are_even(call) else _Copied(call, make)
-
-
-def _rows_are_even(call: LinearCall) -> bool:
-    """Whether one step leads from each row of the input to the next, and none is too long."""
-    if call.strides[-1] * call.weight.columns >= MOST_OFFSET:
-        return False
-    try:
-        torch.empty_strided(call.shape, call.strides, device="meta").view(call.rows, call.weight.columns)
-    except RuntimeError:
-        return False
-    return True
 
 
 def kernels_take(rotation: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lowbit.kernels.stored_weight import StoredWeight
-from lowbit.ops.linear_paths import LinearCall, Product, product_by
+from lowbit.ops.linear_paths import LINEAR_PATHS, LinearCall, Product
 from lowbit.ops.linear_table import Gpu
 
 
@@ -21,7 +21,7 @@ def product_of(
     """What multiplies x, and all that are like it."""
     kind = None if bias is None else bias.dtype
     call = LinearCall(weight.traits, True, x.shape, x.stride(), x.dtype, x.device, kind, activation, shared, gpu)
-    return product_by(path, call)
+    return LINEAR_PATHS[path](call)
 
 
 def multiply(

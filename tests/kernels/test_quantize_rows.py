@@ -55,6 +55,21 @@ def test_any_strides(device, dtype):
 
 
 @pytest.mark.parametrize("dtype", TARGETS)
+@pytest.mark.parametrize("sizes", [(3, 5), (2, 1), (1, 4)])
+def test_samples_that_lie_apart(device, dtype, sizes):
+    samples, rows = sizes
+    x = torch.randn(samples, rows + 4, 96, device=device)[:, 3 : 3 + rows, ::2]
+    q, scale = (
+        torch.empty(samples * rows, *shape, dtype=of, device=device)
+        for shape, of in (((48,), dtype), ((), torch.float32))
+    )
+    quantize_rows(x, q, scale)
+    expected = _run(x.reshape(-1, 48), dtype)
+    assert torch.equal(q.float(), expected[0].float())
+    assert torch.equal(scale, expected[1])
+
+
+@pytest.mark.parametrize("dtype", TARGETS)
 def test_strange_values(device, dtype):
     x = torch.randn(6, 33, device=device)
     x[0], x[1, 3], x[2, 4], x[3], x[4] = 0, torch.nan, -torch.inf, 1e-40, x[4] * 1e37

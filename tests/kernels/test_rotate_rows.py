@@ -40,6 +40,17 @@ def test_rotates_and_quantizes(device, columns, group, activation):
 
 
 @pytest.mark.parametrize(("columns", "group"), SHAPES)
+def test_rotates_samples_that_lie_apart(device, columns, group):
+    x = torch.randn(3, 9, columns, device=device)[:, 2:7]
+    q = torch.empty(2, 15, columns, dtype=torch.int8, device=device)
+    scale = torch.empty(2, 15, device=device)
+    for rows, codes, scales in zip((x, x.reshape(15, columns)), q, scale, strict=True):
+        rotate_rows(rows, codes, scales, group)
+    assert torch.equal(*q)
+    assert torch.equal(*scale)
+
+
+@pytest.mark.parametrize(("columns", "group"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotates_alone(device, columns, group, dtype):
     x = torch.randn(2, columns, device=device, dtype=dtype)
