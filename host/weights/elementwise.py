@@ -1,4 +1,4 @@
-"""Puts modulation, gates, norms and rotary embeddings through the pack's kernels, which are near the memory's rate."""
+"""Puts modulation, gates, norms, rotary embeddings and joined heads through the pack's kernels, near the memory's rate."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 
 import comfy.ops
 import torch
+from torch.utils._pytree import tree_map_only
 
+from ...kernels.join_heads import join_heads
 from ...kernels.modulate_rows import modulate_rows
 from ...kernels.normalize import normalize
 from ...kernels.rope import rope
 from ...kernels.runtime import AMPERE, compute_capability
 from ...versions import find
 from ..in_front import class_in_front, named_alike, route
+from .operations import QuantizedLinear
 
 
 def _stays_with_torch(x: torch.Tensor) -> bool:
@@ -36,12 +39,13 @@ class _Norm(torch.nn.Module):
     normalized_shape: tuple[int, ...]
 
     def forward_comfy_cast_weights(self, input: torch.Tensor) -> torch.Tensor:
-        if _stays_with_torch(input) or input.shape[-1:] != self.normalized_shape:
+        x = _as_it_lies(input)
+        if _stays_with_torch(x) or x.shape[-1:] != self.normalized_shape:
             return super().forward_comfy_cast_weights(input)  # type: ignore[misc]
         held, centered = None if self.weight is None else self, isinstance(self, torch.nn.LayerNorm)
-        with comfy.ops.CastBiasWeightContext(held, input, offloadable=True) as (weight, bias):
+        with comfy.ops.CastBiasWeightContext(held, x, offloadable=True) as (weight, bias):
             # What adds a bias to core's RMSNorm adds it itself.
-            return normalize(input, weight, bias if centered else None, self.eps, centered=centered)
+            return normalize(x, weight, bias if centered else None, self.eps, centered=centered)
 
 
 class _QwenBlock(torch.nn.Module):
@@ -76,6 +80,41 @@ class _RowFactor(torch.Tensor):
         return out.as_subclass(cls) if func is torch.Tensor.__radd__ and type(args[1]) is int else out
 
 
+class _Heads(torch.Tensor):
+    """What a projection of Qwen-Image gives, on its way by heads: core puts heads in front of tokens, and joins texts and image."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.contiguous and len(args) == 1 and not kwargs:
+                return args[0].as_subclass(_ContiguousLater)
+            if func is torch.cat and len(args[0]) == 2 and args[1:] == () and kwargs == {"dim": 2}:
+                return join_heads(*args[0])
+            out = func(*args, **(kwargs or {}))
+        return out.as_subclass(cls) if func in (torch.Tensor.view, torch.Tensor.transpose) else out
+
+
+class _ContiguousLater(torch.Tensor):
+    """Contiguous for whoever looks at it, which takes a copy; our norm reads it as it lies, and gives what is contiguous."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = tree_map_only(cls, torch.Tensor.contiguous, (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+
+_PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+"""Of Qwen-Image's attention."""
+
+
+def _as_it_lies(x: torch.Tensor) -> torch.Tensor:
+    if type(x) is not _ContiguousLater:
+        return x
+    with torch._C.DisableTorchFunctionSubclass():
+        return x.as_subclass(torch.Tensor)
+
+
 def speed_up_elementwise(model: torch.nn.Module) -> None:
     """Give norms and blocks of `model` this pack's arithmetic.
 
@@ -90,6 +129,11 @@ def speed_up_elementwise(model: torch.nn.Module) -> None:
         for module in model.modules():
             if type(module) in kinds:
                 module.__class__ = class_in_front(type(module), mixin)
+    attention = find("comfy.ldm.qwen_image.model.Attention", ())
+    for module in model.modules():
+        for name, child in module.named_children() if isinstance(module, attention) else ():
+            if name in _PROJECTIONS and isinstance(child, QuantizedLinear):
+                child.output_class = _Heads
     for name, in_front in _FUNCTIONS.items():
         route(name, in_front)
 

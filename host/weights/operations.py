@@ -59,6 +59,7 @@ class QuantizedLinear(torch.nn.Module):
 
     side_product: SideProduct | None = None
     input_group: str = ""
+    output_class: type[torch.Tensor] | None = None
     handle: OpaqueHandle
     out_features: int
     comfy_patched_weights: bool
@@ -74,19 +75,18 @@ class QuantizedLinear(torch.nn.Module):
 
     def forward(self, input: torch.Tensor, *args: Any, activation: str | None = None, **kwargs: Any) -> torch.Tensor:
         """act(input) @ weight.T + bias, and what LoRAs add; `activation` is None, "gelu_tanh" or "silu"."""
-        if (
-            torch.compiler.is_compiling()
-            and type(input) is torch.Tensor
-            and not (args or kwargs or torch.is_grad_enabled())
-        ):
+        compiling = torch.compiler.is_compiling()
+        if compiling and type(input) is torch.Tensor and not (args or kwargs or torch.is_grad_enabled()):
             return opaque_layer(input, self.handle, self.out_features, activation)
         side_product = self.side_product
         if side_product is None:
-            return self._product(input, activation, *args, **kwargs)
-        if activation is not None:
-            input = INPUT_ACTIVATIONS[activation](input)
-        out = self._product(input, None, *args, **kwargs)
-        return side_product.added_to(out, input.dequantize() if isinstance(input, QuantizedTensor) else input)
+            out = self._product(input, activation, *args, **kwargs)
+        else:
+            if activation is not None:
+                input = INPUT_ACTIVATIONS[activation](input)
+            out = self._product(input, None, *args, **kwargs)
+            out = side_product.added_to(out, input.dequantize() if isinstance(input, QuantizedTensor) else input)
+        return out if self.output_class is None or compiling else out.as_subclass(self.output_class)
 
     def set_weight(
         self,

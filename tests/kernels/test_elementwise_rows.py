@@ -1,15 +1,16 @@
-"""Modulation, norms and rotary embeddings: the kernels beside float64, in every layout that models hand them."""
+"""Modulation, norms, rotary embeddings and joined heads: the kernels beside float64, in every layout that models hand them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbit.kernels import modulate_rows as modulate_rows_module
 from lowbit.kernels import rope as rope_module
+from lowbit.kernels.join_heads import join_heads
 from lowbit.kernels.modulate_rows import modulate_rows
 from lowbit.kernels.normalize import normalize
 from lowbit.kernels.rope import rope
@@ -194,3 +195,34 @@ def test_rotary_embeddings_of_heads_far_apart():
     x = x.as_strided((1, heads, length, 4), (0, apart, 4, 1)).copy_(torch.randn(1, heads, length, 4))
     freqs = frequencies("heads first", 1, length, 2, torch.Generator(DEVICE).manual_seed(0))
     assert torch.equal(rope(x, freqs), rope(x.contiguous(), freqs))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "seen by heads", "of one product"])
+@settings(max_examples=25)
+@given(
+    st.sampled_from(DTYPES),
+    st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 3)),
+    st.sampled_from([1, 40, 64, 128, 5000]),
+    st.integers(0, 2**31),
+)
+def test_joined_heads(layout, dtype, sizes, columns, seed):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    batch, first, second, heads = sizes
+    parts = [
+        LAYOUTS[layout](torch.randn(batch, length, heads, columns, generator=generator, device=DEVICE).to(dtype))
+        for length in (first, second)
+    ]
+    parts[0][0, 0, 0, 0] = float("nan")
+    got = join_heads(*parts)
+    assert got.is_contiguous()
+    assert torch.equal(got.nan_to_num(7), torch.cat(parts, dim=2).nan_to_num(7))
+
+
+def test_heads_of_other_kinds_are_joined_by_torch():
+    x = torch.randn(2, 3, 5, 8, device=DEVICE)
+    for first, second in ((x, x.double()), (x[..., ::2], x[..., :4]), (x[:, :, :0], x), (x.int(), x.int())):
+        got, want = join_heads(first, second), torch.cat((first, second), dim=2)
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        join_heads(x, x[..., :4])

@@ -22,6 +22,7 @@ from lowbit.kernels.cache_heads import HeadNorms, cache_heads
 from lowbit.kernels.evict_slot import evict_slot
 from lowbit.kernels.gate_rows import gate_rows
 from lowbit.kernels.gather_prompt import gather_prompt
+from lowbit.kernels.join_heads import join_heads
 from lowbit.kernels.launch import as_triton
 from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.modulate_rows import modulate_rows
@@ -48,6 +49,7 @@ LAUNCHING = (
     "evict_slot",
     "gate_rows",
     "gather_prompt",
+    "join_heads",
     "matmul_blocks",
     "matmul_decode",
     "matmul_hopper",
@@ -74,6 +76,7 @@ CHOOSING = (
     "evict_slot",
     "gate_rows",
     "gather_prompt",
+    "join_heads",
     "modulate_rows",
     "norm_rows",
     "normalize",
@@ -242,7 +245,8 @@ def test_what_stands_around_the_linears_compiles_and_fits(cc, dtype, compiled):
     normalize(heads.transpose(1, 2), row[0, 0, :128], None, 1e-6, centered=False)
     rope(heads, torch.randn(1, 9, 1, 64, 2, 2))
     rope(heads.transpose(1, 2), torch.randn(1, 1, 9, 64, 2, 2, dtype=dtype))
-    assert len(compiled.kernels) == 8
+    join_heads(heads.transpose(1, 2), heads[:, :4].transpose(1, 2))
+    assert len(compiled.kernels) == 9
     for metadata in compiled.kernels:
         assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
 

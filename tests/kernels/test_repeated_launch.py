@@ -1,4 +1,4 @@
-"""Norms, modulation and rotary embeddings launched again: what is given to the compiled kernels, without a GPU."""
+"""Norms, modulation, rotary embeddings and joined heads launched again: what is given to the compiled kernels, without a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 
+from lowbit.kernels import join_heads as joining
 from lowbit.kernels import launch as launch_module
 from lowbit.kernels import modulate_rows as modulation
 from lowbit.kernels import normalize as norm
@@ -37,8 +38,14 @@ def rotation_of_heads(sizes):
     return rotary.rope, (torch.randn(*sizes, 3, 64).half(), torch.randn(1, sizes[1], 1, 32, 2, 2))
 
 
-CASES = (norm_of_rows, norm_of_heads, modulation_of_rows, rotation_of_heads)
-CACHES = norm.norm_launch, modulation.modulation_launch, rotary.rope_launch
+def heads_of_two(sizes):
+    batch, length = sizes
+    heads = (torch.randn(batch, rows, 3, 64).half().transpose(1, 2) for rows in (length, 4))
+    return joining.join_heads, tuple(heads)
+
+
+CASES = (norm_of_rows, norm_of_heads, modulation_of_rows, rotation_of_heads, heads_of_two)
+CACHES = norm.norm_launch, modulation.modulation_launch, rotary.rope_launch, joining.joint_launch
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def launches(monkeypatch):
     same = lambda shape, dtype, device: lambda: out.setdefault(shape, torch.empty(shape, dtype=dtype))  # noqa: E731
     monkeypatch.setattr(repeated_launch, "maker_of", same)
     monkeypatch.setattr(repeated_launch, "Replay", WatchedReplay)
-    for module in (norm, modulation, rotary):
+    for module in (norm, modulation, rotary, joining):
         monkeypatch.setattr(module, "kernels_run_on", lambda x: True)
     forget()
     yield Launches(monkeypatch)

@@ -120,6 +120,58 @@ def test_what_others_made_of_a_norm_is_theirs(elementwise, ops):
     assert [isinstance(norm, elementwise._Norm) for norm in norms] == [False, True]
 
 
+@pytest.fixture
+def attention(elementwise, ops):
+    """Qwen-Image's, and the inputs of two prompts: image and texts."""
+    from comfy.ldm.qwen_image.model import Attention
+
+    made = Attention(query_dim=24, dim_head=8, heads=3, operations=ops).requires_grad_(False)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
+    angles = torch.randn(1, 1, 12, 4)
+    turns = torch.stack([angles.cos(), -angles.sin(), angles.sin(), angles.cos()], -1).unflatten(-1, (2, 2))
+    return made, (torch.randn(2, 7, 24), torch.randn(2, 5, 24), None, None, turns)
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_heads_are_normalized_and_joined_as_they_lie(elementwise, attention, monkeypatch, norms):
+    """What core sees stays the same, to the strides, also where its own norm reads the heads."""
+    attention, inputs = attention
+    seen: list[torch.Tensor] = []
+    joined = []
+    monkeypatch.setattr(elementwise, "join_heads", lambda *parts: joined.append(parts) or torch.cat(parts, dim=2))
+    patches = {"patches": {"attn1_patch": [lambda q, k, v, **_: seen.extend((q, k, v)) or {}]}}
+    with torch.inference_mode():
+        want = attention(*inputs, patches)
+        if norms:
+            elementwise.speed_up_elementwise(attention)
+        for name in elementwise._PROJECTIONS:
+            attention.get_submodule(name).register_forward_hook(lambda _, __, out: out.as_subclass(elementwise._Heads))
+        lying = []
+        normalize = elementwise.normalize
+        monkeypatch.setattr(
+            elementwise, "normalize", lambda x, *parts, **how: lying.append(x) or normalize(x, *parts, **how)
+        )
+        got = attention(*inputs, patches)
+    for one, other in zip((*got, *seen[3:]), (*want, *seen[:3]), strict=True):
+        assert type(one) is torch.Tensor
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    assert len(joined) == 1
+    assert [x.is_contiguous() for x in lying] == [False] * 4 * norms
+    assert {type(x) for x in lying} <= {torch.Tensor}
+
+
+def test_projections_of_a_quantized_model_give_heads(elementwise, attention, core_modules):
+    from lowbit.host.weights.operations import QuantizedLinear
+
+    attention, _ = attention
+    attention.to_q.__class__ = type("Linear", (QuantizedLinear, type(attention.to_q)), {})
+    elementwise.speed_up_elementwise(torch.nn.ModuleDict({"block": attention, "other": torch.nn.Linear(2, 2)}))
+    assert attention.to_q.output_class is elementwise._Heads
+    assert not hasattr(attention.to_k, "output_class")
+
+
 def test_what_kernels_do_not_run_on_is_left_to_core(elementwise, monkeypatch):
     """Another GPU than the current one, and a GPU that is older than Ampere."""
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
