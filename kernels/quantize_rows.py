@@ -98,19 +98,17 @@ def _to_grid(x, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def row_of_sample(x_ptr, rows, stride_b, stride_m):
+def row_of_sample(x_ptr, rows, stride_b, stride_m, IN_SAMPLES: tl.constexpr):
     """Where this program's row begins, among samples of `rows` each."""
     row = tl.program_id(0)
-    return x_ptr + (row // rows).to(tl.int64) * stride_b + (row % rows).to(tl.int64) * stride_m
+    if IN_SAMPLES:
+        return x_ptr + (row // rows).to(tl.int64) * stride_b + (row % rows).to(tl.int64) * stride_m
+    return x_ptr + row.to(tl.int64) * stride_m
 
 
-_ONE_SAMPLE = 1 << 30
-"""Rows of it, whatever their number: the kernel would be compiled anew for a number of another kind."""
-
-
-def samples_of(x: torch.Tensor) -> tuple[int, ...]:
-    """(rows of a sample, its stride, a row's, an element's) of x (M, K), which is one sample, or (samples, rows, K)."""
-    return (x.shape[1], *x.stride()) if x.ndim == 3 else (_ONE_SAMPLE, 0, *x.stride())
+def rows_and_strides(x: torch.Tensor) -> tuple[int, ...]:
+    """(rows of a sample, its stride, a row's, an element's) of x (samples, rows, K), or (M, K), which has no samples."""
+    return (x.shape[1], *x.stride()) if x.ndim == 3 else (0, 0, *x.stride())
 
 
 @triton.jit
@@ -131,11 +129,12 @@ def _quantize_rows_kernel(
     ACTIVATION: tl.constexpr,
     FOLD_WEIGHT_SCALE: tl.constexpr,
     ONE_PASS: tl.constexpr,
+    IN_SAMPLES: tl.constexpr,
 ):
     """One row a program; `rows` of each sample."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_K)
-    x_row = row_of_sample(x_ptr, rows, stride_b, stride_m)
+    x_row = row_of_sample(x_ptr, rows, stride_b, stride_m, IN_SAMPLES)
     target = q_ptr + row * K + column
     if ONE_PASS:
         x = tl.load(x_row + column.to(tl.int64) * stride_k, mask=column < K, other=0.0).to(tl.float32)
@@ -188,7 +187,7 @@ def quantize_rows(
     launch(
         _quantize_rows_kernel,
         (count, 1, 1),
-        (x, q, scale, weight_scale if folds else scale, *samples_of(x), LIMITS[q.dtype], SMALLEST_SCALE),
+        (x, q, scale, weight_scale if folds else scale, *rows_and_strides(x), LIMITS[q.dtype], SMALLEST_SCALE),
         {
             "K": columns,
             "BLOCK_K": power_of_two(columns) if one_pass else 4096,
@@ -196,6 +195,7 @@ def quantize_rows(
             "ACTIVATION": activation,
             "FOLD_WEIGHT_SCALE": folds,
             "ONE_PASS": one_pass,
+            "IN_SAMPLES": x.ndim == 3,
         },
         warps=row_warps(columns) if one_pass else 8,
     )

@@ -17,7 +17,7 @@ from .quantize_rows import (
     _to_grid,
     row_of_sample,
     row_warps,
-    samples_of,
+    rows_and_strides,
 )
 from .runtime import INTERPRETED, tl, triton
 
@@ -88,6 +88,7 @@ def _rotate_rows_kernel(
     PLANES: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
+    IN_SAMPLES: tl.constexpr,
 ):
     """One row a program, in pieces of GROUPS x 256 columns; TERMS 0: the rotated row in q's own dtype.
 
@@ -98,7 +99,7 @@ def _rotate_rows_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     PIECES: tl.constexpr = (K + GROUPS * 256 - 1) // (GROUPS * 256)
     row = tl.program_id(0).to(tl.int64)
-    x_row = row_of_sample(x_ptr, rows, stride_b, stride_m)
+    x_row = row_of_sample(x_ptr, rows, stride_b, stride_m, IN_SAMPLES)
     q_row = q_ptr + row * K
     loaded = ()
     for piece in tl.static_range(PIECES):
@@ -159,7 +160,7 @@ def rotate_rows(
     launch(
         _rotate_rows_kernel,
         (count, 1, 1),
-        (x, out, out if scale is None else scale, *samples_of(x), LIMITS[torch.int8], SMALLEST_SCALE),
+        (x, out, out if scale is None else scale, *rows_and_strides(x), LIMITS[torch.int8], SMALLEST_SCALE),
         {
             "K": columns,
             "GROUPS": warps,
@@ -169,6 +170,7 @@ def rotate_rows(
             "PLANES": planes,
             "ACTIVATION": activation,
             "OVERLAP": overlap,
+            "IN_SAMPLES": x.ndim == 3,
         },
         warps=warps,
     )

@@ -28,7 +28,9 @@ from lowbit.kernels.matvec_together import matvec_together
 from lowbit.kernels.modulate_rows import modulate_rows
 from lowbit.kernels.norm_rows import add_norm
 from lowbit.kernels.normalize import normalize
+from lowbit.kernels.quantize_rows import quantize_rows
 from lowbit.kernels.rope import rope
+from lowbit.kernels.rotate_rows import rotate_rows
 from lowbit.kernels.runtime import GLUON_FOUND, SMALLEST_DOT
 from lowbit.ops import linear_few_rows
 from lowbit.ops.linear_table import FEW_ROWS, KITCHEN, REFERENCE, Gpu, choose_path
@@ -246,7 +248,10 @@ def test_what_stands_around_the_linears_compiles_and_fits(cc, dtype, compiled):
     rope(heads, torch.randn(1, 9, 1, 64, 2, 2))
     rope(heads.transpose(1, 2), torch.randn(1, 1, 9, 64, 2, 2, dtype=dtype))
     join_heads(heads.transpose(1, 2), heads[:, :4].transpose(1, 2))
-    assert len(compiled.kernels) == 9
+    part, codes, scale = x[:, 2:], torch.empty(14, 5120, dtype=torch.int8), torch.empty(14)
+    quantize_rows(part, codes, scale)
+    rotate_rows(part, codes, scale, 256)
+    assert len(compiled.kernels) == 11
     for metadata in compiled.kernels:
         assert metadata.shared <= SHARED_KIB[cc] * 1024, (metadata.name, metadata.shared)
 
