@@ -41,6 +41,22 @@ class _Stored:
         return stored[self.name]
 
 
+class KeptLinear(torch.nn.Module):
+    """Mixin over core's `mixed_precision_ops(...).Linear` in 16 bits: hooks write to its weight as to any other layer's."""
+
+    weight: torch.nn.Parameter
+
+    def set_weight(
+        self, weight: torch.Tensor, inplace_update: bool = False, return_weight: bool = False, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """Core's; where it asserts that nothing is updated in place, as hooks do, the values are copied."""
+        if return_weight or not inplace_update:
+            core: Any = super()
+            return core.set_weight(weight, return_weight=return_weight, **kwargs)
+        self.weight.data.copy_(weight)
+        return None
+
+
 class QuantizedLinear(torch.nn.Module):
     """Mixin over core's `mixed_precision_ops(...).Linear`: only the multiply differs.
 
@@ -182,7 +198,11 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
             _put_in_front(QuantizedLinear, module)
             adopted += 1
     for module in model.modules() if adopted else ():
-        if not isinstance(module, (QuantizedLinear, OpaqueWhilePaged)) and is_opaque_while_paged(module):
+        if isinstance(module, (QuantizedLinear, OpaqueWhilePaged)):
+            continue
+        if is_core_linear(module):
+            module.__class__ = class_in_front(type(module), KeptLinear)
+        if is_opaque_while_paged(module):
             _put_in_front(OpaqueWhilePaged, module)
     return adopted
 

@@ -12,6 +12,7 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QuantizedTensor
 
+from ...errors import CapabilityError
 from ...ops.side_product import LowRankUpdate, SideProduct
 from ...versions import find, missing
 from ..in_front import class_in_front
@@ -148,10 +149,29 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
         if key in kept and made is not None:
             kept[key] = (made.to(device=kept[key][0].device), made.device)
 
+    def add_hook_patches(self, hook: Any, patches: Mapping[Any, Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Core's.
+
+        Raises:
+            CapabilityError: the hook is another model that is quantized, whose codes core would add as numbers.
+        """
+        coded = next((key for key in patches if str(key).endswith(".comfy_quant")), None)
+        if coded is not None:
+            raise CapabilityError(
+                f"The hook's model is quantized ('{coded}'), and ComfyUI would take its codes for weights: make the hook of "
+                "the 16-bit checkpoint."
+            )
+        return super().add_hook_patches(hook, patches, *args, **kwargs)
+
     def get_combined_hook_patches(self, hooks: Any) -> dict[str, list[Any]]:
-        """Core's, less those that stand beside their weights."""
-        combined = super().get_combined_hook_patches(hooks)
-        return self._others(combined)
+        """Core's, less those that stand beside their weights; the others find in the weight what is on it without hooks.
+
+        They may set, turn or scale it.
+        """
+        combined = self._others(super().get_combined_hook_patches(hooks))
+        patches = self._all_patches if self._all_patches is not None else self.patches
+        beside = {key: patches[key] for key in combined.keys() & patches.keys() - self._others(patches).keys()}
+        return {key: [*beside.get(key, ()), *values] for key, values in combined.items()}
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, torch.Tensor]:
         """Core's; quantized weights whose patches are not in them are patched as they are written, one at a time."""
@@ -227,9 +247,9 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
         hooked = super().get_combined_hook_patches(hooks) if hooks is not None else {}
         for name, module in modules.items():
             key = name + _WEIGHT
-            updates = [
-                update for source in (patches, hooked) for update in _updates(modules, key, source.get(key, ())) or ()
-            ]
+            always, now = (_updates(modules, key, source.get(key, ())) for source in (patches, hooked))
+            # Hooks that core applies have all of them in the weight.
+            updates = [*(always or ()), *now] if now is not None else []
             if module.side_product is not None:
                 if module.side_product.is_of(updates):
                     continue

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lowbit.errors import CapabilityError
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.quantize import quantize_to_tensor
+from testing import tiny
 
 BLOCK = "diffusion_model.blocks.0."
 KEY = BLOCK + "self_attn.q.weight"
@@ -262,6 +264,78 @@ def test_hooks_come_and_go_as_on_a_16_bit_model(host, name, patch):
     patcher.cleanup()
 
 
+def _set(rows: torch.Tensor):
+    return {KEY: ("set", (rows,))}
+
+
+def _turned():
+    from comfy.weight_adapter.oft import OFTAdapter
+
+    blocks = torch.randn(32, 8, 8, generator=torch.Generator().manual_seed(3)) * 0.1
+    return {KEY: OFTAdapter(set(), (blocks, None, torch.tensor(0.0), None))}
+
+
+@pytest.mark.parametrize("patch", ["dora", "set", "turned", "lora_and_set"])
+def test_hooks_that_need_the_weight_find_the_loras_below_them_in_it(host, patch):
+    lora, scale = adapter(seed=5, size=0.1), torch.full((256, 1), 3.0)
+    hooks = {
+        "dora": [{KEY: adapter(dora_scale=scale)}],
+        "set": [_set(torch.randn(256, 256))],
+        "turned": [_turned()],
+        "lora_and_set": [{KEY: adapter(seed=6)}, _set(torch.randn(256, 256))],
+    }[patch]
+    expected, measured = (with_patches(load(host, name), {KEY: lora}) for name in ("none", "int8"))
+    outputs = []
+    x = torch.randn(16, 256)
+    for patcher in (expected, measured):
+        group = _hooked(patcher, hooks[0])
+        for other in hooks[1:]:
+            group = group.clone_and_combine(_hooked(patcher, other))
+        module = resident(patcher)
+        plain = module(x)
+        patcher.apply_hooks(group)
+        patched = module(x)
+        patcher.apply_hooks(None)
+        assert torch.equal(module(x), plain)
+        patcher.apply_hooks(group)
+        outputs.append((patched, module(x)))
+        patcher.cleanup()
+    assert error(outputs[1][0], outputs[0][0]) < 0.02
+    assert error(outputs[1][1], outputs[0][0]) < 0.02
+
+
+@pytest.mark.parametrize("name", ["int8", "fp4_scaled"])
+def test_hooks_reach_every_layer_that_they_reach_on_a_16_bit_model(host, name):
+    """Those that are kept in 16 bits too, whose module core builds for quantized weights all the same."""
+    import comfy.hooks
+
+    patcher = load(host, name)
+    resident(patcher)
+    before = {key: _number(value) for key, value in patcher.model.named_parameters()}
+    weights = {f"diffusion_model.{key}": value.flip(0) for key, value in tiny.wan_tensors().items()}
+    hook = comfy.hooks.create_hook_model_as_lora(weights, None, 0.5, 0.0)
+    for part in hook.hooks:
+        patcher.add_hook_patches(part, part.weights, 0.5)
+    for _ in range(3):
+        patcher.apply_hooks(hook)
+        for key, value in patcher.model.named_parameters():
+            assert error(_number(value), before[key].lerp(weights[key].float(), 0.5)) < (
+                0.2 if "4" in name else 0.02
+            ), key
+        patcher.apply_hooks(None)
+        assert all(torch.equal(_number(value), before[key]) for key, value in patcher.model.named_parameters())
+    patcher.cleanup()
+
+
+def test_a_hook_made_of_a_quantized_model_is_refused(host):
+    import comfy.hooks
+
+    patcher, other = load(host, "int8"), load(host, "fp8_e4m3fn_scaled")
+    hook = comfy.hooks.create_hook_model_as_lora(comfy.hooks.get_patch_weights_from_model(other), None, 0.5, 0.0)
+    with pytest.raises(CapabilityError, match="16-bit checkpoint"):
+        patcher.add_hook_patches(hook.hooks[0], hook.hooks[0].weights)
+
+
 # Merges.
 
 
@@ -278,8 +352,11 @@ def test_models_merge_whichever_is_quantized(host, formats):
 
 
 def _values(module) -> torch.Tensor:
-    weight = module.weight
-    return (weight.dequantize() if hasattr(weight, "dequantize") else weight).detach().float()
+    return _number(module.weight)
+
+
+def _number(weight: torch.Tensor) -> torch.Tensor:
+    return (weight.dequantize() if hasattr(weight, "dequantize") else weight).detach().float().clone()
 
 
 @pytest.mark.parametrize("name", FORMATS)
