@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from ...ops.quantize import not_finite
 from ...ops.stored_scales import as_numbers
 from ...ops.stream import RECIPE_KEY
 from .operations import is_core_linear
+
+logger = logging.getLogger("lowbit.host")
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -88,7 +91,9 @@ def watched(file: str) -> Iterator[list[Arrival]]:
 
 
 def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) -> None:
-    """Make sure that every Linear has its weight, and every stored weight its scale: multiplied out where no Linear is.
+    """Make sure that every layer that multiplies has its weight, every bias is a number, and every stored weight has its scale.
+
+    Where no Linear is, the scale is multiplied out.
 
     Args:
         arrivals: what `watched` saw.
@@ -96,13 +101,19 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
         optional_parts: a file may leave out whole parts, as text encoders' do with what only images need.
 
     Raises:
-        CheckpointError: a Linear has no weight, or a weight is stored in a way that its layer cannot take.
+        CheckpointError: a Linear or convolution has no weight, or a weight is stored in a way that its layer cannot take.
     """
     for arrival in arrivals:
         modules = dict(arrival.module.named_modules())
         # A model may be filled from several files, one after the other.
         given = {name for other in arrivals if other.module is arrival.module for name in other.state_dict}
-        _check_linears(arrival, modules, given, file, optional_parts)
+        lost = [name for name in arrival.missing if name not in given and _multiplies(modules.get(_layer(name)))]
+        _check_weights(
+            [name for name in lost if name.endswith(".weight")], arrival, modules, given, file, optional_parts
+        )
+        # Of a whole part that is left out nothing is used.
+        biases = [name for name in lost if name.endswith(".bias") and f"{_layer(name)}.weight" in given]
+        _zero_biases(biases, modules, file)
         unused = set(arrival.unexpected)
         for layer in [name.removesuffix(_CONFIG) for name in unused if name.endswith(_CONFIG)]:
             # What the model does not have at all needs no scale either.
@@ -213,11 +224,19 @@ def _numbers(
         yield name, as_numbers(suffix, tensor, core_format)
 
 
-def _check_linears(
-    arrival: Arrival, modules: Mapping[str, torch.nn.Module], given: set[str], file: str, optional_parts: bool
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _check_weights(
+    missing: list[str],
+    arrival: Arrival,
+    modules: Mapping[str, torch.nn.Module],
+    given: set[str],
+    file: str,
+    optional_parts: bool,
 ) -> None:
-    lost = [name.removesuffix(".weight") for name in arrival.missing if name.endswith(".weight") and name not in given]
-    lost = [name for name in lost if _is_linear(modules.get(name))]
+    lost = [_layer(name) for name in missing]
     lost += [name for name, module in modules.items() if is_core_linear(module) and module.weight is None]
     if optional_parts:
         lost = [name for name in lost if _part(name) and any(key.startswith(_part(name)) for key in given)]
@@ -232,8 +251,20 @@ def _check_linears(
     )
 
 
-def _is_linear(module: torch.nn.Module | None) -> bool:
-    return isinstance(module, torch.nn.Linear) or (module is not None and is_core_linear(module))
+def _zero_biases(missing: list[str], modules: Mapping[str, Any], file: str) -> None:
+    """Core leaves them zero under dynamic VRAM; elsewhere, and in its quantized Linear always, whatever lies in memory."""
+    lost = [name for name in missing if modules[_layer(name)].bias is not None]
+    for name in lost:
+        modules[_layer(name)].bias.data.zero_()
+    if lost:
+        logger.warning(
+            "%s lacks the biases of %d layers, '%s' among them: they are taken as zero.", file, len(lost), lost[0]
+        )
+
+
+def _multiplies(module: torch.nn.Module | None) -> bool:
+    convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
+    return convolution or isinstance(module, torch.nn.Linear) or (module is not None and is_core_linear(module))
 
 
 def _part(name: str) -> str:

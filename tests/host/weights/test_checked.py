@@ -163,6 +163,28 @@ def test_a_linear_without_its_weight_is_named(host, tmp_path, layer, form):
         built(host, save(tensors, tmp_path / "lost.safetensors"))
 
 
+@pytest.mark.parametrize("form", ["16 bits", "core format"])
+def test_biases_that_a_file_lacks_are_zero_and_not_what_lies_in_memory(host, tmp_path, form, caplog, monkeypatch):
+    tensors = load_file(quantized_file(tmp_path, "int8")) if form == "core format" else tiny.wan_tensors()
+    lost = ["blocks.0.ffn.0.bias", "head.head.bias", "patch_embedding.bias"]
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **more: empty(*size, **more).fill_(3))
+    model = built(host, save({name: tensors[name] for name in tensors if name not in lost}, tmp_path / "f.safetensors"))
+    assert not any(model.get_parameter(name).any() for name in lost)
+    assert model.get_parameter("blocks.0.ffn.2.bias").any()
+    assert "f.safetensors lacks the biases of 3 layers, " in caplog.text
+
+
+def test_a_convolution_without_its_weight_is_named(host, tmp_path):
+    from lowbit.host.weights.checked import settle, watched
+
+    model = torch.nn.ModuleDict({"patch": torch.nn.Conv3d(4, 4, 2)})
+    with watched("f.safetensors") as arrivals:
+        model.load_state_dict({"patch.bias": torch.zeros(4)}, strict=False)
+    with pytest.raises(CheckpointError, match=r"f.safetensors has no weight for the model's layer 'patch'"):
+        settle(arrivals, "f.safetensors")
+
+
 def test_any_one_lost_tensor_is_an_error_of_ours_or_harmless(host, tmp_path):
     """Never core's bare KeyError: it tells models apart by tensors that may be the lost one."""
     whole = quantized.scaled_fp8(tiny.wan_tensors())
@@ -236,7 +258,7 @@ class Encoder(torch.nn.Module):
         (("visual.blocks.2.weight", "text_projection."), "visual.blocks.2"),
     ],
 )
-def test_a_text_encoder_may_lack_a_whole_part_but_no_block_of_one(host, left_out, named):
+def test_a_text_encoder_may_lack_a_whole_part_but_no_block_of_one(host, left_out, named, caplog):
     from lowbit.host.weights.checked import settle, watched
 
     model = Encoder()
@@ -245,6 +267,7 @@ def test_a_text_encoder_may_lack_a_whole_part_but_no_block_of_one(host, left_out
         model.load_state_dict(tensors, strict=False)
     if named is None:
         settle(arrivals, "te.safetensors", optional_parts=True)
+        assert not caplog.text
         return
     with pytest.raises(CheckpointError, match=rf"te.safetensors has no weight for the model's layer '{named}'"):
         settle(arrivals, "te.safetensors", optional_parts=True)
