@@ -41,6 +41,32 @@ class _Stored:
         return stored[self.name]
 
 
+class QuantizedEmbedding(torch.nn.Module):
+    """Mixin over core's `mixed_precision_ops(...).Embedding` with a quantized table: patches, merges and hooks find a Linear's ways.
+
+    Core has none of them there, and loses what it adds to a copy of the decoded table.
+    """
+
+    comfy_quant = _Stored()
+    weight_scale = _Stored()
+    weight: Any
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **kwargs: Any) -> torch.Tensor:
+        """The table's numbers."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(
+        self, weight: torch.Tensor, seed: int | None = None, return_weight: bool = False, **kwargs: Any
+    ) -> torch.Tensor | None:
+        """Quantize a patched table as this one is, and put it in its place, or return it."""
+        patched = self.weight.requantize_from_float(weight, scale="recalculate", stochastic_rounding=seed)
+        patched = patched.to(self.weight.dtype)
+        if return_weight:
+            return patched
+        self.weight = torch.nn.Parameter(patched, requires_grad=False)
+        return None
+
+
 class KeptLinear(torch.nn.Module):
     """Mixin over core's `mixed_precision_ops(...).Linear` in 16 bits: hooks write to its weight as to any other layer's."""
 
@@ -184,7 +210,7 @@ def _reads_alone(linear: QuantizedLinear) -> bool:
 
 
 def adopt_quantized_linears(model: torch.nn.Module) -> int:
-    """Make every Linear of `model` that holds a quantized weight multiply through this pack.
+    """Make every Linear of `model` that holds a quantized weight multiply through this pack, and patches work beside it.
 
     Returns:
         How many modules multiply here now, those of an earlier call included.
@@ -197,7 +223,9 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
         elif isinstance(getattr(module, "weight", None), QuantizedTensor) and is_core_linear(module):
             _put_in_front(QuantizedLinear, module)
             adopted += 1
-    for module in model.modules() if adopted else ():
+        elif isinstance(module, torch.nn.Embedding) and isinstance(module.weight, QuantizedTensor):
+            module.__class__ = class_in_front(type(module), QuantizedEmbedding)
+    for module in model.modules() if holds_quantized(model) else ():
         if isinstance(module, (QuantizedLinear, OpaqueWhilePaged)):
             continue
         if is_core_linear(module):
@@ -205,6 +233,11 @@ def adopt_quantized_linears(model: torch.nn.Module) -> int:
         if is_opaque_while_paged(module):
             _put_in_front(OpaqueWhilePaged, module)
     return adopted
+
+
+def holds_quantized(model: torch.nn.Module) -> bool:
+    """Whether a layer of `model` that holds a quantized weight has been adopted."""
+    return any(isinstance(module, (QuantizedLinear, QuantizedEmbedding)) for module in model.modules())
 
 
 def is_core_linear(module: torch.nn.Module) -> bool:

@@ -17,7 +17,7 @@ from ...ops.side_product import LowRankUpdate, SideProduct
 from ...versions import find, missing
 from ..in_front import class_in_front
 from .core_names import PATCHING
-from .operations import QuantizedLinear
+from .operations import QuantizedLinear, holds_quantized
 
 _LoRA = find("comfy.weight_adapter.lora.LoRAAdapter")
 _Lazy = find("comfy.model_patcher.LazyCastingParamPiece") or torch.nn.Parameter
@@ -279,8 +279,8 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def patch_beside_weights(patcher: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
-    """`patcher` itself, from now on a `QuantizedModelPatcher` where its model has quantized linears of ours."""
-    if isinstance(patcher, QuantizedModelPatcher) or not quantized_linears(patcher.model):
+    """`patcher` itself, from now on a `QuantizedModelPatcher` where its model has quantized layers of ours."""
+    if isinstance(patcher, QuantizedModelPatcher) or not holds_quantized(patcher.model):
         return patcher
     if not missing(PATCHING):
         patcher.__class__ = class_in_front(type(patcher), QuantizedModelPatcher)

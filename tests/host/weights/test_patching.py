@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lowbit.errors import CapabilityError
 from lowbit.ops.formats import FORMATS
-from lowbit.ops.quantize import quantize_to_tensor
+from lowbit.ops.quantize import quantize_to_tensor, quantize_weight
 from testing import tiny
 
 BLOCK = "diffusion_model.blocks.0."
@@ -385,6 +386,59 @@ def test_text_encoders_merge_whichever_is_quantized(host, umt5, formats):
     (merged,) = CLIPMergeSimple().merge(first, second, 0.25)
     resident(merged.patcher, f"{name}.weight")
     assert error(_values(merged.cond_stage_model.get_submodule(name)), 0.25 * values[0] + 0.75 * values[1]) < 0.06
+
+
+# Tables of embeddings that a file holds quantized.
+
+TABLE = "umt5xxl.transformer.shared.weight"
+
+
+@pytest.fixture(params=["float8_e4m3fn", "int8", "int8_convrot"])
+def encoder_with_table(host, umt5, tmp_path, request):
+    """The tiny UMT5 of a file in which the table, and nothing else, is quantized."""
+    import comfy.sd
+
+    tensors = tiny.umt5_tensors()
+    parts = quantize_weight(tensors.pop("shared.weight"), request.param)
+    path = tmp_path / "table.safetensors"
+    save_file(tensors | {f"shared.{suffix}": part for suffix, part in parts.items()}, path)
+    umt5("none")
+    clip = host.loading.load_text_encoder([str(path)], comfy.sd.CLIPType.WAN)
+    assert hasattr(linear(clip.patcher, TABLE).weight, "dequantize")
+    return clip
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_patch_on_a_quantized_table_is_in_it_while_it_lasts(encoder_with_table, hooked):
+    patcher = encoder_with_table.patcher.clone()
+    table = resident(patcher, TABLE)
+    before = _values(table)
+    delta = torch.randn(before.shape) * 0.3
+    group = (
+        _hooked(patcher, {TABLE: ("diff", (delta,))}) if hooked else patcher.add_patches({TABLE: ("diff", (delta,))})
+    )
+    for _ in range(2):
+        resident(patcher, TABLE)
+        if hooked:
+            patcher.apply_hooks(group)
+        assert error(_values(table), before + delta) < 0.06
+        if hooked:
+            patcher.apply_hooks(None)
+        else:
+            patcher.unpatch_model(patcher.offload_device)
+        assert torch.equal(_values(table), before)
+
+
+def test_text_encoders_merge_where_either_has_a_quantized_table(encoder_with_table, umt5):
+    from comfy_extras.nodes_model_merging import CLIPMergeSimple
+
+    plain = umt5("none")
+    plain.add_patches({TABLE: ("diff", (torch.ones(_values(linear(plain.patcher, TABLE)).shape),))})
+    values = [_values(linear(clip.patcher, TABLE)) for clip in (encoder_with_table, plain)]
+    expected = 0.25 * values[0] + 0.75 * (values[1] + 1)
+    for first, second, ratio in ((encoder_with_table, plain, 0.25), (plain, encoder_with_table, 0.75)):
+        (merged,) = CLIPMergeSimple().merge(first, second, ratio)
+        assert error(_values(resident(merged.patcher, TABLE)), expected) < 0.06
 
 
 def test_a_lora_on_a_text_encoder_stands_beside_its_weights(host, umt5):
