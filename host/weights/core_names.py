@@ -30,8 +30,8 @@ NEEDED = dotted(
 PATCHING = dotted(
     {
         "comfy.model_patcher.ModelPatcher": (
-            "clone get_combined_hook_patches load model_state_dict_for_saving partially_load partially_unload "
-            "patch_cached_hook_weights patch_hook_weight_to_device patch_hooks unpatch_hooks unpatch_model"
+            "add_hook_patches clone get_combined_hook_patches load model_state_dict model_state_dict_for_saving partially_load "
+            "partially_unload patch_cached_hook_weights patch_hook_weight_to_device patch_hooks unpatch_hooks unpatch_model"
         ),
         "comfy.model_patcher": "LazyCastingParamPiece LazyCastingQuantizedParam",
         "comfy.weight_adapter.lora": "LoRAAdapter",

@@ -49,6 +49,14 @@ class PatchedPart(_Lazy):  # type: ignore[misc, valid-type]
         return torch.Tensor._make_subclass(cls, tensor, False)
 
 
+class _Numbers(dict[str, torch.Tensor]):
+    """A state dict that decodes a quantized weight when it is looked up, so that no more than one is in memory."""
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        value = super().__getitem__(key)
+        return value.dequantize() if isinstance(value, QuantizedTensor) else value
+
+
 class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
     """Mixin over core's patchers: a LoRA on a quantized linear becomes its `side_product`, and leaves the weight alone.
 
@@ -172,6 +180,12 @@ class QuantizedModelPatcher(comfy.model_patcher.ModelPatcher):
         patches = self._all_patches if self._all_patches is not None else self.patches
         beside = {key: patches[key] for key in combined.keys() & patches.keys() - self._others(patches).keys()}
         return {key: [*beside.get(key, ()), *values] for key, values in combined.items()}
+
+    def model_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Core's, with the numbers that quantized weights stand for: it lists their codes."""
+        state = super().model_state_dict(*args, **kwargs)
+        weights = {key: self._quantized(key) for key in state if key.endswith(_WEIGHT)}
+        return _Numbers(state | {key: weight for key, weight in weights.items() if weight is not None})
 
     def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> dict[str, torch.Tensor]:
         """Core's; quantized weights whose patches are not in them are patched as they are written, one at a time."""

@@ -370,6 +370,23 @@ def test_every_name_that_core_lists_can_be_looked_up(host, name):
             assert torch.equal(found[key][0][0].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
+@pytest.mark.parametrize("kind", ["STANDARD", "FULL_DIFF"])
+@pytest.mark.parametrize("name", ["int8_convrot_fast", "fp8_e4m3fn_scaled"])
+def test_a_lora_is_extracted_from_numbers_and_not_from_codes(host, name, kind):
+    from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
+
+    lora, attention = adapter(size=0.5), f"{BLOCK}self_attn."
+    difference = with_patches(load(host, name), {KEY: lora})
+    for key, patches in load(host, name).get_key_patches(attention).items():
+        difference.add_patches({key: patches}, -1.0, 1.0)
+    made = {
+        key: value.float() for key, value in calc_lora_model(difference, 4, attention, "", {}, LORAType[kind]).items()
+    }
+    update = made["q.diff"] if kind == "FULL_DIFF" else made["q.lora_up.weight"] @ made["q.lora_down.weight"]
+    # Core clamps the factors' outliers.
+    assert error(update, product(lora)) < 0.2
+
+
 @pytest.mark.parametrize("formats", [("none", "int8"), ("int8", "none"), ("fp8_e4m3fn_scaled", "fp4_scaled")])
 def test_text_encoders_merge_whichever_is_quantized(host, umt5, formats):
     from comfy_extras.nodes_model_merging import CLIPMergeSimple
