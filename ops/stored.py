@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from .diffusion_names import described_weight
+from .formats import STORAGES
 from .header import load_json
 from .multiplied_out import ScaledWeight, multiplied_out
 from .quantize import core_config_tensor
@@ -29,6 +30,11 @@ _INPUT_SCALES = (".input_scale", ".scale_input")
 _INTEGERS = frozenset(
     {torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64}
 )
+_AS_INTEGERS: Mapping[str, bool] = {storage.core_format: storage.dtype in _INTEGERS for storage in STORAGES.values()}
+"""Whether a core format's weights are stored as integers."""
+_SMOOTHING = ".pre_quant_scale"
+_SMOOTHED = "nvfp4"
+"""What a layer's input is multiplied by, and the one format for which core does it."""
 _INTEGER_FORMATS = frozenset({"int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"})
 
 
@@ -128,9 +134,11 @@ def find_stored_layers(
             layers[layer] = _described(layer, config, dtypes, "header metadata")
     for name in dtypes:
         if name.endswith(_CONFIG):
-            layer = name.removesuffix(_CONFIG)
-            layers[layer] = _described(layer, _config(name, read), dtypes, "core format")
+            layer, config = name.removesuffix(_CONFIG), _config(name, read)
             dropped.add(name)
+            # What was left behind of a layer that was taken out describes nothing.
+            if f"{layer}.weight" in dtypes or _scales(layer, dtypes):
+                layers[layer] = _described(layer, config, dtypes, "core format")
     for name, dtype in dtypes.items():
         layer = name.removesuffix(".weight")
         if layer == name or layer in layers or len(shapes[name]) != 2:
@@ -221,16 +229,32 @@ def _config(name: str, read: Callable[[str], torch.Tensor]) -> dict[str, Any]:
 
 
 def _described(layer: str, config: dict[str, Any], dtypes: Mapping[str, torch.dtype], origin: str) -> StoredLayer:
-    scales = _scales(layer, dtypes)
+    scales, dtype = _scales(layer, dtypes), dtypes.get(f"{layer}.weight")
+    _refuse_contradiction(layer, config["format"], dtypes)
     if not config["format"].startswith("float8"):
         return StoredLayer(config, scales, origin=origin)
-    dtype = dtypes.get(f"{layer}.weight")
     if dtype is not None:
         config = {**config, "format": FLOAT8_FORMATS.get(dtype, config["format"])}
     unscaled = "weight_scale" not in scales
     if unscaled:
         _refuse_unknown_scaling(layer, dtypes)
     return StoredLayer(config, scales, unscaled, origin)
+
+
+def _refuse_contradiction(layer: str, core_format: str, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse a description that its layer's tensors contradict: core would turn numbers into codes, or pass a scale over."""
+    dtype = dtypes.get(f"{layer}.weight")
+    if dtype is not None and (dtype in _INTEGERS) != _AS_INTEGERS.get(core_format, dtype in _INTEGERS):
+        raise CheckpointError(
+            f"the layer '{layer}' is described as {core_format}, and its weight is stored as {_name(dtype)}: use a file whose "
+            "description is that of its weights."
+        )
+    if core_format != _SMOOTHED and f"{layer}{_SMOOTHING}" in dtypes:
+        _refuse_scaling(layer, _SMOOTHING)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _float8(layer: str, dtype: torch.dtype, full_precision: bool, dtypes: Mapping[str, torch.dtype]) -> StoredLayer:
@@ -248,7 +272,7 @@ def _int8(layer: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> 
     scales = _scales(layer, dtypes)
     if dtype != torch.int8 or "weight_scale" not in scales:
         raise CheckpointError(
-            f"the layer '{layer}' is stored as {str(dtype).removeprefix('torch.')}, and nothing in the file says how it "
+            f"the layer '{layer}' is stored as {_name(dtype)}, and nothing in the file says how it "
             "is scaled: use the 16-bit file, or one in ComfyUI's own quantized format."
         )
     return StoredLayer({"format": "int8_tensorwise"}, scales, origin="scaled INT8")
@@ -311,7 +335,11 @@ def _refuse_unknown_scaling(layer: str, dtypes: Mapping[str, torch.dtype]) -> No
     """An unknown scale beside a weight is not to be passed over: the weight would be taken for what it is not."""
     for suffix in UNKNOWN_SCALINGS:
         if layer + suffix in dtypes:
-            raise CheckpointError(
-                f"the quantized layer '{layer}' is scaled by '{layer + suffix}', a scaling that ComfyUI cannot multiply "
-                "with: use the 16-bit file, or one in ComfyUI's own quantized format."
-            )
+            _refuse_scaling(layer, suffix)
+
+
+def _refuse_scaling(layer: str, suffix: str) -> None:
+    raise CheckpointError(
+        f"the quantized layer '{layer}' is scaled by '{layer + suffix}', a scaling that ComfyUI cannot multiply "
+        "with: use the 16-bit file, or one in ComfyUI's own quantized format."
+    )

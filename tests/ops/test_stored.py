@@ -160,7 +160,10 @@ def test_per_row_fp8_scales_become_columns():
         ({"a.comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)}, {}, "does not describe a quantized layer"),
         ({"a.comfy_quant": core_config_tensor({"other": 1})}, {}, "does not describe a quantized layer"),
         (
-            {"a.weight": torch.zeros(2, 2), "a.comfy_quant": core_config_tensor({"format": "nvfp4"})},
+            {
+                "a.weight": torch.zeros(2, 2, dtype=torch.uint8),
+                "a.comfy_quant": core_config_tensor({"format": "nvfp4"}),
+            },
             {},
             "has no 'weight_scale'",
         ),
@@ -219,6 +222,43 @@ def test_a_scaling_that_core_cannot_multiply_with_is_refused_not_passed_over(cas
         normalize_state_dict(tensors, {})
     assert named in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("in_header", [False, True])
+@pytest.mark.parametrize(
+    ("core_format", "dtype"),
+    [
+        ("int8_tensorwise", torch.bfloat16),
+        ("int8_tensorwise", torch.float8_e4m3fn),
+        ("nvfp4", torch.float16),
+        ("mxfp8", torch.int8),
+        ("float8_e4m3fn", torch.uint8),
+        ("convrot_w4a4", torch.float32),
+    ],
+)
+def test_a_description_that_the_weight_contradicts_is_refused(core_format, dtype, in_header):
+    tensors = {"a.weight": torch.ones(64, 64).to(dtype), "a.weight_scale": torch.ones(64, 1)}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"a": {"format": core_format}}})}
+    if not in_header:
+        tensors["a.comfy_quant"], metadata = core_config_tensor({"format": core_format}), {}
+    with pytest.raises(CheckpointError, match=f"'a' is described as {core_format}, and its weight is stored as"):
+        normalize_state_dict(tensors, metadata)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_an_input_s_scale_is_refused_where_core_would_pass_it_over(storage):
+    parts = quantize_weight(torch.randn(256, 256), storage)
+    tensors = {f"a.{suffix}": part for suffix, part in parts.items()} | {"a.pre_quant_scale": torch.rand(256)}
+    if storage == "nvfp4":
+        assert torch.equal(normalize_state_dict(tensors, {})["a.pre_quant_scale"], tensors["a.pre_quant_scale"])
+        return
+    with pytest.raises(CheckpointError, match=r"'a' is scaled by 'a.pre_quant_scale'"):
+        normalize_state_dict(tensors, {})
+
+
+def test_a_description_that_is_all_that_is_left_of_a_layer_is_dropped():
+    left = {"b.comfy_quant": core_config_tensor({"format": "int8_tensorwise"})}
+    assert set(normalize_state_dict({"a.weight": torch.randn(4, 4)} | left, {})) == {"a.weight"}
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.5), torch.full((32,), 0.5), torch.full((32, 1), 0.5).bfloat16()])
