@@ -58,6 +58,7 @@ OPTIONAL = {
             "comfy.ldm.flux.layers.apply_mod",
             "comfy.ldm.flux.math.apply_rope",
             "comfy.ldm.flux.math.apply_rope1",
+            "comfy.ldm.qwen_image.model.Attention",
             "comfy.ldm.qwen_image.model.QwenImageTransformerBlock",
             "comfy.ldm.wan.model.repeat_e",
             "comfy.ops.disable_weight_init.LayerNorm",
