@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import torch
 import torch.distributed as distributed
 
@@ -92,6 +93,7 @@ class ProcessGroup:
 
         Raises:
             ConnectionAbortedError: the group has ended.
+            InterruptProcessingException: the user interrupts, while this waits for a process that may never come.
         """
         if self._device.type == "cuda":
             work.wait()
@@ -127,6 +129,7 @@ class ProcessGroup:
     def _look(self, is_done: Callable[[], bool], seconds: float) -> None:
         while not is_done():
             self._still_there()
+            comfy.model_management.throw_exception_if_processing_interrupted()
             time.sleep(seconds)
 
     def _still_there(self) -> None:
