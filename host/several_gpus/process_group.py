@@ -50,6 +50,7 @@ class ProcessGroup:
         self._backend = backend
         self._device = device
         self._under_way: deque[torch.cuda.Event] = deque()
+        self._met = False
         self.ended = False
 
     def rank(self) -> int:
@@ -87,6 +88,7 @@ class ProcessGroup:
         self.alltoall_base(little, little.clone(), counts, counts, distributed.AllToAllOptions()).wait()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self._met = True
 
     def wait(self, work: Any) -> None:
         """The result is there for what is queued from now on: a GPU's stream waits for it, the processor seldom.
@@ -129,7 +131,8 @@ class ProcessGroup:
     def _look(self, is_done: Callable[[], bool], seconds: float) -> None:
         while not is_done():
             self._still_there()
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            if self._met:  # before, this is a `Meeting`, and who waits for it looks
+                comfy.model_management.throw_exception_if_processing_interrupted()
             time.sleep(seconds)
 
     def _still_there(self) -> None:
