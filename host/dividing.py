@@ -80,6 +80,9 @@ def divide(
         return clone
     if devices not in _TEAMS:
         _TEAMS[devices] = Team(devices, cache_folder())
+    for others, team in _TEAMS.items():
+        if others != devices:  # or a GPU of both would hold the model twice
+            team.let_go(model.model)
     hooks = DividingHooks(_TEAMS[devices], split, say, eight_bits)
     wrappers = {
         WrappersMP.OUTER_SAMPLE: hooks.outer_sample,

@@ -56,6 +56,7 @@ class DividingHooks:
         self._tell = say
         self._said: set[str] = set()
         self._model: str | None = None
+        self._network: Any = None
         self._file = ""
         self._family: CoreFamily | None = None
         self._patches: dict[str, list[Any]] = {}
@@ -90,7 +91,7 @@ class DividingHooks:
                 self._team.settle()
             return out
         finally:
-            self._model, self._patches = None, {}
+            self._model, self._network, self._patches = None, None, {}
 
     def calc_cond_batch(
         self, executor: Callable[..., Any], model: Any, conds: Any, x_in: Any, timestep: Any, model_options: Any
@@ -103,6 +104,11 @@ class DividingHooks:
     def diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """One forward, by all."""
         if self._model is None or torch.compiler.is_compiling():
+            return executor(*args, **kwargs)
+        if executor.class_obj is not self._network:
+            self._say_once(
+                "Several GPUs: the second model of this run, which has one for each prompt, runs on one GPU."
+            )
             return executor(*args, **kwargs)
         names = tuple(inspect.signature(executor.class_obj.forward).parameters)
         named = dict(zip(names, args, strict=False)) | kwargs
@@ -216,7 +222,7 @@ class DividingHooks:
             self._tell(sentence)
 
     def _prepare(self, patcher: Any, options: Mapping[str, Any]) -> None:
-        self._family = check_model(patcher, options)
+        self._family, self._network = check_model(patcher, options), patcher.model.diffusion_model
         own = options["transformer_options"]
         self._patches = {name: list(listed) for name, listed in own.get("patches", {}).items()}
         wrappers = own.get("wrappers", {}).get(WrappersMP.DIFFUSION_MODEL, {})

@@ -58,7 +58,8 @@ def from_json(text: bytes, device: torch.device) -> tuple[Any, list[torch.Tensor
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat view of a contiguous tensor's bytes."""
-    return tensor.reshape(-1).view(torch.uint8)
+    # A single number that was expanded is contiguous with any stride, and flattening would keep it.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

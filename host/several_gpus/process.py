@@ -46,6 +46,7 @@ class WorkerProcess:
         self.pending: list[str] = []
         self.began = time.time()
         self._started = False
+        self._not_loaded: str | None = None
         # Asked while another thread waits for the process, Popen does not know whether it runs.
         self._hung_up = False
         self._on_trouble = on_trouble
@@ -76,6 +77,9 @@ class WorkerProcess:
     def expect(self, reply: str, **values: Any) -> Message:
         """Waits for a reply with these values; what belongs to an earlier forward is passed over.
 
+        A model that the worker could not load is left for `await_models` to tell: the processes may be about to meet,
+        and who has come is not woken when another stays away.
+
         Raises:
             WorkerError: the worker could not do it, or is gone.
         """
@@ -89,13 +93,15 @@ class WorkerProcess:
                 self._replies.put(message)
                 raise WorkerError(self._gone())
             earlier = message.get("generation") not in (None, values.get("generation"))
-            if message["reply"] == "failed" and message["to"] != "run" and not earlier:
-                self.has_model.pop(message["model"], None)
-                self._done_with(message["model"])
+            if message["reply"] == "failed" and message["to"] not in ("model", "run") and not earlier:
                 raise WorkerError(self.sentence(message))
             self._started |= message["reply"] == "started"
-            if message["reply"] == "model":
-                self._done_with(message["model"])
+            if message["reply"] == "failed" and message["to"] == "model":
+                self.has_model.pop(message["model"], None)
+                self._not_loaded = self.sentence(message)
+                message = {"reply": "model", "model": message["model"]}
+            if message["reply"] == "model" and message["model"] in self.pending:
+                self.pending.remove(message["model"])
             if message["reply"] == reply and all(message.get(name) == value for name, value in values.items()):
                 return message
 
@@ -108,10 +114,9 @@ class WorkerProcess:
         """Waits until the worker has every model that it was sent. Raises as `expect`."""
         while self.pending:
             self.expect("model")
-
-    def _done_with(self, model: str | None) -> None:
-        if model in self.pending:
-            self.pending.remove(model)
+        sentence, self._not_loaded = self._not_loaded, None
+        if sentence is not None:
+            raise WorkerError(sentence)
 
     def sentence(self, message: Message) -> str:
         """What befell the worker, for the user."""

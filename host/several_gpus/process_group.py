@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import torch
 import torch.distributed as distributed
 
@@ -49,6 +50,7 @@ class ProcessGroup:
         self._backend = backend
         self._device = device
         self._under_way: deque[torch.cuda.Event] = deque()
+        self._met = False
         self.ended = False
 
     def rank(self) -> int:
@@ -86,12 +88,14 @@ class ProcessGroup:
         self.alltoall_base(little, little.clone(), counts, counts, distributed.AllToAllOptions()).wait()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self._met = True
 
     def wait(self, work: Any) -> None:
         """The result is there for what is queued from now on: a GPU's stream waits for it, the processor seldom.
 
         Raises:
             ConnectionAbortedError: the group has ended.
+            InterruptProcessingException: the user interrupts, while this waits for a process that may never come.
         """
         if self._device.type == "cuda":
             work.wait()
@@ -127,6 +131,8 @@ class ProcessGroup:
     def _look(self, is_done: Callable[[], bool], seconds: float) -> None:
         while not is_done():
             self._still_there()
+            if self._met:  # before, this is a `Meeting`, and who waits for it looks
+                comfy.model_management.throw_exception_if_processing_interrupted()
             time.sleep(seconds)
 
     def _still_there(self) -> None:

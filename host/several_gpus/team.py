@@ -171,6 +171,12 @@ class Team:
                 worker.send({"do": "begin", "model": model})
             return model
 
+    def let_go(self, owner: object) -> None:
+        """Another team has a model from now on; as if it were gone."""
+        name = self._names.pop(owner, None)
+        if name is not None:
+            self._forget_soon(name)
+
     def close(self) -> None:
         """Ends the workers."""
         self.leave()

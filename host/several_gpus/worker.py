@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import queue
+import shutil
 import threading
 import time
 import traceback
@@ -58,12 +59,13 @@ class Worker:
         self._groups: dict[str, process_group.ProcessGroup] = {}
         self._speeds: dict[str, Sequence[float]] = {}
         self._generation = self._stopped = -1
+        self._meeting_place: str | None = None
 
     def serve(self) -> None:
         """Does what it is told until ComfyUI is gone."""
         threading.Thread(target=self._listen, daemon=True).start()
         self._reach("pack")
-        self._channel.send({"reply": "started"})
+        self._tell({"reply": "started"})
         while True:
             message, tensors = self._messages.get()
             # What an earlier forward was stopped with.
@@ -82,6 +84,11 @@ class Worker:
         except BaseException as error:  # noqa: BLE001  # whatever it is, ComfyUI has to hear of it
             self._fail(message, error)
 
+    def _tell(self, reply: Message) -> None:
+        """To ComfyUI; where it is gone, `_listen` ends this process."""
+        with contextlib.suppress(OSError):
+            self._channel.send(reply)
+
     def _reach(self, stage: str) -> None:
         """For the first time."""
         self._reached.setdefault(stage, time.time())
@@ -95,6 +102,8 @@ class Worker:
                 else:
                     self._messages.put((message, tensors))
         except (EOFError, OSError):
+            if self._meeting_place is not None:  # ComfyUI may have been killed
+                shutil.rmtree(self._meeting_place, ignore_errors=True)
             os._exit(0)  # the other thread may be waiting for a GPU
 
     def _stop(self, generation: int) -> None:
@@ -109,7 +118,7 @@ class Worker:
         if not stopped:
             log.warning("%s", "".join(traceback.format_exception(error)))
         # Told before the group is left: the others' complaints come later.
-        self._channel.send(
+        self._tell(
             {
                 "reply": "failed",
                 "to": message["do"],
@@ -140,21 +149,21 @@ class Worker:
     def _do_model(self, message: Message, tensors: list[torch.Tensor]) -> None:
         self._copies.take(message["model"], plain_data.put_together(message["description"], tensors))
         self._reach("model")
-        self._channel.send({"reply": "model", "model": message["model"]})
+        self._tell({"reply": "model", "model": message["model"]})
 
     def _do_forget(self, message: Message, tensors: list[torch.Tensor]) -> None:
         self._copies.forget(message["model"])
 
     def _do_stages(self, message: Message, tensors: list[torch.Tensor]) -> None:
-        self._channel.send({"reply": "stages", "reached": self._reached})
+        self._tell({"reply": "stages", "reached": self._reached})
 
     def _do_speed(self, message: Message, tensors: list[torch.Tensor]) -> None:
-        self._channel.send({"reply": "speed", "speed": process_group.speed(self._device)})
+        self._tell({"reply": "speed", "speed": process_group.speed(self._device)})
 
     def _do_join(self, message: Message, tensors: list[torch.Tensor]) -> None:
         if message["generation"] != self._generation:
             self._leave()
-            self._generation = message["generation"]
+            self._generation, self._meeting_place = message["generation"], message["folder"]
         groups = {}
         for name, ranks in message["groups"].items():
             if message["rank"] in ranks and len(ranks) > 1:
@@ -163,11 +172,11 @@ class Worker:
                 groups[name] = process_group.join(place, rank, len(ranks), self._device)
         self._groups |= groups
         self._speeds |= message["speeds"]
-        self._channel.send({"reply": "join", "generation": message["generation"]})
+        self._tell({"reply": "join", "generation": message["generation"]})
         for group in groups.values():
             group.meet()
         self._reach("group")
-        self._channel.send({"reply": "met", "generation": message["generation"]})
+        self._tell({"reply": "met", "generation": message["generation"]})
 
     def _do_begin(self, message: Message, tensors: list[torch.Tensor]) -> None:
         self._copies.begin(message["model"])
@@ -194,4 +203,4 @@ class Worker:
             torch.cuda.synchronize(self._device)
         self._copies.end()
         self._reach("first run")
-        self._channel.send({"reply": "settle", "generation": message["generation"]})
+        self._tell({"reply": "settle", "generation": message["generation"]})

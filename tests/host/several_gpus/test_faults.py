@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,6 +76,26 @@ def test_an_interrupt_in_the_middle_of_a_step(load, divide, workers, run, alone)
     assert time.monotonic() - began < SOON
     assert relative_error(run.sample(model), alone) <= EXACT
     assert worker_pid(workers) == pid, "an interrupt is no reason to load the model anew"
+
+
+def test_an_interrupt_while_a_worker_hangs(load, divide, workers, run, alone):
+    import comfy.model_management as management
+
+    model = divide(load("wan"))
+    run.sample(model)
+    pid = worker_pid(workers)
+    interrupt = threading.Timer(0.5, management.interrupt_current_processing, [True])
+    interrupt.start()
+    try:
+        with (
+            pytest.raises(management.InterruptProcessingException),
+            in_the_middle(model, lambda: os.kill(pid, signal.SIGSTOP)),
+        ):
+            run.sample(model)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert relative_error(run.sample(model), alone) <= EXACT
+    assert worker_pid(workers) == pid
 
 
 @pytest.mark.parametrize("when", ["in the middle of a step", "between two runs"])
@@ -247,6 +268,19 @@ def test_a_worker_that_was_started_for_nothing_goes_too(host):
     assert gone(pid)
 
 
+def test_a_model_that_goes_to_other_gpus_leaves_those_before(host):
+    """The node was run again with other numbers: its weights would stay on all of them."""
+    model = host.loading.load_diffusion_model(str(host.folder / "wan.safetensors"))
+    teams = [(torch.device("cpu"), torch.device("cpu", index)) for index in (2, 3)]
+    divided, pids = [], []
+    for devices in teams:
+        divided.append(host.dividing.divide(model, devices, "auto"))
+        pids.append(host.dividing._TEAMS[devices].workers[0].process.pid)
+    assert gone(pids[0])
+    assert psutil.pid_exists(pids[1])
+    host.dividing._TEAMS[teams[1]].close()
+
+
 PARENT = """
 import os, sys, time, torch
 sys.path += [{comfyui!r}, {root!r}, {here!r}]
@@ -270,7 +304,7 @@ with torch.inference_mode():
 
 
 @pytest.mark.parametrize("early", [0, 2 * SOON])
-def test_comfyui_killed_leaves_no_worker(host, early):
+def test_comfyui_killed_leaves_no_worker_and_no_folder(host, tmp_path, early):
     """In the middle of a run, or while the worker starts and a process that ComfyUI forked holds its socket open."""
     here = Path(__file__).resolve().parent
     script = PARENT.format(
@@ -280,9 +314,12 @@ def test_comfyui_killed_leaves_no_worker(host, early):
         path=str(host.folder / "wan.safetensors"),
         early=early,
     )
-    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
     pid = int(parent.stdout.readline())
     assert psutil.pid_exists(pid)
+    assert early or list(tmp_path.glob("lowbit-*"))
     parent.kill()
     parent.wait()
     assert gone(pid)
+    assert not list(tmp_path.glob("lowbit-*"))

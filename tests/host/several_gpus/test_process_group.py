@@ -55,3 +55,21 @@ def test_a_meeting_says_what_went_wrong(process_group):
 
     with pytest.raises(RuntimeError, match="nobody is there"):
         process_group.Meeting([types.SimpleNamespace(meet=nobody)]).done(5)
+
+
+def test_an_interrupt_is_not_taken_by_the_thread_of_a_meeting(process_group):
+    """It would be lost there, and whoever waits for the meeting wait on."""
+    import comfy.model_management as management
+
+    backend = types.SimpleNamespace(rank=lambda: 0, size=lambda: 2, broadcast=lambda *_: never_done())
+    group = process_group.ProcessGroup(backend, CPU)
+    management.interrupt_current_processing(True)
+    try:
+        meeting = process_group.Meeting([group])
+        assert not meeting.done(0.1)
+        assert management.processing_interrupted()
+    finally:
+        management.interrupt_current_processing(False)
+    group.end()
+    with pytest.raises(ConnectionAbortedError):
+        meeting.done(10.0)

@@ -189,6 +189,27 @@ def test_two_models_take_turns(load, divide, workers):
     assert pids == [] or [worker.process.pid for worker in workers().workers] == pids
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_the_second_model_of_a_run_is_not_taken_for_the_first(load, divide, parts, both):
+    """Its forward comes by the first one's hooks."""
+    from comfy.samplers import calculate_sigmas, sampler_object
+    from comfy_extras.nodes_custom_sampler import Guider_DualModel
+
+    run, first, second = RUNS["wan"][1], load("wan"), load("wan", "int8")
+
+    def sample(model, other):
+        guider = Guider_DualModel(model, other)
+        guider.set_conds(*run.prompts)
+        guider.set_cfg(run.cfg)
+        sigmas = calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+        return guider.sample(run.noise, run.latent, sampler_object("euler"), sigmas, disable_pbar=True, seed=5)
+
+    alone = sample(first, second)
+    assert relative_error(sample(divide(first), divide(second) if both else second), alone) <= EXACT
+    assert parts == ["all", "all"]
+    assert ["second model" in sentence for sentence in divide.said] == [True]
+
+
 FOUR = tuple(torch.device(name) for name in ("cpu", "cpu", "cpu", "cpu"))
 
 

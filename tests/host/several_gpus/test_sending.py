@@ -193,6 +193,8 @@ def test_plain_data_comes_out_as_it_went_in(core_modules):
         "b": (torch.randn(3, 5), {"c": torch.arange(4), "d": torch.bfloat16}),
         "e": torch.randn(0, 2),
         "f": torch.randn(2, 2).bfloat16(),
+        # As some samplers make sigmas: contiguous, whatever its stride.
+        "g": torch.randn(()).expand(1),
     }
     encoded, tensors = plain_data.take_apart(value)
     read, empty = plain_data.from_json(plain_data.as_json(encoded, tensors), torch.device("cpu"))

@@ -50,6 +50,43 @@ def test_a_worker_on_a_cpu_makes_none(host, monkeypatch, environment, cuda):
     assert [message["cuda"] for message in sent] == [cuda]
 
 
+def test_a_model_that_does_not_load_leaves_processes_that_meet_alone(host, monkeypatch):
+    """Whoever waits for one that has left them cannot be woken, and the next run waits for both."""
+    from lowbit.errors import WorkerError
+
+    monkeypatch.setattr(host.process.subprocess, "Popen", lambda *args, **kwargs: None)
+    monkeypatch.setattr(host.process.Channel, "send", lambda self, message, tensors=(): None)
+    monkeypatch.setattr(host.process.WorkerProcess, "_listen", lambda self: None)
+    one = host.process.WorkerProcess("x", {}, lambda message: None)
+    one.pending += ["a", "b"]
+    failed = {
+        "reply": "failed",
+        "to": "model",
+        "model": "a",
+        "generation": None,
+        "memory": False,
+        "text": "no such file",
+    }
+    for message in (failed, {"reply": "join", "generation": 1}, {"reply": "model", "model": "b"}):
+        one._replies.put(message)
+    assert one.expect("join", generation=1)["reply"] == "join"
+    with pytest.raises(WorkerError, match="no such file"):
+        one.await_models()
+    one.await_models()
+
+
+def test_a_worker_that_cannot_tell_any_more_waits_for_its_end(host):
+    """ComfyUI went, or dropped the model, while it started: no traceback in the user's console."""
+    from lowbit.host.several_gpus import worker
+
+    def send(message, tensors=()):
+        raise BrokenPipeError
+
+    one = worker.Worker(types.SimpleNamespace(send=send), None, {})
+    one._do({"do": "stages"}, [])
+    one._do({"do": "none"}, [])
+
+
 def test_processes_meet_while_a_model_is_loaded(host, monkeypatch):
     from lowbit.host.several_gpus import worker
 
@@ -66,7 +103,7 @@ def test_processes_meet_while_a_model_is_loaded(host, monkeypatch):
     one = worker.Worker(channel, copies, {})
     for message in (
         {"do": "model", "model": "a", "description": {}},
-        {"do": "join", "generation": 1, "groups": {}, "speeds": {}},
+        {"do": "join", "generation": 1, "folder": "", "groups": {}, "speeds": {}},
         {"do": "settle", "generation": 1},
     ):
         one._messages.put((message, []))
