@@ -106,7 +106,7 @@ class ShapePlan:
         "references",
     )  # fmt: skip
 
-    def __init__(self, call: AttentionCall, candidates: list[Candidate], references: Sequence[Kernel], since: int = 0):
+    def __init__(self, call: AttentionCall, candidates: list[Candidate], references: Sequence[Kernel], since: int):
         self.call = call
         self.candidates = candidates
         self.references = references

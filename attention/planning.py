@@ -12,9 +12,9 @@ import torch
 from ..errors import CapabilityError
 from ..kernels.measured import MeasuredNumbers
 from . import checks, measure
-from .backends import BACKENDS, CORE, CORE_EXACT, ERROR_LIMITS, AttentionCall, Backend, Reason, backend_names, by_name
+from .backends import CORE, CORE_EXACT, ERROR_LIMITS, AttentionCall, Backend, Reason, backend_names, by_name
 from .candidates import AUTO, AttentionInputs, Candidate, Policy, ShapePlan
-from .environment import Environment, detect
+from .environment import Environment
 from .masks import normalized
 from .report import Report
 
@@ -27,7 +27,7 @@ class NewPlan(NamedTuple):
 
     plan: ShapePlan
     failed: dict[str, Exception]
-    keep: bool = True
+    keep: bool
 
 
 class _Case(NamedTuple):
@@ -52,11 +52,10 @@ class Planner:
         self,
         policy: Policy,
         report: Report,
-        timings: MeasuredNumbers | None = None,
-        backends: tuple[Backend, ...] = BACKENDS,
-        environment: Callable[[torch.device], Environment] = detect,
+        timings: MeasuredNumbers | None,
+        backends: tuple[Backend, ...],
+        environment: Callable[[torch.device], Environment],
     ):
-        """backends and environment are the table and the probe; tests pass their own."""
         self.policy = policy
         self.report = report
         self.barred: dict[str, str] = {}
@@ -259,14 +258,14 @@ def cannot_run(name: str, reason: str) -> str:
     return f"The attention backend {name} cannot run: {reason}. Choose another one, or let it fall back."
 
 
-def check_named(policy: Policy, environment: Environment, backends: tuple[Backend, ...] = BACKENDS) -> str | None:
+def check_named(policy: Policy, environment: Environment) -> str | None:
     """Why the backend the policy names cannot run on this machine, None when it can or none is named.
 
     Raises CapabilityError when the policy says stop, and for a name that is no backend.
     """
     if policy.backend == AUTO:
         return None
-    backend = by_name(backends).get(policy.backend)
+    backend = by_name().get(policy.backend)
     if backend is None:
         raise CapabilityError(
             f"There is no attention backend {policy.backend}; choose one of {', '.join(backend_names())}."

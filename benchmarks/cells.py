@@ -16,11 +16,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """`digits` significant ones, thousands set apart; nothing for None."""
+def number(value: float | None) -> str:
+    """Four significant digits, thousands set apart; nothing for None."""
     if value is None:
         return ""
-    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
+    decimals = max(0, 3 - (math.floor(math.log10(abs(value))) if value else 0))
     text = f"{value:,.{min(decimals, 3)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 

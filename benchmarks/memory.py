@@ -86,7 +86,7 @@ class Site:
 
     base: Path
     models: Path
-    files: str = "disk"
+    files: str
 
 
 def make_site(work: Path, files: str) -> Site:
@@ -306,10 +306,10 @@ def run_case(case: Case, options: argparse.Namespace, site: Site, scale: Scale) 
                 show_logs(site)
 
 
-def show_logs(site: Site, lines: int = 25) -> None:
+def show_logs(site: Site) -> None:
     """The end of the last server's log, for whoever looks for the reason."""
     logs = sorted(site.base.glob("benchmark-*.log"), key=lambda path: path.stat().st_mtime)
-    for line in logs[-1].read_text(errors="replace").splitlines()[-lines:] if logs else ():
+    for line in logs[-1].read_text(errors="replace").splitlines()[-25:] if logs else ():
         print(f"  | {line[:300]}", flush=True)
 
 

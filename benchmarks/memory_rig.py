@@ -135,9 +135,9 @@ def _anonymous(process: int) -> int:
     return sum(sizes.values())
 
 
-def wait_for_gpu(vram: int | None, seconds: float = 30) -> None:
+def wait_for_gpu(vram: int | None) -> None:
     """After a server's end the driver takes a moment to count its memory as free. Raises RuntimeError where it stays taken."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 30
     while vram is not None and torch.cuda.mem_get_info()[0] < vram:
         if time.monotonic() > deadline:
             raise RuntimeError(f"another process holds the GPU: less than {vram / GIB:.0f} GiB are free")

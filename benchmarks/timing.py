@@ -11,6 +11,7 @@ import torch
 from lowbit.attention.measure import milliseconds_on_gpu
 
 Call = Callable[[], object]
+LEAST_CAPTURED = 20
 WINDOW = 40_000
 """Microseconds that a sample of `settled` lasts at least."""
 
@@ -41,12 +42,12 @@ def settled(call: Call) -> Callable[[], list[float]]:
     return measure
 
 
-def capture(calls: Sequence[Call], least: int = 20) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A CUDA graph of whole rounds of `calls`, at least `least` of them, and their number."""
+def capture(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A CUDA graph of whole rounds of `calls`, at least LEAST_CAPTURED of them, and their number."""
     for call in calls:
         call()
     torch.cuda.synchronize()
-    count = len(calls) * -(-least // len(calls))
+    count = len(calls) * -(-LEAST_CAPTURED // len(calls))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for index in range(count):

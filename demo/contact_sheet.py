@@ -45,7 +45,7 @@ def contact_sheet(
     canvas.save(path)
 
 
-def side_by_side(path: Path, clips: Mapping[str, Clip], milliseconds: int = 140) -> None:
+def side_by_side(path: Path, clips: Mapping[str, Clip]) -> None:
     """Writes an animated WebP: one clip in every format at once, four to a row, each under its name."""
     size = _SCALE * next(iter(clips.values())).shape[1]
     lines = -(-len(clips) // _COLUMNS)
@@ -58,7 +58,7 @@ def side_by_side(path: Path, clips: Mapping[str, Clip], milliseconds: int = 140)
             draw.text((left + 4, top + 4), name, _INK, ImageFont.load_default(11))
             canvas.paste(_picture(clip[frame]).resize((size, size), Image.Resampling.NEAREST), (left, top + _TITLE))
         frames.append(canvas)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, quality=90)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=140, loop=0, quality=90)
 
 
 def _picture(frame: torch.Tensor) -> Image.Image:

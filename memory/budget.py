@@ -15,6 +15,7 @@ BUFFERS = 2
 HOST_HEADROOM = 2 * GIB
 """Main memory that a load leaves for the system and for ComfyUI itself."""
 
+_MOST_OFFERED = 3
 _FORMATS = (("int8", 8.5), ("fp4_scaled", 4.6))
 
 
@@ -58,12 +59,12 @@ _Apply = Callable[[Demand, int], "tuple[str, Demand] | None"]
 """Makes of a demand and a budget what to do and the demand after it; None where it is of no use."""
 
 
-def cheapest_changes(demand: Demand, budget: int, count: int = 3) -> list[Change]:
-    """Changes that make a demand fit a budget, the cheapest first; after them those that only help, if there are too few."""
+def useful_changes(demand: Demand, budget: int) -> list[Change]:
+    """Changes that make a demand fit a budget, the cheapest first; after them those that only help."""
     applied = filter(None, (apply(demand, budget) for apply in _OPTIONS))
     changes = [Change(text, changed.least) for text, changed in applied if changed.least < demand.least]
     changes.sort(key=lambda change: change.least > budget)
-    return changes[:count]
+    return changes
 
 
 def refusal(what: str, demand: Demand, budget: int, limited: bool, card: int | None = None) -> str | None:
@@ -78,12 +79,12 @@ def refusal(what: str, demand: Demand, budget: int, limited: bool, card: int | N
     """
     if demand.least <= budget:
         return None
-    changes = cheapest_changes(demand, budget)
+    changes = useful_changes(demand, budget)
     if limited and (card is None or demand.least <= card):
-        changes = [Change(f"raise vram_limit_gib to {math.ceil(demand.least / GIB * 4) / 4:g}", 0), *changes][:3]
+        changes = [Change(f"raise vram_limit_gib to {math.ceil(demand.least / GIB * 4) / 4:g}", 0), *changes]
     options = "; or ".join(
         change.text if change.least <= budget else f"{change.text} (brings it to {size_text(change.least)})"
-        for change in changes or [Change("close what else uses the GPU", 0)]
+        for change in changes[:_MOST_OFFERED] or [Change("close what else uses the GPU", 0)]
     )
     there = f"the limit is {size_text(budget)}" if limited else f"the GPU has {size_text(budget)} for it"
     return (
@@ -115,7 +116,7 @@ def host_refusal(name: str, needed: int, available: int, bits: float) -> str | N
     )
     return (
         f"Loading {name} takes {size_text(needed)} of main memory and {size_text(available)} are left, "
-        f"of which {size_text(HOST_HEADROOM)} stay free: {'; or '.join(changes[:3])}."
+        f"of which {size_text(HOST_HEADROOM)} stay free: {'; or '.join(changes[:_MOST_OFFERED])}."
     )
 
 

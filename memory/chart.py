@@ -24,6 +24,7 @@ from .ledger import Run, Sample
 WIDTH, HEIGHT = 1600, 900
 _FINE = 2  # drawn this much larger, then scaled down: Pillow's lines are not smoothed
 _LEFT, _RIGHT, _TOP, _BOTTOM = 96, 1304, 190, 790
+_DASH = 9
 
 _BACKGROUND, _PANEL, _GRID = "#0f1218", "#151a23", "#262d3a"
 _TEXT, _QUIET = "#edf0f7", "#8b95a7"
@@ -73,10 +74,10 @@ class _Pen:
             [(x * _FINE, y * _FINE) for x, y in points], fill=colour, width=round(width * _FINE), joint="curve"
         )
 
-    def dashes(self, y: float, colour: str, width: float = 1.5, dash: int = 9) -> None:
+    def dashes(self, y: float, colour: str) -> None:
         """A dashed line across the panel."""
-        for start in range(_LEFT, _RIGHT, 2 * dash):
-            self.line([(start, y), (min(start + dash, _RIGHT), y)], colour, width)
+        for start in range(_LEFT, _RIGHT, 2 * _DASH):
+            self.line([(start, y), (min(start + _DASH, _RIGHT), y)], colour, 2)
 
     def text(self, x: float, y: float, text: str, size: float, colour: str = _TEXT, anchor: str = "la") -> None:
         self._draw.text((x * _FINE, y * _FINE), text, fill=colour, font=_font(size), anchor=anchor)
@@ -195,7 +196,7 @@ def _lines(pen: _Pen, run: Run, scale: _Scale) -> None:
     pen.line(peaks, _PEAK, 2)
     if run.limit is not None:
         y = scale.y(run.limit)
-        pen.dashes(y, _LIMIT, 2)
+        pen.dashes(y, _LIMIT)
         pen.text(_RIGHT - 6, y - 6, f"limit {size_text(run.limit)}", 15, _LIMIT, "rs")
     top = max(run.samples, key=lambda sample: sample.peak)
     label = f"peak {size_text(run.peak)}"

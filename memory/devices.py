@@ -71,7 +71,7 @@ class CudaDevice:
 
     holds_models = True
 
-    def __init__(self, device: torch.device, outside: Callable[[], int] = lambda: 0):
+    def __init__(self, device: torch.device, outside: Callable[[], int]):
         self.index = torch.cuda.current_device() if device.index is None else device.index
         self.name = f"cuda:{self.index}"
         self.torch_device = torch.device("cuda", self.index)

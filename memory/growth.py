@@ -11,6 +11,12 @@ WARM_UP = 2
 TOLERANCE = 0.01
 """Growth below this part of the reference is noise."""
 
+IDLE_SLACK = 256 << 20
+"""Bytes of growth that are noise among what is reserved and not used, which comes and goes by the allocator's segments."""
+
+MOST_PHASES = 256
+"""How many phases are remembered; the oldest are forgotten."""
+
 
 @dataclass(frozen=True)
 class Growth:
@@ -42,13 +48,10 @@ class Sentinel:
 
     Args:
         slack: bytes of growth in use that are noise in any case.
-        idle_slack: the same for what is reserved and not used, which comes and goes by the allocator's segments.
-        most_phases: how many phases are remembered; the oldest are forgotten.
     """
 
-    def __init__(self, slack: int = 16 << 20, idle_slack: int = 256 << 20, most_phases: int = 256):
-        self.slack, self.idle_slack = slack, max(slack, idle_slack)
-        self._most = most_phases
+    def __init__(self, slack: int = 16 << 20):
+        self.slack = slack
         self._phases: dict[Hashable, _Passed] = {}
 
     def mark(self, phase: Hashable, used: int, idle: int = 0) -> Growth | None:
@@ -64,7 +67,7 @@ class Sentinel:
         """
         passed = self._phases.pop(phase, None) or _Passed()
         self._phases[phase] = passed
-        if len(self._phases) > self._most:
+        if len(self._phases) > MOST_PHASES:
             del self._phases[next(iter(self._phases))]
         passed.times += 1
         if passed.times <= WARM_UP + 1:
@@ -72,7 +75,7 @@ class Sentinel:
             return None
         before = passed.used + passed.idle
         in_use = used - passed.used > max(self.slack, TOLERANCE * passed.used)
-        in_all = used + idle - before > max(self.slack if in_use else self.idle_slack, TOLERANCE * before)
+        in_all = used + idle - before > max(self.slack if in_use else max(self.slack, IDLE_SLACK), TOLERANCE * before)
         if not in_all:
             return None
         growth = Growth(passed.times, passed.counted, used + idle - before, max(0, idle - passed.idle))

@@ -16,6 +16,7 @@ BYTES, ENTRIES = "bytes", "entries"
 REFERENCE = "a Python reference"
 _WORTH_NAMING = 1 << 20
 _CONTAINERS = (dict, list, tuple, set)
+_MOST_HOLDERS = 6
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _kind(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def tensors_by_memory(device_type: str, ignored: Collection[int] = ()) -> dict[Memory, torch.Tensor]:
+def tensors_by_memory(device_type: str, ignored: Collection[int]) -> dict[Memory, torch.Tensor]:
     """The memory of tensors that Python can reach on a kind of device, and one tensor that lies in each.
 
     ignored: addresses of memory that does not count.
@@ -161,11 +162,11 @@ def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
     return found
 
 
-def held_by(item: Any, depth: int = 6) -> str:
+def held_by(item: Any) -> str:
     """Names what holds an object: the containers on the way to the first class or module that has a name."""
     trail: list[str] = []
     ignored = {id(item)}
-    for _ in range(depth):
+    for _ in range(_MOST_HOLDERS):
         referrers = [other for other in gc.get_referrers(item) if id(other) not in ignored]
         named = [other for other in referrers if not isinstance(other, (FrameType, *_CONTAINERS)) or _is_module(other)]
         containers = [other for other in referrers if isinstance(other, _CONTAINERS)]

@@ -44,9 +44,9 @@ class Vocabulary:
     scores: Sequence[float]
     kinds: Sequence[int]
     named: Mapping[str, int]
-    space_prefix: bool = False
-    single_spaces: bool = False
-    characters: bytes = b""
+    space_prefix: bool
+    single_spaces: bool
+    characters: bytes
 
 
 def sentencepiece_bytes(vocabulary: Vocabulary) -> bytes:

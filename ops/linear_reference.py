@@ -20,7 +20,7 @@ def linear_reference(
     bias: torch.Tensor | None,
     *,
     fast: bool,
-    activation: str | None = None,
+    activation: str | None,
 ) -> torch.Tensor:
     """act(x) @ W.T + bias in plain torch, (..., K) -> (..., N) in x's dtype.
 

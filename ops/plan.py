@@ -94,7 +94,7 @@ class QuantizationPlan:
     stored: StoredLayers
     unmatched: tuple[str, ...]
     other_nbytes: int
-    mix: Mix | None = None
+    mix: Mix | None
 
     @property
     def format_name(self) -> str:

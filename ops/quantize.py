@@ -125,9 +125,7 @@ def storage_name_of(config: Mapping[str, Any]) -> str:
     raise CheckpointError(f"The format {json.dumps(dict(config))} is unknown to this version of Lowbit: update it.")
 
 
-def assemble(
-    parts: QuantizedParts, storage_name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
-) -> QuantizedTensor:
+def assemble(parts: QuantizedParts, storage_name: str, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
     """The comfy-kitchen tensor of what `quantize_weight` returned, e.g. to multiply with outside ComfyUI.
 
     Args:

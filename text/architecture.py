@@ -66,7 +66,7 @@ class Architecture:
     embedding_scale: float
     adds_one: bool
     stop_tokens: tuple[int, ...]
-    tied: bool = False
+    tied: bool
 
 
 def read_architecture(configuration: Mapping[str, Any], name: str) -> Architecture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -23,7 +23,7 @@ class Rotation:
 
 @dataclass
 class LayerAttention:
-    """LayerAttention of a decoder layer.
+    """Attention of a decoder layer.
 
     Attributes:
         project: query, key and value; the query alone where the layer reads another one's cache, and query and key
@@ -104,4 +104,4 @@ class Layer:
     before_feed_forward: torch.Tensor
     after_mixer: torch.Tensor | None = None
     after_feed_forward: torch.Tensor | None = None
-    finish: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = field(default=None)
+    finish: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None

@@ -62,7 +62,7 @@ class Family:
 
     transformer: type
     build: Builder
-    hands_over_attention: bool = True
+    hands_over_attention: bool
 
 
 def _embedding(transformer: Any, weights: Weights) -> tuple[Callable[[torch.Tensor], torch.Tensor], Any]:

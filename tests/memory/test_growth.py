@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit.memory.growth import Sentinel
+from lowbit.memory.growth import MOST_PHASES, Sentinel
 from lowbit.memory.holders import (
     BYTES,
     ENTRIES,
@@ -77,10 +77,10 @@ def test_the_third_passing_is_the_reference():
 
 
 def test_old_phases_are_forgotten():
-    sentinel = Sentinel(most_phases=4)
-    for index in range(100):
+    sentinel = Sentinel()
+    for index in range(2 * MOST_PHASES):
         sentinel.mark(index, 1)
-    assert len(sentinel._phases) == 4
+    assert len(sentinel._phases) == MOST_PHASES
 
 
 @given(reference=st.integers(0, 1 << 36), later=st.integers(0, 1 << 36))
