@@ -10,11 +10,10 @@ from types import FunctionType, ModuleType
 import torch
 from torch.backends.cuda import SDPAParams
 
-from ..kernels.runtime import ADA, AMPERE, BLACKWELL, FLOATS, GEFORCE_BLACKWELL, HOPPER, TURING
+from ..kernels.runtime import ADA, AMPERE, BLACKWELL, FLOATS, GEFORCE_BLACKWELL, HALF, HOPPER, TURING
 from . import calls, int8
 from .environment import Environment, load
 
-HALF = (torch.float16, torch.bfloat16)
 ANY_FLOAT = (*FLOATS, torch.float64)
 INT32_ELEMENTS = 2**31
 
@@ -351,7 +350,7 @@ BACKENDS: tuple[Backend, ...] = (
         bind=calls.bind_sage_fp8,
         install=SAGE_2,
         capabilities=((ADA, ADA), (HOPPER, HOPPER), GEFORCE_50),
-        # Reports of noise past 160k tokens on cc 12.0: kernel-notes.
+        # Users report noise past 160k tokens on cc 12.0.
         max_kv_len=tuple((capability, 160_000) for capability in GEFORCE_50),
         tested_on=("9.0",),
         max_elements=INT32_ELEMENTS,

@@ -21,10 +21,9 @@ import torch
 
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.goals import Goal, write
-from benchmarks.steps import DEVICE, Case, clean, sample
+from benchmarks.steps import DEVICE, Case, clean, sample, wan_case
 from testing.core import start_core
 from testing.measure import environment
-from testing.tiny import wan
 
 KINDS = {"bf16": None, "fp8": "fp8_e4m3fn_scaled", "int8": "int8_convrot_fast", "nvfp4": "fp4_scaled"}
 """What a file holds -> the format that it is written in; None for the source itself."""
@@ -106,8 +105,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the files")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    config = wan.WanConfig(dim=5120, ffn=13824, heads=40, layers=arguments.blocks, text=4096)
-    case = Case(f"Wan 14B, {arguments.blocks} of 40 blocks", wan.shapes(config), config.metadata(), LATENT, (512, 4096))
+    case = wan_case("832x480x33", arguments.blocks, LATENT)
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         options = [] if DEVICE == "cuda" else ["--cpu"]
         start_core(["--base-directory", folder, *options, *(["--disable-dynamic-vram"] if arguments.legacy else [])])

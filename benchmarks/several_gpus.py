@@ -31,7 +31,7 @@ import torch
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.goals import Goal, write
 from benchmarks.steps import CASES, INT8, Case, Contender, clean, core_in_memory, load, sample, wan_case
-from testing.measure import environment
+from testing.measure import environment, relative_error
 from testing.tiny import wan
 
 STEPS = 8
@@ -149,7 +149,7 @@ def run(
         alone[key] = {"latent": latent, "seconds": row["seconds"]}
     elif key in alone:
         row["speedup"] = round(alone[key]["seconds"] / row["seconds"], 3)
-        row["error"] = float((latent - alone[key]["latent"]).norm() / alone[key]["latent"].norm())
+        row["error"] = relative_error(latent, alone[key]["latent"])
     return row
 
 

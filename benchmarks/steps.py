@@ -27,7 +27,7 @@ import torch
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.goals import Goal, write
 from testing.core import start_core
-from testing.measure import environment
+from testing.measure import environment, relative_error
 from testing.tiny import qwen_image, wan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -272,7 +272,7 @@ def run(
         "seconds": statistics.median(times[FIRST_TIMED:]),
         "first_step": times[0],
         "steps": times,
-        "error": None if want is None else float((latent - want).norm() / want.norm()),
+        "error": None if want is None else relative_error(latent, want),
     }
     if contender.compiled:
         counters = torch._dynamo.utils.counters

@@ -20,7 +20,6 @@ from lowbit.ops.formats import FORMATS, find_format
 from lowbit.text.architecture import Architecture, read_architecture
 from lowbit.text.caches import FULL, HEAVY_HITTERS, CachePolicy
 from lowbit.text.prompt import run_prompt
-from lowbit.text.reading import Reader
 from lowbit.text.writer import Writer
 
 NUMBERS = {
@@ -65,10 +64,7 @@ def tokens_of(path: Path, text: Path, count: int) -> list[int]:
 def load(path: Path, shape: Architecture, name: str | None) -> Writer:
     """The model, its linears in a format (None: in 16 bits)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    weight_format = None if name is None else find_format(name)
-    with torch.inference_mode():
-        return Writer(Reader(open_checkpoint(path), shape, weight_format, device, dtype).model(), shape, device)
+    return Writer.build(open_checkpoint(path), shape, None if name is None else find_format(name), device)
 
 
 @torch.inference_mode()

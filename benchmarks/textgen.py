@@ -25,7 +25,6 @@ from lowbit.ops.formats import find_format
 from lowbit.text.architecture import read_architecture
 from lowbit.text.caches import FULL, HEAVY_HITTERS, CachePolicy
 from lowbit.text.layers import LayerAttention
-from lowbit.text.reading import Reader
 from lowbit.text.sampling import Sampling
 from lowbit.text.writer import Stopwatch, Writer
 from testing.measure import environment
@@ -83,10 +82,8 @@ def load(model: str, mode: Mode, device: torch.device) -> Writer:
         return Writer.load(Path(model), weight_format, device)
     config = drawn_config(model.removeprefix("random:"))
     shape = read_architecture(config.to_dict(), model)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     checkpoint: Any = DrawnCheckpoint(config)
-    with torch.inference_mode():
-        return Writer(Reader(checkpoint, shape, weight_format, device, dtype).model(), shape, device)
+    return Writer.build(checkpoint, shape, weight_format, device)
 
 
 def measure(writer: Writer, prompt: list[int], length: int, policy: CachePolicy, runs: int) -> dict[str, float]:

@@ -74,7 +74,8 @@ DESCRIPTORS_FIT = TRITON_VERSION >= (3, 5)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+HALF = (torch.float16, torch.bfloat16)
+FLOATS = (*HALF, torch.float32)
 """What kernels take that compute in float32."""
 
 MOST_PROGRAMS = 65535

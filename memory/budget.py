@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .components import size_text
+from .components import GIB, size_text
 
-GIB = 1 << 30
 BUFFERS = 2
 """Streaming weights takes this many copies of the largest layer: one at work, one on its way."""
 

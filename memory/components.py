@@ -17,6 +17,9 @@ COMPONENTS = (*MODELS, SCRATCH, OTHER)
 """Everything, in the order of charts and tables. `other` is what is left: activations, latents, other packs."""
 
 
+GIB = 1 << 30
+
+
 def size_text(nbytes: float) -> str:
     """GiB from a tenth of one up, MiB below."""
-    return f"{nbytes / 2**30:.2f} GiB" if abs(nbytes) >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"
+    return f"{nbytes / GIB:.2f} GiB" if abs(nbytes) >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"

@@ -151,15 +151,18 @@ def tensors_by_memory(device_type: str, ignored: Collection[int]) -> dict[Memory
 def _addresses(tensors: Iterable[torch.Tensor]) -> set[int]:
     found = set()
     for tensor in tensors:
-        # A quantized tensor has no memory of its own: its parts have.
-        flatten = getattr(tensor, "__tensor_flatten__", None)
-        parts = [tensor] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
-        for part in parts:
+        for part in stored_parts(tensor):
             try:
                 found.add(part.untyped_storage().data_ptr())
             except Exception:  # noqa: BLE001  # as in `tensors_by_memory`
                 continue
     return found
+
+
+def stored_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What has a tensor's memory: itself, or the codes and scales of a quantized one, which has none of its own."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if flatten is None else [getattr(tensor, name) for name in flatten()[0]]
 
 
 def held_by(item: Any) -> str:

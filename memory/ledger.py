@@ -161,11 +161,9 @@ class Ledger:
         """Adds time that went into measuring a step, or a part of one."""
         self.run.measuring_steps_seconds += seconds
 
-    def released(self, node: str, names: tuple[str, ...], reason: str, freed: int) -> Release:
+    def released(self, node: str, names: tuple[str, ...], reason: str, freed: int) -> None:
         """Writes a release down."""
-        release = Release(self.seconds, node, names, reason, freed)
-        self.run.releases.append(release)
-        return release
+        self.run.releases.append(Release(self.seconds, node, names, reason, freed))
 
     def note(self, text: str) -> bool:
         """Writes a remark down, once a run; returns whether it is new."""

@@ -11,11 +11,9 @@ from comfy_api.latest import io, ui
 from ..host.memory.manager import manage
 from ..host.memory.release import release
 from ..host.memory.session import session
-from ..memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
+from ..memory.components import AUDIO_ENCODER, DIFFUSION_MODEL, GIB, MODEL_PATCH, SCRATCH, TEXT_ENCODER, VAE
 from ..memory.policies import AUTO, POLICIES, SEQUENTIAL_CFG, STEP_CLEARING, Settings
 from .common import node_schema, show_text
-
-GIB = 1 << 30
 
 
 class MemoryManager(io.ComfyNode):

@@ -211,7 +211,7 @@ def read_elements(entry: TensorEntry, starts: Sequence[int], count: int) -> torc
         (len(starts) * count,) in the tensor's dtype.
 
     Raises:
-        CheckpointError: as `read_tensor`.
+        CheckpointError: as `read_stored`.
     """
     size = entry.dtype.itemsize
     pieces = bytearray()

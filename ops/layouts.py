@@ -25,7 +25,7 @@ class Float8E5M2Layout(TensorCoreFP8Layout):
 
 
 def register_layouts() -> None:
-    """Make every layout name of DESIGN's format table resolvable.
+    """Make every layout of `formats.STORAGES` known to comfy-kitchen.
 
     ComfyUI registers its own subclasses (with stochastic rounding) under the same names; those are left as they are.
     """

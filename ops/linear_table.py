@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CapabilityError
-from ..kernels.runtime import ADA, AMPERE, BLACKWELL, FLOATS, HOPPER, TRITON_FOUND, TURING
-from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, MXFP8, NVFP4
+from ..kernels.runtime import ADA, AMPERE, BLACKWELL, FLOATS, HALF, HOPPER, TRITON_FOUND, TURING
+from ..kernels.stored_weight import FP8, INT4, INT4_CODEBOOK, INT8, KINDS, MXFP8, NVFP4
 
 REFERENCE = "reference"
 SCRATCH = "scratch"
@@ -30,8 +30,6 @@ PATHS = {
 
 FORCE_VARIABLE = "LOWBIT_LINEAR_PATH"
 
-HALF = (torch.float16, torch.bfloat16)
-EVERY_KIND = (FP8, INT8, MXFP8, NVFP4, INT4, INT4_CODEBOOK)
 ANY_CC = (0, 0)
 NO_CC = (99, 0)
 
@@ -110,10 +108,8 @@ RULES = (
     PathRule(FP8_ROWS, (FP8,), True, cc=(ADA, NO_CC), dtypes=(torch.bfloat16,), triton=False, multiple=16),
     PathRule(FP8_ROWS, (MXFP8, NVFP4), True, cc=(ADA, BLACKWELL)),
     PathRule(INT8_ROWS, (INT8, INT4, INT4_CODEBOOK), True, cc=(AMPERE, NO_CC)),
-    PathRule(SCRATCH, EVERY_KIND, None, cc=(AMPERE, NO_CC)),
-    PathRule(
-        REFERENCE, EVERY_KIND, None, triton=False, dtypes=(*FLOATS, torch.float64), corrected=True, rows=(0, 1 << 40)
-    ),
+    PathRule(SCRATCH, KINDS, None, cc=(AMPERE, NO_CC)),
+    PathRule(REFERENCE, KINDS, None, triton=False, dtypes=(*FLOATS, torch.float64), corrected=True, rows=(0, 1 << 40)),
 )
 
 

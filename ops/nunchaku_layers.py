@@ -7,13 +7,12 @@ import re
 
 import torch
 
+from ..kernels.runtime import FLOATS
 from .layer_tensors import Decoded, Found, LayerTensors, Shape
 from .nunchaku_decode import RANKS, ROWS, awq_four_rows, svdquant, svdquant_bias
 
 _BEHIND_GELU = re.compile(r"(^|\.)((ff|ff_context|img_mlp|txt_mlp)\.net\.2|mlp_(context_)?fc2)$")
 """Layers of nunchaku's whose input is a GELU's output."""
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def find_svdquant(layer: LayerTensors) -> Found | None:
@@ -65,7 +64,7 @@ def find_four_rows(layer: LayerTensors, scales: str, zeros: str, *, renamed: boo
     Raises:
         CheckpointError: a tensor has a shape that does not fit.
     """
-    if not layer.is_matrix("qweight", torch.int16, torch.int32) or not layer.is_matrix(scales, *_FLOATS):
+    if not layer.is_matrix("qweight", torch.int16, torch.int32) or not layer.is_matrix(scales, *FLOATS):
         return None
     what = "AWQ of nunchaku"
     quarter, width = layer.shape("qweight")

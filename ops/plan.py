@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError
-from .checkpoint import Checkpoint, TensorEntry
+from .checkpoint import Checkpoint
 from .diffusion_names import part_prefix, tables
 from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
+from .header import TensorEntry
 from .keep_rules import (
     EIGHT_BITS,
     KEEP,

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import Checkpoint, TensorEntry, buffer_nbytes, decoded
+from .checkpoint import Checkpoint, buffer_nbytes, decoded
 from .finite import first_not_finite
 from .formats import FORMATS
+from .header import TensorEntry
 from .keep_rules import QUANTIZE
 from .multiplied_out import multiplied_out
 from .overlap import read_ahead

@@ -58,10 +58,6 @@ def short_stem(name: str) -> str:
     return name.encode("utf-8", "ignore")[:_STEM_BYTES].decode("utf-8", "ignore")
 
 
-def _strerror(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
 class CheckpointWriter:
     """Writes tensors one after the other to `path`; the file appears there whole, on a clean exit, or not at all.
 
@@ -107,7 +103,7 @@ class CheckpointWriter:
             self._temporary, self._lock, descriptor = _create_temporary(path)
         except OSError as error:
             raise StorageError(
-                f"{path.parent} cannot be written ({_strerror(error)}): choose another folder or free the disk."
+                f"{path.parent} cannot be written ({error.strerror or error}): choose another folder or free the disk."
             ) from None
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         self._file.seek(8 + self._reserved)
@@ -166,7 +162,9 @@ class CheckpointWriter:
             self._lock.release()
         except OSError as error:
             self.discard()
-            raise StorageError(f"{self.path} could not be written ({_strerror(error)}): free the disk.") from None
+            raise StorageError(
+                f"{self.path} could not be written ({error.strerror or error}): free the disk."
+            ) from None
         except BaseException:
             self.discard()
             raise
@@ -217,7 +215,7 @@ class CheckpointWriter:
                 place += host.numel()
         except OSError as error:
             raise StorageError(
-                f"{self.path.name} could not be written to {self.path.parent} ({_strerror(error)}): free the disk."
+                f"{self.path.name} could not be written to {self.path.parent} ({error.strerror or error}): free the disk."
             ) from None
 
     def _write_block(self, block: Any, place: int) -> list[Future[bool]]:
@@ -313,7 +311,9 @@ def check_free_space(folder: Path, nbytes: int, what: str) -> None:
     try:
         free = shutil.disk_usage(existing).free
     except OSError as error:
-        raise StorageError(f"{folder} cannot be looked at ({_strerror(error)}): choose another folder.") from None
+        raise StorageError(
+            f"{folder} cannot be looked at ({error.strerror or error}): choose another folder."
+        ) from None
     if free < nbytes + (64 << 20):
         raise StorageError(
             f"{what} needs {nbytes / 2**30:.2f} GiB in {folder}, which has {free / 2**30:.2f} GiB free: "

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from lowbit.ops.checkpoint import Checkpoint, TensorEntry
+from lowbit.ops.checkpoint import Checkpoint
 from lowbit.ops.formats import FORMATS
+from lowbit.ops.header import TensorEntry
 from lowbit.ops.keep_rules import QUANTIZE, Rule
 from lowbit.ops.plan import QuantizationPlan, make_plan
 from lowbit.ops.quantize import quantize_weight

@@ -11,12 +11,10 @@ import torch.nn.functional as F
 
 from ..kernels.gate_rows import gate_rows
 from ..kernels.matvec_together import MOST_WEIGHTS, PLAIN, matvec_together
-from ..kernels.runtime import INTERPRETED, compute_capability, kernels_run_on
+from ..kernels.runtime import ADA, INTERPRETED, compute_capability, kernels_run_on
 from ..kernels.stored_weight import FP8, INT8
 from ..ops.linear import quantized_linear
 from ..ops.linear_weight import stored_weight
-
-_E4M3_CC = (8, 9)
 
 
 class Linears(Protocol):
@@ -130,4 +128,4 @@ def _scale_mode(scale: torch.Tensor | None) -> int:
 
 
 def _converts_e4m3(data: torch.Tensor) -> bool:
-    return not data.is_cuda or compute_capability(data.device.index or 0) >= _E4M3_CC
+    return not data.is_cuda or compute_capability(data.device.index or 0) >= ADA

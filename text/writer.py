@@ -31,6 +31,7 @@ class Writer:
     Attributes:
         model: the decoder.
         architecture: its sizes.
+        device: where it is.
     """
 
     model: Model
@@ -38,16 +39,13 @@ class Writer:
     device: torch.device
 
     @classmethod
-    def load(
-        cls, path: Path, weight_format: WeightFormat | None, device: torch.device, dtype: torch.dtype | None = None
-    ) -> Writer:
+    def load(cls, path: Path, weight_format: WeightFormat | None, device: torch.device) -> Writer:
         """Read the model at `path`, its linears stored in `weight_format` (None: as they are).
 
         Args:
             path: a Hugging Face folder, or a text encoder file as ComfyUI has it.
             weight_format: of the linears that the file has in 16 or 32 bits.
             device: where to.
-            dtype: of the residual stream; None: bfloat16 on a GPU, float32 on the CPU.
 
         Raises:
             CheckpointError: it is neither, or of an unknown family.
@@ -57,10 +55,20 @@ class Writer:
             architecture = read_architecture(read_configuration(path), path.name)
         else:
             architecture = guess_architecture(checkpoint)
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        with torch.inference_mode():
-            model = Reader(checkpoint, architecture, weight_format, device, dtype).model()
-        return cls(model, architecture, device)
+        return cls.build(checkpoint, architecture, weight_format, device)
+
+    @classmethod
+    @torch.inference_mode()
+    def build(
+        cls,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        weight_format: WeightFormat | None,
+        device: torch.device,
+    ) -> Writer:
+        """The model of a checkpoint, its residual stream in bfloat16 on a GPU and in float32 on the CPU."""
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return cls(Reader(checkpoint, architecture, weight_format, device, dtype).model(), architecture, device)
 
     @torch.inference_mode()
     def write(

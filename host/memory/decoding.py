@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...errors import MemoryBudgetError
+from ...memory.components import GIB
 from ...memory.decisions import VaeTiles, plan_tiles, smaller
 from ...memory.policies import Settings
 from ..in_front import class_in_front
@@ -16,7 +17,6 @@ from .release import manage_prompt
 from .room import alone_after_oom, raise_other, reachable_room, release_all_but, release_for
 from .session import session
 
-_SETTINGS = "_lowbit_memory"
 _SMALLEST_TILE = 256
 """Pixels; smaller tiles show their seams."""
 
@@ -141,7 +141,7 @@ class ManagedVAE:
             if current is not None:
                 session().say(f"Out of memory in the decode: done again in tiles of {self._size(current)}.")
         raise MemoryBudgetError(
-            f"The VAE ran out of memory even in tiles of {_SMALLEST_TILE} pixels, with {session().limit.budget / 2**30:.2f} "
+            f"The VAE ran out of memory even in tiles of {_SMALLEST_TILE} pixels, with {session().limit.budget / GIB:.2f} "
             "GiB for it: close what else uses the GPU, raise vram_limit_gib, or load the VAE in bf16."
         )
 
@@ -160,5 +160,5 @@ def manage_vae(vae: Any, settings: Settings, node_id: str | None) -> Any:
     """A managed VAE that shares the model and patcher of this one."""
     managed = copy.copy(vae)
     managed.__class__ = class_in_front(type(vae), ManagedVAE)
-    setattr(managed, _SETTINGS, (settings, node_id))
+    managed._lowbit_memory = (settings, node_id)
     return managed

@@ -11,7 +11,6 @@ from .release import manage_prompt
 from .room import alone_after_oom, release_for
 from .session import session
 
-_SETTINGS = "_lowbit_memory"
 _WORKING_SHARE = 1 / 8
 """Part of a limit that a prompt's activations have to themselves while a text encoder runs."""
 
@@ -48,5 +47,5 @@ class ManagedClip:
 def manage_clip(clip: Any, settings: Settings, node_id: str | None) -> Any:
     """Make this CLIP (a clone of the user's) a managed one."""
     clip.__class__ = class_in_front(type(clip), ManagedClip)
-    setattr(clip, _SETTINGS, (settings, node_id))
+    clip._lowbit_memory = (settings, node_id)
     return clip

@@ -57,6 +57,11 @@ def resident(patcher: Any) -> int:
     return int(patcher.loaded_size())
 
 
+def left_to_load(patcher: Any) -> int:
+    """Bytes of a patcher's weights that are not on its device."""
+    return max(0, int(patcher.model_size()) - resident(patcher))
+
+
 def component_bytes(device: torch.device) -> dict[str, int]:
     """Resident bytes on a device by component; models of one kind are added up, unknown ones are left to `other`."""
     sizes: dict[str, int] = {}

@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...memory.components import COMPONENTS
+from ...memory.components import COMPONENTS, GIB
 from ...memory.ledger import Run, Sample
 from ..server import prompt_server
 
 EVENT = "lowbit.memory"
 MOST_A_SECOND = 4
-_GIB = 1 << 30
 
 
 class Meter:
@@ -60,9 +59,9 @@ def payload(sample: Sample, run: Run, node_id: str, device: str, limit: int | No
 def line(sample: Sample, run: Run, limit: int | None) -> str:
     """One line for the node."""
     step = f" {sample.step}/{sample.steps}" if sample.steps else ""
-    parts = [f"{sample.phase}{step}", f"{sample.allocated / _GIB:.2f} GiB now", f"{run.peak / _GIB:.2f} GiB peak"]
+    parts = [f"{sample.phase}{step}", f"{sample.allocated / GIB:.2f} GiB now", f"{run.peak / GIB:.2f} GiB peak"]
     if limit is not None:
-        parts.append(f"{limit / _GIB:.2f} GiB limit")
+        parts.append(f"{limit / GIB:.2f} GiB limit")
     if run.seconds_per_step is not None:
         parts.append(f"{run.seconds_per_step:.2f} s a step")
     return ", ".join(parts)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...memory.holders import stored_parts
 from .release import runs_here
 from .session import session
 
@@ -109,15 +110,10 @@ def _layer_nbytes(layer: torch.nn.Module) -> int:
         return 0
     weights = (getattr(layer, name, None) for name in ("weight", "bias"))
     patches = (getattr(layer, f"{name}_lowvram_function", None) for name in ("weight", "bias"))
-    return sum(_stored_nbytes(weight) for weight in weights if weight is not None) + sum(
+    parts = (part for weight in weights if weight is not None for part in stored_parts(weight))
+    return sum(part.nbytes for part in parts) + sum(
         int(patch.memory_required()) for patch in patches if patch is not None
     )
-
-
-def _stored_nbytes(weight: torch.Tensor) -> int:
-    flatten = getattr(weight, "__tensor_flatten__", None)
-    parts = [weight] if flatten is None else [getattr(weight, name) for name in flatten()[0]]
-    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _buffer_nbytes(sizes: list[int]) -> int:

@@ -8,15 +8,14 @@ from typing import Any, TypeVar
 import comfy.model_management
 
 from ...errors import MemoryBudgetError
-from ...memory.components import MODELS, SCRATCH
+from ...memory.components import GIB, MODELS, SCRATCH
 from ...memory.policies import ALWAYS, NEVER
-from .loaded_models import loaded_patchers, resident
+from .loaded_models import left_to_load, loaded_patchers, resident
 from .release import Released, can_leave, release, release_weights, runs_here
 from .session import Session, session
 from .streaming import forget_leftovers, forget_queues, forget_transfers, only_what_can_stream, release_pages
 
 T = TypeVar("T")
-_GIB = 1 << 30
 _DYNAMIC_VRAM_ERRORS = ("VRAM grow failed", "Fault failed")
 """Beginnings of what comfy-aimdo raises, as a RuntimeError, when the driver has no memory for a buffer or a page."""
 
@@ -36,8 +35,7 @@ def release_for(when: str, patcher: Any, working: float, keep: Collection[Any] =
         forget_leftovers(runs)
     if when == NEVER or not runs_here(patcher):
         return None
-    missing = max(0, int(patcher.model_size()) - int(patcher.loaded_size()))
-    if when == ALWAYS or missing + working > session().limit.room:
+    if when == ALWAYS or left_to_load(patcher) + working > session().limit.room:
         return release(MODELS, f"room for {what}", [patcher, *keep])
     return None
 
@@ -45,8 +43,7 @@ def release_for(when: str, patcher: Any, working: float, keep: Collection[Any] =
 def reachable_room(patcher: Any) -> int:
     """Bytes there are for what `patcher`'s model is about to do: ComfyUI moves other models out of its way by itself."""
     others = [other for other in loaded_patchers() if other.model is not patcher.model and can_leave(other)]
-    missing = max(0, int(patcher.model_size()) - int(patcher.loaded_size()))
-    return session().limit.room + sum(resident(other) for other in others) - missing
+    return session().limit.room + sum(resident(other) for other in others) - left_to_load(patcher)
 
 
 def release_all_but(keep: Collection[Any], what: str, running: bool = False) -> Released:
@@ -111,8 +108,8 @@ def give_up_text(current: Session, what: str, said: str, error: str) -> str:
     """The sentence for a demand that room did not help."""
     budget = current.limit.budget
     return (
-        f"{what} ran out of memory twice, the second time after this: {said}. It had {budget / _GIB:.2f} GiB and its "
-        f"peak was {current.ledger.run.peak / _GIB:.2f} GiB ({error}). Make the picture smaller or shorter, choose a "
+        f"{what} ran out of memory twice, the second time after this: {said}. It had {budget / GIB:.2f} GiB and its "
+        f"peak was {current.ledger.run.peak / GIB:.2f} GiB ({error}). Make the picture smaller or shorter, choose a "
         "smaller format for the model, or the policy 'lowest'."
     )
 
