@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .attention_quantize import KEY_BLOCK, QuantizedAttention, _batch_and_head, mask_strides
+from .attention_quantize import KEY_BLOCK, QuantizedAttention, batch_and_head, mask_strides
 from .launch import launch
 from .runtime import AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER, INTERPRETED, constexpr, tl, triton
 
@@ -159,7 +159,7 @@ def _attention_int8_kernel(
 ):
     """One block of one head's queries over all of its keys, the last block of them first: it alone may be ragged."""
     pair = tl.program_id(1)
-    batch, head = _batch_and_head(pair, heads)
+    batch, head = batch_and_head(pair, heads)
     row = tl.program_id(0) * M + tl.arange(0, M)
     column = tl.arange(0, D)
     first = pair.to(tl.int64) * rows

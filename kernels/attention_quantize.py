@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .launch import launch
-from .quantize_rows import SMALLEST_SCALE, _magnitude_bits, _row_scale, _to_grid
+from .quantize_rows import SMALLEST_SCALE, magnitude_bits, scale_and_inverse, to_codes
 from .runtime import INTERPRETED, ceil_div, constexpr, made_to_keep, power_of_two, tl, triton
 
 KEY_BLOCK = 128
@@ -72,7 +72,7 @@ def sylvester(size: int, device: torch.device, dtype: torch.dtype) -> torch.Tens
 
 
 @triton.jit
-def _batch_and_head(pair, heads):
+def batch_and_head(pair, heads):
     """Of a pair of both, in 64 bits: offsets are made of them."""
     return (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
 
@@ -96,6 +96,7 @@ def _kept(mask, batch, rows, stride_b, stride_l, keys, HAS_MASK: tl.constexpr):
 
 @triton.jit
 def _rotated(x, rotation_ptr, D: tl.constexpr):
+    """Rows of D columns times the Hadamard matrix at `rotation_ptr`."""
     i = tl.arange(0, D)
     matrix = tl.load(rotation_ptr + i[:, None] * D + i[None, :])
     return tl.dot(x.to(matrix.dtype), matrix)
@@ -141,7 +142,7 @@ def _attention_statistics_kernel(
     """Of one chunk of one head's keys: in one program K's sum and how many keys count, in another the largest |V| (as bits)
     per channel."""
     chunk, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = _batch_and_head(pair, kv_heads)
+    batch, head = batch_and_head(pair, kv_heads)
     column = tl.arange(0, D)
     steps = tl.cdiv(keys, ROWS)
     each = tl.cdiv(steps, CHUNKS)
@@ -164,7 +165,7 @@ def _attention_statistics_kernel(
             rows = step * ROWS + tl.arange(0, ROWS)
             inside = _kept(mask, batch, rows, mask_b, mask_l, keys, HAS_MASK)
             x = _rows_of(v + batch * v_b, head, rows, inside, v_h, v_l, v_d, HEAD_DIM, D)
-            top = tl.maximum(top, tl.max(_magnitude_bits(x), 0))
+            top = tl.maximum(top, tl.max(magnitude_bits(x), 0))
         tl.store(largest + place * D + column, top)
 
 
@@ -204,7 +205,7 @@ def _quantize_keys_values_kernel(
     """A block of one head's keys: in one program K without its mean, rotated, to int8; in another V to e4m3, transposed,
     in the products' order."""
     block, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = _batch_and_head(pair, kv_heads)
+    batch, head = batch_and_head(pair, kv_heads)
     column = tl.arange(0, D)
     place = tl.arange(0, ROWS)
     rows = block * ROWS + place
@@ -214,22 +215,22 @@ def _quantize_keys_values_kernel(
         x = _rows_of(k + batch * k_b, head, rows, inside, k_h, k_l, k_d, HEAD_DIM, D)
         # A quarter: the difference of two finite numbers may be none.
         x = _rotated(tl.where(inside[:, None], x * 0.25 - mean[None, :] * 0.25, 0.0), rotation_ptr, D)
-        largest_of_all = tl.max(tl.reshape(_magnitude_bits(x), [ROWS * D]), 0)
-        scale, inverse = _row_scale(largest_of_all, 127.0, smallest)
+        largest_of_all = tl.max(tl.reshape(magnitude_bits(x), [ROWS * D]), 0)
+        scale, inverse = scale_and_inverse(largest_of_all, 127.0, smallest)
         tl.store(k_scale + pair * tl.num_programs(0) + block, scale)
         first = (pair.to(tl.int64) * tl.num_programs(0) + block) * ROWS
-        tl.store(k_codes + (first + place)[:, None] * D + column[None, :], _to_grid(x * inverse, True))
+        tl.store(k_codes + (first + place)[:, None] * D + column[None, :], to_codes(x * inverse, True))
     elif VALUES:
         ordered = block * ROWS + ((place & ~15) | (((place >> 1) & 1) << 3) | (((place >> 2) & 3) << 1) | (place & 1))
         kept = _kept(mask, batch, ordered, mask_b, mask_l, keys, HAS_MASK)
         chunk = tl.arange(0, CHUNKS)
         top = tl.max(tl.load(largest + (pair * CHUNKS + chunk)[:, None] * D + column[None, :]), 0)
-        channel_scale, channel_inverse = _row_scale(top, 448.0, smallest)
+        channel_scale, channel_inverse = scale_and_inverse(top, 448.0, smallest)
         if block == 0:
             tl.store(v_scale + pair * D + column, channel_scale)
         values = _rows_of(v + batch * v_b, head, ordered, kept, v_h, v_l, v_d, HEAD_DIM, D) * channel_inverse[None, :]
         target = v_codes + (pair.to(tl.int64) * D + column)[:, None] * (tl.num_programs(0) * ROWS)
-        tl.store(target + (block * ROWS + place)[None, :], tl.trans(_to_grid(values, False)))
+        tl.store(target + (block * ROWS + place)[None, :], tl.trans(to_codes(values, False)))
 
 
 @triton.jit(do_not_specialize=("heads", "group", "queries", "keys"))
@@ -259,7 +260,7 @@ def _quantize_queries_kernel(
 ):
     """Rows of one head's queries, rotated, to int8 with a scale per row that holds everything a score is multiplied by."""
     block, pair = tl.program_id(0), tl.program_id(1)
-    batch, head = _batch_and_head(pair, heads)
+    batch, head = batch_and_head(pair, heads)
     column = tl.arange(0, D)
     rows = block * ROWS + tl.arange(0, ROWS)
     x = _rows_of(q + batch * q_b, head, rows, rows < queries, q_h, q_l, q_d, HEAD_DIM, D)
@@ -270,11 +271,11 @@ def _quantize_queries_kernel(
     if softmax_scale < 0:
         x = -x
     x = _rotated(x, rotation_ptr, D)
-    scale, inverse = _row_scale(tl.max(_magnitude_bits(x), 1), 127.0, smallest)
+    scale, inverse = scale_and_inverse(tl.max(magnitude_bits(x), 1), 127.0, smallest)
     # Both rotations leave 1 / sqrt(D) too much, and K's a quarter: 4 D times the scores of exact attention.
     factor = scale * (tl.abs(softmax_scale) * 1.4426950408889634 * 4 * D)
     tl.store(scales + place, tl.where(factor > _LARGEST_SCALE, _LARGEST_SCALE, factor))
-    tl.store(codes + place[:, None] * D + column[None, :], _to_grid(x * inverse[:, None], True))
+    tl.store(codes + place[:, None] * D + column[None, :], to_codes(x * inverse[:, None], True))
 
 
 def quantize_attention(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .launch import launch
-from .quantize_rows import _activate, apply_activation
+from .quantize_rows import activate, apply_activation
 from .runtime import ceil_div, kernels_run_on, tl, triton
 
 
@@ -14,7 +14,7 @@ def _gate_rows_kernel(gate_ptr, up_ptr, out_ptr, count, ACTIVATION: tl.constexpr
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     element: tl.constexpr = out_ptr.dtype.element_ty
-    gate = _activate(tl.load(gate_ptr + index, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    gate = activate(tl.load(gate_ptr + index, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     up = tl.load(up_ptr + index, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + index, (gate.to(element).to(tl.float32) * up).to(element), mask=inside)
 

@@ -15,7 +15,7 @@ import torch
 from .decode_tiles import e2m1_to_float32, e4m3_to_float32, swizzled_offset, to_grid
 from .launch import launch
 from .matmul_decode import prefetch_lines, sum_splits
-from .quantize_rows import _activate
+from .quantize_rows import activate
 from .runtime import SMALLEST_DOT, THREADS_FROM_FIRST, ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import INT4_CODEBOOK, StoredWeight
 from .words_assembly import (
@@ -103,7 +103,7 @@ def _loaded(first, column, stride_column, column_left, MASKED: tl.constexpr, ACT
     else:
         x = tl.load(first + column * stride_column)
     if ACTIVATION is not None:
-        x = _activate(x.to(tl.float32), ACTIVATION).to(x.dtype)
+        x = activate(x.to(tl.float32), ACTIVATION).to(x.dtype)
     return x
 
 

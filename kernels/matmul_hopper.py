@@ -21,7 +21,7 @@ from .runtime import (
     hopper,
     multiprocessor_count,
 )
-from .scaled_tiles import _column_values, _row_values, _scaled, _tile_position
+from .scaled_tiles import apply_scales, column_values, row_values, tile_position
 
 FEW_ROWS = 512
 FULL = 0.9
@@ -55,7 +55,7 @@ def _copy_tiles(a, b, a_tiles, b_tiles, full, empty, tiles_m, tiles_n, steps):
     """The warp that copies: for each tile its steps of A and B."""
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, tiles_m, tiles_n, _ROW_TILES)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, _ROW_TILES)
         row = tile_m * (_GROUPS * _ROWS)
         for step in range(steps):
             stage = count % _STAGES
@@ -88,7 +88,7 @@ def _multiply_tiles(
     PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
     count = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, tiles_m, tiles_n, _ROW_TILES)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, _ROW_TILES)
         first_m = (tile_m * _GROUPS + INDEX) * _ROWS
         first_n = tile_n * _COLUMNS
         acc = gl.zeros([_ROWS, _COLUMNS], TYPE, layout=RESULT)
@@ -105,18 +105,18 @@ def _multiply_tiles(
             count += 1
         row = first_m + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, PART))
         column = first_n + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, PART))
-        row_scale = _row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
-        scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+        row_scale = row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
+        scale, bias = column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
         acc = hopper.warpgroup_mma_wait(0, deps=[acc])
         hopper.mbarrier.arrive(empty.index((count + _STAGES - 1) % _STAGES))
         left, right = _halves(acc)
         parts = _halves(left) + _halves(right)
         for index in gl.static_range(_PARTS):
             part = gl.convert_layout(parts[index], PART, assert_trivial=True)
-            out = _scaled(part, row_scale, scale, bias).to(c.dtype)
+            out = apply_scales(part, row_scale, scale, bias).to(c.dtype)
             if index + 1 < _PARTS:
                 column += WIDTH
-                scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+                scale, bias = column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
             target = c_tiles.index(index % 2)
             hopper.tma.store_wait(1)
             target.store(out)

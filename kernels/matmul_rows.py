@@ -9,7 +9,7 @@ import torch
 from .launch import Described, launch
 from .matmul_hopper import multiply_hopper, takes_hopper
 from .runtime import ceil_div, multiprocessor_count, tl, triton
-from .scaled_tiles import _column_values, _row_values, _scaled, _tile_position
+from .scaled_tiles import apply_scales, column_values, row_values, tile_position
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _matmul_rows_descriptor_kernel(
     tiles_n = tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=FLATTEN):
-        tile_m, tile_n = _tile_position(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         first_m = tile_m * BLOCK_M
         first_n = tile_n * BLOCK_N
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACCUMULATOR)
@@ -51,10 +51,10 @@ def _matmul_rows_descriptor_kernel(
             b = b_desc.load([first_n, step * BLOCK_K])
             acc = tl.dot(a, b.T, acc, out_dtype=ACCUMULATOR)
         row = first_m + tl.arange(0, BLOCK_M)
-        row_scale = _row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
+        row_scale = row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
         column = first_n + tl.arange(0, BLOCK_N)
-        scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
-        out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
+        scale, bias = column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+        out = apply_scales(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
         if STORE_DESCRIPTOR:
             c_desc.store([first_m, first_n], out)
         else:
@@ -85,7 +85,7 @@ def _matmul_rows_pointer_kernel(
 ):
     """One output tile per program through plain pointers: any K, N, alignment and GPU."""
     ACCUMULATOR: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    tile_m, tile_n = _tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    tile_m, tile_n = tile_position(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
@@ -101,9 +101,9 @@ def _matmul_rows_pointer_kernel(
             a = tl.load(a_row + start, mask=(lane < K - start)[None, :], other=0.0)
             b = tl.load(b_row + start, mask=(lane < K - start)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, out_dtype=ACCUMULATOR)
-    row_scale = _row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
-    scale, bias = _column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
-    out = _scaled(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
+    row_scale = row_values(row, M, row_scale_ptr, column_scale_ptr, SCALE_PER_COLUMN)
+    scale, bias = column_values(column, N, column_scale_ptr, bias_ptr, SCALE_PER_COLUMN, HAS_BIAS)
+    out = apply_scales(acc, row_scale, scale, bias).to(c_ptr.dtype.element_ty)
     target = c_ptr + row.to(tl.int64)[:, None] * stride_c + column[None, :]
     tl.store(target, out, mask=(row < M)[:, None] & (column < N)[None, :])
 

@@ -11,12 +11,13 @@ import torch
 
 from .launch import launch
 from .matmul_decode import sum_splits
-from .quantize_rows import _INTEGER_TERM, SMALLEST_SCALE, _activate, _magnitude_bits
+from .quantize_rows import INTEGER_TERM, SMALLEST_SCALE, activate, magnitude_bits
 from .runtime import SMALLEST_DOT, ceil_div, constexpr, power_of_two, tl, triton
 from .stored_weight import INT4, StoredWeight
 
 FLOAT8_TERM = 16.0
 _FLOAT8_TERM = constexpr(FLOAT8_TERM)
+_INTEGER_TERM = constexpr(INTEGER_TERM)
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def _split_rows_kernel(
     bits = tl.zeros([BLOCK_K], dtype=tl.int32)
     for start in range(0, K, BLOCK_K):
         x = tl.load(source + (lane + start) * stride_k, mask=lane < K - start, other=0.0).to(tl.float32)
-        bits = tl.maximum(bits, _magnitude_bits(_activate(x, ACTIVATION)))
+        bits = tl.maximum(bits, magnitude_bits(activate(x, ACTIVATION)))
     largest = tl.max(bits, axis=0)
     if INTEGER:
         scale = largest.to(tl.float32, bitcast=True) * (1.0 / 127.0)
@@ -59,7 +60,7 @@ def _split_rows_kernel(
     tl.store(scale_ptr + row, scale)
     column = tl.program_id(1) * BLOCK_K + lane
     inside = column < K
-    x = _activate(tl.load(source + column * stride_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    x = activate(tl.load(source + column * stride_k, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
     rest = x * inverse
     target = q_ptr + row.to(tl.int64) * K + (column % PLANES) * (K // PLANES) + column // PLANES
     for term in tl.static_range(TERMS):

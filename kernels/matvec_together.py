@@ -8,7 +8,7 @@ import torch
 
 from .decode_tiles import code_to_float32
 from .launch import launch
-from .quantize_rows import _activate
+from .quantize_rows import activate
 from .runtime import ceil_div, constexpr, tl, triton
 
 MOST_WEIGHTS = 3
@@ -123,7 +123,7 @@ def _matvec_together_kernel(
         up = _row_sums(
             x_ptr, w_ptr_1, scale_ptr_1, bias_ptr_1, n, N, stride_w_1, K, KIND, SCALE, HAS_BIAS, ASSEMBLY, BLOCK_K
         )
-        gate = _activate(gate.to(element).to(tl.float32), GATE).to(element).to(tl.float32)
+        gate = activate(gate.to(element).to(tl.float32), GATE).to(element).to(tl.float32)
         tl.store(out_ptr + n, (gate * up.to(element).to(tl.float32)).to(element), mask=n < N)
     else:
         # One weight after the other: a program that lies beyond the tiles of a weight goes on to the next.

@@ -17,7 +17,6 @@ INTEGER_TERM = 254.0
 """What an int8 term counts for in units of the next one, where a row is a sum of several."""
 
 ACTIVATIONS = (None, "gelu_tanh", "silu")
-_INTEGER_TERM = constexpr(INTEGER_TERM)
 _INTERPRETED = constexpr(INTERPRETED)
 
 
@@ -66,7 +65,7 @@ def _logistic(x):
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """x (float32) after the activation; gelu by its tanh form: 0.5 (1 + tanh(u)) = 1 / (1 + exp(-2u))."""
     if ACTIVATION == "gelu_tanh":
         # 2 log2(e) sqrt(2 / pi), and that times 0.044715.
@@ -77,13 +76,13 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _magnitude_bits(x):
+def magnitude_bits(x):
     """|x| as int32 bits: their order is that of the magnitudes, with Inf and then NaN above every number."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
-def _row_scale(bits, limit, smallest):
+def scale_and_inverse(bits, limit, smallest):
     """(scale, 1 / scale) of rows whose largest magnitude has these bits; NaN and Inf stay."""
     scale = bits.to(tl.float32, bitcast=True) * (1.0 / limit)
     scale = tl.where(scale < smallest, smallest, scale)
@@ -91,7 +90,7 @@ def _row_scale(bits, limit, smallest):
 
 
 @triton.jit
-def _to_grid(x, INTEGER: tl.constexpr):
+def to_codes(x, INTEGER: tl.constexpr):
     """Scaled float32 values to int8 (nearest, ties to even) or e4m3 (saturating)."""
     # 1.5 * 2^23 leaves the rounded value in the low byte of the sum.
     return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8) if INTEGER else x.to(tl.float8e4nv)
@@ -138,20 +137,20 @@ def _quantize_rows_kernel(
     target = q_ptr + row * K + column
     if ONE_PASS:
         x = tl.load(x_row + column.to(tl.int64) * stride_k, mask=column < K, other=0.0).to(tl.float32)
-        x = _activate(x, ACTIVATION)
-        scale, inverse = _row_scale(tl.max(_magnitude_bits(x), axis=0), limit, smallest)
-        tl.store(target, _to_grid(x * inverse, INTEGER), mask=column < K)
+        x = activate(x, ACTIVATION)
+        scale, inverse = scale_and_inverse(tl.max(magnitude_bits(x), axis=0), limit, smallest)
+        tl.store(target, to_codes(x * inverse, INTEGER), mask=column < K)
     else:
         bits = tl.zeros([BLOCK_K], dtype=tl.int32)
         for start in range(0, K, BLOCK_K):
             source = x_row + (start + column).to(tl.int64) * stride_k
             x = tl.load(source, mask=column < K - start, other=0.0).to(tl.float32)
-            bits = tl.maximum(bits, _magnitude_bits(_activate(x, ACTIVATION)))
-        scale, inverse = _row_scale(tl.max(bits, axis=0), limit, smallest)
+            bits = tl.maximum(bits, magnitude_bits(activate(x, ACTIVATION)))
+        scale, inverse = scale_and_inverse(tl.max(bits, axis=0), limit, smallest)
         for start in range(0, K, BLOCK_K):
             source = x_row + (start + column).to(tl.int64) * stride_k
             x = tl.load(source, mask=column < K - start, other=0.0).to(tl.float32)
-            tl.store(target + start, _to_grid(_activate(x, ACTIVATION) * inverse, INTEGER), mask=column < K - start)
+            tl.store(target + start, to_codes(activate(x, ACTIVATION) * inverse, INTEGER), mask=column < K - start)
     if FOLD_WEIGHT_SCALE:
         scale = scale * tl.load(weight_scale_ptr)
     tl.store(scale_ptr + row, scale)

@@ -8,18 +8,20 @@ import torch
 
 from .launch import launch
 from .quantize_rows import (
-    _INTEGER_TERM,
+    INTEGER_TERM,
     LIMITS,
     SMALLEST_SCALE,
-    _activate,
-    _magnitude_bits,
-    _row_scale,
-    _to_grid,
+    activate,
+    magnitude_bits,
     row_of_sample,
     row_warps,
     rows_and_strides,
+    scale_and_inverse,
+    to_codes,
 )
-from .runtime import INTERPRETED, tl, triton
+from .runtime import INTERPRETED, constexpr, tl, triton
+
+_INTEGER_TERM = constexpr(INTEGER_TERM)
 
 KERNEL_ROTATIONS = (16, 64, 256)
 """Group sizes the kernels take; models use 256, or 64 for narrow layers."""
@@ -53,7 +55,7 @@ def _rotated(x, inner, outer, GROUPS: tl.constexpr, ACTIVATION: tl.constexpr):
     `inner` rotates the base-4 digits of bits 0, 1 and 4, 5, `outer` the others. So every operand lies in the threads and
     registers where the load or the product before has put it.
     """
-    x = tl.reshape(_activate(x.to(tl.float32), ACTIVATION).to(inner.dtype), [GROUPS, 4, 2, 4, 2, 2, 2])
+    x = tl.reshape(activate(x.to(tl.float32), ACTIVATION).to(inner.dtype), [GROUPS, 4, 2, 4, 2, 2, 2])
     y = tl.dot(inner, tl.reshape(tl.permute(x, (5, 3, 6, 4, 0, 1, 2)), [16, GROUPS * 16])).to(inner.dtype)
     y = tl.reshape(y, [2, 4, 2, 2, GROUPS, 4, 2])
     return tl.dot(outer, tl.reshape(tl.permute(y, (3, 5, 6, 0, 4, 1, 2)), [16, GROUPS * 16]))
@@ -118,8 +120,8 @@ def _rotate_rows_kernel(
     if TERMS > 0:
         bits = tl.zeros([16, GROUPS * 16], dtype=tl.int32)
         for piece in tl.static_range(PIECES):
-            bits = tl.maximum(bits, _magnitude_bits(rotated[piece]))
-        scale, inverse = _row_scale(tl.max(bits), 127.0 if TERMS > 1 else limit, smallest)
+            bits = tl.maximum(bits, magnitude_bits(rotated[piece]))
+        scale, inverse = scale_and_inverse(tl.max(bits), 127.0 if TERMS > 1 else limit, smallest)
         tl.store(scale_ptr + row, scale)
     for piece in tl.static_range(PIECES):
         first = piece * GROUPS * 256
@@ -128,7 +130,7 @@ def _rotate_rows_kernel(
         else:
             rest = rotated[piece] * inverse
             for term in tl.static_range(TERMS):
-                stored = _to_grid(rest, True)
+                stored = to_codes(rest, True)
                 _store_rotated(q_row + term * tl.num_programs(0) * K, stored, first, K, GROUPS, PLANES)
                 rest = (rest - stored.to(tl.float32)) * _INTEGER_TERM
 
