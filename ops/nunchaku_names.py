@@ -51,7 +51,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Model:
+class NunchakuModel:
     """A model that nunchaku runs. What has no row here has the same name in ComfyUI.
 
     Attributes:
@@ -146,7 +146,7 @@ _FLUX_SINGLE = Stack(
         "norm_k": "attn.norm_k",
     },
 )
-_FLUX = Model(
+_FLUX = NunchakuModel(
     "single_transformer_blocks.0.norm.linear",
     {"transformer_blocks": _FLUX_DOUBLE, "single_transformer_blocks": _FLUX_SINGLE},
     (
@@ -161,7 +161,7 @@ _FLUX = Model(
         ),
     ),
 )
-_QWEN_IMAGE = Model(
+_QWEN_IMAGE = NunchakuModel(
     "transformer_blocks.0.img_mod.1",
     {
         "transformer_blocks": Stack(
@@ -185,7 +185,7 @@ _Z_IMAGE_BLOCK = (
     *_parts_of("feed_forward.net.0.proj", "feed_forward.w3", "feed_forward.w1"),
     _same("feed_forward.w2", "feed_forward.net.2"),
 )
-_Z_IMAGE = Model(
+_Z_IMAGE = NunchakuModel(
     "layers.0.feed_forward.net.0.proj",
     {name: Stack(name, _Z_IMAGE_BLOCK) for name in ("layers", "noise_refiner", "context_refiner")},
     (
@@ -195,7 +195,7 @@ _Z_IMAGE = Model(
     ),
 )
 
-MODELS: Mapping[str, Model] = MappingProxyType({"Flux": _FLUX, "Qwen-Image": _QWEN_IMAGE, "Z-Image": _Z_IMAGE})
+MODELS: Mapping[str, NunchakuModel] = MappingProxyType({"Flux": _FLUX, "Qwen-Image": _QWEN_IMAGE, "Z-Image": _Z_IMAGE})
 """By what people call them."""
 
 
@@ -235,7 +235,7 @@ def under_comfyui_names(entries: Mapping[str, TensorEntry], packed: str) -> dict
     return {name: entry for name, entry in entries.items() if name not in used} | result
 
 
-def _newer(name: str, model: Model) -> str:
+def _newer(name: str, model: NunchakuModel) -> str:
     """The name in newer files of nunchaku's."""
     found = _BLOCK.match(name)
     older = model.stacks[found["stack"]].older if found is not None and found["stack"] in model.stacks else {}
@@ -244,7 +244,7 @@ def _newer(name: str, model: Model) -> str:
     return f"{found['stack']}.{found['number']}.{older[found['layer']]}.{found['suffix']}"
 
 
-def _layers(model: Model, names: Mapping[str, TensorEntry]) -> Iterator[Made]:
+def _layers(model: NunchakuModel, names: Mapping[str, TensorEntry]) -> Iterator[Made]:
     """The rows of a model, with whole names."""
     yield from model.whole
     blocks = {(found["stack"], found["number"]) for name in names if (found := _BLOCK.match(name)) is not None}

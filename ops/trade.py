@@ -21,8 +21,8 @@ _NOT_AT_EVERY_TOKEN = (Rule(MODULATION_LAYERS), Rule("*", outside_blocks=True))
 
 
 @dataclass(frozen=True)
-class Product:
-    """A linear as far as its time goes.
+class StepProduct:
+    """What a layer multiplies in a step, as far as its time goes.
 
     Attributes:
         rows: of its input.
@@ -35,14 +35,14 @@ class Product:
     weight_format: str
 
 
-Milliseconds = Callable[[QuantizationPlan, list[Product]], float | None]
+Milliseconds = Callable[[QuantizationPlan, list[StepProduct]], float | None]
 """Time of a step of a plan's products; None where it cannot be told."""
 
 
-def product_of(layer: LayerPlan, tokens: int = TOKENS) -> Product:
+def product_of(layer: LayerPlan, tokens: int = TOKENS) -> StepProduct:
     """What a layer multiplies in a step: modulation and what stands outside the blocks see one row, as good as none."""
     rows = 1 if any(rule.matches(layer.name) for rule in _NOT_AT_EVERY_TOKEN) else tokens
-    return Product(rows, layer.shape, layer.weight_format if layer.action == QUANTIZE else KEEP)
+    return StepProduct(rows, layer.shape, layer.weight_format if layer.action == QUANTIZE else KEEP)
 
 
 def trade_table(chooser: FormatChooser, milliseconds: Milliseconds | None = None) -> list[str]:

@@ -20,7 +20,7 @@ from ...ops.linear import quantized_linear
 from ...ops.plan import QuantizationPlan
 from ...ops.quantize import quantize_to_tensor
 from ...ops.scratch import release_scratch
-from ...ops.trade import Product
+from ...ops.trade import StepProduct
 
 logger = logging.getLogger("lowbit.host")
 
@@ -32,7 +32,7 @@ Call = Callable[[], torch.Tensor]
 
 
 def step_milliseconds(
-    plan: QuantizationPlan, products: list[Product], *, device: torch.device, folder: Path
+    plan: QuantizationPlan, products: list[StepProduct], *, device: torch.device, folder: Path
 ) -> float | None:
     """Time of a step's products; where the model is larger than the GPU, the rest streams meanwhile, if that takes longer.
 
@@ -68,7 +68,7 @@ def step_milliseconds(
     return max(sum(time for time in found if time is not None), copied * streamed / _COPIED_BYTES)
 
 
-def _called(product: Product) -> str:
+def _called(product: StepProduct) -> str:
     return f"{product.rows} rows, {product.shape[1]} to {product.shape[0]}"
 
 
@@ -84,7 +84,7 @@ def _measure(times: MeasuredNumbers, where: str, called: str, name: str, make: C
         times.put(where, {called: (times.get(where, called) or {}) | found})
 
 
-def _product_call(product: Product, device: torch.device) -> Call:
+def _product_call(product: StepProduct, device: torch.device) -> Call:
     rows, columns = product.shape
     weight = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
     x = torch.randn(product.rows, columns, device=device, dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from lowbit.ops.device_info import DeviceInfo
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.plan import make_plan
 from lowbit.ops.sampled_errors import sampled_errors
-from lowbit.ops.trade import TOKENS, Product, product_of, trade_table
+from lowbit.ops.trade import TOKENS, StepProduct, product_of, trade_table
 from testing.tiny.tensors import draw
 from testing.tiny.text_encoders import Umt5Config, umt5_shapes
 
@@ -78,8 +78,8 @@ def test_a_time_is_asked_of_every_layer_in_the_format_it_has(save, wan_tensors):
     lines = trade_table(FormatChooser(checkpoint, DeviceInfo("H200", (9, 0), 1 << 40), None, MEASURE), milliseconds)
     assert {row[1] for row in rows_of(lines).values()} == {f"{len(products):.1f}" for products in asked.values()}
     eight_bits = asked[make_plan(checkpoint, FORMATS["int8_convrot_fast"], None).nbytes_after]
-    assert Product(TOKENS, (512, 256), "int8_convrot_fast") in eight_bits
-    assert Product(1, (1536, 256), "keep") in eight_bits
+    assert StepProduct(TOKENS, (512, 256), "int8_convrot_fast") in eight_bits
+    assert StepProduct(1, (1536, 256), "keep") in eight_bits
     assert all(product.weight_format == "keep" for product in asked[max(asked)])
 
 
@@ -95,7 +95,7 @@ def test_a_time_is_asked_of_every_layer_in_the_format_it_has(save, wan_tensors):
 def test_modulation_and_conditioning_see_one_row(save, name, rows):
     checkpoint = open_checkpoint(save({f"{name}.weight": torch.randn(64, 64)}))
     (layer,) = make_plan(checkpoint, FORMATS["int8"], ()).layers.values()
-    assert product_of(layer) == Product(rows, (64, 64), "int8")
+    assert product_of(layer) == StepProduct(rows, (64, 64), "int8")
 
 
 def test_there_is_no_table_where_there_is_nothing_to_choose(save, wan_tensors, monkeypatch):

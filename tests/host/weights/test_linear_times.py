@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from lowbit.ops.device_info import DeviceInfo
-from lowbit.ops.trade import Product
+from lowbit.ops.trade import StepProduct
 
 pytestmark = pytest.mark.headless
 
 CUDA = torch.device("cuda", 0)
 PRODUCTS = [
-    Product(4096, (512, 256), "int8_convrot_fast"),
-    Product(4096, (512, 256), "int8_convrot_fast"),
-    Product(4096, (256, 512), "int4_asym_fast"),
-    Product(1, (64, 64), "keep"),
+    StepProduct(4096, (512, 256), "int8_convrot_fast"),
+    StepProduct(4096, (512, 256), "int8_convrot_fast"),
+    StepProduct(4096, (256, 512), "int4_asym_fast"),
+    StepProduct(1, (64, 64), "keep"),
 ]
 MEMORY = 16 << 30
 
@@ -56,7 +56,7 @@ def test_a_step_is_the_sum_of_its_products_each_timed_once(gpu, tmp_path):
     assert len(gpu.timed) == 4, "three shapes and the copy"
     assert step() == pytest.approx(8.0)
     assert len(gpu.timed) == 4, "they are kept"
-    assert step([*PRODUCTS, Product(1, (64, 64), "int8")]) == pytest.approx(10.0)
+    assert step([*PRODUCTS, StepProduct(1, (64, 64), "int8")]) == pytest.approx(10.0)
     assert len(gpu.timed) == 5
     assert [path.name for path in tmp_path.iterdir()] == [gpu.module.FILE_NAME]
 
@@ -92,6 +92,6 @@ def test_on_a_cpu_and_of_a_text_encoder_nothing_is_timed(gpu, tmp_path, device, 
 def test_the_call_that_is_timed_is_the_product_itself(core_modules, name):
     from lowbit.host.weights.linear_times import _product_call
 
-    out = _product_call(Product(3, (64, 256), name), torch.device("cpu"))()
+    out = _product_call(StepProduct(3, (64, 256), name), torch.device("cpu"))()
     assert out.shape == (3, 64)
     assert out.isfinite().all()
