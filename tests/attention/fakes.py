@@ -7,6 +7,8 @@ import time
 import torch
 
 from lowbit.attention.backends import CORE, CORE_EXACT, Backend
+from lowbit.attention.candidates import Policy
+from lowbit.attention.dispatch import Dispatcher
 from lowbit.attention.environment import Environment
 
 CPU = Environment("cpu")
@@ -77,6 +79,12 @@ def qkv(batch=1, heads=2, q_len=9, kv_len=11, head_dim=16, kv_heads=None, seed=0
     return [torch.randn(batch, n, length, head_dim, generator=generator).to(dtype) for n, length in shapes]
 
 
+def noisy(q, k, v, mask, scale):
+    """An attention that errs by a fifth."""
+    out = attend(q, k, v, mask, scale)
+    return out + 0.2 * torch.randn_like(out) * out.std()
+
+
 class Core:
     """Stands for ComfyUI's own attention, the last resort: counts its calls."""
 
@@ -94,6 +102,12 @@ class Core:
             mask = mask.unsqueeze(0 if mask.ndim == 2 else 1)
         out = attend(q, k, v, None if drop_mask else mask, scale)
         return out if self.heads_first else out.transpose(1, 2).flatten(2)
+
+
+def dispatcher(*backends, policy=None, **options):
+    """One that times nothing: the first of `backends` is the fastest."""
+    timings = KnownTimes(*(backend.name for backend in backends))
+    return Dispatcher(policy or Policy("auto", "fast"), timings, backends=backends, **options)
 
 
 def report(target):

@@ -11,7 +11,7 @@ import torch
 from lowbit.attention import dispatch
 from lowbit.attention.backends import CORE
 from lowbit.attention.candidates import AttentionInputs, Policy
-from lowbit.attention.dispatch import CHECKED_CALLS, COMPARED_EVERY, UNJUDGED_CALLS, Dispatcher
+from lowbit.attention.dispatch import CHECKED_CALLS, COMPARED_EVERY, UNJUDGED_CALLS
 from lowbit.attention.report import TIMED_CALLS, Report, Struck, as_text
 
 from . import fakes
@@ -20,12 +20,7 @@ SETTLED = CHECKED_CALLS + TIMED_CALLS
 BLOCKS = 12
 
 
-def dispatcher(*backends, policy=None):
-    timings = fakes.KnownTimes(*(b.name for b in backends))
-    return Dispatcher(policy or Policy("auto", "fast"), timings, backends=backends)
-
-
-report, counts = fakes.report, fakes.counts
+dispatcher, report, counts = fakes.dispatcher, fakes.report, fakes.counts
 
 
 class Lossy:

@@ -21,11 +21,6 @@ from . import fakes
 SETTLED = CHECKED_CALLS + TIMED_CALLS
 
 
-def dispatcher(*backends, policy=None, **options):
-    timings = fakes.KnownTimes(*(b.name for b in backends))
-    return Dispatcher(policy or Policy("auto", "fast"), timings, backends=backends, **options)
-
-
 def run(target, q, k, v, mask=None, scale=None, exact=False, heads_first=False, times=1, core=None):
     core = core or fakes.Core(q, k, v, mask, scale, heads_first)
     for _ in range(times):
@@ -33,7 +28,7 @@ def run(target, q, k, v, mask=None, scale=None, exact=False, heads_first=False, 
     return out
 
 
-report, counts = fakes.report, fakes.counts
+dispatcher, report, counts = fakes.dispatcher, fakes.report, fakes.counts
 
 
 def nan(q, k, v, mask, scale):
@@ -56,11 +51,6 @@ def wrong_shape(q, k, v, mask, scale):
 
 def wrong_dtype(q, k, v, mask, scale):
     return fakes.attend(q, k, v, mask, scale).double()
-
-
-def noisy(q, k, v, mask, scale):
-    out = fakes.attend(q, k, v, mask, scale)
-    return out + 0.2 * torch.randn_like(out) * out.std()
 
 
 @pytest.mark.parametrize("heads_first", [False, True])
@@ -86,7 +76,7 @@ def test_every_kind_of_call_equals_float64(heads_first, scale, mask, kv_heads):
     assert counts(target) == {"fake": SETTLED + 2}
 
 
-@pytest.mark.parametrize("fault", [nan, overflow, raising, wrong_shape, wrong_dtype, noisy])
+@pytest.mark.parametrize("fault", [nan, overflow, raising, wrong_shape, wrong_dtype, fakes.noisy])
 def test_a_wrong_backend_is_struck_off_and_the_call_done_again(fault, caplog):
     bad = fakes.backend("bad", fault, error_class="fast")
     target = dispatcher(bad, fakes.backend("good"))
@@ -220,14 +210,16 @@ def test_a_reference_that_refuses_a_view_of_some_heads_is_asked_with_all():
             raise RuntimeError("no execution plan for these strides")
         return fakes.attend(q, k, v, mask, scale)
 
-    target = dispatcher(fakes.backend("lossy", noisy, error_class="fast"), fakes.backend("exact", whole))
+    target = dispatcher(fakes.backend("lossy", fakes.noisy, error_class="fast"), fakes.backend("exact", whole))
     run(target, *fakes.qkv(heads=40), times=3)
     assert counts(target) == {"exact": 3}
 
 
 def test_a_backend_asked_for_by_name_is_not_held_to_the_budget():
     target = dispatcher(
-        fakes.backend("mine", noisy, error_class="unbounded"), fakes.backend("exact"), policy=Policy("mine", "exact")
+        fakes.backend("mine", fakes.noisy, error_class="unbounded"),
+        fakes.backend("exact"),
+        policy=Policy("mine", "exact"),
     )
     run(target, *fakes.qkv(), times=3)
     assert counts(target) == {"mine": 3}

@@ -51,12 +51,7 @@ def dispatcher(*backends, policy=None, environment=GPU, **options):
     )
 
 
-def report(target):
-    return target.report.as_dict(target.settings(CPU))
-
-
-def counts(target):
-    return report(target)["calls_by_backend"]
+report, counts = fakes.report, fakes.counts
 
 
 def slow(kernel, seconds=0.02):
@@ -73,11 +68,6 @@ def raising(*arguments):
 
 def out_of_memory(*arguments):
     raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def noisy(q, k, v, mask, scale):
-    out = fakes.attend(q, k, v, mask, scale)
-    return out + 0.2 * torch.randn_like(out) * out.std()
 
 
 def run(target, tensors=None, core=None, times=1, **options):
@@ -98,7 +88,7 @@ def test_auto_takes_the_fastest_and_remembers_it(tmp_path):
         return dispatcher(
             fakes.backend("slow", slow(fakes.attend)),
             fakes.backend("quick"),
-            fakes.backend("wrong", noisy, error_class="fast"),
+            fakes.backend("wrong", fakes.noisy, error_class="fast"),
             timings=MeasuredNumbers(tmp_path, TIMINGS_FILE),
         )
 
@@ -328,7 +318,7 @@ def test_a_backend_paired_with_the_weights_is_admitted_and_taken_where_it_is_the
 def test_a_paired_backend_is_held_to_its_own_class():
     for error_class, taken in (("fast", "exact"), ("unbounded", "paired")):
         target = dispatcher(
-            fakes.backend("paired", noisy, error_class=error_class),
+            fakes.backend("paired", fakes.noisy, error_class=error_class),
             fakes.backend("exact", slow(fakes.attend, 0.005)),
             policy=Policy("auto", "balanced", paired=("paired",)),
         )

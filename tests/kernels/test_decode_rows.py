@@ -9,6 +9,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from lowbit.kernels.decode import decode_int8_reference, decode_reference
 from lowbit.kernels.decode_rows import decode_rows
 from lowbit.ops.linear_weight import stored_weight
+from testing.measure import relative_error
 
 from .stored import MAKERS, ROTATED, make
 
@@ -17,10 +18,6 @@ SIZES = [(24, 256), (40, 96), (33, 80), (5, 48)]
 
 def _sizes(name: str) -> list[tuple[int, int]]:
     return [(24, 256), (3, 512)] if name in ROTATED else SIZES
-
-
-def _error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((out.double() - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -40,7 +37,7 @@ def test_values(device, name, hardware, dtype):
         out = torch.full((rows, columns), torch.nan, dtype=dtype, device=device)
         decode_rows(weight, out, hardware_e4m3=hardware)
         bar = 4e-3 if dtype == torch.bfloat16 else 1e-3 if weight.rotation and device.type == "cuda" else 1e-6
-        assert _error(out, decode_reference(weight, torch.float64)) < bar
+        assert relative_error(out, decode_reference(weight, torch.float64)) < bar
 
 
 @pytest.mark.parametrize("name", ["int8", "int8_convrot", "int4", "int4_codebook", "int4_grid"])
@@ -60,5 +57,8 @@ def test_float8_with_a_scale_per_row(device, name, bar):
         out = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn, device=device)
         row_scale = torch.zeros(rows, device=device)
         decode_rows(weight, out, row_scale)
-        assert _error(out.double() * row_scale.double().unsqueeze(1), decode_reference(weight, torch.float64)) < bar
+        assert (
+            relative_error(out.double() * row_scale.double().unsqueeze(1), decode_reference(weight, torch.float64))
+            < bar
+        )
         assert out.float().isfinite().all()

@@ -26,6 +26,8 @@ from lowbit.ops.shared_input import FIRST
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in the interpreter's process", allow_module_level=True)
 
+from testing.measure import relative_error
+
 from ..kernels import conftest as _mended_interpreter  # noqa: F401
 from ..kernels.products import multiply
 from ..kernels.stored import MAKERS, ROTATED
@@ -36,10 +38,6 @@ HOPPER, AMPERE = Gpu((9, 0)), Gpu((8, 6))
 def _weight(name: str, rows: int, columns: int) -> QuantizedTensor:
     layout, options = MAKERS[name]
     return QuantizedTensor.from_float(torch.randn(rows, columns) * 0.05, layout, **options)
-
-
-def _error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    return ((out.double() - reference).norm() / reference.norm()).item()
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -54,7 +52,7 @@ def test_agrees_with_float64(name, fast):
         out = quantized_linear(x, weight, bias, fast=fast)
         reference = x.double() @ decoded.t() + bias.double()
         assert out.shape == (rows, n)
-        assert rows == 0 or _error(out, reference) < (5e-2 if fast else 1e-5)
+        assert rows == 0 or relative_error(out, reference) < (5e-2 if fast else 1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if name not in ("int4_codebook", "int4_grid")])
@@ -69,7 +67,7 @@ def test_few_rows_in_float16(name, gpu):
     for rows in (1, 2, 5):
         x = torch.randn(rows, k).half()
         out = multiply("few_rows", x, stored, None, None, gpu)
-        assert _error(out, x.double() @ decoded.t()) < 8e-3
+        assert relative_error(out, x.double() @ decoded.t()) < 8e-3
 
 
 @pytest.mark.parametrize(("name", "group"), [("int4_codebook", 16), ("int4_grid", 16), ("int4_codebook", 64)])
@@ -85,7 +83,7 @@ def test_few_rows_of_a_codebook(name, group, offset):
     for rows in (1, 2, 19):
         x, bias = torch.randn(rows, 768), torch.randn(70)
         out = multiply("few_rows", x, stored, bias, None, HOPPER)
-        assert _error(out, x.double() @ decoded.t() + bias.double()) < 1e-5
+        assert relative_error(out, x.double() @ decoded.t() + bias.double()) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["int8_convrot", "int4"])
@@ -95,7 +93,7 @@ def test_a_rotated_float16_row_does_not_overflow(name):
     weight = _weight(name, 32, 256)
     x = (5000 * rotate_reference(torch.eye(256), 256)[3].sign()).half().reshape(1, 256)
     out = multiply("few_rows", x, stored_weight(weight), None, None, HOPPER)
-    assert _error(out, x.double() @ weight.dequantize().double().t()) < 1e-2
+    assert relative_error(out, x.double() @ weight.dequantize().double().t()) < 1e-2
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m2", "int8", "int4", "mxfp8", "nvfp4"])

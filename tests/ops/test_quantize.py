@@ -12,6 +12,7 @@ from lowbit.errors import CheckpointError, FormatError
 from lowbit.ops.formats import FORMATS, STORAGES, find_format, storage_for, stored_nbytes
 from lowbit.ops.nvfp4 import tiled_scales
 from lowbit.ops.quantize import assemble, quantize_to_tensor, quantize_weight
+from testing.measure import relative_error
 
 ERROR_LIMITS = {
     "fp8_e4m3fn_scaled": 2.7e-2,
@@ -29,11 +30,6 @@ ERROR_LIMITS = {
     "int4_convrot_fast": 16e-2,
 }
 """Relative Frobenius error on Gaussian weights; issue 2's limits where it names one, measured + 10% elsewhere."""
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    expected = expected.double()
-    return (torch.linalg.vector_norm(actual.double() - expected) / torch.linalg.vector_norm(expected)).item()
 
 
 @pytest.mark.parametrize("name", ERROR_LIMITS)

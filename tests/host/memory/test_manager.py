@@ -345,7 +345,17 @@ def test_a_second_failure_is_one_sentence_a_person_can_act_on(host, device):
     assert device.cleared == 1
 
 
-@pytest.mark.parametrize("error", [ValueError("shape"), KeyboardInterrupt(), MemoryBudgetError("refused")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("shape"),
+        KeyboardInterrupt(),
+        MemoryBudgetError("refused"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        MemoryError(),
+    ],
+    ids=repr,
+)
 def test_other_errors_pass_and_make_no_room(host, device, error):
     def call():
         raise error

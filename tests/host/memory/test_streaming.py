@@ -215,12 +215,3 @@ def test_dynamic_vrams_own_errors_are_out_of_memory_errors_too(host, device, err
 
     assert host.room.again_after_oom(call, lambda: "room was made", "a test") == "done"
     assert "Out of memory in a test" in host.session.session().ledger.run.notes[0]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), MemoryError()], ids=str)
-def test_no_other_error_of_these_kinds_is_taken_for_one(host, device, error):
-    def call():
-        raise error
-
-    with pytest.raises(type(error)):
-        host.room.again_after_oom(call, lambda: pytest.fail("no room is needed"), "a test")

@@ -17,6 +17,16 @@ def save(tensors, path, metadata=None):
     return path
 
 
+def load(host, weight_format: str, name: str = "wan_t2v.safetensors"):
+    """A tiny model through the loader, quantized on the way."""
+    planned = host.preparing.plan_diffusion_model(host.folder / name, host.preparing.Request(weight_format))
+    return host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
+
+
+def block(patcher) -> torch.nn.Module:
+    return patcher.model.diffusion_model.blocks[0]
+
+
 def built(host, path) -> torch.nn.Module:
     return host.loading.load_diffusion_model(str(path)).model.diffusion_model
 

@@ -9,8 +9,10 @@ import torch
 
 from lowbit.attention.candidates import Policy
 from lowbit.attention.schedule import Schedule
+from testing.measure import relative_error
 
-from .test_patching import BLOCK, adapter, error, load, with_patches
+from .files import load
+from .test_patching import BLOCK, adapter, with_patches
 
 # torch's own compiler says it of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
@@ -80,14 +82,14 @@ def test_a_model_is_one_graph_whatever_its_prompt_step_and_lora(host, name, tmp_
     plain, _ = install_override(loaded, Policy("auto", "exact"), Schedule(), False, tmp_path)
     model, compilations = compiled(plain), Compilations()
     for tokens, graphs in ((7, 1), (9, 2), (12, 2)):
-        assert error(sample(model, name, tokens), sample(plain, name, tokens)) < 1e-3
+        assert relative_error(sample(model, name, tokens), sample(plain, name, tokens)) < 1e-3
         assert compilations.count == graphs
     key = CASES[name][2]
     lora = {key: adapter(*plain.get_model_object(key).shape, size=0.3)}
     without = sample(plain, name, 9)
     for strength in (1.0, 0.5):
         got, want = (sample(with_patches(one, lora, strength=strength), name, 9) for one in (model, plain))
-        assert error(got, want) < 1e-3 < error(want, without)
+        assert relative_error(got, want) < 1e-3 < relative_error(want, without)
     assert compilations.count == 2
 
 

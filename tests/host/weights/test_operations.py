@@ -9,14 +9,7 @@ from lowbit.errors import CheckpointError
 from lowbit.ops.formats import FORMATS
 from lowbit.ops.linear import quantized_linear
 
-
-def load(host, weight_format: str, name: str = "wan_t2v.safetensors"):
-    planned = host.preparing.plan_diffusion_model(host.folder / name, host.preparing.Request(weight_format))
-    return host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
-
-
-def block(patcher):
-    return patcher.model.diffusion_model.blocks[0]
+from .files import block, load
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -8,17 +8,15 @@ import pytest
 import torch
 
 from lowbit.errors import CapabilityError, CheckpointError
+from testing.measure import relative_error
+
+from .files import block, load
 
 KEY = "diffusion_model.blocks.0.self_attn.q.weight"
 
 
-def load(host, weight_format: str = "none", name: str = "wan_t2v.safetensors"):
-    planned = host.preparing.plan_diffusion_model(host.folder / name, host.preparing.Request(weight_format))
-    return host.loading.load_diffusion_model(str(host.preparing.prepared_file(planned)))
-
-
 def without_a_file(host):
-    patcher = load(host)
+    patcher = load(host, "none")
     patcher.cached_patcher_init = None
     return patcher
 
@@ -28,17 +26,13 @@ def quantize(host, patcher, weight_format: str = "int8", **options):
     return host.quantizing.quantize_model(patcher, planned), planned
 
 
-def block(patcher):
-    return patcher.model.diffusion_model.blocks[0]
-
-
 def temporary(host) -> set[str]:
     cache = host.folders.cache_folder()
     return {path.relative_to(cache).as_posix() for path in cache.rglob("temporary-*/*.safetensors")}
 
 
 def test_quantizing_a_loaded_model_keeps_its_patches_and_leaves_the_original_alone(host):
-    original = load(host)
+    original = load(host, "none")
     original.add_patches({KEY: ("diff", (torch.ones(256, 256),))})
     original.model_options["transformer_options"]["mark"] = 1
     quantized, planned = quantize(host, original)
@@ -145,10 +139,6 @@ def values(patcher, x=None):
     )
 
 
-def relative(value, expected) -> float:
-    return float((value - expected).norm() / expected.norm())
-
-
 def bypass_lora(patcher, strength: float = 1.0):
     from comfy.weight_adapter.bypass import BypassInjectionManager
     from comfy.weight_adapter.lora import LoRAAdapter
@@ -229,7 +219,7 @@ def test_what_a_node_put_in_place_of_the_sampling_stays(host, loaded):
     """A run without the quantizing node before one with it leaves the other clone's patches in place."""
     from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow
 
-    plain = load(host)
+    plain = load(host, "none")
     own = plain.model.model_sampling
     sampling = type("ModelSamplingAdvanced", (ModelSamplingDiscreteFlow, CONST), {})(plain.model.model_config)
     sampling.set_parameters(shift=5.0)
@@ -256,7 +246,7 @@ def test_what_a_node_tied_to_the_layers_is_tied_to_the_quantized_ones(host, node
     import comfy.model_management
 
     torch._dynamo.reset()
-    plain = load(host)
+    plain = load(host, "none")
     original = node(plain)
     if loaded:
         values(original)
@@ -271,16 +261,16 @@ def test_what_a_node_tied_to_the_layers_is_tied_to_the_quantized_ones(host, node
     assert not ran
     comfy.model_management.unload_all_models()
     # What is compiled gives what it gives uncompiled.
-    reference = load(host) if "compiled" in node.__name__ else node(load(host))
-    assert relative(value, values(reference)) < 0.02
+    reference = load(host, "none") if "compiled" in node.__name__ else node(load(host, "none"))
+    assert relative_error(value, values(reference)) < 0.02
     if "compiled" not in node.__name__:
         comfy.model_management.unload_all_models()
-        assert relative(values(load(host)), value) > 0.05
+        assert relative_error(values(load(host, "none")), value) > 0.05
 
 
 @pytest.mark.parametrize("change", ["hook", "forward"])
 def test_layers_that_a_node_changed_themselves_are_named(host, change):
-    patcher = load(host)
+    patcher = load(host, "none")
     layer = block(patcher).self_attn.q
     if change == "hook":
         layer.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -291,7 +281,7 @@ def test_layers_that_a_node_changed_themselves_are_named(host, change):
 
 
 def test_what_has_no_counterpart_is_named(host):
-    patcher = load(host)
+    patcher = load(host, "none")
     patched = patcher.clone()
     extra = torch.nn.Linear(4, 4)
     block(patched).extra = extra
@@ -301,7 +291,7 @@ def test_what_has_no_counterpart_is_named(host):
 
 
 def test_what_is_tied_to_nothing_stays_the_same_object(host):
-    patched = load(host).clone()
+    patched = load(host, "none").clone()
     mark = object()
     patched.model_options["transformer_options"]["mark"] = mark
     patched.add_object_patch("diffusion_model.blocks.0.mark", mark)
@@ -317,11 +307,11 @@ def test_what_is_tied_to_nothing_stays_the_same_object(host):
 
 @pytest.mark.parametrize("edit", [lambda w: w.mul_(1.1), lambda w: w[-1].add_(1.0), lambda w: w[0, 0].add_(0.1)])
 def test_weights_edited_in_place_are_quantized_as_they_are(host, edit, caplog):
-    patcher = load(host)
+    patcher = load(host, "none")
     edit(block(patcher).self_attn.q.weight)
     edited = block(patcher).self_attn.q.weight.clone()
     quantized, planned = quantize(host, patcher, "int8")
-    assert relative(block(quantized).self_attn.q.weight.dequantize(), edited) < 0.02
+    assert relative_error(block(quantized).self_attn.q.weight.dequantize(), edited) < 0.02
     assert not planned.request.keep_quantized_file
     assert "'blocks.0.self_attn.q.weight' among them" in caplog.text
 

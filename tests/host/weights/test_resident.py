@@ -7,7 +7,8 @@ import contextlib
 import pytest
 import torch
 
-from .test_patching import load, streamed
+from .files import load
+from .test_patching import streamed
 
 
 @pytest.fixture

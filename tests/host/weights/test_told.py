@@ -9,7 +9,8 @@ import torch
 
 from lowbit.errors import CheckpointError
 
-from .test_quantizing import block, quantize, without_a_file
+from .files import block
+from .test_quantizing import quantize, without_a_file
 
 
 @pytest.fixture
