@@ -23,13 +23,13 @@ from benchmarks.quality import OTHERS, entry
 from demo import shapes_in_comfyui, shapes_in_diffusers
 from demo.bundled_prompt import BundledPrompt
 from demo.clips import FOLDER, MODEL, SHOWN, TRANSFORMER, Quality, judge
-from demo.report import REFERENCE, Row
+from demo.report import Row
 from demo.shapes import Scene
 from lowbit.kernels.measured import Numbers
 from lowbit.ops.auto_format import FormatChooser
 from lowbit.ops.checkpoint import Checkpoint, open_checkpoint
 from lowbit.ops.device_info import DeviceInfo
-from lowbit.ops.formats import FORMATS
+from lowbit.ops.formats import AS_STORED, FORMATS
 from lowbit.ops.mixed_plan import TwoPlans
 from lowbit.ops.plan import QuantizationPlan, make_plan
 from lowbit.ops.quantize import quantize_to_tensor
@@ -85,7 +85,7 @@ def clips_of(prompt: BundledPrompt, file: str, scenes: Sequence[Scene]) -> tuple
     """The clips of a transformer's file as it is."""
     started, stem = time.monotonic(), Path(file).stem
     clips = [
-        prompt.run(REFERENCE, seed, f"{stem}/{seed}", text=scene.prompt(), file=file)[0]
+        prompt.run(AS_STORED, seed, f"{stem}/{seed}", text=scene.prompt(), file=file)[0]
         for seed, scene in enumerate(scenes)
     ]
     size = (prompt.server.base / "models" / "diffusion_models" / file).stat().st_size

@@ -10,16 +10,13 @@ from pathlib import Path
 
 from lowbit.ops.auto_format import four_bit_format
 from lowbit.ops.device_info import device_info
-from lowbit.ops.formats import AUTO, FORMATS
+from lowbit.ops.formats import AS_STORED, AUTO, FORMATS
 from testing import comfyui
 
 from . import clips, report
 from .clips import Quality
-from .report import Row
+from .report import BF16, Row
 from .screen import open_picture
-
-BF16 = "bf16"
-"""What people call the reference, which is always made."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -73,7 +70,7 @@ def main() -> int:
     """Runs the demo; returns the exit code: 0 when every format gave a finite result, 2 on a bad format name."""
     arguments = _arguments()
     asked = list(FORMATS) if arguments.all else [name.strip() for name in arguments.formats.split(",") if name.strip()]
-    formats = [name for name in dict.fromkeys(asked) if name not in (BF16, report.REFERENCE)]
+    formats = [name for name in dict.fromkeys(asked) if name not in (BF16, AS_STORED)]
     known = (BF16, AUTO, *FORMATS)
     unknown = [name for name in formats if name not in known]
     if unknown:

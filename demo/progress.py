@@ -1,4 +1,4 @@
-"""One progress line in the terminal, fed by ComfyUI's websocket events."""
+"""One progress line in the terminal, fed by ComfyUI's websocket events or step by step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ProgressLine:
             self._show(data.get("node") or "", data["value"] / data["max"])
 
     def step(self, name: str, done: int, total: int) -> None:
-        """The same for work that is done here."""
+        """Shows work that is done here, without ComfyUI."""
         self._show(name, done / max(total, 1))
 
     def _show(self, name: str, part: float) -> None:

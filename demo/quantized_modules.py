@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from lowbit.ops.auto_format import FormatChooser
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import device_info
-from lowbit.ops.formats import FORMATS
+from lowbit.ops.formats import AS_STORED, FORMATS
 from lowbit.ops.linear import quantized_linear
 from lowbit.ops.plan import QuantizationPlan
 from lowbit.ops.quantize import assemble
@@ -20,7 +20,6 @@ from lowbit.ops.sampled_errors import sampled_errors
 from lowbit.ops.stream import quantize_checkpoint
 
 from .progress import ProgressLine
-from .report import REFERENCE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -48,7 +47,7 @@ def load(
     Args:
         source: a safetensors file with the names that `make`'s class gives its weights.
         make: builds the model.
-        name: a format's name, `auto`, or `REFERENCE` for the file as it is.
+        name: a format's name, `auto`, or `AS_STORED` for the file as it is.
         folder: where quantized files go.
         progress: is told of each weight.
 
@@ -56,7 +55,7 @@ def load(
         LowbitError: the format cannot be made.
     """
     model = make()
-    if name == REFERENCE:
+    if name == AS_STORED:
         model.load_state_dict(_moved(load_file(source)), assign=True)
         return source, model.to(DEVICE).eval()
     checkpoint = open_checkpoint(source)

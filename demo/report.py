@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 
 from lowbit.errors import LowbitError
+from lowbit.ops.formats import AS_STORED
 from testing.measure import environment, relative_error
 
 from .progress import ProgressLine
 
-REFERENCE = "none"
-"""The format of a file as it is: bf16."""
+BF16 = "bf16"
+"""What to call the reference, a file as it is."""
 
 
 def title(name: str) -> str:
     """What to call a format."""
-    return "bf16" if name == REFERENCE else name
+    return BF16 if name == AS_STORED else name
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Row:
     """One model in one format.
 
     Attributes:
-        model: Wan or Qwen-Image.
+        model: its title.
         format: a format's name; `none` is the reference, as the file has it.
         disk_bytes: the file that was loaded.
         resident_bytes: what the loaded model's tensors hold; with a GPU, what ComfyUI counts as loaded there.
@@ -60,7 +61,7 @@ def in_each_format(
     model: str, formats: Sequence[str], make: Make
 ) -> Iterator[tuple[Sequence[torch.Tensor], Row, ProgressLine]]:
     """What is made in bf16 and in every format, and the line to end with what came of it; where one fails, a row that says so."""
-    for name in (REFERENCE, *formats):
+    for name in (AS_STORED, *formats):
         progress = ProgressLine(f"{model}, {title(name)}")
         try:
             yield *make(name, progress), progress

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def install_override(
         log.warning(remark)
     if pair_with_weights and policy.backend == AUTO and policy.budget != "exact":
         paired = paired_backends(model.model, environment)
-        policy = Policy(policy.backend, policy.budget, policy.stop, paired)
+        policy = replace(policy, paired=paired)
     clone = model.clone()
     options = clone.model_options["transformer_options"]
     previous = options.get(OVERRIDE)

@@ -18,8 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 from demo.progress import ProgressLine  # noqa: E402
 from demo.quantized_modules import DEVICE, DTYPE, load  # noqa: E402
-from demo.report import REFERENCE  # noqa: E402
 from lowbit.attention.divided_model import divide_tokens  # noqa: E402
+from lowbit.ops.formats import AS_STORED  # noqa: E402
 from testing.measure import relative_error  # noqa: E402
 from testing.tiny.tensors import draw, write  # noqa: E402
 
@@ -71,7 +71,7 @@ def results() -> dict:
     record = logging.Handler()
     record.emit = lambda entry: found["said"].append(entry.getMessage())
     logging.getLogger("lowbit.attention").addHandler(record)
-    for name in (REFERENCE, "int8_convrot_fast"):
+    for name in (AS_STORED, "int8_convrot_fast"):
         alone, divided = loaded(name), divide_tokens(loaded(name), speeds=[1.0, 1.5])
         divided.blocks[0].ffn.register_forward_pre_hook(lambda _, args: found["lengths"].append(args[0].shape[1]))
         for case, named in {
@@ -94,7 +94,7 @@ def results() -> dict:
             raise KeyError("mine")
 
     for kind in (Foreign, Broken):
-        divided = divide_tokens(loaded(REFERENCE))
+        divided = divide_tokens(loaded(AS_STORED))
         divided.blocks[0].attn1.processor = kind()
         found[kind.__name__] = failure(divided, inputs(3, 6, 10))
     return found

@@ -15,20 +15,13 @@ from safetensors.torch import load_file
 
 from demo.clips import FOLDER, TEXT_ENCODER, TRANSFORMER, VAE
 from demo.shapes import batch
-from demo.shapes_in_diffusers import TRANSFORMER_SIZES
+from demo.shapes_in_diffusers import TRANSFORMER_SIZES, wan_vae
 from testing.tiny.tensors import write
 
 from . import fit_dit, fit_vae, text_encoder, vae
 
-# Mean and deviation of each latent channel, which ComfyUI takes off (comfy/latent_formats.py, Wan21).
-MEAN = torch.tensor(
-    (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508)
-    + (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-)
-DEVIATION = torch.tensor(
-    (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
-    + (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
-)
+MEAN, DEVIATION = (torch.tensor(wan_vae().config[name]) for name in ("latents_mean", "latents_std"))
+"""Of each latent channel of Wan's VAE, which ComfyUI and diffusers take off."""
 
 
 def _arguments() -> argparse.Namespace:
