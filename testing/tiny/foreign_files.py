@@ -27,27 +27,10 @@ _E3M2 = np.array(
         for m in range(4)
     ]
 )
-_NF4 = np.array(
-    [
-        -1.0,
-        -0.6962,
-        -0.5251,
-        -0.3949,
-        -0.2844,
-        -0.1848,
-        -0.0911,
-        0.0,
-        0.0796,
-        0.1609,
-        0.2461,
-        0.3379,
-        0.4407,
-        0.5626,
-        0.7230,
-        1.0,
-    ],
-    np.float32,
-)
+_NF4 = np.array([
+    -1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0,
+    0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0,
+], np.float32)  # fmt: skip
 _FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3], np.float32) / 12
 _GELU_SHIFT = 0.171875
 
@@ -200,18 +183,23 @@ def _grouped(values: np.ndarray, group: int, bits: int) -> tuple[np.ndarray, np.
     return np.clip((values / spread + moved).round(), 0, top).astype(np.int64), scale, zero
 
 
+def _ungrouped(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: int) -> torch.Tensor:
+    """The weight that `_grouped` gave codes, scales and zero points of."""
+    spread, moved = (_blocks(numbers, 1, group, codes.shape) for numbers in (scale, zero))
+    return _double((codes - moved) * spread.astype(np.float64))
+
+
 def awq(weight: torch.Tensor, group: int = 32) -> Stored:
     """AutoAWQ's GEMM form, whose eight columns of an int32 come in the order 0 2 4 6 1 3 5 7."""
     values = weight.double().numpy()
     codes, scale, zero = _grouped(values, group, 4)
-    exact = (codes - _blocks(zero, 1, group, values.shape)) * _blocks(scale, 1, group, values.shape).astype(np.float64)
     order = np.arange(values.shape[0]).reshape(-1, 8)[:, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(-1)
     tensors = {
         "qweight": _int32(codes.T[:, order], 4, 1),
         "qzeros": _int32(zero.T[:, order], 4, 1),
         "scales": torch.from_numpy(scale.T.copy()).half(),
     }
-    return tensors, _double(exact)
+    return tensors, _ungrouped(codes, scale, zero, group)
 
 
 def gptq(bits: int, group: int = 32, less: int = 1, ordered: bool = True) -> Callable[[torch.Tensor], Stored]:
@@ -254,10 +242,7 @@ def packed_integers(bits: int, group: int, zero: bool) -> Callable[[torch.Tensor
         }
         if zero:
             tensors["weight_zero_point"] = _int32(points, bits, 0)
-        exact = (codes - _blocks(points, 1, group, values.shape)) * _blocks(scale, 1, group, values.shape).astype(
-            np.float64
-        )
-        return tensors, _double(exact)
+        return tensors, _ungrouped(codes, scale, points, group)
 
     return store
 
