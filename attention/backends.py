@@ -10,7 +10,7 @@ from types import FunctionType, ModuleType
 import torch
 from torch.backends.cuda import SDPAParams
 
-from ..kernels.runtime import ADA, AMPERE, BLACKWELL, FLOATS, GEFORCE_BLACKWELL, HALF, HOPPER, TURING
+from ..kernels.runtime import ADA, AMPERE, BLACKWELL, FLOATS, GEFORCE_BLACKWELL, HALF, HOPPER, TURING, dtype_name
 from . import calls, int8
 from .environment import Environment, load
 
@@ -71,8 +71,8 @@ class AttentionCall:
     def __str__(self) -> str:
         kv_heads = "" if self.kv_heads == self.heads else f"/{self.kv_heads}"
         mask = "" if self.mask is None else f", {self.mask} mask"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.batch} x {self.heads}{kv_heads} heads, {self.q_len} x {self.kv_len} tokens, head dim {self.head_dim}, {dtype}{mask}"
+        heads = f"{self.batch} x {self.heads}{kv_heads} heads, {self.q_len} x {self.kv_len} tokens"
+        return f"{heads}, head dim {self.head_dim}, {dtype_name(self.dtype)}{mask}"
 
 
 def _mask_kind(mask: torch.Tensor | None) -> str | None:
@@ -151,8 +151,8 @@ class Backend:
     def why_not(self, call: AttentionCall, environment: Environment) -> Reason | None:
         """Why this backend cannot take this call, None when it can. Checks the call alone: see why_not_here."""
         if call.dtype not in self.dtypes:
-            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-            return Reason(f"it takes {wanted}, not {str(call.dtype).removeprefix('torch.')}", setup=True)
+            wanted = " or ".join(map(dtype_name, self.dtypes))
+            return Reason(f"it takes {wanted}, not {dtype_name(call.dtype)}", setup=True)
         if self.only_head_dims and call.head_dim not in self.only_head_dims:
             return Reason(
                 f"head dim {call.head_dim}; it takes {' and '.join(map(str, self.only_head_dims))}", setup=True

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import CapabilityError
 from ..kernels.measured import MeasuredNumbers
+from ..kernels.runtime import dtype_name
 from . import checks, measure
 from .backends import CORE, CORE_EXACT, ERROR_LIMITS, AttentionCall, Backend, Reason, backend_names, by_name
 from .candidates import AUTO, AttentionInputs, Candidate, Policy, ShapePlan
@@ -239,7 +240,7 @@ def timing_key(case: _Case) -> str:
     own = CORE_EXACT if case.own == CORE_EXACT else inputs.core_name
     return (
         f"{call.batch} x {call.heads}/{call.kv_heads} heads, {_group(call.q_len)} x {_group(call.kv_len)} tokens, "
-        f"head dim {call.head_dim}, {str(call.dtype).removeprefix('torch.')}, mask {_mask_shape(inputs.mask)}, "
+        f"head dim {call.head_dim}, {dtype_name(call.dtype)}, mask {_mask_shape(inputs.mask)}, "
         f"{layout} in, {out} out{scale}, budget {case.budget}, beside {own}"
     )
 
@@ -250,7 +251,7 @@ def _mask_shape(mask: torch.Tensor | None) -> str:
         return "none"
     dimensions = "bhqk"
     kept = "".join(name for name, size in zip(dimensions, mask.shape, strict=True) if size > 1)
-    return f"{kept} {str(mask.dtype).removeprefix('torch.')}"
+    return f"{kept} {dtype_name(mask.dtype)}"
 
 
 def cannot_run(name: str, reason: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.runtime import dtype_name
 from .backends import AttentionCall
 
 TIMED_CALLS = 3
@@ -146,7 +147,7 @@ class Report:
                 {"backend": tally.backend, "calls": tally.calls, "budget": tally.budget, "shape": str(tally.call)}
                 | asdict(tally.call)
                 | {
-                    "dtype": str(tally.call.dtype).removeprefix("torch."),
+                    "dtype": dtype_name(tally.call.dtype),
                     "ms_per_call": tally.earlier_ms if live is None else live,
                     "ms_from": "these calls" if live is not None else None if tally.earlier_ms is None else "earlier",
                     "error": _finite(tally.error),

@@ -90,11 +90,16 @@ def constexpr(value):
     return tl.constexpr(value) if TRITON_FOUND else value
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 @functools.cache
 def copied_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
     """How the copy engine lays a block of these sizes out in shared memory, for kernels in Gluon."""
     names = {torch.int8: "int8", torch.float8_e4m3fn: "float8e4nv", torch.float8_e5m2: "float8e5"}
-    name = names.get(dtype) or str(dtype).removeprefix("torch.")
+    name = names.get(dtype) or dtype_name(dtype)
     return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, name))
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError
+from ..kernels.runtime import dtype_name
 from .checkpoint import Checkpoint
 from .diffusion_names import part_prefix, tables
 from .formats import FORMATS, STORAGES, WeightFormat, storage_for, stored_nbytes
@@ -243,7 +244,7 @@ def _decide(
     mix: Mix | None,
 ) -> tuple[str, str, str, str]:
     if dtype not in _QUANTIZABLE:
-        return KEEP, "", "", f"stored as {str(dtype).removeprefix('torch.')}"
+        return KEEP, "", "", f"stored as {dtype_name(dtype)}"
     if min(shape) < SMALLEST_SIDE:
         return KEEP, "", "", f"smaller than {SMALLEST_SIDE} on a side"
     rule = first_match(rules, name)

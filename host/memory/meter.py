@@ -22,19 +22,18 @@ class Meter:
         self._clock = clock
         self._sent = -1.0
 
-    def send(self, sample: Sample, run: Run, node_id: str | None, device: str, limit: int | None) -> bool:
-        """Reports a sample; returns whether it was sent."""
+    def send(self, sample: Sample, run: Run, node_id: str | None, device: str, limit: int | None) -> None:
+        """Reports a sample, unless nobody listens or the last one is too near."""
         server = self._server()
         listener = getattr(server, "client_id", None)
         now = self._clock()
         if node_id is None or listener is None or listener not in server.sockets:
-            return False
+            return
         if self._sent >= 0 and now - self._sent < 1 / MOST_A_SECOND:
-            return False
+            return
         self._sent = now
         server.send_sync(EVENT, payload(sample, run, node_id, device, limit), listener)
         server.send_progress_text(line(sample, run, limit), node_id, listener)
-        return True
 
 
 def payload(sample: Sample, run: Run, node_id: str, device: str, limit: int | None) -> dict[str, Any]:

@@ -409,7 +409,7 @@ def test_the_meter_sends_four_times_a_second_and_no_more(host, device):
 )
 def test_the_meter_is_silent_while_nobody_listens(host, device, server, node):
     sample, run = a_sample(host, device)
-    assert not host.meter.Meter(lambda: server).send(sample, run, node, "cuda:0", None)
+    host.meter.Meter(lambda: server).send(sample, run, node, "cuda:0", None)
     assert server is None or server.sent == []
 
 
