@@ -168,7 +168,8 @@ def make_plan(
         for name, entry in checkpoint.entries.items()
         if name.endswith(".weight") and len(entry.shape) == 2
     }
-    family = detect_family({name.rpartition(".")[0] for name in checkpoint.entries})
+    every_layer = {name.rpartition(".")[0] for name in checkpoint.entries}
+    family = detect_family(every_layer)
     prefix = part_prefix(checkpoint.entries)
     part = {name: entry for name, entry in matrices.items() if name.startswith(prefix)}
     elements = {name: _elements(entry.shape, stored.layers.get(name)) for name, entry in part.items()}
@@ -189,17 +190,8 @@ def make_plan(
             decision = (KEEP, "", "", pinned[name])
         else:
             decision = _decide(name, entry.shape, entry.dtype, weight_format, rules, mix)
-        action, storage, format_name, reason = decision
-        if action == QUANTIZE:
-            require_layout(storage)
-        after = stored_nbytes(STORAGES[storage], *entry.shape) if action == QUANTIZE else entry.plain_nbytes
-        layers[name] = LayerPlan(
-            name, entry.shape, entry.dtype, action, storage, format_name, reason, entry.nbytes, after
-        )
-    other = sum(entry.nbytes for entry in checkpoint.entries.values()) - sum(
-        entry.nbytes for entry in matrices.values()
-    )
-    every_layer = {name.rpartition(".")[0] for name in checkpoint.entries}
+        layers[name] = _layer_plan(name, entry, *decision)
+    total, of_matrices = (sum(entry.nbytes for entry in some.values()) for some in (checkpoint.entries, matrices))
     unmatched = unmatched_rules(rules if user_rules is None else user_rules, every_layer, user_written=bool(user_rules))
     return QuantizationPlan(
         family,
@@ -209,9 +201,17 @@ def make_plan(
         layers,
         stored,
         tuple(rule for rule in unmatched if rule != "auto"),
-        other,
+        total - of_matrices,
         mix,
     )
+
+
+def _layer_plan(name: str, entry: TensorEntry, action: str, storage: str, format_name: str, reason: str) -> LayerPlan:
+    """A layer with what was decided of it. Raises CapabilityError as `make_plan`."""
+    if action == QUANTIZE:
+        require_layout(storage)
+    after = stored_nbytes(STORAGES[storage], *entry.shape) if action == QUANTIZE else entry.plain_nbytes
+    return LayerPlan(name, entry.shape, entry.dtype, action, storage, format_name, reason, entry.nbytes, after)
 
 
 def _elements(shape: tuple[int, ...], stored: StoredLayer | None) -> int:
