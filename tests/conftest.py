@@ -166,14 +166,18 @@ def _subject(reason: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def core_modules() -> None:
-    """Makes ComfyUI's modules importable here, on their CPU setting; skips where there is no ComfyUI."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
-    if str(path) not in sys.path:
-        sys.path.append(str(path))
+def comfyui_path() -> Path:
+    """Where ComfyUI is; skips where there is none."""
+    if missing := missing_comfyui():
+        pytest.skip(missing)
+    return comfyui.find()
+
+
+@pytest.fixture(scope="session")
+def core_modules(comfyui_path: Path) -> None:
+    """Makes ComfyUI's modules importable here, on their CPU setting."""
+    if str(comfyui_path) not in sys.path:
+        sys.path.append(str(comfyui_path))
     from comfy.cli_args import args
 
     args.cpu = True

@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks import launch
 from benchmarks.shown import STAGES, by_stage
-from testing import comfyui
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,11 +39,8 @@ def test_the_table_has_every_stage_and_the_time_before():
     assert all(shown[stage] == 1.5 for stage in STAGES)
 
 
+@pytest.mark.usefixtures("comfyui_path")
 def test_it_runs_without_a_gpu_and_says_so(tmp_path):
-    try:
-        comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(f"need ComfyUI ({error})")
     out = tmp_path / "launch.json"
     command = [
         sys.executable,

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import steps
-from testing import comfyui
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
@@ -49,11 +48,8 @@ def test_goals_name_contenders_that_there_are_and_are_judged_on_their_case():
     assert (goal["measured"], goal["met"], goal["target"]) == (2.2, True, 2.2)
 
 
+@pytest.mark.usefixtures("comfyui_path")
 def test_it_runs(tmp_path):
-    try:
-        comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(f"need ComfyUI ({error})")
     out = tmp_path / "steps.json"
     command = [sys.executable, "-c", RUN, str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

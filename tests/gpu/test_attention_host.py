@@ -10,21 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from testing import comfyui
-
 SCRIPT = Path(__file__).with_name("attention_process.py")
 NEAR = {"exact": 0.02, "comfy_kitchen_int8": 0.1}
 
 
 @pytest.fixture(scope="module", params=[[], ["--disable-dynamic-vram"]], ids=["dynamic VRAM", "no dynamic VRAM"])
-def result(request, tmp_path_factory):
+def result(request, tmp_path_factory, comfyui_path):
     """What the script wrote."""
-    try:
-        path = comfyui.find()
-    except comfyui.ComfyUIMissingError as error:
-        pytest.skip(str(error))
     out = tmp_path_factory.mktemp("attention") / "out.json"
-    environment = os.environ | {"COMFYUI_PATH": str(path)}
+    environment = os.environ | {"COMFYUI_PATH": str(comfyui_path)}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(out), *request.param], env=environment, capture_output=True, text=True
     )

@@ -41,7 +41,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from testing import comfyui, graphs, tiny
+from testing import graphs, tiny
 from testing.server import Server, prepare_base
 
 from .memory_bench import FAULTS, MemoryBench
@@ -88,12 +88,6 @@ class Bench:
         inputs = {"value": value, "name": name} | ({"after": after} if after else {})
         self.server.run(graph | {"facts": graphs.node("TinyFacts", **inputs)})
         return json.loads((self.output / f"{name}.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def comfyui_path() -> Path:
-    """The folder of the ComfyUI under test."""
-    return comfyui.find()
 
 
 @pytest.fixture(scope="session")
