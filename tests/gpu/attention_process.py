@@ -42,7 +42,7 @@ def run(patcher, reference: torch.Tensor, folder: Path, backend: str, budget: st
     from lowbit.host.attention.installing import find_override, install_override
 
     patched, _ = install_override(patcher, Policy(backend, budget), Schedule(**schedule), True, folder)
-    errors = [comfy_process.relative(sample(patched), reference) for _ in range(2)]
+    errors = [comfy_process.relative_error(sample(patched), reference) for _ in range(2)]
     override = find_override(patched)
     return {"errors": errors, "report": override.report(), "text": override.text()}
 

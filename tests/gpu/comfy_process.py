@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from testing.core import start_core  # noqa: E402
+from testing.measure import relative_error  # noqa: E402
 
 STEPS = 2
 LORA_STRENGTH = 1.0
@@ -53,10 +54,6 @@ def sample(patcher) -> torch.Tensor:
     return comfy.sample.sample(
         patcher, noise, STEPS, 1.0, "euler", "simple", conditioning, conditioning, latent, seed=5
     ).float()
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return (torch.linalg.vector_norm(actual - expected) / torch.linalg.vector_norm(expected)).item()
 
 
 def with_peak(function, *arguments) -> tuple[torch.Tensor, float]:
@@ -100,11 +97,11 @@ def run_format(
         "linears": len(linears),
         "expected_linears": sum(layer.action == "quantize" for layer in planned.plan.layers.values()),
         "dynamic": patcher.is_dynamic(),
-        "error": relative(first, reference),
-        "repeat_error": relative(again, first),
-        "lora_error": relative(patched, reference + reference_delta),
-        "lora_delta_error": relative(patched - first, reference_delta),
-        "after_lora_error": relative(after, first),
+        "error": relative_error(first, reference),
+        "repeat_error": relative_error(again, first),
+        "lora_error": relative_error(patched, reference + reference_delta),
+        "lora_delta_error": relative_error(patched - first, reference_delta),
+        "after_lora_error": relative_error(after, first),
         "resident_mib": patcher.loaded_size() / 2**20,
         "model_mib": patcher.model_size() / 2**20,
         "peak_mib": peak,
@@ -114,7 +111,7 @@ def run_format(
     }
     comfy.model_management.unload_all_models()
     merged_first = sample(load_diffusion_model(str(prepared_file(plan_diffusion_model(merged, Request(name))))))
-    row["merged_error"] = relative(merged_first, reference + reference_delta)
+    row["merged_error"] = relative_error(merged_first, reference + reference_delta)
     comfy.model_management.unload_all_models()
     return row
 
@@ -134,9 +131,9 @@ def run_preset(name: str, model: Path, lora: Path, reference: torch.Tensor, refe
     row = {
         "text": done.text,
         "dynamic": done.model.is_dynamic(),
-        "error": relative(first, reference),
-        "behind_error": relative(behind, reference + reference_delta),
-        "before_error": relative(before, reference + reference_delta),
+        "error": relative_error(first, reference),
+        "behind_error": relative_error(behind, reference + reference_delta),
+        "before_error": relative_error(before, reference + reference_delta),
         "model_mib": done.model.model_size() / 2**20,
         "loaded_mib": loaded.model_size() / 2**20,
     }
@@ -163,7 +160,7 @@ def run_text_encoder(folder: Path, name: str) -> dict:
     clip = load_text_encoder([str(prepared_file(plan_text_encoder(source, Request(name))))], comfy.sd.CLIPType.WAN)
     linears = [module for module in clip.cond_stage_model.modules() if isinstance(module, QuantizedLinear)]
     built = sum(module.fast for module in linears)
-    error = relative(encode(clip), reference)
+    error = relative_error(encode(clip), reference)
     row = {
         "linears": len(linears),
         "dynamic": clip.patcher.is_dynamic(),
@@ -209,7 +206,7 @@ def main() -> None:
         result = {
             "device": str(device),
             "options": options,
-            "delta": relative(reference + delta, reference),
+            "delta": relative_error(reference + delta, reference),
             "rows": rows,
             "presets": presets,
             "text_encoders": encoders,

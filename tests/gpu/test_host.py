@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from lowbit.ops.formats import FORMATS
@@ -16,11 +11,7 @@ pytestmark = [pytest.mark.headless, pytest.mark.slow]
 LARGEST_LAYER_MIB = 64
 """A few float32 copies of the largest matrix, 4096 x 1024: patching goes layer by layer."""
 
-MODES = {
-    "dynamic": [],
-    "legacy": ["--disable-dynamic-vram"],
-    "legacy streamed": ["--disable-dynamic-vram", "--novram"],
-}
+SCRIPT = "comfy_process.py"
 
 ERRORS = {
     "fp8_e4m3fn": 0.06,
@@ -46,14 +37,6 @@ ERRORS = {
 
 PRESET_ERRORS = {"balanced": 0.05, "fastest": 0.08, "most exact": 0.01, "smallest": 0.2}
 """The same through the one node's presets, attention included."""
-
-
-@pytest.fixture(scope="module", params=MODES)
-def run(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("host") / "out.json"
-    script = Path(__file__).with_name("comfy_process.py")
-    subprocess.run([sys.executable, str(script), str(out), *MODES[request.param]], check=True, timeout=570)
-    return request.param, json.loads(out.read_text())
 
 
 def test_the_mode_is_the_one_asked_for(run):

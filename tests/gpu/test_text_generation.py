@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytestmark = [pytest.mark.headless, pytest.mark.slow]
 
-MODES = {
-    "dynamic": [],
-    "legacy": ["--disable-dynamic-vram"],
-    "legacy streamed": ["--disable-dynamic-vram", "--novram"],
-}
+SCRIPT = "text_process.py"
 FORMATS = ("none", "int8", "fp8_e4m3fn_scaled", "fp4_scaled", "int8_convrot_fast")
-
-
-@pytest.fixture(scope="module", params=MODES)
-def run(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp("text") / "out.json"
-    script = Path(__file__).with_name("text_process.py")
-    subprocess.run([sys.executable, str(script), str(out), *MODES[request.param]], check=True, timeout=570)
-    return request.param, json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("name", FORMATS)

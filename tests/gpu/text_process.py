@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comfy_process import relative, start_core
+from comfy_process import relative_error, start_core
 
 FORMATS = ("none", "int8", "fp8_e4m3fn_scaled", "fp4_scaled", "int8_convrot_fast")
 GREEDY = {"do_sample": False, "max_length": 40}
@@ -78,7 +78,7 @@ def run_format(name: str, source: Path) -> dict[str, Any]:
     route.generate_text = lambda owner, settings, *args, **kw: BaseGenerate.generate(owner, *args, **kw)
     core = forced_logits(eager, model, lambda one, *args, **kw: one.generate(*args, **kw), tokens)
     route.generate_text = route_text
-    row["logit_errors"] = [relative(a, b) for a, b in zip(ours, core, strict=True)]
+    row["logit_errors"] = [relative_error(a, b) for a, b in zip(ours, core, strict=True)]
     graph.generate(tokens, **GREEDY)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
