@@ -93,6 +93,18 @@ class FakePatcher:
         raise AssertionError("a release keeps the model in core's list")
 
 
+def stepping(dynamic):
+    """What core's sampler calls for a step, as far as the hooks look at it."""
+    patcher = types.SimpleNamespace(
+        model=torch.nn.Module(),
+        load_device=torch.device("meta"),
+        is_dynamic=lambda: dynamic,
+        get_nested_additional_models=list,
+        model_patches_models=list,
+    )
+    return types.SimpleNamespace(current_patcher=patcher)
+
+
 def model_of(host, component):
     """An object of a class that core would make for this component."""
     homes = {

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from .support import device, hooks, host, loaded
+from .support import device, hooks, host, loaded, stepping
 
 __all__ = ["device", "host", "loaded"]
 
@@ -245,13 +245,6 @@ def test_the_policy_says_whether_and_a_step_that_ran_out_of_memory_is_the_last_t
             raise torch.OutOfMemoryError("CUDA out of memory")
         return "done"
 
-    patcher = types.SimpleNamespace(
-        model=torch.nn.Module(),
-        load_device=torch.device("meta"),
-        is_dynamic=lambda: True,
-        get_nested_additional_models=list,
-        model_patches_models=list,
-    )
-    model = types.SimpleNamespace(current_patcher=patcher)
+    model = stepping(dynamic=True)
     assert made.calc_cond_batch(step, model, [None], torch.zeros(1, 4, 8, 8), None, {}) == "done"
     assert calls == [fetches, False]

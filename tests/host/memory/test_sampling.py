@@ -9,7 +9,7 @@ import torch
 
 from lowbit.errors import MemoryBudgetError
 
-from .support import GIB, device, hooks, host
+from .support import GIB, device, hooks, host, stepping
 
 __all__ = ["device", "host"]
 
@@ -79,14 +79,7 @@ class FullGpu:
 
 def step(host, device, monkeypatch, options):
     monkeypatch.setattr(host.core, "current_loaded_models", [])
-    patcher = types.SimpleNamespace(
-        model=torch.nn.Module(),
-        load_device=torch.device("meta"),
-        is_dynamic=lambda: False,
-        get_nested_additional_models=list,
-        model_patches_models=list,
-    )
-    model = types.SimpleNamespace(current_patcher=patcher)
+    model = stepping(dynamic=False)
     full = FullGpu(options)
     return full, lambda: hooks(host).calc_cond_batch(full, model, [None], torch.zeros(1, 4, 8, 8), None, options)
 
