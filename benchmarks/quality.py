@@ -51,7 +51,7 @@ def main() -> None:
     rows = {title(quality.row.format): entry(quality) for quality in found}
     result = {"environment": facts, "prompts": [scene.prompt() for scene in scenes], "rows": rows}
     write(options.out, result)
-    clips.draw(options.out.parent, found, scenes)
+    clips.draw(options.out.parent, found)
 
 
 if __name__ == "__main__":

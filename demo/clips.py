@@ -51,7 +51,7 @@ class Quality:
         return f"{near}{self.recognised} of {len(self.clips)} as asked, {self.row.first_seconds:.1f} s"
 
 
-def qualities(formats: Sequence[str], make: Make, scenes: Sequence[Scene] = SHOWN) -> Iterator[Quality]:
+def qualities(formats: Sequence[str], make: Make, scenes: Sequence[Scene]) -> Iterator[Quality]:
     """The clips of `scenes` that `make` makes in bf16 and in every format."""
     reference: Sequence[torch.Tensor] = ()
     for clips, row, progress in in_each_format(MODEL, formats, make):
@@ -79,8 +79,8 @@ def psnr(clip: torch.Tensor, reference: torch.Tensor) -> float:
     return -10 * math.log10(max(float((clip.double() - reference.double()).square().mean()), 1e-12))
 
 
-def draw(out: Path, found: Iterable[Quality], scenes: Sequence[Scene] = SHOWN) -> None:
-    """The contact sheet and the animation shapes.webp of the first scenes, as far as there are clips."""
+def draw(out: Path, found: Iterable[Quality]) -> None:
+    """The contact sheet of the clips of `SHOWN`, the first ones, and the animation shapes.webp, as far as there are clips."""
     made = {title(quality.row.format): quality for quality in found if quality.clips}
     if not made:
         return
@@ -89,6 +89,6 @@ def draw(out: Path, found: Iterable[Quality], scenes: Sequence[Scene] = SHOWN) -
         out / SHEET,
         {name: quality.clips[: len(SHOWN)] for name, quality in made.items()},
         notes,
-        [scene.prompt() for scene in scenes[: len(SHOWN)]],
+        [scene.prompt() for scene in SHOWN],
     )
     side_by_side(out / "shapes.webp", {name: quality.clips[0] for name, quality in made.items()})
