@@ -8,11 +8,14 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from lowbit.kernels.stored_weight import StoredWeight
+from lowbit.ops.layouts import register_layouts
 from lowbit.ops.linear_weight import stored_weight
+
+register_layouts()
 
 MAKERS = {
     "e4m3": ("TensorCoreFP8Layout", {}),
-    "e5m2": ("TensorCoreFP8Layout", {"dtype": torch.float8_e5m2}),
+    "e5m2": ("TensorCoreFP8E5M2Layout", {"scale": "recalculate"}),
     "int8": ("TensorWiseINT8Layout", {"per_channel": True}),
     "int8_tensor": ("TensorWiseINT8Layout", {}),
     "int8_convrot": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
