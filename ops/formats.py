@@ -56,7 +56,8 @@ class WeightFormat:
         name: `<storage>[_scaled][_fast]`.
         storage: key into `STORAGES`.
         fast: activations are quantized too and the product runs on low-precision tensor cores where there are any.
-        unit_scale: the tensor-wide scale is 1.0 (a plain cast, or block scales only) instead of the absolute maximum.
+        unit_scale: the tensor-wide scale is 1.0 (a plain cast, or block scales only) where the weight fits, instead of the
+            absolute maximum.
         substitute: storage for a matrix whose K the storage cannot take.
         summary: one line for the documents.
     """

@@ -35,7 +35,7 @@ def quantize_weight(
     Args:
         weight: (out_features, in_features), any float dtype; not written to.
         storage_name: key into `STORAGES`.
-        unit_scale: use a tensor-wide scale of 1.0 instead of the absolute maximum.
+        unit_scale: use a tensor-wide scale of 1.0 instead of the absolute maximum, unless the weight would be clipped.
         fast: whether core may quantize activations too (absent: `full_precision_matrix_mult`).
         name: the layer, for errors.
 
@@ -169,7 +169,7 @@ def _row_chunks(weight: torch.Tensor, multiple: int = 1) -> Iterator[torch.Tenso
 
 def _quantize_float8(weight: torch.Tensor, storage: Storage, largest: torch.Tensor, unit_scale: bool) -> QuantizedParts:
     limit = torch.finfo(storage.dtype).max
-    scale = torch.ones_like(largest) if unit_scale else _nonzero(largest / limit)
+    scale = _tensor_scale(largest / limit, unit_scale)
     qdata = torch.empty(weight.shape, dtype=storage.dtype, device=weight.device)
     start = 0
     for chunk in _row_chunks(weight):
@@ -181,7 +181,7 @@ def _quantize_float8(weight: torch.Tensor, storage: Storage, largest: torch.Tens
 
 
 def _quantize_nvfp4(weight: torch.Tensor, largest: torch.Tensor, unit_scale: bool) -> QuantizedParts:
-    scale = torch.ones_like(largest) if unit_scale else _nonzero(largest / (E2M1_MAX * E4M3_MAX))
+    scale = _tensor_scale(largest / (E2M1_MAX * E4M3_MAX), unit_scale)
     pieces = [quantize_nvfp4(_padded(chunk, BLOCK), scale) for chunk in _row_chunks(weight, BLOCK)]
     return {
         "weight": torch.cat([qdata for qdata, _ in pieces]),
@@ -225,6 +225,6 @@ def _padded(chunk: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(chunk.float(), (0, columns, 0, rows))
 
 
-def _nonzero(scale: torch.Tensor) -> torch.Tensor:
-    """An all-zero weight gets a scale of 1.0, not 0/0."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+def _tensor_scale(fitting: torch.Tensor, unit_scale: bool) -> torch.Tensor:
+    """The scale by which a weight just fits, or 1.0: for a plain cast unless it would clip, and for zeros, whose scale would be 0/0."""
+    return fitting.clamp(min=1.0) if unit_scale else torch.where(fitting > 0, fitting, torch.ones_like(fitting))

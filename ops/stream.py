@@ -26,7 +26,7 @@ from .writer import CheckpointWriter, check_free_space, names_nbytes
 
 logger = logging.getLogger("lowbit.ops")
 
-QUANTIZER_VERSION = 1
+QUANTIZER_VERSION = 2
 """Raised whenever the same input gives other bytes, so that cached files are made anew."""
 
 METADATA_KEY = "lowbit"
