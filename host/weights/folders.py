@@ -23,7 +23,9 @@ _OF_COMFYUI_GGUF: Mapping[str, str] = MappingProxyType({"diffusion_models": "une
 
 def cache_folder() -> Path:
     """Folder of quantized files: `$LOWBIT_CACHE_DIR`, or `lowbit_cache` in ComfyUI's models folder."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path(folder_paths.models_dir) / "lowbit_cache")
+    # A shell has put the home folder in; a container's settings or a service's have not.
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named).expanduser() if named else Path(folder_paths.models_dir) / "lowbit_cache"
 
 
 def _gguf_folder(folder: str) -> list[str]:

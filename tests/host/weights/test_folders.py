@@ -27,6 +27,17 @@ def models(host, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(("named", "folder"), [("~/quantized", "home/quantized"), ("", "models/lowbit_cache")])
+def test_where_quantized_files_go(host, tmp_path, monkeypatch, named, folder):
+    import folder_paths
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv(host.folders.CACHE_VARIABLE, named)
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    assert host.folders.cache_folder() == tmp_path / folder
+
+
 def test_sharded_sets_are_offered_by_their_index_through_links_too(models):
     (models.root / "sub").mkdir()
     (models.root / "sub" / "a.safetensors.index.json").write_text("{}")
