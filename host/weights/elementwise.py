@@ -88,20 +88,21 @@ class _Heads(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.Tensor.contiguous and len(args) == 1 and not kwargs:
                 return args[0].as_subclass(_ContiguousLater)
-            if func is torch.cat and len(args[0]) == 2 and args[1:] == () and kwargs == {"dim": 2}:
+            if func is torch.cat and len(args) == 1 and len(args[0]) == 2 and kwargs == {"dim": 2}:
                 return join_heads(*args[0])
             out = func(*args, **(kwargs or {}))
         return out.as_subclass(cls) if func in (torch.Tensor.view, torch.Tensor.transpose) else out
 
 
 class _ContiguousLater(torch.Tensor):
-    """Contiguous for whoever looks at it, which takes a copy; our norm reads it as it lies, and gives what is contiguous."""
+    """Contiguous from when anybody looks at it, which takes a copy; our norm reads it as it lies, and gives what is contiguous."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            args, kwargs = tree_map_only(cls, torch.Tensor.contiguous, (args, kwargs or {}))
-            return func(*args, **kwargs)
+            # In its own place, since `func` may write to it.
+            tree_map_only(cls, lambda x: x.set_(x.contiguous()), (args, kwargs))
+            return func(*args, **(kwargs or {}))
 
 
 _PROJECTIONS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")

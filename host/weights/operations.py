@@ -128,7 +128,9 @@ class QuantizedLinear(torch.nn.Module):
                 input = INPUT_ACTIVATIONS[activation](input)
             out = self._product(input, None, *args, **kwargs)
             out = side_product.added_to(out, input.dequantize() if isinstance(input, QuantizedTensor) else input)
-        return out if self.output_class is None or compiling else out.as_subclass(self.output_class)
+        if self.output_class is None or compiling or torch.is_grad_enabled():
+            return out
+        return out.as_subclass(self.output_class)
 
     def set_weight(
         self,

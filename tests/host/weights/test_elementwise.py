@@ -162,6 +162,34 @@ def test_heads_are_normalized_and_joined_as_they_lie(elementwise, attention, mon
     assert {type(x) for x in lying} <= {torch.Tensor}
 
 
+def by_heads(x: torch.Tensor) -> torch.Tensor:
+    return x.view(2, 7, 3, 8).transpose(1, 2)
+
+
+USES = {
+    "written to": lambda x: (y := by_heads(x).contiguous(), y.mul_(3), y)[-1],
+    "a part written to": lambda x: (y := by_heads(x).contiguous(), y[:, 1].zero_(), y.view(2, -1))[-1],
+    "set": lambda x: (y := by_heads(x).contiguous(), y.__setitem__((0, 1), 5), y + y)[-1],
+    "in a list": lambda x: torch.stack([by_heads(x).contiguous(), by_heads(x).contiguous()]),
+    "by keyword": lambda x: torch.cat(tensors=[by_heads(x), by_heads(x)], dim=2),
+    "in another order": lambda x: torch.cat([by_heads(x), by_heads(x)], 1),
+    "looked at": lambda x: torch.tensor([*by_heads(x).contiguous().stride(), by_heads(x).contiguous().is_contiguous()]),
+    "in rows": lambda x: by_heads(x).reshape(2, -1),
+    "as it is": lambda x: x * 2,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_heads_are_to_others_what_they_would_be(elementwise, use):
+    x = torch.randn(2, 7, 24)
+    with torch.inference_mode():
+        want = USES[use](x.clone())
+        given = x.clone()
+        got = USES[use](given.as_subclass(elementwise._Heads))
+        assert torch.equal(torch.as_tensor(got).as_subclass(torch.Tensor), want)
+        assert torch.equal(given, x)
+
+
 def test_projections_of_a_quantized_model_give_heads(elementwise, attention, core_modules):
     from lowbit.host.weights.operations import QuantizedLinear
 
