@@ -48,7 +48,8 @@ except (ImportError, ValueError):
     TRITON_FOUND = False
 
 _guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-_empty_strided_cuda = getattr(_guards, "_empty_strided_cuda", None)
+_EMPTY_STRIDED = {kind: getattr(_guards, f"_empty_strided_{kind}", None) for kind in ("cpu", "cuda")}
+"""What PyTorch's own compiler makes tensors by, where it has it: by kind of device, on the current one."""
 
 GLUON_FOUND = TRITON_FOUND and TRITON_VERSION == (3, 6) and os.environ.get("TRITON_INTERPRET") != "1"
 """Triton's lower language is there, as the kernels written in it know it; nothing interprets it."""
@@ -116,12 +117,13 @@ def power_of_two(n: int) -> int:
 def maker_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
     """Makes uninitialized tensors, row-major, on `device`, which is the current one.
 
-    On a GPU as the code does that PyTorch's own compiler writes: its dispatcher takes as long as half a launch.
+    As the code does that PyTorch's own compiler writes: its dispatcher takes as long as half a launch.
     """
-    if device.type != "cuda" or _empty_strided_cuda is None:
+    make = _EMPTY_STRIDED.get(device.type)
+    if make is None:
         return functools.partial(torch.empty, shape, dtype=dtype, device=device)
-    strides = torch.empty(shape, device="meta").stride()
-    return functools.partial(_empty_strided_cuda, shape, strides, dtype)
+    # It takes no subclass of a tuple, as a tensor's shape is.
+    return functools.partial(make, tuple(shape), torch.empty(shape, device="meta").stride(), dtype)
 
 
 def made_to_keep(make: Callable[[], T]) -> T:
