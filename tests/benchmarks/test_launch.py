@@ -60,3 +60,4 @@ def test_it_runs_without_a_gpu_and_says_so(tmp_path):
     (ours,) = (row for row in record["rows"] if row["format"] != "bf16" and row["rows"] == 512)
     assert ours["stages"].keys() == set(STAGES)
     assert 0 < ours["call"] < 10_000
+    assert [step["anew"] for step in record["steps"]] == [0, 0], "whatever a step launches is found in the first run"
