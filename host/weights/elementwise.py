@@ -88,7 +88,8 @@ class _Heads(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is torch.Tensor.contiguous and len(args) == 1 and not kwargs:
                 return args[0].as_subclass(_ContiguousLater)
-            if func is torch.cat and len(args) == 1 and len(args[0]) == 2 and kwargs == {"dim": 2}:
+            joins = func is torch.cat and len(args) == 1 and len(args[0]) == 2 and kwargs == {"dim": 2}
+            if joins and not _stays_with_torch(args[0][0]):
                 return join_heads(*args[0])
             out = func(*args, **(kwargs or {}))
         return out.as_subclass(cls) if func in (torch.Tensor.view, torch.Tensor.transpose) else out

@@ -40,7 +40,9 @@ def _run(x: torch.Tensor, number: int, columns: int, activation: str) -> torch.T
     layer: Any = _LAYERS[number]
     # Not the module's call: the compiler has traced its hooks, and the forward that a bypass LoRA puts in place of this one.
     forward = type(layer).forward
-    return forward(layer, x, activation=activation) if activation else forward(layer, x)
+    out = forward(layer, x, activation=activation) if activation else forward(layer, x)
+    # The compiler has traced a plain tensor, and its graphs take no other.
+    return out.as_subclass(torch.Tensor)
 
 
 def _fake(x: torch.Tensor, number: int, columns: int, activation: str) -> torch.Tensor:

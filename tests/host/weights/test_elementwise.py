@@ -190,6 +190,16 @@ def test_heads_are_to_others_what_they_would_be(elementwise, use):
         assert torch.equal(given, x)
 
 
+def test_heads_are_joined_by_torch_where_kernels_do_not_run(elementwise, monkeypatch):
+    """On another GPU than the current one a kernel would be given memory of both."""
+    monkeypatch.setattr(elementwise, "_stays_with_torch", lambda x: True)
+    monkeypatch.setattr(elementwise, "join_heads", None)
+    texts, image = torch.randn(2, 5, 3, 8).transpose(1, 2), by_heads(torch.randn(2, 7, 24))
+    with torch.inference_mode():
+        heads = [x.as_subclass(elementwise._Heads) for x in (texts, image)]
+        assert torch.equal(torch.cat(heads, dim=2), torch.cat([texts, image], dim=2))
+
+
 def test_projections_of_a_quantized_model_give_heads(elementwise, attention, core_modules):
     from lowbit.host.weights.operations import QuantizedLinear
 

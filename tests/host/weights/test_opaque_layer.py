@@ -140,6 +140,16 @@ def test_no_two_calls_see_one_tensor(host, monkeypatch):
     assert {each.data_ptr() for each in seen} == {x.data_ptr()}
 
 
+def test_heads_in_a_graph_are_plain_tensors(host):
+    model = load(host, "int8", "qwen_image.safetensors").model.diffusion_model
+    to_q = model.transformer_blocks[0].attn.to_q
+    x = torch.randn(1, 5, to_q.in_features)
+    assert type(to_q(x)) is to_q.output_class
+    got = torch.compile(lambda x: to_q(x).view(1, 5, 2, -1).transpose(1, 2), backend="aot_eager")(x)
+    assert type(got) is torch.Tensor
+    assert torch.equal(got, to_q(x).view(1, 5, 2, -1).transpose(1, 2))
+
+
 @pytest.mark.parametrize("name", ["head.head", "text_embedding.0", "blocks.0.norm3"])
 def test_layers_in_16_bits_are_opaque_while_dynamic_vram_pages_them(host, name):
     module = load(host, "int8").model.diffusion_model.get_submodule(name)
