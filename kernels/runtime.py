@@ -104,6 +104,11 @@ def copied_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, name))
 
 
+def current_gpu(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For as long as this lasts kernels are launched on `device`, where that is a GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..errors import CapabilityError, CheckpointError, FormatError
+from ..kernels.runtime import current_gpu
 from ..ops.checkpoint import Checkpoint, open_checkpoint
 from ..ops.formats import WeightFormat
 from .architecture import Architecture, guess_architecture, read_architecture, read_configuration
@@ -95,16 +96,17 @@ class Writer:
             raise FormatError(
                 f"The tokenizer makes token {max(tokens)} of the prompt, but the model has {known}: it is another model's."
             )
-        prompt = torch.tensor(tokens, device=self.device)
-        logits = run_prompt(self.model, self.architecture, prompt, most, policy)[-1:]
-        check_logits(logits)
-        sampler = Sampler(sampling, logits.shape[-1], self.device)
-        decoder = Decoder(self.model, sampler, sampler.draw(logits), most)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        seen(1)
-        stops = self.architecture.stop_tokens if stop_tokens is None else stop_tokens
-        return generate(decoder, set(stops), graph=graph, seen=seen)
+        with current_gpu(self.device):
+            prompt = torch.tensor(tokens, device=self.device)
+            logits = run_prompt(self.model, self.architecture, prompt, most, policy)[-1:]
+            check_logits(logits)
+            sampler = Sampler(sampling, logits.shape[-1], self.device)
+            decoder = Decoder(self.model, sampler, sampler.draw(logits), most)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seen(1)
+            stops = self.architecture.stop_tokens if stop_tokens is None else stop_tokens
+            return generate(decoder, set(stops), graph=graph, seen=seen)
 
     @torch.inference_mode()
     def perplexity(self, tokens: list[int], prompt: int, policy: CachePolicy, graph: bool = True) -> float:
@@ -113,12 +115,13 @@ class Writer:
         The cache evicts as it does when a text is written, so it shows what a policy costs.
         """
         device = self.device
-        text = torch.tensor(tokens, device=device)
-        logits = run_prompt(self.model, self.architecture, text[:prompt], len(tokens) - prompt, policy)[-1:]
-        sampler = _Forced(text[prompt:], logits.shape[-1], device)
-        decoder = Decoder(self.model, sampler, sampler.draw(logits), len(tokens) - prompt)
-        generate(decoder, set(), graph=graph)
-        return float((sampler.total / sampler.count).exp())
+        with current_gpu(device):
+            text = torch.tensor(tokens, device=device)
+            logits = run_prompt(self.model, self.architecture, text[:prompt], len(tokens) - prompt, policy)[-1:]
+            sampler = _Forced(text[prompt:], logits.shape[-1], device)
+            decoder = Decoder(self.model, sampler, sampler.draw(logits), len(tokens) - prompt)
+            generate(decoder, set(), graph=graph)
+            return float((sampler.total / sampler.count).exp())
 
 
 class _Forced(Sampler):

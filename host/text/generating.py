@@ -14,6 +14,7 @@ import torch
 from comfy.text_encoders.llama import BaseGenerate, Qwen25_7BVLI
 
 from ...errors import CapabilityError
+from ...kernels.runtime import current_gpu
 from ...text.caches import FULL, CachePolicy
 from ...text.decoder import Decoder
 from ...text.loop import generate
@@ -82,11 +83,17 @@ def generate_text(owner: Any, settings: TextGeneration, *args: Any, **kwargs: An
         logger.warning("Text generation runs through core's own loop: %s.", reason)
         return BaseGenerate.generate(owner, *args, **kwargs)
     embeds = asked["embeds"] if asked["embeds"].ndim == 3 else asked["embeds"].unsqueeze(0)
-    device = embeds.device
+    with current_gpu(embeds.device):
+        return _written(owner, family, asked, embeds, _fitting(settings, family, owner))
+
+
+def _written(
+    owner: Any, family: Family, asked: dict[str, Any], embeds: torch.Tensor, settings: TextGeneration
+) -> list[int]:
+    device, sampling = embeds.device, read_sampling(asked)
     dtype = asked["execution_dtype"] or (
         torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32
     )
-    settings, sampling = _fitting(settings, family, owner), read_sampling(asked)
     prompt, logits = _run_prompt(owner, family, asked, embeds.to(dtype), settings)
     check_logits(logits)
     sampler = Sampler(sampling, logits.shape[-1], device, asked["initial_tokens"])

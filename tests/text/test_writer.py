@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -83,6 +84,24 @@ def test_perplexity_is_that_of_the_logits(folder):
     assert writer.perplexity(text.tolist(), 10, CachePolicy()) == pytest.approx(expected, rel=1e-4)
     little = writer.perplexity(text.tolist(), 10, CachePolicy(HEAVY_HITTERS, 2, 1))
     assert little != pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
+def test_kernels_are_launched_on_the_gpu_that_the_model_is_on(folder, monkeypatch):
+    """Another one may be the current one: `--device cuda:1`."""
+    from lowbit.text import writer as module
+
+    made = Writer.load(folder[0], None, CPU)
+    monkeypatch.setattr(module, "run_prompt", lambda *args: (_ for _ in ()).throw(RuntimeError(*current)))
+    current: list[torch.device] = []
+    monkeypatch.setattr(module, "current_gpu", lambda device: current.append(device) or contextlib.nullcontext())
+    for call in (
+        lambda: made.write(PROMPT, 5, Sampling(), CachePolicy()),
+        lambda: made.perplexity(PROMPT, 2, CachePolicy()),
+    ):
+        current.clear()
+        with pytest.raises(RuntimeError, match="cpu"):
+            call()
 
 
 def test_quantized_weights_write_nearly_the_same_logits(folder):

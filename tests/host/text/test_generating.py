@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 from typing import Any
 
@@ -286,6 +287,26 @@ def test_the_progress_bar_counts_every_token(host, built, monkeypatch):
     model, options = built["Qwen3"]
     write(host, model, host.full, options, do_sample=False)
     assert sum(counted) == LENGTH
+
+
+def test_kernels_are_launched_on_the_gpu_that_the_model_is_on(host, built, monkeypatch):
+    """Another one may be the current one."""
+    current: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def made_current(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(host.generating, "current_gpu", made_current)
+    for name in ("_run_prompt", "generate"):
+        function = getattr(host.generating, name)
+        monkeypatch.setattr(
+            host.generating, name, lambda *args, _f=function, **named: current[0] and _f(*args, **named)
+        )
+    model, options = built["Qwen3"]
+    assert len(write(host, model, host.full, options, do_sample=False)) == LENGTH
 
 
 def test_more_than_one_prompt_goes_to_cores_loop(host, built, caplog):
