@@ -244,5 +244,6 @@ def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _inputs_by_name(module: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A module's inputs, all by the names of its forward's parameters."""
+    """A module's inputs, all by the names of its forward's parameters; those of what torch.compile has wrapped."""
+    module = getattr(module, "_orig_mod", module)
     return dict(zip(_names(type(module).forward), args, strict=False)) | kwargs

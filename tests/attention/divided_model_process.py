@@ -85,6 +85,11 @@ def results() -> dict:
                 relative_error(divided(**named, return_dict=False)[0], expected) for _ in range(2)
             ]
 
+    alone, divided, named = loaded(AS_STORED), divide_tokens(loaded(AS_STORED)), inputs(3, 6, 10)
+    divided.blocks[1] = torch.compile(divided.blocks[1], backend="eager")
+    expected = alone(**named, return_dict=False)[0]
+    found["errors"]["a compiled block"] = [relative_error(divided(**named, return_dict=False)[0], expected)]
+
     class Foreign:
         def __call__(self, attn, hidden_states, *args, **kwargs):
             return hidden_states
