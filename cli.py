@@ -6,6 +6,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,7 +37,21 @@ logger = logging.getLogger("lowbit")
 
 _MOST_TOKENS = 1 << 20
 _NUMBERS = {int: "whole number", float: "number"}
-_LORA_ENDS = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", ".hada_w1_a", ".lokr_w1", ".lokr_w1_a")
+_NEVER_QUANTIZED = (
+    (
+        "a LoRA",
+        r"[._](lora|lora_linear_layer)[._](up|down|A|B)(\.default)?(\.weight)?$|\.(hada_w|lokr_w|oft_blocks)|\.[ab][12]\.weight$",
+    ),
+    (
+        "a ControlNet or a model patch",
+        r"^(control_model|controlnet_\w+|control_(add_embedding|img_in|all_x_embedder|noise_refiner)|input_hint_block"
+        r"|after_proj_list|lllite_\w+|feature_embedder|duration_head)\.",
+    ),
+    ("a CLIP vision model", r"^(visual_projection|vision_model\.(pre_layrnorm|head))\."),
+    ("a style model", r"^redux_(up|down)\."),
+    ("a VAE", r"^decoder\.(conv_in|mid_block|up_blocks)\."),
+)
+"""What ComfyUI builds of plain layers, which would take codes for weights without a word, and a name that such files have."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -173,21 +188,21 @@ def _check_target(target: Path, checkpoint: Checkpoint, overwrite: bool) -> None
         raise StorageError(f"{target} is no file and cannot be written over: name a .safetensors file.")
     if target.suffix.lower() != ".safetensors":
         raise StorageError(
-            f"{target} does not end in .safetensors, so ComfyUI would not find or open it: name one that does."
+            f"{target} is no name that ends in .safetensors, so ComfyUI would not find or open it: name one that does."
         )
     if os.path.lexists(target) and not overwrite:
         raise StorageError(f"{target} exists: name another file or add --overwrite.")
-    if target.resolve() in {file.resolve() for file in checkpoint.files}:
+    if os.path.realpath(target) in map(os.path.realpath, checkpoint.files):
         raise StorageError(f"{target} is the source itself: name another file.")
 
 
 def _check_whole_model(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for what ComfyUI could not load once it is quantized."""
-    if any(name.endswith(_LORA_ENDS) for name in checkpoint.entries):
-        raise CheckpointError(
-            f"{checkpoint.path.name} is a LoRA, which ComfyUI adds to a model and reads in 16 bits only: use it as it is, on "
-            "the quantized model."
-        )
+    for what, name in _NEVER_QUANTIZED:
+        if any(re.search(name, entry) for entry in checkpoint.entries):
+            raise CheckpointError(
+                f"{checkpoint.path.name} is {what}, which ComfyUI does not read quantized: use it as it is, with the quantized model."
+            )
     model = converted_model(checkpoint.entries)
     if model is not None:
         raise CheckpointError(

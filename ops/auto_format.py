@@ -105,7 +105,7 @@ class FormatChooser:
             return Chosen(plan, name, "asked for")
         plan, row = self._make(TEXT_ENCODER_FORMAT), _row(self.device)
         if not plan.changes_weights:
-            reason = "the file's weights are quantized already, or too small to be"
+            reason = "the file's weights are quantized already, too small to be, or kept by a rule"
             return Chosen(self._make(AS_STORED), AS_STORED, reason)
         if name == SMALLEST:
             return _mixed(self.two_plans, 0, "asked for")

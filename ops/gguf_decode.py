@@ -10,6 +10,8 @@ from types import MappingProxyType
 
 import torch
 
+from ..errors import CapabilityError
+
 Blocks = torch.Tensor
 """(blocks, bytes of a block), uint8."""
 
@@ -24,13 +26,23 @@ def decode(raw: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor
 
     Returns:
         float32 on `raw`'s device.
+
+    Raises:
+        CapabilityError: nothing here decodes the format.
     """
     import gguf
 
     kind = gguf.GGMLQuantizationType[name]
     decode_blocks = DECODERS.get(name)
     if decode_blocks is None:
-        return torch.from_numpy(gguf.dequantize(raw.cpu().numpy(), kind)).to(raw.device).view(shape)
+        try:
+            numbers = gguf.dequantize(raw.cpu().numpy(), kind)
+        except NotImplementedError:
+            raise CapabilityError(
+                f"A tensor of the file is stored as GGUF's {name}, which the package 'gguf' does not decode: "
+                "update it, or use another file of the model."
+            ) from None
+        return torch.from_numpy(numbers).to(raw.device).view(shape)
     _, nbytes = gguf.GGML_QUANT_SIZES[kind]
     return decode_blocks(raw.reshape(-1, nbytes)).view(shape)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CapabilityError, CheckpointError
-from .gguf_names import EMBEDDING, TEXT_ARCHITECTURES, VISION_ARCHITECTURE, TextArchitecture, vision_tensors
+from .gguf_names import EMBEDDING, TEXT_ARCHITECTURES, VISION_ARCHITECTURE, TextArchitecture, scaled, vision_tensors
 from .gguf_tokenizers import Vocabulary, sentencepiece_bytes, tekken_bytes
 from .header import DECODED, DTYPES, FileStamp, TensorEntry, file_stamp, opening
 
@@ -54,7 +54,7 @@ def _opened(states: tuple[FileStamp, ...]) -> Opened:
     """`open_gguf` of the first of these files: the package takes seconds for a large vocabulary."""
     path = states[0].path
     reader, stamp = _read(path)
-    stored = {tensor.name: _entry(path, tensor, reader, stamp.size) for tensor in reader.tensors}
+    stored = scaled({tensor.name: _entry(path, tensor, reader, stamp.size) for tensor in reader.tensors})
     name = _text(reader, "general.architecture")
     architecture = TEXT_ARCHITECTURES.get(name)
     if architecture is None:
@@ -71,6 +71,11 @@ def _opened(states: tuple[FileStamp, ...]) -> Opened:
             )
         return MappingProxyType(stored), MappingProxyType({}), (stamp,)
     entries = dict(_text_encoder(stored, architecture, reader, name))
+    if stored and not entries:
+        raise CheckpointError(
+            f"{path.name} calls itself a text encoder ('{name}'), but has none of the names that llama.cpp gives its tensors: "
+            "use its safetensors file."
+        )
     stamps = [stamp]
     embedding = entries.get("shared.weight")
     tokenizer = _tokenizer(path, reader, name, 0 if embedding is None else embedding.shape[0])
@@ -90,7 +95,7 @@ def _vision_tower(path: Path, embedding: TensorEntry | None) -> tuple[dict[str, 
     """
     for other in sorted(_vision_files(path), key=lambda other: -len(os.path.commonprefix((_bare(other), _bare(path))))):
         reader, stamp = _read(other)
-        parts = {tensor.name: _entry(other, tensor, reader, stamp.size) for tensor in reader.tensors}
+        parts = scaled({tensor.name: _entry(other, tensor, reader, stamp.size) for tensor in reader.tensors})
         made = vision_tensors(parts)
         last = parts.get("mm.2.weight")
         if made and (embedding is None or last is None or last.shape[0] == embedding.shape[1]):

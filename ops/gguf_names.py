@@ -5,6 +5,7 @@ Source: llama.cpp's tensor names (gguf-py/gguf/constants.py) and what its conver
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -135,6 +136,16 @@ _VISION_PARTS = {
 }
 _VISION_WHOLE = {"v.post_ln": "visual.merger.ln_q", "mm.0": "visual.merger.mlp.0", "mm.2": "visual.merger.mlp.2"}
 _VISION = TextArchitecture("v.blk", "visual.blocks", _VISION_PARTS, _VISION_WHOLE)
+
+
+def scaled(stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """A file's tensors, each weight times the scale of the whole of it that llama.cpp stores beside NVFP4."""
+    made = dict(stored)
+    for name in stored:
+        for scale in (f"{name.removesuffix('.weight')}.scale", f"{name}.scale") if name.endswith(".weight") else ():
+            if scale in made and math.prod(made[scale].shape) == 1:
+                made[name] = TensorEntry.joined(name, [made[name], made.pop(scale)], lambda parts: parts[0] * parts[1])
+    return made
 
 
 def vision_tensors(stored: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -170,16 +170,15 @@ def opening(path: Path) -> Iterator[None]:
     Raises:
         CheckpointError: it is missing, a folder, or not to be read.
     """
+    name = path.name or path
     try:
         yield
     except FileNotFoundError:
-        raise CheckpointError(f"{path.name} does not exist: check the file's name.") from None
+        raise CheckpointError(f"{name} does not exist: check the file's name.") from None
     except IsADirectoryError:
-        raise CheckpointError(f"{path.name} is a folder: name a file in it.") from None
+        raise CheckpointError(f"{name} is a folder: name a file in it.") from None
     except OSError as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read ({error.strerror or error}): check its permissions."
-        ) from None
+        raise CheckpointError(f"{name} cannot be read ({error.strerror or error}): check its permissions.") from None
 
 
 def _read(path: Path) -> tuple[bytes, FileStamp]:

@@ -32,13 +32,17 @@ class LayerError:
 
 
 def layer_errors(quantized: Checkpoint, original: Checkpoint) -> Iterator[LayerError]:
-    """Compare layer by layer, one in memory at a time.
+    """Compare layer by layer, one in memory at a time, but for those that the original has quantized as well.
 
     Raises:
-        CheckpointError: a layer is missing in the original, or has another shape there.
+        CheckpointError: a layer is missing in the original, or has another shape there; or all are quantized there.
     """
-    stored = find_stored(quantized)
-    for layer, info in stored.layers.items():
+    stored, before = find_stored(quantized).layers, find_stored(original).layers
+    if stored and stored.keys() <= before.keys():
+        raise CheckpointError(f"{original.path.name} is quantized itself: name the file that it was made from.")
+    for layer, info in stored.items():
+        if layer in before:
+            continue
         reference = _original(original, layer)
         shape = (reference.shape[0], reference.shape[1])
         weight = read_layer(quantized, layer, info, shape, torch.float32).dequantize()

@@ -185,10 +185,10 @@ def test_a_target_that_cannot_be_is_one_sentence_and_exit_code_2(model, tmp_path
     assert "cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["out", "out.gguf", "out.ckpt", "out.safetensors.bak"])
+@pytest.mark.parametrize("name", ["out", "out.gguf", "out.ckpt", "out.safetensors.bak", ".safetensors"])
 def test_a_name_that_comfyui_would_not_open_is_refused(model, tmp_path, name, capsys):
     assert main(["quantize", str(model), str(tmp_path / name), "--format", "int8"]) == 2
-    assert "does not end in .safetensors" in capsys.readouterr().err
+    assert "is no name that ends in .safetensors" in capsys.readouterr().err
     assert not (tmp_path / name).exists()
 
 
@@ -202,13 +202,59 @@ def test_what_is_no_file_is_not_written_over(model, tmp_path, capsys):
     assert target.is_fifo()
 
 
-@pytest.mark.parametrize("ends", [("lora_down.weight", "lora_up.weight"), ("lora_A.weight", "lora_B.weight")])
-def test_a_lora_is_refused_before_a_byte_is_written(tmp_path, ends, capsys):
-    source, target = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
-    save_file({f"diffusion_model.blocks.0.q.{end}": torch.randn(64, 256).bfloat16() for end in ends}, source)
+LORA = "diffusion_model.blocks.0.q"
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        *(("a LoRA", f"{LORA}.{end}.weight") for end in ("lora_down", "lora_A", "lora_A.default", "lora.down", "a1")),
+        ("a LoRA", f"{LORA}_lora.down.weight"),
+        ("a LoRA", f"{LORA}.lora_linear_layer.down.weight"),
+        ("a LoRA", f"{LORA}.oft_blocks"),
+        ("a LoRA", f"{LORA}.lokr_w2_b"),
+        ("a ControlNet or a model patch", "controlnet_x_embedder.weight"),
+        ("a ControlNet or a model patch", "control_img_in.weight"),
+        ("a ControlNet or a model patch", "control_all_x_embedder.2-1.weight"),
+        ("a ControlNet or a model patch", "controlnet_blocks.0.input_proj.weight"),
+        ("a CLIP vision model", "visual_projection.weight"),
+        ("a style model", "redux_up.weight"),
+        ("a VAE", "decoder.mid_block.attentions.0.to_q.weight"),
+    ],
+)
+def test_what_comfyui_does_not_read_quantized_is_refused_before_a_byte_is_written(tmp_path, what, name, capsys):
+    source, target = tmp_path / "other.safetensors", tmp_path / "out.safetensors"
+    save_file({key: torch.randn(64, 256).bfloat16() for key in (name, "transformer_blocks.0.attn.to_q.weight")}, source)
     assert main(["quantize", str(source), str(target), "--format", "int8"]) == 2
-    assert "lora.safetensors is a LoRA" in capsys.readouterr().err
+    assert f"other.safetensors is {what}, which ComfyUI does not read quantized" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_layers_that_the_original_has_quantized_are_not_compared_with_their_codes(model, tmp_path, capsys):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    main(["quantize", str(model), str(first), "--format", "int8", "--keep", "!blocks.0, *"])
+    main(["quantize", str(first), str(second), "--format", "int8"])
+    capsys.readouterr()
+    assert main(["inspect", str(second), "--against", str(first)]) == 0
+    out = capsys.readouterr().out.partition("relative error")[2]
+    assert "blocks.1.attn" in out
+    assert "blocks.0.attn" not in out
+    assert main(["inspect", str(second), "--against", str(second)]) == 2
+    assert "second.safetensors is quantized itself: name the file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a right of their own there")
+def test_a_link_that_leads_in_a_circle_is_one_sentence(model, tmp_path, capsys):
+    link, other = tmp_path / "link.safetensors", tmp_path / "other.safetensors"
+    link.symlink_to(other)
+    other.symlink_to(link)
+    assert main(["quantize", str(model), str(link), "--format", "int8", "--overwrite"]) == 2
+    assert "cannot be written (Too many levels of symbolic links)" in capsys.readouterr().err
+
+
+def test_what_a_rule_keeps_is_not_said_to_be_quantized_or_small(model, tmp_path, capsys):
+    assert main(["quantize", str(model), str(tmp_path / "out.safetensors"), "--keep", "*"]) == 0
+    assert "or kept by a rule" in capsys.readouterr().out
 
 
 def test_auto_leaves_the_product_of_stored_layers_to_the_file(model, tmp_path):

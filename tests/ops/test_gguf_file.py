@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CapabilityError, CheckpointError
 from lowbit.ops.checkpoint import open_checkpoint
 from lowbit.ops.device_info import DeviceInfo
 from lowbit.ops.formats import FORMATS
@@ -140,6 +140,38 @@ def test_llamas_queries_and_keys_are_put_in_halves(tmp_path):
     )
 
 
+@pytest.mark.parametrize("suffix", ["scale", "weight.scale"])
+@pytest.mark.parametrize(
+    ("architecture", "layer", "ours"),
+    [
+        ("qwen3", "blk.0.attn_q", "model.layers.0.self_attn.q_proj"),
+        ("llama", "blk.0.attn_q", "model.layers.0.self_attn.q_proj"),
+        ("wan", "blocks.0.ffn.0", "blocks.0.ffn.0"),
+    ],
+)
+def test_a_scale_of_the_whole_tensor_is_multiplied_in(tmp_path, architecture, layer, ours, suffix):
+    """llama.cpp stores the second scale of NVFP4 beside the weight."""
+    fields = {f"{architecture}.attention.head_count": 4}
+    tensors = {f"{layer}.weight": (numbers(32, 64), Q8), "norm.scale": numbers(1)}
+    plain = open_checkpoint(write(tmp_path / "plain.gguf", architecture, tensors, fields)).read(f"{ours}.weight")
+    tensors |= {f"{layer}.{suffix}": np.array([0.03], np.float32), f"{layer}.input_scale": np.array([7], np.float32)}
+    made = open_checkpoint(write(tmp_path / "scaled.gguf", architecture, tensors, fields))
+    torch.testing.assert_close(made.read(f"{ours}.weight"), 0.03 * plain, rtol=1e-2, atol=0)
+    assert f"{layer}.{suffix}" not in made.entries
+
+
+def test_a_block_format_that_nothing_decodes_is_named(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "wan")
+    kind = gguf.GGMLQuantizationType.Q8_K
+    writer.add_tensor("blocks.0.ffn.0.weight", np.zeros((4, 292), np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CapabilityError, match="stored as GGUF's Q8_K, which the package 'gguf' does not decode"):
+        open_checkpoint(tmp_path / "m.gguf").read("blocks.0.ffn.0.weight")
+
+
 def test_a_vision_tower_comes_from_the_file_beside(tmp_path):
     write(tmp_path / "Qwen2.5-VL-7B-Q4_K_M.gguf", "qwen2vl", {"blk.0.attn_q.weight": numbers(32, 32)})
     q, k, v = (numbers(32, 32, seed=seed) for seed in range(3))
@@ -222,6 +254,11 @@ def test_every_architecture_names_what_comfyui_tells_it_by():
             "is a language model of the architecture 'deepseek2', whose tensors are not",
         ),
         ("qwen3vl", "token_embd.weight", "is a language model of the architecture 'qwen3vl'"),
+        (
+            "qwen3",
+            "model.layers.0.mlp.up_proj.weight",
+            r"calls itself a text encoder \('qwen3'\), but has none of the names",
+        ),
         ("clip", "v.blk.0.attn_q.weight", "is the vision tower of a text encoder, which is read along with it"),
     ],
 )
