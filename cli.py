@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("lowbit: interrupted, nothing was left behind.", file=sys.stderr)
+        print("lowbit: interrupted, nothing half-written was left behind.", file=sys.stderr)
         return 130
     return 0
 

@@ -159,8 +159,11 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         CapabilityError: transformers is not installed.
-        CheckpointError: the folder has no tokenizer.
+        CheckpointError: the folder does not exist, or has no tokenizer.
     """
+    if not folder.exists():
+        # Or transformers would speak of a network that it is not to ask.
+        raise CheckpointError(f"{folder} does not exist: check its name.")
     try:
         from transformers import AutoTokenizer
     except ImportError:

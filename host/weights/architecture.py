@@ -54,16 +54,24 @@ def check_text_encoder(checkpoint: Checkpoint) -> None:
         )
 
 
-def check_model_patch(checkpoint: Checkpoint, *, quantizes: bool) -> None:
-    """Refuse to quantize any patch but InfiniteTalk's and MultiTalk's, whose modules are known.
+def check_model_patch(checkpoint: Checkpoint, plan: QuantizationPlan) -> None:
+    """Refuse any quantized patch but InfiniteTalk's and MultiTalk's, whose modules are known.
 
     Raises:
-        CheckpointError: it is another patch, and a format was asked for.
+        CheckpointError: it is another patch, and a format was asked for, or its file is quantized.
     """
-    if quantizes and MODEL_PATCH_SIGNATURE not in checkpoint.entries:
+    if MODEL_PATCH_SIGNATURE in checkpoint.entries:
+        return
+    if plan.changes_weights:
         raise CheckpointError(
             f"{checkpoint.path.name} is no InfiniteTalk or MultiTalk patch, the only ones that can be quantized: choose "
             "the format 'none'."
+        )
+    # A plain cast is for ComfyUI a dtype like another.
+    if not all(layer.unit_scale for layer in plan.stored.layers.values()):
+        raise CheckpointError(
+            f"{checkpoint.path.name} is quantized, as only InfiniteTalk and MultiTalk patches can be: use its "
+            "16-bit file."
         )
 
 

@@ -123,14 +123,15 @@ def plan_model_patch(path: Path, request: Request) -> Planned:
     """`plan_diffusion_model` for a model patch; `auto` leaves alone the patches that cannot be quantized.
 
     Raises:
-        CheckpointError: as `plan_diffusion_model`, or a format was asked for by name for such a patch.
+        CheckpointError: as `plan_diffusion_model`, or a format was asked for by name for such a patch, or it is quantized.
     """
     checkpoint = open_checkpoint(path)
     if request.format == AUTO and MODEL_PATCH_SIGNATURE not in checkpoint.entries:
         planned = plan_checkpoint(checkpoint, replace(request, format=AS_STORED))
+        check_model_patch(checkpoint, planned.plan)
         return replace(planned, choice=f"{AS_STORED}: only InfiniteTalk and MultiTalk patches can be quantized")
     planned = plan_checkpoint(checkpoint, request)
-    check_model_patch(checkpoint, quantizes=planned.plan.changes_weights)
+    check_model_patch(checkpoint, planned.plan)
     return planned
 
 

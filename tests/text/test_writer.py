@@ -19,7 +19,7 @@ from lowbit.ops.formats import find_format
 from lowbit.text.architecture import read_architecture
 from lowbit.text.caches import HEAVY_HITTERS, CachePolicy
 from lowbit.text.sampling import Sampling
-from lowbit.text.writer import Writer
+from lowbit.text.writer import Writer, load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -298,6 +298,11 @@ def test_numbers_out_of_their_range_are_refused(tmp_path, option, value, said, c
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path, capsys):
     assert main(["generate", str(tmp_path / "qwen"), "--prompt", "x"]) == 2
     assert "qwen does not exist" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(CheckpointError, match=r"qwen does not exist: check its name\.$"):
+        load_tokenizer(tmp_path / "qwen")
 
 
 @pytest.mark.parametrize(

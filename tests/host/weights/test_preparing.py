@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CapabilityError, CheckpointError, StorageError
 from lowbit.ops.checkpoint import open_checkpoint
+from lowbit.ops.formats import FORMATS
+from lowbit.ops.plan import make_plan
 from lowbit.ops.quantize import core_config_tensor, quantize_weight
-from lowbit.ops.stream import METADATA_KEY, RECIPE_KEY, read_origin
+from lowbit.ops.stream import METADATA_KEY, RECIPE_KEY, quantize_checkpoint, read_origin
 from testing import tiny
 
 PREFIX = "model.diffusion_model."
@@ -76,6 +78,22 @@ def test_auto_leaves_another_patch_to_core_and_a_named_format_is_refused(host, c
     assert host.preparing.prepared_file(planned) == controlnet
     with pytest.raises(CheckpointError, match="choose the format 'none'"):
         host.preparing.plan_model_patch(controlnet, host.preparing.Request("int8"))
+
+
+@pytest.mark.parametrize("asked", ["auto", "none", "int8"])
+@pytest.mark.parametrize("stored", ["int8", "fp8_e4m3fn_scaled", "fp4_scaled"])
+def test_another_patch_that_is_quantized_is_refused_by_name(host, controlnet, tmp_path, stored, asked):
+    checkpoint, target = open_checkpoint(controlnet), tmp_path / "quantized.safetensors"
+    quantize_checkpoint(checkpoint, make_plan(checkpoint, FORMATS[stored], None), target)
+    with pytest.raises(CheckpointError, match=r"^quantized\.safetensors is quantized, as only InfiniteTalk"):
+        host.preparing.plan_model_patch(target, host.preparing.Request(asked))
+
+
+def test_another_patch_that_is_a_plain_cast_goes_to_core(host, controlnet, tmp_path):
+    tensors = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(controlnet).items()}
+    save_file(tensors, tmp_path / "cast.safetensors")
+    planned = host.preparing.plan_model_patch(tmp_path / "cast.safetensors", host.preparing.Request())
+    assert host.preparing.prepared_file(planned) == tmp_path / "cast.safetensors"
 
 
 def test_auto_still_quantizes_an_infinitetalk_patch(host, tmp_path):
