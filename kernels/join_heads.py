@@ -7,19 +7,12 @@ import functools
 import torch
 
 from .launch import launch
+from .normalize import row_places
 from .repeated_launch import MOST_KINDS, RepeatedLaunch, Traits, traits_of
 from .runtime import FLOATS, ceil_div, kernels_run_on, power_of_two, tl, triton
 
 _ELEMENTS = 4096
 """That a program copies."""
-
-
-@triton.jit
-def _rows_of(x_ptr, head, position, here, heads, batch_stride, head_stride, row_stride, lane):
-    """Rows of K from a view by heads; nothing is read of those that are not here."""
-    place = (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
-    place += position.to(tl.int64) * row_stride
-    return tl.load(x_ptr + place[:, None] + lane[None, :], mask=here, other=0.0)
 
 
 @triton.jit
@@ -47,18 +40,10 @@ def _join_heads_kernel(
     inside = (row < rows)[:, None] & (lane < K)[None, :]
     head, position = row // length, row % length
     of_first = (position < first_length)[:, None]
-    first = _rows_of(first_ptr, head, position, inside & of_first, heads, first_batch, first_head, first_row, lane)
-    second = _rows_of(
-        second_ptr,
-        head,
-        position - first_length,
-        inside & ~of_first,
-        heads,
-        second_batch,
-        second_head,
-        second_row,
-        lane,
-    )
+    place = row_places(head, position, heads, first_batch, first_head, first_row)
+    first = tl.load(first_ptr + place[:, None] + lane[None, :], mask=inside & of_first, other=0.0)
+    place = row_places(head, position - first_length, heads, second_batch, second_head, second_row)
+    second = tl.load(second_ptr + place[:, None] + lane[None, :], mask=inside & ~of_first, other=0.0)
     out = tl.where(of_first, first, second)
     tl.store(out_ptr + row.to(tl.int64)[:, None] * K + lane[None, :], out, mask=inside)
 

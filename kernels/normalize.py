@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .attention_quantize import batch_and_head
 from .launch import launch
 from .repeated_launch import MOST_KINDS, RepeatedLaunch, Traits, traits_of
 from .runtime import FLOATS, ceil_div, kernels_run_on, power_of_two, tl, triton
@@ -14,6 +15,13 @@ from .runtime import FLOATS, ceil_div, kernels_run_on, power_of_two, tl, triton
 _LONGEST = 8192
 _ELEMENTS = 4096
 """A program takes at least. PyTorch's takes one row, and is at a fifth of the memory's rate for a row of 128."""
+
+
+@triton.jit
+def row_places(head, position, heads, batch_stride, head_stride, row_stride):
+    """Where the rows of a view by heads begin, of `head` among the heads of all samples."""
+    batch, head = batch_and_head(head, heads)
+    return batch * batch_stride + head * head_stride + position.to(tl.int64) * row_stride
 
 
 @triton.jit
@@ -40,9 +48,7 @@ def _normalize_kernel(
     lane = tl.arange(0, BLOCK_K)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & (lane < K)[None, :]
-    head = row // length
-    place = (head // heads).to(tl.int64) * batch_stride + (head % heads).to(tl.int64) * head_stride
-    place += (row % length).to(tl.int64) * row_stride
+    place = row_places(row // length, row % length, heads, batch_stride, head_stride, row_stride)
     x = tl.load(x_ptr + place[:, None] + lane[None, :], mask=inside, other=0.0).to(tl.float32)
     if CENTERED:
         x = tl.where(inside, x - (tl.sum(x, axis=1) / K)[:, None], 0.0)

@@ -9,7 +9,7 @@ import torch
 
 from .launch import launch
 from .repeated_launch import MOST_KINDS, RepeatedLaunch, Traits, traits_of
-from .runtime import FLOATS, MOST_PROGRAMS, ceil_div, kernels_run_on, power_of_two, tl, triton
+from .runtime import FLOATS, MOST_PROGRAMS, ceil_div, kernels_run_on, power_of_two, row_major_strides, tl, triton
 
 _ROWS, _HEADS = 16, 12
 """Positions and heads of a program: heads share what is loaded for a position, up to four times as much as one of them has."""
@@ -88,8 +88,8 @@ def rope_launch(x: Traits, freqs: Traits) -> RepeatedLaunch | None:
     if layout is None:
         return None
     batch, heads, length, columns = x.shape[0], x.shape[layout.heads], x.shape[layout.rows], x.shape[3]
-    out = torch.empty(x.shape, device="meta").stride()
-    strides = [strides[place] for strides in (x.strides, out) for place in (0, layout.heads, layout.rows)]
+    both = x.strides, row_major_strides(x.shape)
+    strides = [of_one[place] for of_one in both for place in (0, layout.heads, layout.rows)]
     batch_stride = 0 if freqs.shape[0] == 1 else freqs.strides[0]
     numbers = length, heads, *strides, batch_stride, freqs.strides[layout.rows]
     positions = ceil_div(length, _ROWS)

@@ -119,6 +119,11 @@ def power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Those of a new tensor of this shape."""
+    return torch.empty(shape, device="meta").stride()
+
+
 def maker_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Callable[[], torch.Tensor]:
     """Makes uninitialized tensors, row-major, on `device`, which is the current one.
 
@@ -128,7 +133,7 @@ def maker_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     if make is None:
         return functools.partial(torch.empty, shape, dtype=dtype, device=device)
     # It takes no subclass of a tuple, as a tensor's shape is.
-    return functools.partial(make, tuple(shape), torch.empty(shape, device="meta").stride(), dtype)
+    return functools.partial(make, tuple(shape), row_major_strides(shape), dtype)
 
 
 def made_to_keep(make: Callable[[], T]) -> T:

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.runtime import ADA, CAN_OVERLAP, DESCRIPTORS_FIT, GEFORCE_BLACKWELL, HOPPER, INTERPRETED, maker_of
+from ..kernels.runtime import (
+    ADA,
+    CAN_OVERLAP,
+    DESCRIPTORS_FIT,
+    GEFORCE_BLACKWELL,
+    HOPPER,
+    INTERPRETED,
+    maker_of,
+    row_major_strides,
+)
 from ..kernels.stored_weight import StoredWeight, WeightTraits
 from .linear_table import Gpu
 from .scratch import Spec
@@ -112,8 +121,7 @@ class CopiedFirst(Product):
 
     def __init__(self, call: LinearCall, make: Callable[[LinearCall], Product]) -> None:
         super().__init__(call)
-        strides = torch.empty(call.shape, device="meta").stride()
-        self.product = make(dataclasses.replace(call, strides=strides, shared=False))
+        self.product = make(dataclasses.replace(call, strides=row_major_strides(call.shape), shared=False))
 
     def __call__(self, x, weight, bias, group="", out=None):
         return self.product(x.contiguous(), weight, bias, "", out)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..kernels.runtime import dtype_name
 from .diffusion_names import described_weight
 from .formats import STORAGES
 from .header import load_json
@@ -246,15 +247,11 @@ def _refuse_contradiction(layer: str, core_format: str, dtypes: Mapping[str, tor
     dtype = dtypes.get(f"{layer}.weight")
     if dtype is not None and (dtype in _INTEGERS) != _AS_INTEGERS.get(core_format, dtype in _INTEGERS):
         raise CheckpointError(
-            f"the layer '{layer}' is described as {core_format}, and its weight is stored as {_name(dtype)}: use a file whose "
+            f"the layer '{layer}' is described as {core_format}, and its weight is stored as {dtype_name(dtype)}: use a file whose "
             "description is that of its weights."
         )
     if core_format != _SMOOTHED and f"{layer}{_SMOOTHING}" in dtypes:
         _refuse_scaling(layer, _SMOOTHING)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _float8(layer: str, dtype: torch.dtype, full_precision: bool, dtypes: Mapping[str, torch.dtype]) -> StoredLayer:
@@ -272,7 +269,7 @@ def _int8(layer: str, dtype: torch.dtype, dtypes: Mapping[str, torch.dtype]) -> 
     scales = _scales(layer, dtypes)
     if dtype != torch.int8 or "weight_scale" not in scales:
         raise CheckpointError(
-            f"the layer '{layer}' is stored as {_name(dtype)}, and nothing in the file says how it "
+            f"the layer '{layer}' is stored as {dtype_name(dtype)}, and nothing in the file says how it "
             "is scaled: use the 16-bit file, or one in ComfyUI's own quantized format."
         )
     return StoredLayer({"format": "int8_tensorwise"}, scales, origin="scaled INT8")

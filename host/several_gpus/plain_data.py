@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ...kernels.runtime import dtype_name
+
 _TENSOR, _TUPLE, _DTYPE = "\0tensor", "\0tuple", "\0dtype"
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -60,11 +62,6 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat view of a contiguous tensor's bytes."""
     # A single number that was expanded is contiguous with any stride, and flattening would keep it.
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` of torch.float32."""
-    return str(dtype).removeprefix("torch.")
 
 
 def named_dtype(name: str) -> torch.dtype:
