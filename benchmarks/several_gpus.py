@@ -6,8 +6,11 @@
 Weights are random at the scale of a trained model's, with fewer blocks, as in benchmarks/steps.py. Workers start once and stay for
 the other ways and cases; how long that takes is measured with a small sample, for which attention has nothing to compile. They
 start with the node: what comes before "model's file" among a worker's stages costs nothing where ComfyUI has as long to do with
-other nodes. Here it has nothing else to do. What Python compiles of ComfyUI is on disk by then, as it is wherever ComfyUI was
-started before, whatever PYTHONDONTWRITEBYTECODE says here: without it the workers' imports take three times as long.
+other nodes. Here it has nothing else to do. The workers are started twice: the very first time on a machine ("first_start_seconds")
+Triton compiles the kernels for parts of a sample, and Python and the system read what they have never read; after that it is on
+disk or in memory, as it is for who has used several GPUs before, and that start is judged. PYTHONDONTWRITEBYTECODE is not heeded here.
+
+With NCCL_P2P_DISABLE=1 the GPUs exchange through main memory, as those do that cannot reach each other; such rows are named so.
 
 auto is timed after the steps in which it tries how many processes are the fastest; "tried" has the seconds of each number.
 `--devices cpu cpu` tries it without a GPU, on the tiny case.
@@ -58,12 +61,17 @@ class Way:
     cases: tuple[str, ...] = ()
 
 
+MAIN_MEMORY = "through main memory, "
 WAYS = (
     Way("INT8, sequence", INT8, "sequence"),
     Way("INT8, auto", INT8, "auto"),
     Way("bf16, sequence", None, "sequence"),
     Way("exchange in 8 bits, bf16, sequence", None, "sequence", eight_bits=True, cases=("wan480", "tiny")),
+    Way(f"{MAIN_MEMORY}INT8, sequence", INT8, "sequence"),
+    Way(f"{MAIN_MEMORY}exchange in 8 bits, INT8, sequence", INT8, "sequence", eight_bits=True),
+    Way(f"{MAIN_MEMORY}INT8, auto", INT8, "auto"),
 )
+"""Those through main memory are measured where NCCL_P2P_DISABLE is set, the others where it is not."""
 SPEED_GOALS = (
     ("wan480", 2, 1.85),
     ("wan480", 4, 3.5),
@@ -110,7 +118,7 @@ def run(
         alone: what one GPU made of the same, by case and weights; filled when it is its turn.
         kept: the last model of this number of GPUs, with which its workers stay; filled as well.
     """
-    from lowbit.host.dividing import divide, start_stages
+    from lowbit.host.dividing import close_all, divide, start_stages
     from lowbit.host.several_gpus.trial import FILE_NAME, TRIES
 
     contender = Contender(way.name, way.weights, False, "exact")
@@ -129,14 +137,22 @@ def run(
     }
     said: list[str] = []
     if len(devices) > 1:
-        began = time.perf_counter()
-        model = divide(model, devices, way.split, said.append, eight_bits=way.eight_bits)
-        sample(model, small, 1)
-        if len(devices) not in kept:
-            row["start_seconds"] = time.perf_counter() - began
-            row["start_stages"] = start_stages(devices)
-            for worker, stages in row["start_stages"].items():
+        whole = model
+
+        def divided() -> Any:
+            clone = divide(whole, devices, way.split, said.append, eight_bits=way.eight_bits)
+            sample(clone, small, 1)
+            return clone
+
+        for start in () if len(devices) in kept else ("first_start", "start"):
+            close_all()
+            began = time.perf_counter()
+            kept[len(devices)] = divided()
+            row[f"{start}_seconds"] = time.perf_counter() - began
+            row[f"{start}_stages"] = start_stages(devices)
+            for worker, stages in row[f"{start}_stages"].items():
                 print(worker, {stage: round(seconds, 2) for stage, seconds in stages.items()}, flush=True)
+        model = divided()
         kept[len(devices)] = model
     if way.split == "auto" and len(devices) > 1:
         sample(model, case, TRIES * len(devices).bit_length())
@@ -172,7 +188,8 @@ def main() -> None:
     out = arguments.out.resolve()
     before = json.loads(out.read_text())["rows"] if out.exists() else []
     counts = [count for count in arguments.gpus if count <= len(devices)]
-    ways = arguments.only or [way.name for way in WAYS]
+    through_memory = os.environ.get("NCCL_P2P_DISABLE", "0") != "0"
+    ways = arguments.only or [way.name for way in WAYS if way.name.startswith(MAIN_MEMORY) == through_memory]
     # What was measured of other models, ways and numbers of GPUs stays.
     anew = [(name, way, count) for name in arguments.model for way in ways for count in (1, *counts)]
     rows = [row for row in before if (row["case"], row["way"], row["gpus"]) not in anew]

@@ -234,6 +234,9 @@ SHOWN: dict[str, Shown] = {
             "s/step": "seconds",
             "times one GPU": ratio_text("speedup"),
             "error against one GPU": key_percent("error"),
+            "workers' start, s (the very first)": lambda row: (
+                f"{row['start_seconds']:.1f} ({row['first_start_seconds']:.1f})" if "first_start_seconds" in row else ""
+            ),
         },
         "Whole steps of real ComfyUI as above, attention exact.",
     ),

@@ -105,7 +105,7 @@ WITHOUT_DYNAMIC, COMPILED, BY_BLOCK = ", no dynamic VRAM", ", compiled", ", comp
 INT8_FAST = Contender("INT8, attention fast", INT8, False, "fast")
 VARIED = (CONTENDERS[0], CONTENDERS[-1], INT8_FAST)
 CONTENDERS_COMPILED = tuple(
-    replace(contender, name=contender.name + suffix, profiled=False, **options)
+    replace(contender, name=contender.name + suffix, profiled=True, **options)
     for suffix, options, contenders in (
         ("", {}, VARIED),
         # Of stock, compiling takes minutes: its own layers end a graph, every one of them.

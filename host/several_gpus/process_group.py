@@ -224,6 +224,8 @@ def speed(device: torch.device) -> float:
 
 
 def slow_links(devices: Sequence[torch.device]) -> bool:
-    """Whether two of the GPUs cannot reach each other's memory."""
+    """Whether two of the GPUs cannot reach each other's memory, or NCCL was told not to."""
     indices = [device.index or 0 for device in devices if device.type == "cuda"]
+    if len(indices) > 1 and os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
+        return True
     return any(not torch.cuda.can_device_access_peer(a, b) for a in indices for b in indices if a != b)
