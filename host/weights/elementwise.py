@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ...kernels.join_heads import join_heads
 from ...kernels.modulate_rows import modulate_rows
 from ...kernels.normalize import normalize
+from ...kernels.operators import register_own_operator
 from ...kernels.rope import rope
 from ...kernels.runtime import AMPERE, compute_capability
 from ...versions import find
@@ -166,15 +167,36 @@ def _apply_mod(
     return modulate_rows(m_add, tensor, m_mult)
 
 
+def _turned(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor | None:
+    """None: it is left to core."""
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return _rope_in_graphs(x, freqs_cis)
+    return None if _stays_with_torch(x) else rope(x, freqs_cis)
+
+
 def _apply_rope1(core: Callable[..., torch.Tensor], x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
-    turned = None if _stays_with_torch(x) else rope(x, freqs_cis)
+    turned = _turned(x, freqs_cis)
     return core(x, freqs_cis) if turned is None else turned
 
 
 def _apply_rope(core: Callable[..., Any], xq: torch.Tensor, xk: torch.Tensor, freqs_cis: torch.Tensor) -> Any:
-    q = None if _stays_with_torch(xq) else rope(xq, freqs_cis)
-    k = None if q is None else rope(xk, freqs_cis)
+    q = _turned(xq, freqs_cis)
+    k = None if q is None else _turned(xk, freqs_cis)
     return core(xq, xk, freqs_cis) if k is None else (q, k)
+
+
+_APPLY_ROPE1 = "comfy.ldm.flux.math.apply_rope1"
+
+
+def _run_rope(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
+    turned = _turned(x, freqs_cis)
+    return find(_APPLY_ROPE1)(x, freqs_cis).contiguous() if turned is None else turned
+
+
+# Nothing is lost to the compiler: core's own is an operator of comfy-kitchen's.
+_rope_in_graphs = register_own_operator(
+    "rope", "(Tensor x, Tensor freqs_cis) -> Tensor", _run_rope, lambda x, freqs_cis: x.new_empty(x.shape)
+)
 
 
 _CLASSES = {
@@ -185,6 +207,6 @@ _CLASSES = {
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "comfy.ldm.flux.layers.apply_mod": _apply_mod,
     "comfy.ldm.flux.math.apply_rope": _apply_rope,
-    "comfy.ldm.flux.math.apply_rope1": _apply_rope1,
+    _APPLY_ROPE1: _apply_rope1,
     "comfy.ldm.wan.model.repeat_e": _repeat_e,
 }

@@ -218,3 +218,25 @@ def test_what_kernels_do_not_run_on_is_left_to_core(elementwise, monkeypatch):
         monkeypatch.setattr(elementwise, "compute_capability", lambda index, capability=capability: capability)
         with torch.inference_mode():
             assert [elementwise._stays_with_torch(one) for one in x] == stays
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_rotary_embeddings_in_a_graph_are_ours_where_the_kernel_takes_them(elementwise, host, monkeypatch, taken):
+    import comfy.ldm.flux.math as core
+
+    elementwise.speed_up_elementwise(torch.nn.Module())
+    q, k, freqs = torch.randn(2, 3, 5, 8), torch.randn(2, 5, 3, 8).transpose(1, 2), torch.randn(1, 1, 5, 4, 2, 2)
+    want = core.apply_rope1(q, freqs), *core.apply_rope(q, k, freqs)
+    calls = counted(elementwise, monkeypatch)
+    if not taken:
+        monkeypatch.setattr(elementwise, "rope", lambda x, freqs: None)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def graph(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return core.apply_rope1(q, freqs), *core.apply_rope(q, k, freqs)
+
+    with torch.no_grad():
+        for got, expected in zip(graph(q, k), want, strict=True):
+            torch.testing.assert_close(got, expected)
+            assert got.is_contiguous()
+    assert calls["rope"] == (3 if taken else 0)
