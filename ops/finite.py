@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -77,16 +77,17 @@ class FiniteCheck:
 
     Args:
         tensors: names and tensors in host memory, asked for on those threads; other dtypes than `FLOAT_BITS` are passed over.
-        threads: at most; half of the processor's too, since the caller works at the same time.
+        threads: at most, until the caller waits; half of the processor's too, since it works at the same time.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], threads: int = MOST_THREADS) -> None:
-        threads = min(threads, max(1, (os.cpu_count() or 1) // 2))
-        pieces = _Shared(_pieces(tensors))
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lowbit-finite")
-        self._looks = [self._pool.submit(_look_at_all, pieces) for _ in range(threads)]
-        self._pool.shutdown(wait=False)
-        self._drop = weakref.finalize(self, pieces.stop)
+        most = min(MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
+        self._pieces = _Shared(_pieces(tensors))
+        self._pool = ThreadPoolExecutor(most, thread_name_prefix="lowbit-finite")
+        self._looks: list[Future[list[tuple[int, str]]]] = []
+        self._look_on(min(threads, most))
+        self._further = most - len(self._looks)
+        self._drop = weakref.finalize(self, _end, self._pieces, self._pool)
 
     @property
     def answered(self) -> bool:
@@ -95,11 +96,21 @@ class FiniteCheck:
 
     def first(self) -> str | None:
         """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers. No thread is left."""
+        if not self.answered:
+            self._look_on(self._further)
         try:
             return min((found for look in self._looks for found in look.result()), default=(0, None))[1]
         finally:
             self._drop()
             self._pool.shutdown(wait=True)
+
+    def _look_on(self, threads: int) -> None:
+        self._looks += [self._pool.submit(_look_at_all, self._pieces) for _ in range(threads)]
+
+
+def _end(pieces: _Shared, pool: ThreadPoolExecutor) -> None:
+    pieces.stop()
+    pool.shutdown(wait=False)
 
 
 class _Shared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -77,6 +78,27 @@ def test_a_check_that_is_dropped_looks_no_further(monkeypatch):
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
     assert 0 < len(looked) < 100
+
+
+def test_more_threads_look_once_somebody_waits(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    together = threading.Barrier(3)
+    looks: list[int] = []
+
+    def look(bits, data):
+        looks.append(threading.get_ident())
+        together.wait(30)
+        return False
+
+    monkeypatch.setattr("lowbit.ops.finite._any_not_finite", look)
+    check = FiniteCheck(((str(index), torch.ones(1 << 15)) for index in range(6)), threads=1)
+    while not looks:
+        time.sleep(0.01)
+    assert len(looks) == 1
+    assert not check.answered
+    assert check.first() is None
+    assert len(looks) == 6
+    assert len(set(looks)) == 3
 
 
 @pytest.mark.parametrize("bad", [["scale 30"], ["large", "scale 30"], ["scale 0", "large"], ["scale 39"], []])
