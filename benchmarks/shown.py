@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Shown:
         return json.loads(path.read_text()) if path.exists() else None
 
     def text(self) -> str:
-        """Where it was measured, the goals, and the rows."""
+        """Where it was measured, the goals, and the rows, without columns that are empty."""
         record = self.record
         if record is None:
             return f"Not measured yet: no `{self.file}`."
@@ -74,7 +75,9 @@ class Shown:
             [cell(row) if callable(cell) else number_or_text(row.get(cell)) for cell in self.columns.values()]
             for row in self.rows(record)
         ]
-        return "\n\n".join([*parts, table(list(self.columns), cells)])
+        filled = [any(column) for column in zip(*cells, strict=True)]
+        head, *body = ([*itertools.compress(line, filled)] for line in ([*self.columns], *cells))
+        return "\n\n".join([*parts, table(head, body)])
 
 
 def where(record: dict[str, Any]) -> str:
