@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...kernels.operators import register_own_operator
+from ...ops.shared_input import FIRST
 
 _LAYERS: weakref.WeakValueDictionary[int, torch.nn.Module] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1 << 40)
@@ -33,32 +34,60 @@ class OpaqueHandle:
         return OpaqueHandle(memo.get(id(module), module))
 
 
-def _run(x: torch.Tensor, number: int, columns: int, activation: str) -> torch.Tensor:
-    # Inductor puts other values into a tensor's memory, and the tensor is the same to see: a tensor of its own for each
-    # call, or the linears of one input would take what they quantized of the old values.
-    x = x.view_as(x)
+_TICKET = "_lowbit_ticket"
+_tickets = itertools.count(1)
+_take_ticket = register_own_operator(
+    "ticket",
+    "(Tensor x) -> Tensor",
+    lambda x: torch.tensor(next(_tickets)),
+    lambda x: torch.empty((), dtype=torch.int64),
+)
+
+
+def ticket_for(x: torch.Tensor, input_group: str) -> torch.Tensor | None:
+    """While a graph is traced: what its later runs tell this tensor's values by, for the linears of a group; None for others.
+
+    Inductor puts other values into a tensor's memory, and the tensor is the same to see: only the graph knows.
+    """
+    if input_group.startswith(FIRST):
+        setattr(x, _TICKET, _take_ticket(x))
+    return getattr(x, _TICKET, None) if input_group else None
+
+
+def _run(x: torch.Tensor, number: int, columns: int, activation: str, ticket: torch.Tensor | None) -> torch.Tensor:
     layer: Any = _LAYERS[number]
+    options = {"activation": activation} if activation else {}
+    if ticket is None:
+        x = x.view_as(x)  # nobody takes it for one that was quantized
+    else:
+        options["input_group"] = str(ticket.item())
     # Not the module's call: the compiler has traced its hooks, and the forward that a bypass LoRA puts in place of this one.
-    forward = type(layer).forward
-    out = forward(layer, x, activation=activation) if activation else forward(layer, x)
+    out = type(layer).forward(layer, x, **options)
     # The compiler has traced a plain tensor, and its graphs take no other.
     return out.as_subclass(torch.Tensor)
 
 
-def _fake(x: torch.Tensor, number: int, columns: int, activation: str) -> torch.Tensor:
+def _fake(x: torch.Tensor, number: int, columns: int, activation: str, ticket: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], columns))
 
 
-_SCHEMA = "(Tensor x, SymInt number, int columns, str activation) -> Tensor"
+_SCHEMA = "(Tensor x, SymInt number, int columns, str activation, Tensor? ticket) -> Tensor"
 _layer = register_own_operator("layer", _SCHEMA, _run, _fake)
 
 
-def opaque_layer(x: torch.Tensor, handle: OpaqueHandle, columns: int, activation: str | None = None) -> torch.Tensor:
+def opaque_layer(
+    x: torch.Tensor,
+    handle: OpaqueHandle,
+    columns: int,
+    activation: str | None = None,
+    ticket: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The call of the module that `handle` is of: x (..., K) -> (..., columns), as it runs uncompiled.
 
-    Page faults, casts and LoRAs happen inside: no graph depends on them, and no gradient reaches them.
+    Page faults, casts and LoRAs happen inside: no graph depends on them, and no gradient reaches them. Linears that are given
+    one ticket quantize x once.
     """
-    return _layer(x, handle.sized.shape[0], columns, activation or "")
+    return _layer(x, handle.sized.shape[0], columns, activation or "", ticket)
 
 
 class OpaqueWhilePaged(torch.nn.Module):

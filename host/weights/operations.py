@@ -15,7 +15,7 @@ from ...ops.linear_weight import LAYOUT_KINDS
 from ...ops.side_product import SideProduct
 from ...versions import find
 from ..in_front import class_in_front
-from .opaque_layer import OpaqueHandle, OpaqueWhilePaged, is_opaque_while_paged, opaque_layer
+from .opaque_layer import OpaqueHandle, OpaqueWhilePaged, is_opaque_while_paged, opaque_layer, ticket_for
 from .resident import weight_for
 
 run_every_op = find("comfy.ops.run_every_op") or (lambda: None)
@@ -115,18 +115,32 @@ class QuantizedLinear(torch.nn.Module):
     _full_precision_mm_config: bool
     _disabled_formats: Collection[str]
 
-    def forward(self, input: torch.Tensor, *args: Any, activation: str | None = None, **kwargs: Any) -> torch.Tensor:
-        """act(input) @ weight.T + bias, and what LoRAs add; `activation` is None, "gelu_tanh" or "silu"."""
+    def forward(
+        self,
+        input: torch.Tensor,
+        *args: Any,
+        activation: str | None = None,
+        input_group: str | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """act(input) @ weight.T + bias, and what LoRAs add.
+
+        Args:
+            activation: None, "gelu_tanh" or "silu".
+            input_group: in the place of this linear's own.
+        """
         compiling = torch.compiler.is_compiling()
         if compiling and type(input) is torch.Tensor and not (args or kwargs or torch.is_grad_enabled()):
-            return opaque_layer(input, self.handle, self.out_features, activation)
+            ticket = ticket_for(input, self.input_group)
+            return opaque_layer(input, self.handle, self.out_features, activation, ticket)
+        group = self.input_group if input_group is None else input_group
         side_product = self.side_product
         if side_product is None:
-            out = self._product(input, activation, *args, **kwargs)
+            out = self._product(input, activation, group, *args, **kwargs)
         else:
             if activation is not None:
                 input = INPUT_ACTIVATIONS[activation](input)
-            out = self._product(input, None, *args, **kwargs)
+            out = self._product(input, None, group, *args, **kwargs)
             out = side_product.added_to(out, input.dequantize() if isinstance(input, QuantizedTensor) else input)
         if self.output_class is None or compiling or torch.is_grad_enabled():
             return out
@@ -148,7 +162,9 @@ class QuantizedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(patched, requires_grad=False)
         return None
 
-    def _product(self, input: torch.Tensor, activation: str | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _product(
+        self, input: torch.Tensor, activation: str | None, group: str, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         parameters = self._parameters
         if not self._multiplies_here(parameters.get("weight"), input):
             if activation is not None:
@@ -160,7 +176,6 @@ class QuantizedLinear(torch.nn.Module):
             if activation is not None:
                 input, activation = INPUT_ACTIVATIONS[activation](input), None
             input = input * comfy.model_management.cast_to_device(pre_quant_scale, input.device, input.dtype)
-        group = self.input_group
         if group and not _reads_alone(self):
             group = ""
         weight, bias, release = weight_for(self, input)

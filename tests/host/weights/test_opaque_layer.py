@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -93,14 +94,14 @@ def test_a_model_is_one_graph_whatever_its_prompt_step_and_lora(host, name, tmp_
     assert compilations.count == 2
 
 
-def test_modules_compiled_one_by_one_have_two_graphs(host):
+def test_modules_compiled_one_by_one_have_a_graph_for_each_part_in_a_group(host):
     blocks = load(host, "int8").model.diffusion_model.blocks
     linears = [getattr(block.self_attn, name) for block in blocks for name in ("q", "k", "v", "o")]
     x, compilations = torch.randn(1, 8, 256), Compilations()
     for linear in linears:
         run = torch.compile(linear, backend="eager", fullgraph=True)
         torch.testing.assert_close(run(x), linear(x))
-    assert compilations.count == 2, "one for the first, and one for any other"
+    assert compilations.count == 4, "the very first, and then the first, a later one and one outside of any"
 
 
 def test_a_copied_module_is_another_one_to_a_graph(host):
@@ -116,13 +117,15 @@ def test_a_copied_module_is_another_one_to_a_graph(host):
 def test_the_operator_tells_the_compiler_what_it_gives(host):
     linear = load(host, "int8_convrot_fast").model.diffusion_model.blocks[0].ffn[2]
     for x in (torch.randn(2, 3, 512), torch.randn(5, 512, dtype=torch.bfloat16)):
-        arguments = (x, linear.handle.sized.shape[0], linear.out_features, "gelu_tanh")
-        torch.library.opcheck(
-            host.opaque_layer._layer.default, arguments, test_utils=("test_schema", "test_faketensor")
-        )
+        for ticket in (None, torch.tensor(7)):
+            arguments = (x, linear.handle.sized.shape[0], linear.out_features, "gelu_tanh", ticket)
+            torch.library.opcheck(
+                host.opaque_layer._layer.default, arguments, test_utils=("test_schema", "test_faketensor")
+            )
+    torch.library.opcheck(host.opaque_layer._take_ticket.default, (x,), test_utils=("test_schema", "test_faketensor"))
 
 
-def test_no_two_calls_see_one_tensor(host, monkeypatch):
+def test_no_two_calls_without_a_ticket_see_one_tensor(host, monkeypatch):
     """Inductor reuses a tensor's memory, with the tensor, for other values: what was quantized of it is not theirs."""
     seen: list[torch.Tensor] = []
 
@@ -135,9 +138,44 @@ def test_no_two_calls_see_one_tensor(host, monkeypatch):
     monkeypatch.setitem(host.opaque_layer._LAYERS, 7, layer)
     x = torch.randn(3, 256)
     for _ in range(2):
-        host.opaque_layer._run(x, 7, 256, "")
+        host.opaque_layer._run(x, 7, 256, "", None)
     assert len({id(x), *map(id, seen)}) == 3
     assert {each.data_ptr() for each in seen} == {x.data_ptr()}
+
+
+def test_linears_that_read_one_tensor_of_a_graph_have_one_group_in_each_of_its_runs(host, monkeypatch):
+    seen: list[tuple[str, int]] = []
+    original = host.operations.quantized_linear
+
+    def recorded(x: torch.Tensor, *arguments: Any, input_group: str, **options: Any) -> torch.Tensor:
+        seen.append((input_group, id(x)))
+        return original(x, *arguments, input_group=input_group, **options)
+
+    attention = load(host, "int8").model.diffusion_model.blocks[0].self_attn
+    linears = [attention.q, attention.k, attention.v, attention.o]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def graph(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            x = x.sin()
+            x = sum(linear(x) for linear in linears)
+        return x
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return sum(linear(sum(linear(x.sin()) for linear in linears).sin()) for linear in linears)
+
+    for x in torch.randn(3, 1, 8, 256):
+        want = plain(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(host.operations, "quantized_linear", recorded)
+            torch.testing.assert_close(graph(x), want)
+    groups = [group for group, _ in seen]
+    assert len(seen) == 3 * 2 * 4
+    for first in range(0, len(seen), 4):
+        assert len(set(seen[first : first + 3])) == 1
+        assert groups[first] != ""
+        assert groups[first + 3] == ""
+        assert groups.count(groups[first]) == 3
 
 
 def test_heads_in_a_graph_are_plain_tensors(host):
