@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -83,11 +83,10 @@ class FiniteCheck:
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], threads: int = MOST_THREADS) -> None:
         most = min(MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._pieces = _Shared(_pieces(tensors))
-        self._pool = ThreadPoolExecutor(most, thread_name_prefix="lowbit-finite")
         self._looks: list[Future[list[tuple[int, str]]]] = []
         self._look_on(min(threads, most))
         self._further = most - len(self._looks)
-        self._drop = weakref.finalize(self, _end, self._pieces, self._pool)
+        weakref.finalize(self, self._pieces.stop)
 
     @property
     def answered(self) -> bool:
@@ -95,22 +94,24 @@ class FiniteCheck:
         return all(look.done() for look in self._looks)
 
     def first(self) -> str | None:
-        """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers. No thread is left."""
+        """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers."""
         if not self.answered:
             self._look_on(self._further)
-        try:
-            return min((found for look in self._looks for found in look.result()), default=(0, None))[1]
-        finally:
-            self._drop()
-            self._pool.shutdown(wait=True)
+            self._further = 0
+        return min((found for look in self._looks for found in look.result()), default=(0, None))[1]
 
     def _look_on(self, threads: int) -> None:
-        self._looks += [self._pool.submit(_look_at_all, self._pieces) for _ in range(threads)]
+        for _ in range(threads):
+            look: Future[list[tuple[int, str]]] = Future()
+            self._looks.append(look)
+            threading.Thread(target=_answer, args=(look, self._pieces), name="lowbit-finite").start()
 
 
-def _end(pieces: _Shared, pool: ThreadPoolExecutor) -> None:
-    pieces.stop()
-    pool.shutdown(wait=False)
+def _answer(look: Future[list[tuple[int, str]]], pieces: _Shared) -> None:
+    try:
+        look.set_result(_look_at_all(pieces))
+    except Exception as error:  # noqa: BLE001  # for whoever waits
+        look.set_exception(error)
 
 
 class _Shared:
@@ -131,6 +132,9 @@ class _Shared:
 
     def _take(self) -> _Piece | None:
         with self._taking:
+            # The end of a process waits for its threads.
+            if not threading.main_thread().is_alive():
+                raise InterruptedError("Python ends before all tensors were looked at.")
             return None if self._stopped else next(self._pieces, None)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -122,3 +124,40 @@ def test_what_goes_wrong_while_looking_is_said():
 
     with pytest.raises(KeyError, match="b"):
         FiniteCheck(tensors()).first()
+
+
+ENDS_WHILE_LOOKING = """
+import itertools
+import torch
+from lowbit.ops.finite import FiniteCheck
+numbers = torch.ones(1 << 15)
+check = FiniteCheck((str(place), numbers) for place in itertools.count())
+print("looking")
+"""
+
+
+def test_a_process_ends_without_looking_at_the_rest(tmp_path):
+    """It would read tens of GB first."""
+    command = [sys.executable, "-c", ENDS_WHILE_LOOKING]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "looking\n", "")
+
+
+def test_a_wait_that_is_interrupted_makes_no_numbers_of_what_was_not_looked_at(monkeypatch):
+    go_on = threading.Event()
+
+    def interrupted(future):
+        go_on.set()
+        raise KeyboardInterrupt
+
+    def tensors():
+        yield "a", torch.ones(1 << 15)
+        go_on.wait(10)
+        yield "b", torch.tensor(torch.nan)
+
+    check = FiniteCheck(tensors())
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.Future.result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            check.first()
+    assert check.first() == "b"
