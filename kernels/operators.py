@@ -20,7 +20,7 @@ def register_operator(name: str, schema: str, run: Callable[..., Any], fake: Cal
     Args:
         name: the operator's.
         schema: what `torch.library.Library.define` takes; strides are kept as they are.
-        run: the operator, on the CPU and on CUDA.
+        run: the operator, on any device.
         fake: an empty result of the same shape, dtype and strides.
     """
     if not hasattr(torch.ops.lowbit, name):
@@ -51,7 +51,6 @@ def _register(
 ) -> None:
     library = torch.library.Library("lowbit", "FRAGMENT")
     library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, *tags))
-    for key in ("CPU", "CUDA"):
-        library.impl(name, run, key)
+    library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{name}", fake, lib=library)
     _libraries.append(library)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ...kernels.join_heads import join_heads
 from ...kernels.modulate_rows import modulate_rows
 from ...kernels.normalize import normalize
-from ...kernels.operators import register_own_operator
+from ...kernels.operators import register_operator
 from ...kernels.rope import rope
 from ...kernels.runtime import AMPERE, compute_capability
 from ...versions import find
@@ -170,7 +170,7 @@ def _apply_mod(
 def _turned(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor | None:
     """None: it is left to core."""
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return _rope_in_graphs(x, freqs_cis)
+        return torch.ops.lowbit.rope(x, freqs_cis)
     return None if _stays_with_torch(x) else rope(x, freqs_cis)
 
 
@@ -194,8 +194,8 @@ def _run_rope(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor:
 
 
 # Nothing is lost to the compiler: core's own is an operator of comfy-kitchen's.
-_rope_in_graphs = register_own_operator(
-    "rope", "(Tensor x, Tensor freqs_cis) -> Tensor", _run_rope, lambda x, freqs_cis: x.new_empty(x.shape)
+register_operator(
+    "rope", "rope(Tensor x, Tensor freqs_cis) -> Tensor", _run_rope, lambda x, freqs_cis: x.new_empty(x.shape)
 )
 
 

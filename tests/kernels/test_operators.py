@@ -19,3 +19,10 @@ def test_what_looks_things_up_stays_out_of_cuda_graphs():
     node = graph.call_function(operator, (graph.placeholder("x"),))
     graph.output(node)
     assert get_first_incompatible_cudagraph_node(torch.fx.GraphModule({}, graph)) is node
+
+
+def test_an_operator_runs_on_any_device():
+    """On what is no NVIDIA GPU it computes in plain PyTorch: a graph has it there too, in models of other nodes as well."""
+    operator = register_own_operator("anywhere", "(Tensor x) -> Tensor", torch.clone, torch.empty_like).default
+    for key in ("CPU", "CUDA", "XPU", "MPS", "PrivateUse1"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(operator.name(), key)

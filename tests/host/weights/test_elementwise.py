@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
 from lowbit.kernels.repeated_launch import traits_of
 from lowbit.kernels.rope import rope_launch
@@ -240,3 +241,10 @@ def test_rotary_embeddings_in_a_graph_are_ours_where_the_kernel_takes_them(eleme
             torch.testing.assert_close(got, expected)
             assert got.is_contiguous()
     assert calls["rope"] == (3 if taken else 0)
+
+
+def test_rotary_embeddings_keep_no_model_out_of_cuda_graphs(elementwise):
+    """Those of models that this pack has not loaded take them too; what looks weights up stays out."""
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.ops.lowbit.rope.default, (graph.placeholder("x"), graph.placeholder("freqs"))))
+    assert get_first_incompatible_cudagraph_node(torch.fx.GraphModule({}, graph)) is None
