@@ -142,7 +142,7 @@ class QuantizedLinear(torch.nn.Module):
                 input = INPUT_ACTIVATIONS[activation](input)
             out = self._product(input, None, group, *args, **kwargs)
             out = side_product.added_to(out, input.dequantize() if isinstance(input, QuantizedTensor) else input)
-        if self.output_class is None or compiling or torch.is_grad_enabled():
+        if self.output_class is None or compiling or torch.is_grad_enabled() or not _reads_alone(self):
             return out
         return out.as_subclass(self.output_class)
 
@@ -221,7 +221,7 @@ def takes_activation(module: Any) -> bool:
 
 
 def _reads_alone(linear: QuantizedLinear) -> bool:
-    """Whether nobody stands around its forward, who might look at its input or change it in place."""
+    """Whether nobody stands around its forward, who might look at its input or change it in place, or keep its output."""
     replaced = "forward" in linear.__dict__ or type(linear).forward is not QuantizedLinear.forward
     return not (replaced or linear._forward_pre_hooks or linear._forward_hooks)
 

@@ -188,6 +188,22 @@ def test_heads_in_a_graph_are_plain_tensors(host):
     assert torch.equal(got, to_q(x).view(1, 5, 2, -1).transpose(1, 2))
 
 
+def test_heads_that_somebody_keeps_or_a_graph_gets_from_outside_are_plain_tensors(host):
+    """Those of this pack's class are not copied by `copy.deepcopy`, are no file's without it, and are no graph's inputs."""
+    attention = load(host, "int8", "qwen_image.safetensors").model.diffusion_model.transformer_blocks[0].attn
+    kept: list[torch.Tensor] = []
+    attention.to_q.register_forward_hook(lambda _, __, out: kept.append(out))
+    attention.to_k.forward = torch.compiler.disable(attention.to_k.forward)
+    x = torch.randn(1, 5, attention.to_q.in_features)
+    attention.to_q(x)
+    assert torch.equal(copy.deepcopy(kept[0]), kept[0])
+
+    def heads(x: torch.Tensor) -> torch.Tensor:
+        return attention.to_k(x).view(1, 5, 2, -1).transpose(1, 2).contiguous()
+
+    assert torch.equal(torch.compile(heads, backend="aot_eager")(x), heads(x))
+
+
 @pytest.mark.parametrize("name", ["head.head", "text_embedding.0", "blocks.0.norm3"])
 def test_layers_in_16_bits_are_opaque_while_dynamic_vram_pages_them(host, name):
     module = load(host, "int8").model.diffusion_model.get_submodule(name)
