@@ -15,6 +15,8 @@ _ROWS, _HEADS = 16, 12
 """Positions and heads of a program: heads share what is loaded for a position, up to four times as much as one of them has."""
 _ENOUGH = 2048
 """Programs of all heads each that keep any GPU busy."""
+_ENOUGH_OF_ALL_SAMPLES = 512
+"""The same of programs that turn all samples, which share what is loaded too."""
 
 
 @triton.jit
@@ -32,24 +34,29 @@ def _rope_kernel(
     out_row,
     freqs_batch,
     freqs_row,
+    samples,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    batch = tl.program_id(2).to(tl.int64)
+    """Some positions and heads of `samples` samples a program."""
+    first_sample = tl.program_id(2).to(tl.int64) * samples
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = (row < length)[:, None]
     row = row.to(tl.int64)[:, None]
     four = tl.arange(0, 4 * PAIRS)[None, :]
-    freqs = tl.load(freqs_ptr + batch * freqs_batch + row * freqs_row + four, mask=live & (four < 2 * K), other=0.0)
+    freqs = tl.load(
+        freqs_ptr + first_sample * freqs_batch + row * freqs_row + four, mask=live & (four < 2 * K), other=0.0
+    )
     first, second = tl.split(tl.reshape(freqs.to(tl.float32), [ROWS, PAIRS, 2, 2]))
     even_first, odd_first = tl.split(first)
     even_second, odd_second = tl.split(second)
     lane = tl.arange(0, 2 * PAIRS)[None, :]
     inside = live & (lane < K)
-    for step in range(HEADS):
-        head = tl.program_id(1).to(tl.int64) * HEADS + step
+    for step in range(HEADS * samples):
+        batch = first_sample + step // HEADS
+        head = tl.program_id(1).to(tl.int64) * HEADS + step % HEADS
         here = inside & (head < heads)
         x = tl.load(x_ptr + batch * x_batch + head * x_head + row * x_row + lane, mask=here, other=0.0)
         even, odd = tl.split(tl.reshape(x.to(tl.float32), [ROWS, PAIRS, 2]))
@@ -90,14 +97,15 @@ def rope_launch(x: Traits, freqs: Traits) -> RepeatedLaunch | None:
     batch, heads, length, columns = x.shape[0], x.shape[layout.heads], x.shape[layout.rows], x.shape[3]
     both = x.strides, row_major_strides(x.shape)
     strides = [of_one[place] for of_one in both for place in (0, layout.heads, layout.rows)]
-    batch_stride = 0 if freqs.shape[0] == 1 else freqs.strides[0]
-    numbers = length, heads, *strides, batch_stride, freqs.strides[layout.rows]
-    positions = ceil_div(length, _ROWS)
+    positions, shared = ceil_div(length, _ROWS), freqs.shape[0] == 1
     groups = 1 if positions * batch >= _ENOUGH else ceil_div(heads, _HEADS)
+    samples = batch if shared and positions * groups >= _ENOUGH_OF_ALL_SAMPLES else 1
+    batch_stride = 0 if shared else freqs.strides[0]
+    numbers = length, heads, *strides, batch_stride, freqs.strides[layout.rows], samples
     constants = {"K": columns, "ROWS": _ROWS, "HEADS": ceil_div(heads, groups), "PAIRS": power_of_two(columns // 2)}
 
     def launches(out: torch.Tensor, x: torch.Tensor, freqs: torch.Tensor) -> None:
-        launch(_rope_kernel, (positions, groups, batch), (x, freqs, out, *numbers), constants)
+        launch(_rope_kernel, (positions, groups, batch // samples), (x, freqs, out, *numbers), constants)
 
     return RepeatedLaunch(launches, x.shape, x.dtype, x.device)
 

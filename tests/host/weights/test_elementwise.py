@@ -246,5 +246,7 @@ def test_rotary_embeddings_in_a_graph_are_ours_where_the_kernel_takes_them(eleme
 def test_rotary_embeddings_keep_no_model_out_of_cuda_graphs(elementwise):
     """Those of models that this pack has not loaded take them too; what looks weights up stays out."""
     graph = torch.fx.Graph()
-    graph.output(graph.call_function(torch.ops.lowbit.rope.default, (graph.placeholder("x"), graph.placeholder("freqs"))))
+    graph.output(
+        graph.call_function(torch.ops.lowbit.rope.default, (graph.placeholder("x"), graph.placeholder("freqs")))
+    )
     assert get_first_incompatible_cudagraph_node(torch.fx.GraphModule({}, graph)) is None
