@@ -319,7 +319,7 @@ def _matmul_blocks_kernel(
     MASKED: tl.constexpr = not EVEN or TOTAL % PART != 0
     SCALE_STEP: tl.constexpr = 1 if CODEBOOK else 128
     LACKS: tl.constexpr = 1.0 if not ASSEMBLY else (256.0 if DTYPE == tl.bfloat16 and not CODEBOOK else 128.0)  # noqa: SIM300
-    part = tl.program_id(1)
+    part = tl.program_id(0)
     half, two = tl.arange(0, ROWS // 2), tl.arange(0, 2)
     four, half, below, octet, pair = _across(tl.arange(0, 4), half, two, tl.arange(0, WORDS // 8), two)
     row = half // 8 * 16 + half % 8 + below * 8
@@ -330,7 +330,7 @@ def _matmul_blocks_kernel(
     w_ptr += part * PART
     block_scale_ptr += part * PART * SCALE_STEP
     levels = _level_pairs(levels_ptr, LEVELS) if CODEBOOK and ASSEMBLY else ()
-    tile = tl.program_id(0) * TILES
+    tile = tl.program_id(1) * TILES
     last = tl.minimum(tile + TILES, (N + ROWS - 1) // ROWS) - 1
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -429,7 +429,7 @@ def matmul_blocks(
     block_m = min(max(smallest, power_of_two(rows)), 32)
     launch(
         _matmul_blocks_kernel,
-        (ceil_div(weight.rows, ROWS_PER_TILE * tiles), block_splits(columns), ceil_div(rows, block_m)),
+        (block_splits(columns), ceil_div(weight.rows, ROWS_PER_TILE * tiles), ceil_div(rows, block_m)),
         (
             x,
             weight.data.view(torch.int64),
