@@ -14,9 +14,7 @@ from .runtime import FLOATS, MOST_PROGRAMS, ceil_div, kernels_run_on, power_of_t
 _ROWS, _HEADS = 16, 12
 """Positions and heads of a program: heads share what is loaded for a position, up to four times as much as one of them has."""
 _ENOUGH = 2048
-"""Programs of all heads each that keep any GPU busy."""
-_ENOUGH_OF_ALL_SAMPLES = 512
-"""The same of programs that turn all samples, which share what is loaded too."""
+"""Programs that keep any GPU busy: as many take all heads each, and all samples too, which share what is loaded as well."""
 
 
 @triton.jit
@@ -99,7 +97,7 @@ def rope_launch(x: Traits, freqs: Traits) -> RepeatedLaunch | None:
     strides = [of_one[place] for of_one in both for place in (0, layout.heads, layout.rows)]
     positions, shared = ceil_div(length, _ROWS), freqs.shape[0] == 1
     groups = 1 if positions * batch >= _ENOUGH else ceil_div(heads, _HEADS)
-    samples = batch if shared and positions * groups >= _ENOUGH_OF_ALL_SAMPLES else 1
+    samples = batch if shared and positions >= _ENOUGH else 1
     batch_stride = 0 if shared else freqs.strides[0]
     numbers = length, heads, *strides, batch_stride, freqs.strides[layout.rows], samples
     constants = {"K": columns, "ROWS": _ROWS, "HEADS": ceil_div(heads, groups), "PAIRS": power_of_two(columns // 2)}

@@ -43,7 +43,7 @@ def _method(call: LinearCall) -> str:
         return "matvec"
     if kind == NVFP4 and call.weight.alignment >= 8:
         return "blocks"
-    if kind in (FP8, INT8) and call.rows == 1 and call.activation is None:
+    if kind in (FP8, INT8) and not call.weight.rotation and call.rows == 1 and call.activation is None:
         return "matvec"
     if kind in (INT8, INT4) or (kind == FP8 and call.gpu.cc >= ADA):
         return "split"

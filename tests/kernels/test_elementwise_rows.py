@@ -163,9 +163,9 @@ def test_rotary_embeddings(layout, dtype, freqs_dtype, sizes, shared, pairs, see
     x = torch.randn(*sizes, 2 * pairs, generator=generator, device=DEVICE).to(dtype)
     x = x.transpose(1, 2) if layout == "heads first" else x
     freqs = frequencies(layout, 1 if shared else batch, length, pairs, generator).to(freqs_dtype)
-    # One program turns a position of all samples, where that leaves programs enough.
+    # One program turns a position of all heads and samples, where that leaves programs enough.
     rope_module.rope_launch.cache_clear()
-    with mock.patch.object(rope_module, "_ENOUGH_OF_ALL_SAMPLES", seed % 2 * 512):
+    with mock.patch.object(rope_module, "_ENOUGH", seed % 2 * 2048):
         got = rope(x, freqs)
     assert got.dtype == dtype
     assert got.is_contiguous()
