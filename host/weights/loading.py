@@ -223,7 +223,7 @@ def read_stored_file(path: str, *, diffusion_model: bool = False) -> tuple[State
     Whether it holds numbers is being looked at, and still to be judged; of a diffusion model's file, the diffusion model alone is
     read.
     """
-    name, stamps = _name_of_file(path), open_checkpoint(path).stamps
+    name, stamps = Path(path).name, open_checkpoint(path).stamps
     stored, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
     metadata = dict(metadata or {})
     if diffusion_model:
