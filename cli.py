@@ -74,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except OSError as error:
-        print(f"lowbit: {error.filename or 'a file'} cannot be used ({error.strerror or error}).", file=sys.stderr)
+        print(
+            f"lowbit: {error.filename or 'a file'} cannot be used ({error.strerror or error}): check its permissions.",
+            file=sys.stderr,
+        )
         return 2
     except (torch.OutOfMemoryError, MemoryError):
         print(
@@ -98,9 +101,12 @@ def _parser() -> argparse.ArgumentParser:
         "source", type=Path, metavar="IN", help="a .safetensors file, shard or index.json, or a .gguf"
     )
     quantize.add_argument("target", type=Path, metavar="OUT", help="the .safetensors file to write")
-    quantize.add_argument("--format", default=AUTO, choices=FORMAT_CHOICES, help="weight format (default: auto)")
+    _add_format(quantize, FORMAT_CHOICES, AUTO)
     quantize.add_argument(
-        "--keep", default="auto", metavar="RULES", help="globs of layers that stay in 16 bits, comma-separated"
+        "--keep",
+        default="auto",
+        metavar="RULES",
+        help="globs of layers that stay in 16 bits, comma-separated (default: auto, the model family's own)",
     )
     quantize.add_argument("--device", default=None, help="where to quantize (default: the GPU, where there is one)")
     quantize.add_argument("--dry-run", action="store_true", help="only list what would be done")
@@ -122,7 +128,7 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("model", type=Path, metavar="MODEL", help="a Hugging Face folder or a text encoder file")
     generate.add_argument("--prompt", required=True, help="what to answer")
     formats = [name for name in FORMAT_CHOICES if name not in (AUTO, SMALLEST)]
-    generate.add_argument("--format", default=AS_STORED, choices=formats, help="weight format (default: as stored)")
+    _add_format(generate, formats, AS_STORED)
     generate.add_argument("--kv-cache", default=FULL, choices=(FULL, HEAVY_HITTERS), help="tokens that are kept")
     for name, kind, lowest, highest, default, said in (
         ("window", int, 1, _MOST_TOKENS, 252, "newest tokens that heavy_hitters keeps"),
@@ -139,6 +145,12 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--raw", action="store_true", help="no chat template")
     generate.add_argument("--device", default=None, help="where (default: the GPU, where there is one)")
     generate.set_defaults(command=_generate)
+
+
+def _add_format(command: argparse.ArgumentParser, choices: Sequence[str], default: str) -> None:
+    """The list of formats stands in the help once, not in the usage too, which every mistake prints."""
+    said = f"weight format: {', '.join(choices)} (default: {default})"
+    command.add_argument("--format", default=default, choices=choices, metavar="FORMAT", help=said)
 
 
 def _number(kind: type, lowest: float, highest: float, text: str) -> Any:
@@ -250,8 +262,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _print_errors(file: Path, original: Path) -> None:
-    print(f"{'relative error':>14}  {'SQNR dB':>7}  {'format':<16} layer")
-    for row in layer_errors(open_checkpoint(file), open_checkpoint(original)):
+    for place, row in enumerate(layer_errors(open_checkpoint(file), open_checkpoint(original))):
+        if not place:
+            print(f"{'relative error':>14}  {'SQNR dB':>7}  {'format':<16} layer")
         print(f"{row.relative_error:14.2e}  {row.sqnr_decibels:7.1f}  {row.stored_as:<16} {row.layer}")
 
 

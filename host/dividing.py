@@ -50,8 +50,10 @@ def devices_of(gpus: str, own: torch.device) -> tuple[torch.device, ...]:
         for part in filter(None, (part.strip() for part in gpus.replace(";", ",").split(","))):
             device = next((device for device in present if part == str(device.index)), None)
             if device is None:
-                numbers = ", ".join(str(device.index) for device in present) or "none"
-                raise CapabilityError(f'gpus: there is no GPU "{part}"; those that ComfyUI sees are {numbers}.')
+                numbers = ", ".join(str(device.index) for device in present) or "no NVIDIA GPU"
+                raise CapabilityError(
+                    f'gpus: there is no GPU "{part}", since ComfyUI sees {numbers}: write "auto", or numbers of those.'
+                )
             wanted.append(device)
     return (own, *(device for device in dict.fromkeys(wanted) if device != own))
 

@@ -35,11 +35,17 @@ def layer_errors(quantized: Checkpoint, original: Checkpoint) -> Iterator[LayerE
     """Compare layer by layer, one in memory at a time, but for those that the original has quantized as well.
 
     Raises:
-        CheckpointError: a layer is missing in the original, or has another shape there; or all are quantized there.
+        CheckpointError: a layer is missing in the original, or has another shape there; or all are quantized there, or none
+            here.
     """
     stored, before = find_stored(quantized).layers, find_stored(original).layers
     if stored and stored.keys() <= before.keys():
         raise CheckpointError(f"{original.path.name} is quantized itself: name the file that it was made from.")
+    decoded = {name: entry for name, entry in quantized.entries.items() if entry.decoded_from}
+    if not stored and not decoded:
+        raise CheckpointError(
+            f"{quantized.path.name} is not quantized: name the file that was made from {original.path.name}."
+        )
     for layer, info in stored.items():
         if layer in before:
             continue
@@ -47,8 +53,8 @@ def layer_errors(quantized: Checkpoint, original: Checkpoint) -> Iterator[LayerE
         shape = (reference.shape[0], reference.shape[1])
         weight = read_layer(quantized, layer, info, shape, torch.float32).dequantize()
         yield _error(layer, info.core_format, weight, reference, original)
-    for name, entry in quantized.entries.items():
-        if entry.decoded_from and name.endswith(".weight"):
+    for name, entry in decoded.items():
+        if name.endswith(".weight"):
             layer = name.removesuffix(".weight")
             reference = _original(original, layer)
             yield _error(layer, entry.decoded_from, quantized.read(name).float(), reference, original)

@@ -183,7 +183,7 @@ def make_plan(
             core_format = stored.layers[name].core_format
             decision = ("stored", core_format, "", f"quantized in the file already ({stored.layers[name].origin})")
         elif weight_format is None:
-            decision = (KEEP, "", "", "no format was asked for")
+            decision = (KEEP, "", "", "not quantized")
         elif not name.startswith(prefix):
             decision = (KEEP, "", "", "not part of the diffusion model")
         elif name in pinned:

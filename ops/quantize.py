@@ -108,7 +108,9 @@ def absolute_maximum(weight: torch.Tensor, name: str) -> torch.Tensor:
 
 def not_finite(name: str) -> CheckpointError:
     """The error that a tensor, here `name`, holds what is no number."""
-    return CheckpointError(f"{name} holds NaN or Inf: the file is damaged or was saved from a broken model.")
+    return CheckpointError(
+        f"{name} holds NaN or Inf, so the file is damaged or of a broken model: download it again, or take another."
+    )
 
 
 def storage_name_of(config: Mapping[str, Any]) -> str:

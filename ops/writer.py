@@ -103,7 +103,7 @@ class CheckpointWriter:
             self._temporary, self._lock, descriptor = _create_temporary(path)
         except OSError as error:
             raise StorageError(
-                f"{path.parent} cannot be written ({error.strerror or error}): choose another folder or free the disk."
+                f"{path} cannot be written ({error.strerror or error}): choose another place, or free the disk."
             ) from None
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         self._file.seek(8 + self._reserved)

@@ -110,6 +110,16 @@ def test_inspecting_against_another_model_is_refused(model, tmp_path, capsys):
     assert "is not the original" in capsys.readouterr().err
 
 
+def test_a_file_that_is_not_quantized_cannot_be_compared(model, tmp_path, capsys):
+    target = tmp_path / "out.safetensors"
+    main(["quantize", str(model), str(target), "--format", "int8"])
+    capsys.readouterr()
+    assert main(["inspect", str(model), "--against", str(target)]) == 2
+    said = capsys.readouterr()
+    assert f"{model.name} is not quantized: name the file that was made from {target.name}." in said.err
+    assert "relative error" not in said.out
+
+
 @pytest.mark.parametrize("name", ["foo", "cuda:99", "meta", "cpu:x"])
 def test_a_device_that_is_not_there_is_one_sentence_and_exit_code_2(model, tmp_path, name, capsys):
     target = tmp_path / "out.safetensors"

@@ -90,7 +90,7 @@ class Writer:
             CheckpointError: the model makes NaN of them.
         """
         if not tokens:
-            raise FormatError("Nothing can be written: the prompt is empty, or its tokenizer makes no tokens of it.")
+            raise FormatError("The prompt is empty, or its tokenizer makes no tokens of it: write something to answer.")
         known = self.model.vocabulary
         if known is not None and max(tokens) >= known:
             raise FormatError(

@@ -12,10 +12,12 @@ from ..server import prompt_server
 
 EVENT = "lowbit.memory"
 MOST_A_SECOND = 4
+LAST = ("sampled", "encoded", "decoded")
+"""Phases that a node's meter may stand at when the run is over: without them it would still say "sampling 19/20"."""
 
 
 class Meter:
-    """Sends at most `MOST_A_SECOND` events, and only while the client that queued the prompt listens."""
+    """Sends at most `MOST_A_SECOND` events and the `LAST` ones, and only while the client that queued the prompt listens."""
 
     def __init__(self, server: Callable[[], Any] | None = None, clock: Callable[[], float] = time.monotonic):
         self._server = server or prompt_server
@@ -29,7 +31,7 @@ class Meter:
         now = self._clock()
         if node_id is None or listener is None or listener not in server.sockets:
             return
-        if self._sent >= 0 and now - self._sent < 1 / MOST_A_SECOND:
+        if self._sent >= 0 and now - self._sent < 1 / MOST_A_SECOND and sample.phase not in LAST:
             return
         self._sent = now
         server.send_sync(EVENT, payload(sample, run, node_id, device, limit), listener)

@@ -20,12 +20,14 @@ from ...ops.checkpoint import Checkpoint, open_checkpoint
 from ...ops.diffusion_names import diffusion_names
 from ...ops.stored import normalize_state_dict
 from ...ops.stored_names import metadata_below
+from ...ops.stream import read_origin
 from ...versions import advice, find
 from ..prompts import keep_prompts_near
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
 from .checked import NumbersCheck, settle, watched
 from .elementwise import speed_up_elementwise
 from .feed_forward import fuse_feed_forwards, route_input_activations
+from .folders import cache_folder
 from .input_groups import group_inputs
 from .operations import adopt_quantized_linears
 from .output_head import attach_output_head, output_head_tensors
@@ -58,7 +60,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False) -> comfy.mode
             architecture that this ComfyUI knows.
     """
     check_diffusion_model(open_checkpoint(path))
-    name = Path(path).name
+    name = _name_of_file(path)
     state_dict, metadata, numbers = read_stored_file(path, diffusion_model=True)
     with watched(name) as arrivals:
         patcher = comfy.sd.load_diffusion_model_state_dict(
@@ -92,7 +94,7 @@ def load_text_encoder(
     model_options: dict[str, Any] = {}
     if device == "cpu":
         model_options["load_device"] = model_options["offload_device"] = torch.device("cpu")
-    names = ", ".join(Path(path).name for path in paths)
+    names = ", ".join(map(_name_of_file, paths))
     state_dicts, _, checks = zip(*(read_stored_file(path) for path in paths), strict=True)
     heads = [output_head_tensors(state_dict) for state_dict in state_dicts]
     with watched(names) as arrivals:
@@ -148,7 +150,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(
-            f"{Path(path).name} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
+            f"{_name_of_file(path)} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
         ) from None
     numbers.settle(patcher)
     take_over(model)
@@ -166,6 +168,12 @@ def take_over(model: torch.nn.Module) -> int:
         route_input_activations()
         speed_up_elementwise(model)
     return adopted
+
+
+def _name_of_file(path: str) -> str:
+    """What the user calls a file: one in the cache by the name of the file that it was made of."""
+    origin = read_origin(open_checkpoint(path).metadata) if Path(path).is_relative_to(cache_folder()) else None
+    return str((origin or {}).get("source", Path(path).name))
 
 
 def _load_text_encoder_patcher(
@@ -191,7 +199,13 @@ def _load_other_patch(path: str) -> comfy.model_patcher.ModelPatcher:
     for root in folder_paths.get_folder_paths("model_patches"):
         if Path(path).is_relative_to(root):
             loader = _of_model_patches("ModelPatchLoader")()
-            return loader.load_model_patch(Path(path).relative_to(root).as_posix())[0]
+            with watched(Path(path).name):
+                try:
+                    return loader.load_model_patch(Path(path).relative_to(root).as_posix())[0]
+                except UnboundLocalError as error:  # what core's loader makes of a file that it knows no patch by
+                    raise CheckpointError(
+                        f"{Path(path).name} is no model patch that this ComfyUI knows: check the file or update ComfyUI."
+                    ) from error
     raise CheckpointError(f"{Path(path).name} lies outside the model_patches folders: move it there.")
 
 

@@ -12,7 +12,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, StorageError
 from ...ops.checkpoint import Checkpoint, open_checkpoint
 from ...ops.stream import METADATA_KEY, carried_metadata, read_origin
 from ...ops.writer import CheckpointWriter, check_free_space, names_nbytes
@@ -34,9 +34,19 @@ def save_diffusion_model(patcher: comfy.model_patcher.ModelPatcher, filename_pre
         The file.
 
     Raises:
-        StorageError: the disk is full or the folder cannot be written.
+        StorageError: the disk is full or the folder cannot be written, or lies outside the output folder.
     """
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, folder_paths.get_output_directory())
+    output = folder_paths.get_output_directory()
+    try:
+        folder, name, counter, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+    except OSError as error:
+        raise StorageError(
+            f"The folder of '{filename_prefix}' cannot be made in {output} ({error.strerror or error}): choose another."
+        ) from error
+    except Exception as error:
+        raise StorageError(
+            f"'{filename_prefix}' leads out of {output}: write a name, or a subfolder and a name."
+        ) from error
     target = Path(folder) / f"{name}_{counter:05}_.safetensors"
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([patcher])

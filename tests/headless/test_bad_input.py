@@ -185,6 +185,7 @@ def test_bad_diffusion_model_is_named_with_the_reason(bench, name, format):
     [
         ("text_encoders", lambda name: graphs.load_text_encoder(name, "wan", "int8")),
         ("model_patches", lambda name: graphs.load_model_patch(name, "int8")),
+        ("model_patches", lambda name: graphs.load_model_patch(name, "none")),
         ("vae", lambda name: graphs.node("LowbitLoadVAE", vae_name=name, precision="auto")),
     ],
 )
@@ -201,17 +202,21 @@ def test_bad_file_is_named_by_every_other_loader(bench, folder, node, name):
         path.unlink()
 
 
-@pytest.mark.parametrize("name", ["nan", "lost"])
+@pytest.mark.parametrize("name", ["nan", "lost", "wide"])
 def test_a_text_encoder_s_bad_weight_is_named(bench, name):
     layer = "encoder.block.1.layer.0.SelfAttention.q"
     tensors = scaled_fp8(tiny.umt5_tensors(), layers=("SelfAttention",))
     if name == "nan":
         tensors[f"{layer}.weight"].view(torch.uint8).view(-1)[-1] = 0xFF
+    elif name == "wide":
+        layer = "encoder.block.1.layer.0.layer_norm"
+        tensors[f"{layer}.weight"] = torch.ones(8)
     else:
         del tensors[f"{layer}.weight"], tensors[f"{layer}.scale_weight"]
     path = bench.models / "text_encoders" / f"bad_{name}.safetensors"
     tiny.write_file(path, tensors)
-    load = graphs.load_text_encoder(path.name, "wan", "none")
+    # The quantized file, of a name of its own, is what ComfyUI trips over.
+    load = graphs.load_text_encoder(path.name, "wan", "int8" if name == "wide" else "none")
     try:
         error = failure(bench, {"load": load, "use": graphs.node("TinyFacts", value=["load", 0], name="bad")})
         assert_clear(error, path.name, layer)

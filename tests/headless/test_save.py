@@ -14,6 +14,7 @@ from lowbit.ops.formats import SMALLEST
 from testing import graphs, tiny
 from testing.cases import CASES, in_formats
 from testing.measure import relative_error
+from testing.server import GraphFailedError
 
 SEED = 1
 
@@ -35,6 +36,20 @@ def stored(path) -> dict:
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality of the stored bytes: FP8 has no equal of its own."""
     return a.flatten().view(torch.uint8).equal(b.flatten().view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "part"), [("../elsewhere/model", "leads out of"), ("a_file/model", "cannot be made in")]
+)
+def test_a_prefix_that_cannot_be_is_one_sentence(bench, prefix, part):
+    (bench.output / "a_file").write_text("no folder")
+    node = graphs.node("LowbitSaveQuantizedModel", model=["model", 0], filename_prefix=prefix)
+    with pytest.raises(GraphFailedError) as caught:
+        bench.server.run({"model": graphs.load_diffusion_model("wan_t2v_small.safetensors"), "save": node})
+    message = caught.value.exception_message
+    assert prefix in message
+    assert part in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_the_command_line_writes(folder, tmp_path, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
     assert main([*command[:2], "--prompt", "", "--device", "cpu"]) == 2
-    assert "the prompt is empty" in capsys.readouterr().err
+    assert "The prompt is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

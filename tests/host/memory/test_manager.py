@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -395,6 +396,16 @@ def test_the_meter_sends_four_times_a_second_and_no_more(host, device):
     assert {(event, sid) for event, _, sid in server.sent} == {("lowbit.memory", "a")}
     assert server.texts[0][1:] == ("7", "a")
     assert server.texts[0][0].startswith("sampling 2/20, 0.00 GiB now")
+
+
+def test_the_meter_does_not_stay_at_a_step_when_sampling_is_over(host, device):
+    server, clock = Server(), Clock()
+    meter = host.meter.Meter(lambda: server, clock)
+    sample, run = a_sample(host, device)
+    for phase in ("sampling", "sampling", "sampled"):
+        clock.now += 0.01
+        meter.send(replace(sample, phase=phase), run, "7", "cuda:0", None)
+    assert [data["phase"] for _, data, _ in server.sent] == ["sampling", "sampled"]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_the_models_own_gpu_comes_first(devices_of, gpus, expected):
 
 @pytest.mark.parametrize(("gpus", "named"), [("0, 7", "7"), ("all", "all"), ("cuda:0", "cuda:0"), ("0-2", "0-2")])
 def test_a_gpu_that_is_not_there_is_named(devices_of, gpus, named):
-    with pytest.raises(CapabilityError, match=rf'no GPU "{named}"; those that ComfyUI sees are 0, 1, 2, 3'):
+    with pytest.raises(CapabilityError, match=rf'no GPU "{named}", since ComfyUI sees 0, 1, 2, 3'):
         devices_of(gpus, OWN)
 
 
