@@ -181,6 +181,17 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
         }
 
 
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rate of every kernel, and its error."""
+    shares = [row["share_of_copy"] for row in rows if not row["case"].startswith("Flux")]
+    # What copies has no error.
+    exact = [(row["error"] + TINY) / (row["comfyui_error"] + TINY) for row in rows]
+    return [
+        Goal("Wan and Qwen-Image: every kernel, of a copy's rate", SHARE, "%").judged(shares),
+        Goal("error beside ComfyUI's", 1.01, "x", at_most=True).judged(exact),
+    ]
+
+
 def main() -> None:
     """Every case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -192,14 +203,7 @@ def main() -> None:
             for row in measure(case):
                 print(row, flush=True)
                 rows.append(row)
-    shares = [row["share_of_copy"] for row in rows if not row["case"].startswith("Flux")]
-    # What copies has no error.
-    exact = [(row["error"] + TINY) / (row["comfyui_error"] + TINY) for row in rows]
-    goals = [
-        Goal("Wan and Qwen-Image: every kernel, of a copy's rate", SHARE, "%").judged(shares),
-        Goal("error beside ComfyUI's", 1.01, "x", at_most=True).judged(exact),
-    ]
-    write(out, {"environment": environment(), "rows": rows, "goals": goals})
+    write(out, {"environment": environment(), "rows": rows, "goals": goals(rows)})
 
 
 if __name__ == "__main__":

@@ -171,9 +171,13 @@ JUDGES: dict[str, Callable[[Record], list[Record]]] = {
 """The beginning of a results file's name -> how it is judged. Another file brings its goals, or has none."""
 
 
+def _judge(path: Path) -> Callable[[Record], list[Record]] | None:
+    return JUDGES.get(path.stem) or JUDGES.get(path.stem.split("-")[0])
+
+
 def judged(path: Path, record: Record) -> Record:
     """`record` with its goals."""
-    judge = JUDGES.get(path.stem) or JUDGES.get(path.stem.split("-")[0])
+    judge = _judge(path)
     return record | {"goals": judge(record) if judge else record.get("goals", [])}
 
 
@@ -184,5 +188,7 @@ def write(path: Path, record: Record) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
-        write(Path(name), json.loads(Path(name).read_text()))
+    for name in map(Path, sys.argv[1:]):
+        if _judge(name) is None:
+            sys.exit(f"{name} is judged by the script that writes it.")
+        write(name, json.loads(name.read_text()))

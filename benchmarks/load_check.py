@@ -94,6 +94,12 @@ def measure(kind: str, path: Path, case: Case, rounds: int) -> dict[str, Any]:
     }
 
 
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the look costs a load."""
+    goal = Goal("looking for NaN and Inf in a file, of its load", LARGEST_SHARE, "%", at_most=True)
+    return [goal.judged(row["share_of_load"] for row in rows)]
+
+
 def main() -> None:
     """Every kind of file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -115,11 +121,9 @@ def main() -> None:
             for kind in arguments.kinds:
                 rows.append(measure(kind, files[kind], case, arguments.rounds))
                 print(rows[-1], flush=True)
-    goal = Goal("looking for NaN and Inf in a file, of its load", LARGEST_SHARE, "%", at_most=True)
-    memory = "legacy" if arguments.legacy else "dynamic VRAM where the GPU has it"
-    header = environment() | {"processors": str(os.cpu_count()), "memory": memory}
-    goals = [goal.judged(row["share_of_load"] for row in rows)]
-    write(out, {"environment": header, "model": case.title, "rows": rows, "goals": goals})
+                memory = "legacy" if arguments.legacy else "dynamic VRAM where the GPU has it"
+                header = environment() | {"processors": str(os.cpu_count()), "memory": memory}
+                write(out, {"environment": header, "model": case.title, "rows": rows, "goals": goals(rows)})
 
 
 if __name__ == "__main__":
