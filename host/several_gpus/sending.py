@@ -106,7 +106,7 @@ def _bound(patcher: Any, options: Mapping[str, Any], network: Any) -> Iterator[s
     yield from (f"the additional model {name}" for name, listed in patcher.additional_models.items() if listed)
     if patcher.hook_patches or patcher.forced_hooks:
         yield "a LoRA that a conditioning switches on"
-    yield from (f"a changed {name} of the model" for name in vars(network) if name in _OWN_FORWARD)
+    yield from _foreign_code(network)
     wrapper = options.get("model_function_wrapper")
     if wrapper is not None and not _looks_on(wrapper):
         yield f"the model function wrapper {full_name(wrapper)}"
@@ -115,6 +115,20 @@ def _bound(patcher: Any, options: Mapping[str, Any], network: Any) -> Iterator[s
         yield from (f"the wrapper {full_name(wrapper)}" for wrapper in listed if not _looks_on(wrapper))
     for listed in (entries for kind in patcher.callbacks.values() for entries in kind.values()):
         yield from (f"the callback {full_name(callback)}" for callback in listed if not _looks_on(callback))
+
+
+def _foreign_code(network: torch.nn.Module) -> Iterator[str]:
+    """What another node put around a layer, or in the place of one or of its class's code: a worker has none of it."""
+    for name, module in network.named_modules():
+        place = name or "the model"
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            yield f"the hook {full_name(hook)} on {place}"
+        for method in _OWN_FORWARD:
+            code = getattr(module, method, None)
+            # `functools.wraps` gives a function the name of another, but not its globals.
+            source = getattr(getattr(code, "__func__", code), "__globals__", {}).get("__name__", full_name(code))
+            if code is not None and not f"{source}.".startswith((*_LOOKS_ON, "torch.")):
+                yield f"the {method} of {place}, which is from {source},"
 
 
 def full_name(thing: Any) -> str:

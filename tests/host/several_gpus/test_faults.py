@@ -38,10 +38,15 @@ def alone(load, run):
 
 @contextlib.contextmanager
 def in_the_middle(model, act):
-    """Calls `act` once, when the model's second block begins."""
+    """Calls `act` once, when the model's second block begins: by a hook on every module, since one on the block keeps a run here."""
     left = [act]
     block = model.model.diffusion_model.blocks[1]
-    hook = block.register_forward_pre_hook(lambda *_: left.pop()() if left else None)
+
+    def begins(module: torch.nn.Module, inputs: object) -> None:
+        if module is block and left:
+            left.pop()()
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(begins)
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 
@@ -70,6 +71,50 @@ def test_what_cannot_be_sent_says_so_by_name_and_runs_here(load, divide, parts, 
     assert parts == []
     (sentence,) = divide.said
     assert re.search(f"Several GPUs: .*{words}.* cannot be sent to other GPUs", sentence)
+
+
+class _Halving(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) * 0.5
+
+
+def _weaker(original):
+    @functools.wraps(original)
+    def weaker(*args, **kwargs):
+        return original(*args, **kwargs) * 0.9
+
+    return weaker
+
+
+@pytest.mark.parametrize("kind", ["hook", "forward", "class", "layer"])
+def test_code_of_another_node_at_a_layer_is_named_and_runs_here(load, divide, parts, monkeypatch, kind):
+    """A hook, and three ways to put another forward in the place of core's."""
+    model = load("wan")
+    attention = model.model.diffusion_model.blocks[1].self_attn
+    named, hooks = f"the forward of blocks.1.self_attn, which is from {__name__},", []
+    if kind == "hook":
+        hooks.append(attention.q.register_forward_pre_hook(lambda module, args: (args[0] * 0.9,)))
+        named = "the hook .*lambda.* on blocks.1.self_attn.q"
+    elif kind == "forward":
+        monkeypatch.setattr(attention, "forward", _weaker(attention.forward))
+    elif kind == "class":
+        monkeypatch.setattr(type(attention), "forward", _weaker(type(attention).forward))
+        named = named.replace("1", "0")
+    else:
+        monkeypatch.setitem(attention._modules, "o", _Halving(attention.o))
+        named = named.replace("self_attn", "self_attn.o")
+    try:
+        assert relative_error(RUN.sample(divide(model)), RUN.sample(model)) <= EXACT
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert parts == []
+    (sentence,) = divide.said
+    assert re.search(f"Several GPUs: {named} cannot be sent to other GPUs", sentence)
 
 
 @pytest.mark.parametrize("named", FOREIGN)
