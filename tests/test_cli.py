@@ -33,7 +33,7 @@ def test_quantize_then_inspect_against_the_original(model, tmp_path, capsys):
     assert tensors["blocks.0.attn.weight"].dtype == torch.bfloat16
     assert main(["inspect", str(target), "--against", str(model)]) == 0
     out = capsys.readouterr().out
-    assert "blocks.1.attn  64x256  as stored int8_tensorwise" in out
+    assert "blocks.1.attn  64x256  as stored int8" in out
     assert "head: kept by the rule 'head'" in out
     errors = [line for line in out.splitlines() if line.endswith("blocks.1.attn") and "e-0" in line]
     assert len(errors) == 1
