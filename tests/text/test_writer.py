@@ -295,6 +295,14 @@ def test_numbers_out_of_their_range_are_refused(tmp_path, option, value, said, c
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("further", [[], ["--tokenizer", "."]])
+def test_a_file_of_a_model_that_cannot_write_is_not_sent_for_its_folder(tmp_path, further, capsys):
+    save_file({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(16, 16)}, tmp_path / "t5.safetensors")
+    assert main(["generate", str(tmp_path / "t5.safetensors"), "--prompt", "x", "--device", "cpu", *further]) == 2
+    said = "t5.safetensors is neither a Qwen2.5 nor a Qwen3 text encoder: use one of these, or the Hugging Face folder of one of llama,"
+    assert said in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_is_one_sentence(tmp_path, capsys):
     assert main(["generate", str(tmp_path / "qwen"), "--prompt", "x"]) == 2
     assert "qwen does not exist" in capsys.readouterr().err
