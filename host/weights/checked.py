@@ -18,7 +18,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...errors import CheckpointError
 from ...ops.finite import MOST_THREADS, FiniteCheck
-from ...ops.formats import STORAGES, stored_shape
+from ...ops.formats import STORAGES, stored_fits
 from ...ops.header import FileStamp
 from ...ops.multiplied_out import multiplied_out
 from ...ops.quantize import not_finite
@@ -130,14 +130,11 @@ def check_shapes(model: torch.nn.Module, file: str) -> None:
     """
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        storage = _STORAGES.get(weight._layout_cls) if isinstance(weight, QuantizedTensor) else None
-        if storage is None or len(weight.shape) != 2:
+        if not isinstance(weight, QuantizedTensor) or weight._layout_cls not in _STORAGES or len(weight.shape) != 2:
             continue
-        rows, columns = weight.shape
-        least, stored = (rows, columns * storage.bits // 8), tuple(weight._qdata.shape)
-        sizes = zip(least, stored, stored_shape(storage, rows, columns), strict=True)
-        if not all(low <= size <= high for low, size, high in sizes):
-            raise _unfit(file, f"'{name}.weight' is stored as {stored} where {least} is needed")
+        (rows, columns), stored = weight.shape, tuple(weight._qdata.shape)
+        if not stored_fits(_STORAGES[weight._layout_cls], rows, columns, stored):
+            raise _unfit(file, f"'{name}.weight' is stored as {stored}, and its layer is {rows} x {columns}")
 
 
 def _unfit(file: str, reason: str) -> CheckpointError:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lowbit.cli import main
 from lowbit.errors import CheckpointError, FormatError
 from lowbit.ops.formats import find_format
+from lowbit.ops.quantize import quantize_weight
 from lowbit.text.architecture import read_architecture
 from lowbit.text.caches import HEAVY_HITTERS, CachePolicy
 from lowbit.text.sampling import Sampling
@@ -177,6 +178,13 @@ def _without(name: str) -> Callable[[dict], dict]:
     return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
+def _too_wide(tensors: dict) -> dict:
+    """A block format, which would be cut to the size of the layer."""
+    name = "model.layers.1.mlp.down_proj"
+    parts = quantize_weight(torch.randn(64, 128), "mxfp8")
+    return _without(f"{name}.weight")(tensors) | {f"{name}.{suffix}": part for suffix, part in parts.items()}
+
+
 @pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "configuration", "said"),
@@ -184,6 +192,7 @@ def _without(name: str) -> Callable[[dict], dict]:
         (_without("lm_head.weight"), {}, "no output head"),
         (_without("lm_head.weight"), {"tie_word_embeddings": None}, "no output head"),
         (_without("model.layers.1.mlp.gate_proj.weight"), {}, "no 'model.layers.1.mlp.gate_proj.weight'"),
+        (_too_wide, {}, "'model.layers.1.mlp.down_proj.weight' is 64 x 128 where the configuration says 64 x 96"),
         (dict, {"num_hidden_layers": 2}, "more than the 2 layers"),
         (dict, {"num_hidden_layers": 4}, "no 'model.layers.3."),
         (dict, {"head_dim": 16}, "128 x 64 where the configuration says 64 x 64"),
