@@ -324,3 +324,18 @@ def test_a_quantized_weight_of_another_size_than_its_layer_is_refused_by_name(ho
         return
     with pytest.raises(CheckpointError, match=r"te\.safetensors does not fit the model .*: use another file\.$"):
         load()
+
+
+def test_a_quantized_table_may_have_other_rows_than_the_model_has_tokens(host):
+    import comfy.ops
+
+    from lowbit.host.weights.checked import settle, watched
+    from lowbit.ops.quantize import quantize_weight
+
+    table = comfy.ops.mixed_precision_ops({}, torch.bfloat16).Embedding(96, 64, device="cpu", dtype=torch.bfloat16)
+    state_dict = {f"shared.{end}": part for end, part in quantize_weight(torch.randn(80, 64), "int8").items()}
+    with watched("te.safetensors") as arrivals:
+        torch.nn.ModuleDict({"shared": table}).load_state_dict(state_dict)
+    settle(arrivals, "te.safetensors", optional_parts=True)
+    assert hasattr(table.weight, "dequantize")
+    assert table(torch.tensor([79])).shape == (1, 64)
