@@ -29,6 +29,7 @@ from .ops.plan_report import plan_report, plan_summary, unmatched_sentences
 from .ops.sampled_errors import sampled_errors
 from .ops.stream import quantize_checkpoint, read_origin
 from .ops.trade import trade_table
+from .text.architecture import guess_architecture
 from .text.caches import FULL, HEAVY_HITTERS, CachePolicy
 from .text.sampling import Sampling
 from .text.writer import Stopwatch, Writer, encode, load_tokenizer
@@ -49,7 +50,7 @@ _NEVER_QUANTIZED = (
     ),
     ("a CLIP vision model", r"^(visual_projection|vision_model\.(pre_layrnorm|head))\."),
     ("a style model", r"^redux_(up|down)\."),
-    ("a VAE", r"^decoder\.(conv_in|mid_block|up_blocks)\."),
+    ("a VAE", r"^decoder\.(conv_in|mid_block|middle|up_blocks)\."),
 )
 """What ComfyUI builds of plain layers, which would take codes for weights without a word, and a name that such files have."""
 
@@ -176,7 +177,7 @@ def _quantize(options: argparse.Namespace) -> None:
     chooser = FormatChooser(checkpoint, device_info(device), rules, measure)
     chosen = chooser.choose(options.format)
     plan = chosen.plan
-    if plan.changes_weights:
+    if options.format != AS_STORED:
         _check_whole_model(checkpoint)
     if options.dry_run:
         print(plan_report(checkpoint, plan, chooser.device, str(chosen), trade_table(chooser)))
@@ -189,7 +190,8 @@ def _quantize(options: argparse.Namespace) -> None:
         quantize_checkpoint(checkpoint, plan, options.target, device="cpu", progress=_bar())
     further = (*foreign_sentences(checkpoint.entries.values()), *unmatched_sentences(plan))
     said = "\n".join((plan_summary(plan), *further))
-    print(f"\n{said}\nFormat {chosen}\nWritten and verified: {options.target}")
+    nothing = "" if plan.changes_weights else "Nothing was quantized.\n"
+    print(f"\n{said}\nFormat {chosen}\n{nothing}Written and verified: {options.target}")
 
 
 def _check_target(target: Path, checkpoint: Checkpoint, overwrite: bool) -> None:
@@ -273,6 +275,8 @@ def _generate(options: argparse.Namespace) -> None:
     if not options.model.exists():
         raise CheckpointError(f"{options.model} does not exist: check its name.")
     if options.tokenizer is None and not options.model.is_dir():
+        # No tokenizer would help another model.
+        guess_architecture(open_checkpoint(options.model))
         raise CheckpointError(
             f"{options.model.name} has no tokenizer in it: name a Hugging Face folder by --tokenizer."
         )

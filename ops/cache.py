@@ -17,7 +17,7 @@ import torch
 
 from ..errors import CheckpointError, StorageError
 from .checkpoint import INDEX_NAME, Checkpoint, open_checkpoint
-from .plan import QuantizationPlan
+from .plan import QuantizationPlan, find_stored
 from .stream import METADATA_KEY, QUANTIZER_VERSION, RECIPE_KEY, Progress, quantize_checkpoint, read_origin
 from .writer import short_stem
 
@@ -118,10 +118,12 @@ def _is_whole(path: Path) -> bool:
     if not os.path.exists(path):
         return False
     try:
-        return METADATA_KEY in open_checkpoint(path).metadata
-    except CheckpointError as error:
-        logger.warning("%s Lowbit makes it anew.", error)
+        checkpoint = open_checkpoint(path)
+        find_stored(checkpoint)
+    except CheckpointError:
+        logger.warning("The quantized file %s is damaged: Lowbit makes it anew.", path)
         return False
+    return METADATA_KEY in checkpoint.metadata
 
 
 def _remove_outdated(current: Path, recipe: str, started: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -179,6 +179,15 @@ def storage_for(weight_format: WeightFormat, columns: int) -> str:
 def stored_shape(storage: Storage, rows: int, columns: int) -> tuple[int, int]:
     """Shape that the tensor of a (rows, columns) weight has in `storage`."""
     return _round_up(rows, storage.pad or 1), _round_up(columns, storage.pad or 1) * storage.bits // 8
+
+
+def stored_fits(storage: Storage, rows: int, columns: int, stored: Sequence[int]) -> bool:
+    """Whether a tensor of the shape `stored` can be a (rows, columns) weight in `storage`, padded or not.
+
+    Kernels and comfy-kitchen cut what is larger to the size that is asked for.
+    """
+    sizes = zip((rows, columns * storage.bits // 8), stored, stored_shape(storage, rows, columns), strict=False)
+    return len(stored) == 2 and all(least <= size <= most for least, size, most in sizes)
 
 
 def stored_nbytes(storage: Storage, rows: int, columns: int) -> int:

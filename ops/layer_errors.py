@@ -11,6 +11,7 @@ import torch
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .plan import find_stored
+from .quantize import storage_name_of
 from .read_layer import read_layer
 
 
@@ -20,7 +21,7 @@ class LayerError:
 
     Attributes:
         layer: its name.
-        stored_as: core's name of its format, or how another tool stored it.
+        stored_as: key into `STORAGES`, or how another tool stored it.
         relative_error: Frobenius norm of the difference over that of the original.
         sqnr_decibels: the same as a signal-to-noise ratio.
     """
@@ -52,7 +53,7 @@ def layer_errors(quantized: Checkpoint, original: Checkpoint) -> Iterator[LayerE
         reference = _original(original, layer)
         shape = (reference.shape[0], reference.shape[1])
         weight = read_layer(quantized, layer, info, shape, torch.float32).dequantize()
-        yield _error(layer, info.core_format, weight, reference, original)
+        yield _error(layer, storage_name_of(info.config), weight, reference, original)
     for name, entry in decoded.items():
         if name.endswith(".weight"):
             layer = name.removesuffix(".weight")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .device_info import DeviceInfo
 from .foreign_layers import foreign_sentences
@@ -12,6 +13,7 @@ from .formats import FORMATS, STORAGES
 from .linear_describe import describe_linear
 from .linear_kitchen import kitchen_cuda_available
 from .plan import LayerPlan, QuantizationPlan
+from .quantize import storage_name_of
 from .stored import with_speed
 
 _ACTIONS = {"quantize": "quantized", "keep": "kept", "stored": "as stored"}
@@ -46,7 +48,7 @@ def plan_report(
     lines += [f"  {line}" for line in _verdicts(plan, device)]
     lines += trade
     lines += unmatched_sentences(plan)
-    lines += _groups(plan.layers.values())
+    lines += _groups(plan)
     return "\n".join(lines)
 
 
@@ -68,23 +70,32 @@ def _verdicts(plan: QuantizationPlan, device: DeviceInfo) -> list[str]:
 
 def _storages(plan: QuantizationPlan) -> set[tuple[str, bool]]:
     """Storages in the plan, each with whether activations are quantized too: never in a text encoder."""
-    by_core_format = {storage.core_format: name for name, storage in reversed(list(STORAGES.items()))}
     found = set()
     for layer in plan.layers.values():
         if layer.action == "quantize":
             found.add((layer.storage, FORMATS[layer.weight_format].fast))
-        elif layer.action == "stored" and layer.storage in by_core_format:
+        elif layer.action == "stored" and _storage(plan, layer) in STORAGES:
             config = with_speed(plan.stored.layers[layer.name].config, plan.stored_fast)
-            found.add((by_core_format[layer.storage], not config.get("full_precision_matrix_mult", False)))
+            found.add((_storage(plan, layer), not config.get("full_precision_matrix_mult", False)))
     return {(name, fast and plan.family.kind != "text_encoder") for name, fast in found}
 
 
-def _groups(layers: Iterable[LayerPlan]) -> list[str]:
+def _storage(plan: QuantizationPlan, layer: LayerPlan) -> str:
+    """This pack's name of a layer's storage; core's, where the file holds what is none of these; empty in 16 bits."""
+    if layer.action != "stored":
+        return layer.storage
+    try:
+        return storage_name_of(plan.stored.layers[layer.name].config)
+    except CheckpointError:
+        return layer.storage
+
+
+def _groups(plan: QuantizationPlan) -> list[str]:
     """A line a layer; the same layer of many blocks is one line."""
     groups: dict[tuple[str, ...], list[LayerPlan]] = {}
-    for layer in layers:
+    for layer in plan.layers.values():
         pattern = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
-        key = (pattern, "x".join(map(str, layer.shape)), layer.action, layer.storage, layer.reason)
+        key = (pattern, "x".join(map(str, layer.shape)), layer.action, _storage(plan, layer), layer.reason)
         groups.setdefault(key, []).append(layer)
     lines = []
     for (pattern, shape, action, storage, reason), members in groups.items():

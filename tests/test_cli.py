@@ -27,13 +27,13 @@ def model(tmp_path):
 def test_quantize_then_inspect_against_the_original(model, tmp_path, capsys):
     target = tmp_path / "out.safetensors"
     assert main(["quantize", str(model), str(target), "--format", "int8", "--keep", "head, blocks.0"]) == 0
-    assert "Written and verified" in capsys.readouterr().out
+    assert "\nFormat int8: asked for\nWritten and verified: " in capsys.readouterr().out
     tensors = load_file(target)
     assert tensors["blocks.1.attn.weight"].dtype == torch.int8
     assert tensors["blocks.0.attn.weight"].dtype == torch.bfloat16
     assert main(["inspect", str(target), "--against", str(model)]) == 0
     out = capsys.readouterr().out
-    assert "blocks.1.attn  64x256  as stored int8_tensorwise" in out
+    assert "blocks.1.attn  64x256  as stored int8" in out
     assert "head: kept by the rule 'head'" in out
     errors = [line for line in out.splitlines() if line.endswith("blocks.1.attn") and "e-0" in line]
     assert len(errors) == 1
@@ -230,6 +230,7 @@ LORA = "diffusion_model.blocks.0.q"
         ("a CLIP vision model", "visual_projection.weight"),
         ("a style model", "redux_up.weight"),
         ("a VAE", "decoder.mid_block.attentions.0.to_q.weight"),
+        ("a VAE", "decoder.middle.0.residual.2.weight"),
     ],
 )
 def test_what_comfyui_does_not_read_quantized_is_refused_before_a_byte_is_written(tmp_path, what, name, capsys):
@@ -237,6 +238,15 @@ def test_what_comfyui_does_not_read_quantized_is_refused_before_a_byte_is_writte
     save_file({key: torch.randn(64, 256).bfloat16() for key in (name, "transformer_blocks.0.attn.to_q.weight")}, source)
     assert main(["quantize", str(source), str(target), "--format", "int8"]) == 2
     assert f"other.safetensors is {what}, which ComfyUI does not read quantized" in capsys.readouterr().err
+    assert not target.exists()
+
+
+def test_a_lora_too_small_to_quantize_is_refused_all_the_same(tmp_path, capsys):
+    source, target = tmp_path / "small.safetensors", tmp_path / "out.safetensors"
+    save_file({f"{LORA}.lora_A.weight": torch.randn(8, 256), f"{LORA}.lora_B.weight": torch.randn(256, 8)}, source)
+    for format_name in ("auto", "int8"):
+        assert main(["quantize", str(source), str(target), "--format", format_name]) == 2
+        assert "small.safetensors is a LoRA, which ComfyUI does not read quantized" in capsys.readouterr().err
     assert not target.exists()
 
 
@@ -264,7 +274,9 @@ def test_a_link_that_leads_in_a_circle_is_one_sentence(model, tmp_path, capsys):
 
 def test_what_a_rule_keeps_is_not_said_to_be_quantized_or_small(model, tmp_path, capsys):
     assert main(["quantize", str(model), str(tmp_path / "out.safetensors"), "--keep", "*"]) == 0
-    assert "or kept by a rule" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "or kept by a rule" in out
+    assert "\nNothing was quantized.\nWritten and verified: " in out
 
 
 def test_auto_leaves_the_product_of_stored_layers_to_the_file(model, tmp_path):

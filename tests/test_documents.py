@@ -1,4 +1,4 @@
-"""docs/architecture.md names files that exist, and every file that a newcomer opens first."""
+"""docs/architecture.md names files that exist, and every file that a newcomer opens first; help gives no number out of thin air."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def test_the_file_to_open_first_is_there_and_in_the_text(folder):
     said = (CHECKOUT / folder / "__init__.py").read_text(encoding="utf-8")
     first = re.search(r"start with (\w+\.py)", said).group(1)
     assert f"{folder}/{first}" in NAMED
+
+
+UNMEASURED = re.compile(
+    r"costs (?:a|about a|some)? ?(?:fraction of a )?seconds?\b|reload of some|tenth of a second|microseconds|half a GiB"
+    r"|some \d+ MB|about half the|halve a|[几两约之]一?两?秒|微秒|半个 GiB|约占? ?\d+ MB|减半[。；]"
+)
+"""Costs in numbers, in both languages, that no file in benchmarks/results/ has."""
+HELP = [*CHECKOUT.glob("locales/*/*.json"), *CHECKOUT.glob("web/docs/**/*.md")]
+
+
+@pytest.mark.parametrize("path", HELP, ids=lambda path: str(path.relative_to(CHECKOUT)))
+def test_tooltips_and_help_give_no_cost_that_was_not_measured(path):
+    assert not UNMEASURED.findall(path.read_text(encoding="utf-8"))

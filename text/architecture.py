@@ -193,7 +193,8 @@ def guess_architecture(checkpoint: Checkpoint) -> Architecture:
     )
     if others or (bias not in entries and norm not in entries) or "model.embed_tokens.weight" not in entries:
         raise CheckpointError(
-            f"{checkpoint.path.name} is neither a Qwen2.5 nor a Qwen3 text encoder: name its Hugging Face folder instead."
+            f"{checkpoint.path.name} is neither a Qwen2.5 nor a Qwen3 text encoder: use one of these, or the Hugging Face folder "
+            f"of one of {', '.join(FAMILIES)}."
         )
     count = 0
     while f"model.layers.{count}.input_layernorm.weight" in entries:

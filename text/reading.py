@@ -10,12 +10,12 @@ import torch
 from ..errors import CheckpointError
 from ..kernels.cache_heads import HeadNorms
 from ..ops.checkpoint import Checkpoint
-from ..ops.formats import STORAGES, WeightFormat, storage_for
+from ..ops.formats import STORAGES, WeightFormat, storage_for, stored_fits
 from ..ops.header import TensorEntry
 from ..ops.plan import find_stored
-from ..ops.quantize import assemble, quantize_weight
+from ..ops.quantize import assemble, quantize_weight, storage_name_of
 from ..ops.read_layer import read_layer
-from ..ops.stored import StoredLayers
+from ..ops.stored import StoredLayer, StoredLayers
 from .architecture import Architecture
 from .caches import LayerCache
 from .decoder import Model
@@ -24,8 +24,6 @@ from .layers import FeedForward, Layer, LayerAttention, Rotation
 from .linears import HeldLinears, Linear
 
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
-_MOST_PADDED = 128
-"""Rows that a format fills up to."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Reader:
         shape = (self._entry(f"{name}.weight").shape[0], self.architecture.width)
         if name not in stored.layers:
             return self._tensor(f"{name}.weight", shape)
-        return read_layer(self.checkpoint, name, stored.layers[name], shape, self.dtype).to(self.device)
+        return self._quantized(name, shape, stored.layers[name])
 
     def _head(self, prefix: str, table: torch.Tensor, stored: StoredLayers) -> Linear:
         """The output head; `table` where the model has none of its own.
@@ -108,6 +106,12 @@ class Reader:
             raise self._other_model(name, found, shape)
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
+    def _quantized(self, name: str, shape: tuple[int, int], layer: StoredLayer) -> torch.Tensor:
+        codes = self._entry(f"{name}.weight").shape
+        if not stored_fits(STORAGES[storage_name_of(layer.config)], *shape, codes):
+            raise self._other_model(f"{name}.weight", codes, shape)
+        return read_layer(self.checkpoint, name, layer, shape, self.dtype).to(self.device)
+
     def _entry(self, name: str) -> TensorEntry:
         entry = self.checkpoint.entries.get(name)
         if entry is None:
@@ -128,13 +132,10 @@ class Reader:
     def _linear(self, name: str, rows: int, columns: int, stored: StoredLayers) -> Linear:
         bias = self._tensor(f"{name}.bias", (rows,)) if f"{name}.bias" in self.checkpoint.entries else None
         if name in stored.layers:
-            codes = self._entry(f"{name}.weight").shape
-            if not rows <= codes[0] <= -(-rows // _MOST_PADDED) * _MOST_PADDED:
-                raise self._other_model(f"{name}.weight", codes, (rows, columns))
-            weight = read_layer(self.checkpoint, name, stored.layers[name], (rows, columns), self.dtype)
+            weight = self._quantized(name, (rows, columns), stored.layers[name])
             scale = f"{name}.pre_quant_scale"
             before = self._tensor(scale, (columns,)) if scale in self.checkpoint.entries else None
-            return Linear(weight.to(self.device), bias, before)
+            return Linear(weight, bias, before)
         weight = self._tensor(f"{name}.weight", (rows, columns))
         if self.weight_format is None:
             return Linear(weight, bias)

@@ -18,6 +18,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ...errors import CheckpointError
 from ...ops.finite import MOST_THREADS, FiniteCheck
+from ...ops.formats import STORAGES, stored_fits
 from ...ops.header import FileStamp
 from ...ops.multiplied_out import multiplied_out
 from ...ops.quantize import not_finite
@@ -35,6 +36,7 @@ _SMALL_FILE = 64 << 20
 _SMALL_TENSOR = 16 << 20
 _BESIDE_STEPS = 2
 """Threads that look at a file while steps are made: more of them would hold up who launches kernels."""
+_STORAGES = {storage.layout: storage for storage in STORAGES.values()}
 _loading = threading.RLock()
 known_finite: set[tuple[FileStamp, ...]] = set()
 """States of files whose weights are known to be numbers, for clones on other GPUs and models loaded again."""
@@ -78,13 +80,11 @@ def watched(file: str) -> Iterator[list[Arrival]]:
             raise CheckpointError(
                 f"{file} is incomplete: ComfyUI looks for {error} and it is not there, download it again."
             ) from error
-        except RuntimeError as error:
-            if "size mismatch" not in str(error):
+        except (RuntimeError, ValueError) as error:
+            # What torch says of a parameter, and comfy-kitchen of a scale.
+            if not any(said in str(error) for said in ("size mismatch", "must have shape")):
                 raise
-            reason = str(error).splitlines()[-1].strip()
-            raise CheckpointError(
-                f"{file} does not fit the model that ComfyUI makes of it ({reason[:200].rstrip('.')}): use another file."
-            ) from error
+            raise _unfit(file, str(error).splitlines()[-1].strip()) from error
         finally:
             if torch.nn.Module.load_state_dict is load_state_dict:
                 torch.nn.Module.load_state_dict = original  # type: ignore[method-assign]
@@ -101,10 +101,11 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
         optional_parts: a file may leave out whole parts, as text encoders' do with what only images need.
 
     Raises:
-        CheckpointError: a Linear or convolution has no weight, or a weight is stored in a way that its layer cannot take.
+        CheckpointError: a Linear or convolution has no weight, or a weight is stored in a shape or way that its layer cannot take.
     """
     for arrival in arrivals:
         modules = dict(arrival.module.named_modules())
+        check_shapes(arrival.module, file)
         # A model may be filled from several files, one after the other.
         given = {name for other in arrivals if other.module is arrival.module for name in other.state_dict}
         lost = [name for name in arrival.missing if name not in given and _multiplies(modules.get(_layer(name)))]
@@ -119,6 +120,28 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
             # What the model does not have at all needs no scale either.
             if f"{layer}.weight" in arrival.state_dict and f"{layer}.weight" not in unused:
                 _multiply_out(layer, modules.get(layer), arrival.state_dict, file)
+
+
+def check_shapes(model: torch.nn.Module, file: str) -> None:
+    """Make sure that quantized matrices are as large as their layers, which core does not look at and block formats cut to size.
+
+    Raises:
+        CheckpointError: one is smaller, or larger than its format pads it.
+    """
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        # A table may have more rows than the model has tokens, or fewer.
+        if not isinstance(weight, QuantizedTensor) or weight._layout_cls not in _STORAGES or not is_core_linear(module):
+            continue
+        (rows, columns), stored = weight.shape, tuple(weight._qdata.shape)
+        if not stored_fits(_STORAGES[weight._layout_cls], rows, columns, stored):
+            raise _unfit(file, f"'{name}.weight' is stored as {stored}, and its layer is {rows} x {columns}")
+
+
+def _unfit(file: str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file} does not fit the model that ComfyUI makes of it ({reason[:200].rstrip('.')}): use another file."
+    )
 
 
 class NumbersCheck:

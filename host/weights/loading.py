@@ -24,7 +24,7 @@ from ...ops.stream import read_origin
 from ...versions import advice, find
 from ..prompts import keep_prompts_near
 from .architecture import MODEL_PATCH_SIGNATURE, check_diffusion_model
-from .checked import NumbersCheck, settle, watched
+from .checked import NumbersCheck, check_shapes, settle, watched
 from .elementwise import speed_up_elementwise
 from .feed_forward import fuse_feed_forwards, route_input_activations
 from .folders import cache_folder
@@ -147,11 +147,12 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
     patcher = patcher_class(model, load_device=device, offload_device=offload_device)
     try:
         model.load_state_dict(state_dict, assign=patcher.is_dynamic())
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(
             f"{_name_of_file(path)} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
         ) from None
+    check_shapes(model, _name_of_file(path))
     numbers.settle(patcher)
     take_over(model)
     remove_with(model, path)

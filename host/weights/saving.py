@@ -34,7 +34,7 @@ def save_diffusion_model(patcher: comfy.model_patcher.ModelPatcher, filename_pre
         The file.
 
     Raises:
-        StorageError: the disk is full or the folder cannot be written, or lies outside the output folder.
+        StorageError: the disk is full or the folder cannot be written, or lies outside the output folder; or no file is named.
     """
     output = folder_paths.get_output_directory()
     try:
@@ -47,6 +47,9 @@ def save_diffusion_model(patcher: comfy.model_patcher.ModelPatcher, filename_pre
         raise StorageError(
             f"'{filename_prefix}' leads out of {output}: write a name, or a subfolder and a name."
         ) from error
+    # Core makes a dot of an empty prefix, which would hide the file.
+    if not name.strip(". "):
+        raise StorageError(f"'{filename_prefix}' names no file: write a name, or a subfolder and a name.")
     target = Path(folder) / f"{name}_{counter:05}_.safetensors"
     with torch.inference_mode():
         comfy.model_management.load_models_gpu([patcher])

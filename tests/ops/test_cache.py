@@ -49,6 +49,21 @@ def test_the_cache_is_hit_and_rebuilt_when_source_rules_or_file_change(save, wan
     assert other_rules[0].exists(), "another recipe's file is not touched"
 
 
+def test_a_file_of_the_cache_whose_layers_are_no_longer_described_is_made_anew(save, wan_tensors, tmp_path, caplog):
+    checkpoint = open_checkpoint(save(wan_tensors))
+
+    def build() -> Path:
+        return quantized_file(checkpoint, make_plan(checkpoint, INT8, None), tmp_path / "cache")
+
+    path = build()
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'{"format"', b"\0" * 9))
+    assert build() == path
+    assert path.read_bytes() == whole
+    assert f"The quantized file {path} is damaged: Lowbit makes it anew." in caplog.text
+    assert "download" not in caplog.text
+
+
 @pytest.mark.parametrize("action", ["keep", EIGHT_BITS])
 def test_a_file_made_by_a_familys_earlier_rules_is_not_taken(save, wan_tensors, tmp_path, monkeypatch, action):
     checkpoint = open_checkpoint(save(wan_tensors))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lowbit.cli import main
 from lowbit.errors import CheckpointError, FormatError
 from lowbit.ops.formats import find_format
+from lowbit.ops.quantize import quantize_weight
 from lowbit.text.architecture import read_architecture
 from lowbit.text.caches import HEAVY_HITTERS, CachePolicy
 from lowbit.text.sampling import Sampling
@@ -177,6 +178,13 @@ def _without(name: str) -> Callable[[dict], dict]:
     return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
 
 
+def _too_wide(tensors: dict) -> dict:
+    """A block format, which would be cut to the size of the layer."""
+    name = "model.layers.1.mlp.down_proj"
+    parts = quantize_weight(torch.randn(64, 128), "mxfp8")
+    return _without(f"{name}.weight")(tensors) | {f"{name}.{suffix}": part for suffix, part in parts.items()}
+
+
 @pytest.mark.parametrize("folder", ["qwen3"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "configuration", "said"),
@@ -184,6 +192,7 @@ def _without(name: str) -> Callable[[dict], dict]:
         (_without("lm_head.weight"), {}, "no output head"),
         (_without("lm_head.weight"), {"tie_word_embeddings": None}, "no output head"),
         (_without("model.layers.1.mlp.gate_proj.weight"), {}, "no 'model.layers.1.mlp.gate_proj.weight'"),
+        (_too_wide, {}, "'model.layers.1.mlp.down_proj.weight' is 64 x 128 where the configuration says 64 x 96"),
         (dict, {"num_hidden_layers": 2}, "more than the 2 layers"),
         (dict, {"num_hidden_layers": 4}, "no 'model.layers.3."),
         (dict, {"head_dim": 16}, "128 x 64 where the configuration says 64 x 64"),
@@ -292,6 +301,14 @@ def test_numbers_out_of_their_range_are_refused(tmp_path, option, value, said, c
     with pytest.raises(SystemExit) as ended:
         main(["generate", str(tmp_path), "--prompt", "x", f"--{option}", value])
     assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("further", [[], ["--tokenizer", "."]])
+def test_a_file_of_a_model_that_cannot_write_is_not_sent_for_its_folder(tmp_path, further, capsys):
+    save_file({"encoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(16, 16)}, tmp_path / "t5.safetensors")
+    assert main(["generate", str(tmp_path / "t5.safetensors"), "--prompt", "x", "--device", "cpu", *further]) == 2
+    said = "t5.safetensors is neither a Qwen2.5 nor a Qwen3 text encoder: use one of these, or the Hugging Face folder of one of llama,"
     assert said in capsys.readouterr().err
 
 

@@ -291,3 +291,51 @@ def test_a_model_that_two_files_fill_lacks_what_neither_has(host):
                 settle(arrivals, "two.safetensors", optional_parts=True)
         else:
             settle(arrivals, "two.safetensors", optional_parts=True)
+
+
+# --- the sizes of quantized matrices
+
+
+@pytest.mark.parametrize(
+    ("shape", "fits"), [((250, 512), True), ((506, 512), False), ((122, 512), False), ((250, 768), False)]
+)
+@pytest.mark.parametrize(
+    "format_name",
+    ["fp8_e4m3fn_scaled", "int8_convrot_fast", "mxfp8", "fp4_scaled", "int4_convrot_fast", "int4_asym_fast"],
+)
+def test_a_quantized_weight_of_another_size_than_its_layer_is_refused_by_name(host, format_name, shape, fits):
+    """Block formats cut it to the layer's size, and multiply by what is left."""
+    import comfy.ops
+
+    from lowbit.host.weights.checked import settle, watched
+    from lowbit.ops.quantize import quantize_weight
+
+    row = FORMATS[format_name]
+    linear = comfy.ops.mixed_precision_ops({}, torch.bfloat16).Linear(512, 250, False, "cpu", torch.bfloat16)
+    parts = quantize_weight(torch.randn(shape), row.storage, unit_scale=row.unit_scale, fast=row.fast)
+
+    def load() -> None:
+        with watched("te.safetensors") as arrivals:
+            torch.nn.ModuleDict({"q": linear}).load_state_dict({f"q.{end}": part for end, part in parts.items()})
+        settle(arrivals, "te.safetensors", optional_parts=True)
+
+    if fits:
+        load()
+        return
+    with pytest.raises(CheckpointError, match=r"te\.safetensors does not fit the model .*: use another file\.$"):
+        load()
+
+
+def test_a_quantized_table_may_have_other_rows_than_the_model_has_tokens(host):
+    import comfy.ops
+
+    from lowbit.host.weights.checked import settle, watched
+    from lowbit.ops.quantize import quantize_weight
+
+    table = comfy.ops.mixed_precision_ops({}, torch.bfloat16).Embedding(96, 64, device="cpu", dtype=torch.bfloat16)
+    state_dict = {f"shared.{end}": part for end, part in quantize_weight(torch.randn(80, 64), "int8").items()}
+    with watched("te.safetensors") as arrivals:
+        torch.nn.ModuleDict({"shared": table}).load_state_dict(state_dict)
+    settle(arrivals, "te.safetensors", optional_parts=True)
+    assert hasattr(table.weight, "dequantize")
+    assert table(torch.tensor([79])).shape == (1, 64)

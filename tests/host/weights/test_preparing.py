@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 
 import pytest
@@ -199,6 +200,16 @@ def test_a_saved_model_says_what_was_kept_but_not_whose_cached_file_it_was(host,
     assert METADATA_KEY in metadata
     assert "source" not in read_origin(metadata)
     assert "head.head" in read_origin(metadata)["kept"]
+
+
+@pytest.mark.parametrize("prefix", ["", " ", ".", "..", "a_file/.."])
+def test_a_prefix_that_names_no_file_is_refused(host, tmp_path, monkeypatch, prefix):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    with pytest.raises(StorageError, match=rf"'{re.escape(prefix)}' names no file: write a name"):
+        host.saving.save_diffusion_model(None, prefix)
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_can_be_interrupted_while_the_file_is_written(host, tmp_path, monkeypatch):
