@@ -77,7 +77,7 @@ class FiniteCheck:
 
     Args:
         tensors: names and tensors in host memory, asked for on those threads; other dtypes than `FLOAT_BITS` are passed over.
-        threads: at most, until the caller waits; half of the processor's too, since it works at the same time.
+        threads: at most, until the caller waits; never more than half of the processor's, since the caller works as well.
     """
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], threads: int = MOST_THREADS) -> None:

@@ -14,10 +14,10 @@ from .split_families import CoreFamily, family_of
 
 _PACK = __name__.split(".host.")[0]
 _LOOKS_ON = ("comfy.", "comfy_extras.", _PACK + ".")
-"""Where wrappers and callbacks come from that leave the model's own code alone, so that they work at the first process."""
+"""Where code comes from that every process has, and wrappers and callbacks that leave it alone, so that they work at the first."""
 
 _IN_FORWARD = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
-_OWN_FORWARD = frozenset({"forward", "_forward", "forward_orig"})
+_OWN_FORWARD = ("forward", "_forward", "forward_orig")
 _SAMPLING_OBJECTS = frozenset({"model_sampling"})
 """Object patches that are outside the diffusion model."""
 

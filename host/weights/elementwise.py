@@ -168,7 +168,7 @@ def _apply_mod(
 
 
 def _turned(x: torch.Tensor, freqs_cis: torch.Tensor) -> torch.Tensor | None:
-    """None: it is left to core."""
+    """`x` turned by this pack, in a graph by its operator; None where it is left to core."""
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return torch.ops.lowbit.rope(x, freqs_cis)
     return None if _stays_with_torch(x) else rope(x, freqs_cis)
