@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13
     except OSError as error:
         print(
-            f"lowbit: {error.filename or 'a file'} cannot be used ({error.strerror or error}): check its permissions.",
+            f"lowbit: {error.filename or 'a file'} cannot be used ({error.strerror or error}): check its path and its permissions.",
             file=sys.stderr,
         )
         return 2

@@ -8,7 +8,7 @@ the other ways and cases; how long that takes is measured with a small sample, f
 start with the node: what comes before "model's file" among a worker's stages costs nothing where ComfyUI has as long to do with
 other nodes. Here it has nothing else to do. The workers are started twice: the very first time on a machine ("first_start_seconds")
 Triton compiles the kernels for parts of a sample, and Python and the system read what they have never read; after that it is on
-disk or in memory, as it is for who has used several GPUs before, and that start is judged. PYTHONDONTWRITEBYTECODE is not heeded here.
+disk or in memory, as it is for whoever has used several GPUs before, and that start is judged. PYTHONDONTWRITEBYTECODE is not heeded here.
 
 With NCCL_P2P_DISABLE=1 the GPUs exchange through main memory, as those do that cannot reach each other; such rows are named so.
 
@@ -152,8 +152,7 @@ def run(
             row[f"{start}_stages"] = start_stages(devices)
             for worker, stages in row[f"{start}_stages"].items():
                 print(worker, {stage: round(seconds, 2) for stage, seconds in stages.items()}, flush=True)
-        model = divided()
-        kept[len(devices)] = model
+        model = kept[len(devices)] = divided()
     if way.split == "auto" and len(devices) > 1:
         sample(model, case, TRIES * len(devices).bit_length())
         tried = json.loads((folder / "cache" / FILE_NAME).read_text())["measured"] if len(devices) > 2 else {}
