@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))
 
 from testing.core import start_core  # noqa: E402
+from testing.in_the_middle import in_the_middle  # noqa: E402
 
 STEPS = 3
 CFG = 3.0
@@ -139,28 +140,14 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-def in_the_middle(model: Any, act: Any) -> Any:
-    """A hook that acts once, when the second block begins: on every module, since one on the block keeps a run on one GPU."""
-    left = [act]
-    block = model.model.diffusion_model.blocks[1]
-
-    def begins(module: torch.nn.Module, inputs: object) -> None:
-        if module is block and left:
-            left.pop()()
-
-    return torch.nn.modules.module.register_module_forward_pre_hook(begins)
-
-
 def failure(model: Any, act: Any) -> dict[str, Any]:
     """What sampling raises when `act` happens in the middle of a step, and how long that took."""
-    hook, began = in_the_middle(model, act), time.perf_counter()
+    began, raised = time.perf_counter(), None
     try:
-        sample(model)
-        raised = None
+        with in_the_middle(model, act):
+            sample(model)
     except BaseException as error:  # noqa: BLE001
         raised = [type(error).__name__, str(error)]
-    finally:
-        hook.remove()
     return {"raised": raised, "seconds": time.perf_counter() - began}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import signal
@@ -19,6 +18,7 @@ import torch
 from lowbit.errors import MemoryBudgetError, WorkerError
 from lowbit.host.several_gpus.trial import TRIES
 from testing import comfyui
+from testing.in_the_middle import in_the_middle
 from testing.measure import relative_error
 
 from .support import EXACT, Run
@@ -34,24 +34,6 @@ def run():
 @pytest.fixture(scope="module")
 def alone(load, run):
     return run.sample(load("wan"))
-
-
-@contextlib.contextmanager
-def in_the_middle(model, act):
-    """Calls `act` once, when the model's second block begins: by a hook on every module, since one on the block keeps a run here."""
-    left = [act]
-    block = model.model.diffusion_model.blocks[1]
-
-    def begins(module: torch.nn.Module, inputs: object) -> None:
-        if module is block and left:
-            left.pop()()
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(begins)
-    try:
-        yield
-    finally:
-        hook.remove()
-    assert not left
 
 
 def gone(pid: int) -> bool:
