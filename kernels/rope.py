@@ -14,7 +14,7 @@ from .runtime import FLOATS, MOST_PROGRAMS, ceil_div, kernels_run_on, power_of_t
 _ROWS, _HEADS = 16, 12
 """Positions and heads of a program: heads share what is loaded for a position, up to four times as much as one of them has."""
 _ENOUGH = 2048
-"""Programs that keep any GPU busy: as many take all heads each, and all samples too, which share what is loaded as well."""
+"""Programs that keep any GPU busy: where there are as many, each takes all heads, or all samples too, which share what is loaded."""
 
 
 @triton.jit

@@ -36,7 +36,8 @@ _SMALL_FILE = 64 << 20
 _SMALL_TENSOR = 16 << 20
 _BESIDE_STEPS = 2
 """Threads that look at a file while steps are made: more of them would hold up who launches kernels."""
-_STORAGES = {storage.layout: storage for storage in STORAGES.values()}
+_LAYOUTS = {storage.layout: storage for storage in STORAGES.values()}
+"""comfy-kitchen's layout -> one of its storages, which are alike in size."""
 _loading = threading.RLock()
 known_finite: set[tuple[FileStamp, ...]] = set()
 """States of files whose weights are known to be numbers, for clones on other GPUs and models loaded again."""
@@ -131,10 +132,10 @@ def check_shapes(model: torch.nn.Module, file: str) -> None:
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         # A table may have more rows than the model has tokens, or fewer.
-        if not isinstance(weight, QuantizedTensor) or weight._layout_cls not in _STORAGES or not is_core_linear(module):
+        if not isinstance(weight, QuantizedTensor) or weight._layout_cls not in _LAYOUTS or not is_core_linear(module):
             continue
         (rows, columns), stored = weight.shape, tuple(weight._qdata.shape)
-        if not stored_fits(_STORAGES[weight._layout_cls], rows, columns, stored):
+        if not stored_fits(_LAYOUTS[weight._layout_cls], rows, columns, stored):
             raise _unfit(file, f"'{name}.weight' is stored as {stored}, and its layer is {rows} x {columns}")
 
 

@@ -127,7 +127,7 @@ class QuantizedLinear(torch.nn.Module):
 
         Args:
             activation: None, "gelu_tanh" or "silu".
-            input_group: in the place of this linear's own.
+            input_group: as `quantized_linear` takes it; None: this linear's own.
         """
         compiling = torch.compiler.is_compiling()
         if compiling and type(input) is torch.Tensor and not (args or kwargs or torch.is_grad_enabled()):
