@@ -166,7 +166,8 @@ def test_the_file_of_a_mix_holds_every_layer_in_its_format_and_has_a_name_of_its
     made = open_checkpoint(path)
     assert read_origin(made.metadata)["format"] == "mixed"
     found = {row.layer: row.stored_as for row in layer_errors(made, checkpoint)}
-    assert len(set(found.values())) == 2
+    # A width that no rotation divides stays as it is.
+    assert set(found.values()) == {"int4_asym", "int8_convrot", "int8"}
     for name, layer in mixed.layers.items():
         assert (name in found) is (layer.action == "quantize")
     assert sum(entry.nbytes for name, entry in made.entries.items() if not name.endswith("comfy_quant")) == (
