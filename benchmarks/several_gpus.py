@@ -144,7 +144,8 @@ def run(
             sample(clone, small, 1)
             return clone
 
-        for start in () if len(devices) in kept else ("first_start", "start"):
+        starts = () if len(devices) in kept else ("first_start", "start")
+        for start in starts:
             close_all()
             began = time.perf_counter()
             kept[len(devices)] = divided()
@@ -152,7 +153,9 @@ def run(
             row[f"{start}_stages"] = start_stages(devices)
             for worker, stages in row[f"{start}_stages"].items():
                 print(worker, {stage: round(seconds, 2) for stage, seconds in stages.items()}, flush=True)
-        model = kept[len(devices)] = divided()
+        if not starts:
+            kept[len(devices)] = divided()
+        model = kept[len(devices)]
     if way.split == "auto" and len(devices) > 1:
         sample(model, case, TRIES * len(devices).bit_length())
         tried = json.loads((folder / "cache" / FILE_NAME).read_text())["measured"] if len(devices) > 2 else {}

@@ -102,10 +102,10 @@ CONTENDERS = (
     Contender("FP8, attention fast", FP8, False, "fast", profiled=True),
 )
 WITHOUT_DYNAMIC, COMPILED, BY_BLOCK = ", no dynamic VRAM", ", compiled", ", compiled by block"
-INT8_FAST = Contender("INT8, attention fast", INT8, False, "fast")
+INT8_FAST = Contender("INT8, attention fast", INT8, False, "fast", profiled=True)
 VARIED = (CONTENDERS[0], CONTENDERS[-1], INT8_FAST)
 CONTENDERS_COMPILED = tuple(
-    replace(contender, name=contender.name + suffix, profiled=True, **options)
+    replace(contender, name=contender.name + suffix, **options)
     for suffix, options, contenders in (
         ("", {}, VARIED),
         # Of stock, compiling takes minutes: its own layers end a graph, every one of them.

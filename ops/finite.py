@@ -81,11 +81,10 @@ class FiniteCheck:
     """
 
     def __init__(self, tensors: Iterable[tuple[str, torch.Tensor]], threads: int = MOST_THREADS) -> None:
-        most = min(MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
+        self._most = min(MOST_THREADS, max(1, (os.cpu_count() or 1) // 2))
         self._pieces = _Shared(_pieces(tensors))
         self._looks: list[Future[list[tuple[int, str]]]] = []
-        self._look_on(min(threads, most))
-        self._further = most - len(self._looks)
+        self._look_on(min(threads, self._most))
         weakref.finalize(self, self._pieces.stop)
 
     @property
@@ -96,8 +95,7 @@ class FiniteCheck:
     def first(self) -> str | None:
         """Wait, and name the first tensor that holds NaN or Inf; None where all are numbers."""
         if not self.answered:
-            self._look_on(self._further)
-            self._further = 0
+            self._look_on(self._most - len(self._looks))
         return min((found for look in self._looks for found in look.result()), default=(0, None))[1]
 
     def _look_on(self, threads: int) -> None:

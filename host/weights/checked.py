@@ -106,7 +106,7 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
     """
     for arrival in arrivals:
         modules = dict(arrival.module.named_modules())
-        check_shapes(arrival.module, file)
+        check_shapes(modules, file)
         # A model may be filled from several files, one after the other.
         given = {name for other in arrivals if other.module is arrival.module for name in other.state_dict}
         lost = [name for name in arrival.missing if name not in given and _multiplies(modules.get(_layer(name)))]
@@ -123,13 +123,13 @@ def settle(arrivals: list[Arrival], file: str, *, optional_parts: bool = False) 
                 _multiply_out(layer, modules.get(layer), arrival.state_dict, file)
 
 
-def check_shapes(model: torch.nn.Module, file: str) -> None:
+def check_shapes(modules: Mapping[str, torch.nn.Module], file: str) -> None:
     """Make sure that quantized matrices are as large as their layers, which core does not look at and block formats cut to size.
 
     Raises:
         CheckpointError: one is smaller, or larger than its format pads it.
     """
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         weight = getattr(module, "weight", None)
         # A table may have more rows than the model has tokens, or fewer.
         if not isinstance(weight, QuantizedTensor) or weight._layout_cls not in _LAYOUTS or not is_core_linear(module):

@@ -152,7 +152,7 @@ def load_model_patch(path: str, disable_dynamic: bool = False) -> comfy.model_pa
         raise CheckpointError(
             f"{_name_of_file(path)} does not hold an InfiniteTalk patch's tensors ({reason[:200]}): download it again."
         ) from None
-    check_shapes(model, _name_of_file(path))
+    check_shapes(dict(model.named_modules()), _name_of_file(path))
     numbers.settle(patcher)
     take_over(model)
     remove_with(model, path)
